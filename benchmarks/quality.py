@@ -1,0 +1,151 @@
+"""Perplexity of SmolLM2-135M cut by DMS, by one-shot Taylor importance and by weight magnitude, at the same budget.
+
+    python benchmarks/quality.py MODEL_FOLDER [--targets 0.8 0.5] [--seeds 0 1 2] [--steps 200]
+
+MODEL_FOLDER: what `make model` makes. Weights frozen, no repair, no training; layout per_layer, kv and mlp; the budget
+is a fraction of the parameters of the layers. Every strategy sees the same calibration text (`--steps` batches of
+2 × 256 tokens for DMS; Taylor the first 24 of them, more did not help it) and the same held-out windows. Each finished
+row is appended to the results at once; rows that are there already are skipped, so that a stopped run goes on.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+from hf_dms import DMSConfig, DMSTrainer, attach_, detach_, prune
+from hf_dms.data import DataConfig, as_dataset, load_sequences
+from hf_dms.evaluate import evenly_spaced, perplexity
+from hf_dms.masking import gates_of
+from hf_dms.slicing import cut, magnitude_importance, make_plan
+
+HERE = Path(__file__).parent
+DATA = HERE.parent / "recipes" / "data"
+
+
+def global_sizes(gates, importance, target, per_parameter=True):
+    """Sizes of a cut that drops the least important units of all layers together until the budget is met.
+
+    Importance is divided by the parameters that a unit costs; each row keeps one unit at least.
+    """
+    dense = gates.dense_sizes()
+    per_unit = {
+        name: float(gates.count(dense) - gates.count(dense | {name: dense[name] - 1})) / gates.dims[name].rows
+        for name in gates.dims
+    }
+    scores = {n: importance[n].sort(-1).values / (per_unit[n] if per_parameter else 1) for n in gates.dims}
+    for score in scores.values():
+        score[:, -1] = torch.inf  # one unit of each row stays
+    low, high = 0, sum(score.numel() for score in scores.values())
+    everything = torch.cat([score.flatten() for score in scores.values()]).sort().values
+    while low < high:  # the lowest threshold that fits
+        middle = (low + high) // 2
+        sizes = {n: (score > everything[middle]).sum(-1) for n, score in scores.items()}
+        low, high = (low, middle) if gates.resource(dense | {n: s.float() for n, s in sizes.items()}) <= target else (middle + 1, high)
+    return {n: (score > everything[low]).sum(-1) for n, score in scores.items()}
+
+
+def taylor_importance(model, batches):
+    """Mean of (m·g)² at open masks over batches: the moving importance of DMS without the moving."""
+    gates = gates_of(model)
+    total = {name: torch.zeros_like(gates.raw_importance(name)) for name in gates.dims}
+    model.train()
+    for batch in batches:
+        model(input_ids=batch, labels=batch).loss.backward()
+        for name, term in gates._taylor.items():
+            total[name] += term.square() / len(batches)
+        gates._taylor.clear()
+    model.eval()
+    return total
+
+
+def one_shot(model, config, strategy, sequences):
+    attach_(model, config)
+    gates = gates_of(model)
+    try:
+        gates.schedule = type(gates.schedule)(target=config.target, warmup_steps=10**9)  # masks stay open
+        if strategy == "magnitude":
+            importance = magnitude_importance(gates.attachment.bound, model, gates)
+        else:
+            importance = taylor_importance(model, sequences.split(2)[:24])
+        sizes = global_sizes(gates, importance, config.target)
+        for name, values in importance.items():
+            gates.raw_importance(name).copy_(values)
+        return cut(model, gates.attachment.bound, make_plan(gates, sizes), config.layout)
+    finally:
+        detach_(model)
+
+
+def dms(model, config, sequences, steps, seed):
+    arguments = TrainingArguments(
+        "unused", max_steps=steps, per_device_train_batch_size=2, seed=seed, logging_steps=10, report_to=[],
+        save_strategy="no", use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = DMSTrainer(model=model, args=arguments, dms_config=config, train_dataset=as_dataset(sequences))
+    trainer.train()
+    pruned = trainer.prune()
+    detach_(model)
+    return pruned
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--targets", type=float, nargs="+", default=[0.8, 0.5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--strategies", nargs="+", default=["magnitude", "taylor", "dms"])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--results", default=HERE / "quality.jsonl")
+    parser.add_argument("--dms", default="{}", help="further options of DMSConfig, as JSON")
+    options = parser.parse_args()
+    results = Path(options.results)
+    done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    data = DataConfig(
+        path=str(DATA / "sotu_train.jsonl"), held_out=str(DATA / "sotu_heldout.jsonl"), sequence_length=256
+    )
+    sequences, held_out = load_sequences(data, tokenizer)
+    held_out = evenly_spaced(held_out, options.windows)
+
+    def measure(strategy, target, seed, make):
+        key = {"strategy": strategy, "target": target, "seed": seed, "steps": options.steps, "dms": options.dms}
+        key["windows"] = options.windows
+        if strategy != "dms":
+            del key["steps"], key["dms"]
+        if any(key.items() <= row.items() for row in done):
+            return
+        start = time.time()
+        pruned = make()
+        row = key | {"perplexity": round(perplexity(pruned, held_out), 2), "seconds": round(time.time() - start)}
+        row["layer_params"] = sum(p.numel() for n, p in pruned.named_parameters() if ".layers." in n)
+        print(row, flush=True)
+        with results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def fresh():
+        return AutoModelForCausalLM.from_pretrained(options.model)
+
+    measure("dense", 1.0, 0, fresh)
+    for seed in options.seeds:
+        order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))
+        shuffled = sequences[order]
+        for target in options.targets:
+            config = DMSConfig(
+                target=target, resource="params", resource_scope="layers", prune=("kv", "mlp"), layout="per_layer",
+                pipeline="p-", **json.loads(options.dms),
+            )  # fmt: skip
+            for strategy in options.strategies:
+                if strategy == "dms":
+                    measure(strategy, target, seed, lambda: dms(fresh(), config, shuffled, options.steps, seed))
+                elif strategy == "magnitude" and seed != options.seeds[0]:
+                    continue  # it uses no data
+                else:
+                    measure(strategy, target, seed, lambda: one_shot(fresh(), config, strategy, shuffled))
+
+
+if __name__ == "__main__":
+    main()

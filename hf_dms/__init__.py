@@ -1,0 +1,44 @@
+"""hf_dms: learn how wide and how deep a Transformers model should be, and cut it to that size.
+
+Differentiable Model Scaling (Liu et al., ICML 2024, arXiv 2405.07194). Reading path, seven files that teach the method:
+topk (the operator) → gates (ratios, importance, masks) → spec (one description per architecture) → archs/llama (one)
+→ masking (where gates touch a model) → slicing (the cut) → trainer (the search).
+
+After `import hf_dms`, transformers' Auto classes load checkpoints whose layers differ in width.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._register import register_unless_command_line
+
+if TYPE_CHECKING:
+    from .checkpoint import save_pruned as save_pruned
+    from .config import DMSConfig as DMSConfig
+    from .masking import attach_ as attach_
+    from .masking import detach_ as detach_
+    from .slicing import prune as prune
+    from .trainer import DMSMixin as DMSMixin
+    from .trainer import DMSTrainer as DMSTrainer
+
+__version__ = "0.1.0"
+
+# Loaded when first used (PEP 562): `hf-dms --help` must not wait for torch.
+_HOMES = {
+    "DMSConfig": "config",
+    "DMSMixin": "trainer",
+    "DMSTrainer": "trainer",
+    "attach_": "masking",
+    "detach_": "masking",
+    "prune": "slicing",
+    "save_pruned": "checkpoint",
+}
+__all__ = [*_HOMES]
+
+register_unless_command_line()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hf_dms' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

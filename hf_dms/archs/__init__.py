@@ -1,0 +1,33 @@
+"""The architectures that hf_dms knows, one description each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..spec import ArchSpec
+from .llama import LLAMA
+
+ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in (LLAMA,)}
+
+
+def spec_for(config: Any) -> ArchSpec:
+    """The description of a model's architecture.
+
+    Args:
+        config: the model's `PreTrainedConfig`.
+
+    Raises:
+        ValueError: the architecture is not supported, or was pruned per layer already.
+    """
+    model_type = config.model_type
+    if model_type in ARCHS:
+        return ARCHS[model_type]
+    if model_type.startswith("dms_"):
+        raise ValueError(
+            f"model type '{model_type}' was pruned by hf_dms before, with a layout that differs from layer to layer. "
+            "Prune the dense model again with a smaller target."
+        )
+    raise ValueError(
+        f"model type '{model_type}' is not supported. Supported: {', '.join(sorted(ARCHS))}. "
+        "To add one, describe it in hf_dms/archs (see CONTRIBUTING.md)."
+    )

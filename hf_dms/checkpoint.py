@@ -1,0 +1,142 @@
+"""Checkpoints: the state of a search beside a training checkpoint, and the pruned model with a proof that it reloads.
+
+`save_pruned` writes into a temporary folder beside the target, reloads it, compares outputs, and only then renames it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .gates import Gates
+from .masking import gates_of
+from .slicing import check_same, dummy_inputs
+
+STATE_TENSORS = "dms_state.safetensors"
+STATE_JSON = "dms_state.json"
+
+
+def save_search_state(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+    """Write the state of a search (prune ratios, importance) beside a training checkpoint's model files.
+
+    Args:
+        model: a model with gates.
+        folder: an existing checkpoint folder.
+    """
+    gates = gates_of(model)
+    folder = Path(folder)
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in gates.search_state().items()}
+    save_file(tensors, folder / STATE_TENSORS)
+    summary = {
+        "dms_config": gates.attachment.config.to_dict(),
+        "resource": float(gates.resource().detach()),
+        "hard_resource": float(gates.resource(gates.hard_sizes())),
+        "kept_units": kept_units(gates),
+    }
+    (folder / STATE_JSON).write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def load_search_state_(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+    """Read what `save_search_state` wrote into the gates of a model, in place.
+
+    Raises:
+        ValueError: the folder has no such state, or that of another search.
+    """
+    path = Path(folder) / STATE_TENSORS
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {STATE_TENSORS}: it is not a checkpoint of a DMS search.")
+    gates_of(model).load_search_state_(load_file(path))
+
+
+def kept_units(gates: Gates) -> dict[str, list[int]]:
+    """Units that hard masks keep now, per dim and row."""
+    return {name: gates.hard_units(name).tolist() for name in gates.dims}
+
+
+def save_pruned(
+    pruned: PreTrainedModel,
+    folder: str | os.PathLike,
+    *,
+    processor: Any = None,
+    inputs: Mapping[str, Tensor] | None = None,
+    files: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> float:
+    """Save a pruned model, proving that the folder reloads to the same model.
+
+    Args:
+        pruned: what `prune` returned.
+        folder: where to; it must not exist, or be empty, unless `overwrite`.
+        processor: tokenizer or image processor to save with it.
+        inputs: keyword arguments of one forward pass for the comparison. Default: transformers' dummy inputs.
+        files: further text files, name → content.
+        overwrite: replace an existing folder, which stays as it is until the new one is complete.
+
+    Returns:
+        The largest relative difference of outputs after reloading.
+
+    Raises:
+        ValueError: the folder is not empty.
+        VerificationError: the reloaded model differs; nothing is left behind.
+    """
+    with new_folder(folder, overwrite) as temporary:
+        pruned.save_pretrained(temporary)
+        if processor is not None:
+            processor.save_pretrained(temporary)
+        for name, content in (files or {}).items():
+            (temporary / name).write_text(content)
+        reloaded = type(pruned).from_pretrained(temporary, dtype=pruned.dtype).to(pruned.device)
+        reloaded.set_attn_implementation(pruned.config._attn_implementation)
+        return check_same(pruned, reloaded, inputs if inputs is not None else dummy_inputs(pruned), ("cut", "reloaded"))
+
+
+@contextmanager
+def new_folder(folder: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when the block ends well, and is gone when it does not.
+
+    Raises:
+        ValueError: `folder` exists and is not an empty folder, and `overwrite` is not set.
+    """
+    target = Path(folder)
+    check_writable(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        if target.exists():
+            replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}.replaced.", dir=target.parent))
+            target.rename(replaced / target.name)
+            temporary.rename(target)
+            shutil.rmtree(replaced)
+        else:
+            temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_writable(folder: str | os.PathLike, overwrite: bool) -> None:
+    """Check that a result may be written to a folder.
+
+    Raises:
+        ValueError: it exists and is not an empty folder, and `overwrite` is not set.
+    """
+    target = Path(folder)
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
+        raise ValueError(f"{target} exists and is not empty. Choose another output.path, or set output.overwrite: true.")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,176 @@
+"""Every option of a search, in one dataclass: it is the Python API, the `dms` section of a recipe and the command line.
+
+The `help` text of each field is its documentation. This file imports nothing heavy, so that a recipe can be checked
+without waiting for torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+RESOURCES = ("params", "macs", "kv_bytes")
+RESOURCE_SCOPES = ("model", "layers")
+LAYOUTS = ("uniform", "per_layer")
+PIPELINES = ("p", "np", "p-")
+TARGET_SCHEDULES = ("geometric", "constant")
+
+
+def _option(default: Any, help: str, **kwargs: Any) -> Any:
+    """A dataclass field that carries its documentation."""
+    metadata = {"help": help}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata, **kwargs)
+    return field(default=default, metadata=metadata, **kwargs)
+
+
+@dataclass
+class DMSConfig:
+    """What to prune, how far, and how the search runs (Differentiable Model Scaling, arXiv 2405.07194).
+
+    Raises:
+        ValueError: when a value is outside its range; the message names the value, what was expected and the fix.
+    """
+
+    target: float = _option(None, "Fraction of the dense resource to keep, in (0, 1]. Required: 0.6 keeps 60 %.")
+    resource: str = _option(
+        "params",
+        "What is limited: params (parameters, tied ones once), macs (multiply-accumulates per token) or kv_bytes "
+        "(bytes of key-value cache per token).",
+    )
+    resource_scope: str = _option(
+        "model", "model counts everything; layers counts the stack of layers alone, most papers' 'sparsity'."
+    )
+    sequence_length: int | None = _option(
+        None, "Tokens per sequence, for the attention scores in macs. Default: the data's."
+    )
+    prune: tuple[str, ...] | None = _option(
+        None, "Names of the dims to prune, of those that the architecture has (`hf-dms archs`). Default: all it has."
+    )
+    layout: str = _option(
+        "uniform",
+        "uniform: one prune ratio per dim for all layers, the result is a stock model. per_layer: every layer has its "
+        "own, as in the paper; the result is a dms_* model (loads with hf_dms, or with trust_remote_code).",
+    )
+    round_to: dict[str, int] = _option({}, "Multiple that a dim's size is rounded to, e.g. {mlp: 64}. Default: 1.")
+    protect: dict[str, Any] = _option(
+        {},
+        "What is never cut. layers: list of layer indices kept whole (negative ones count from the end); "
+        "dims: list of dim names; min and max: smallest and largest size per dim, e.g. {min: {mlp: 256}}.",
+    )
+    pipeline: str = _option(
+        "p",
+        "p: pretrained weights train during the search. np: randomly initialised weights do. "
+        "p-: weights are frozen, only the prune ratios move.",
+    )
+    sharpness: float | None = _option(
+        None,
+        "Steepness λ of the soft mask, as a multiple of a dim's number of units N. Default: λ = N, but not below "
+        "min(8 N, 256), so that a short dim (heads, layers) is open at ratio 0.",
+    )
+    importance_decay: float = _option(0.99, "Decay of the moving average of the Taylor importance, in [0, 1).")
+    warmup_steps: int = _option(
+        8, "Steps in which every mask is exactly 1 and only importance is gathered, before the ratios may move."
+    )
+    target_schedule: str = _option(
+        "geometric",
+        "How the target falls: geometric, from 1 to target over the first `target_ramp` of the search; or constant.",
+    )
+    target_ramp: float = _option(0.7, "Fraction of the search over which a falling target reaches its end, in (0, 1].")
+    resource_weight: float = _option(10.0, "λ_resource, the weight of the resource loss beside the task loss.")
+    gate_learning_rate: float | None = _option(
+        None, "Constant learning rate of the prune ratios. Default: 2 / steps of the search, within [0.002, 0.05]."
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prune, list):
+            self.prune = tuple(self.prune)
+        self._check_target()
+        self._check_choices()
+        self._check_numbers()
+        self._check_names()
+
+    def _check_target(self) -> None:
+        if self.target is None:
+            raise ValueError(
+                "dms.target is required: the fraction of the dense resource to keep. For 60 % write target: 0.6"
+            )
+        if isinstance(self.target, bool) or not isinstance(self.target, int | float):
+            raise ValueError(f"dms.target must be a number in (0, 1], got {self.target!r}. For 60 % write target: 0.6")
+        if not 0 < self.target <= 1:
+            hint = f"For {self.target:g} % write target: {self.target / 100:g}" if 1 < self.target <= 100 else ""
+            raise ValueError(f"dms.target must be in (0, 1], got {self.target:g}. {hint}".rstrip())
+
+    def _check_choices(self) -> None:
+        choices = {
+            "resource": RESOURCES,
+            "resource_scope": RESOURCE_SCOPES,
+            "layout": LAYOUTS,
+            "pipeline": PIPELINES,
+            "target_schedule": TARGET_SCHEDULES,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"dms.{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
+
+    def _check_numbers(self) -> None:
+        ranges = {  # name: (lowest, highest, is the lowest allowed, is the highest allowed)
+            "importance_decay": (0, 1, True, False),
+            "target_ramp": (0, 1, False, True),
+            "warmup_steps": (0, math.inf, True, False),
+            "resource_weight": (0, math.inf, True, False),
+            "gate_learning_rate": (0, math.inf, True, False),
+            "sharpness": (0, math.inf, False, False),
+            "sequence_length": (1, math.inf, True, False),
+        }
+        for name, (low, high, with_low, with_high) in ranges.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            whole = name in ("warmup_steps", "sequence_length")
+            if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+                raise ValueError(f"dms.{name} must be {'a whole' if whole else 'a'} number, got {value!r}.")
+            if not ((value > low or (with_low and value == low)) and (value < high or (with_high and value == high))):
+                interval = f"{'[' if with_low else '('}{low}, {high}{']' if with_high else ')'}"
+                raise ValueError(f"dms.{name} must be in {interval}, got {value}.")
+
+    def _check_names(self) -> None:
+        if self.prune is not None:
+            if not isinstance(self.prune, tuple) or not all(isinstance(name, str) for name in self.prune):
+                raise ValueError(f"dms.prune must be a list of dim names such as [kv, mlp], got {self.prune!r}.")
+            if len(self.prune) == 0:
+                raise ValueError("dms.prune is empty: name at least one dim, or leave it out to prune all.")
+        if not isinstance(self.round_to, dict) or not all(
+            isinstance(multiple, int) and multiple >= 1 for multiple in self.round_to.values()
+        ):
+            raise ValueError(
+                f"dms.round_to must map a dim to a whole number of at least 1, as {{mlp: 64}}; got {self.round_to!r}."
+            )
+        known = {"layers": list, "dims": list, "min": dict, "max": dict}
+        if not isinstance(self.protect, dict):
+            raise ValueError(f"dms.protect must be a mapping with keys of {', '.join(known)}; got {self.protect!r}.")
+        for key, value in self.protect.items():
+            if key not in known:
+                raise ValueError(f"dms.protect has no key {key!r}; its keys are {', '.join(known)}.")
+            if not isinstance(value, known[key] | tuple):
+                raise ValueError(f"dms.protect.{key} must be a {known[key].__name__}, got {value!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as plain values, ready for JSON or YAML."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+
+    def with_defaults_for(self, num_steps: int) -> DMSConfig:
+        """A copy in which the options that depend on the length of the search have their values.
+
+        Args:
+            num_steps: optimizer steps of the search.
+        """
+        rate = self.gate_learning_rate
+        if rate is None:
+            rate = min(max(2 / max(num_steps, 1), 0.002), 0.05)
+        return dataclasses.replace(self, gate_learning_rate=rate)

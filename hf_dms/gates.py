@@ -1,0 +1,274 @@
+"""All gates of a model: one flat float32 vector of prune ratios, the importance of every unit, all masks at once.
+
+Equations 2 to 5 of the paper, batched over layers: the masks of a dim are one `[rows, units]` tensor, computed once per
+forward. A row is a layer, or the whole model for a dim that all layers share (hidden, layers). Importance is the moving
+average of (m·g)², g = dL_task/dm, and is never trained. This file knows nothing about models; masking.py connects it.
+
+Masks travel as logarithms: for y = x·exp(log m), dL/d(log m) = m·dL/dm is exactly the Taylor term, with no division.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .resource import Cost, Sizes, resource_loss, scheduled_target
+from .topk import linear_topk_count, log_soft_topk_mask, num_kept, topk_mask
+
+
+@dataclass(frozen=True)
+class GatedDim:
+    """The gates of one dim.
+
+    Attributes:
+        name: the dim.
+        rows: number of independent sets of units (layers, or 1).
+        units: N, units per row.
+        sharpness: λ of the soft mask.
+        shared: one prune ratio for all rows (layout uniform), or one per row.
+        lowest, highest: sizes that a row must not leave, per row.
+        protected: indices of units that are never pruned (whole layers, for the dim `layers`).
+    """
+
+    name: str
+    rows: int
+    units: int
+    sharpness: float
+    shared: bool
+    lowest: tuple[int, ...]
+    highest: tuple[int, ...]
+    protected: tuple[int, ...] = ()
+
+    @property
+    def num_ratios(self) -> int:
+        return 1 if self.shared else self.rows
+
+
+@dataclass(frozen=True)
+class SearchSchedule:
+    """How the search proceeds: what `Gates` needs of a DMSConfig."""
+
+    target: float
+    warmup_steps: int = 0
+    importance_decay: float = 0.99
+    target_ramp: float = 0.7
+    target_schedule: str = "geometric"
+    resource_weight: float = 10.0
+
+
+class Gates(nn.Module):
+    """Prune ratios, importance and masks of all gated dims of a model.
+
+    They stay out of the `state_dict` of the model they are attached to (`search_state` has them), and stay float32
+    when the model is cast.
+
+    Args:
+        dims: the gated dims.
+        fixed_sizes: sizes of the other dims that the cost mentions.
+        cost: the limited resource.
+        schedule: how the search proceeds.
+    """
+
+    def __init__(
+        self, dims: list[GatedDim], fixed_sizes: dict[str, int], cost: Cost, schedule: SearchSchedule, device=None
+    ) -> None:
+        super().__init__()
+        self.dims = {dim.name: dim for dim in dims}
+        self.fixed_sizes = fixed_sizes
+        self.cost = cost
+        self.schedule = schedule
+        self.num_updates = 0
+        self.rounded: Sizes | None = None  # exact sizes that hard masks take instead of the ratios' own
+        self.attachment: Any = None  # where in a model these gates are (masking.Attachment)
+        self.log_masks: dict[str, tuple[Tensor, ...]] = {}
+        self._taylor: dict[str, Tensor] = {}
+        lower, upper = [], []
+        for dim in dims:
+            low, high = 1 - torch.tensor(dim.highest) / dim.units, 1 - torch.tensor(dim.lowest) / dim.units
+            lower.append(low.max()[None] if dim.shared else low)
+            upper.append(high.min()[None] if dim.shared else high)
+        self.prune_ratio = nn.Parameter(torch.cat(lower).float().to(device))
+        self.register_buffer("lower", torch.cat(lower).float().to(device))
+        self.register_buffer("upper", torch.cat(upper).float().to(device))
+        for dim in dims:
+            self.register_buffer(f"importance_{dim.name}", torch.zeros(dim.rows, dim.units, device=device))
+        self.dense_resource = float(self.count(self.dense_sizes()))
+
+    # ---- state ------------------------------------------------------------------------------------------------------
+    def ratio(self, name: str) -> Tensor:
+        """Prune ratios of a dim, one per row: `[rows]`, differentiable."""
+        ratios = dict(zip(self.dims, self.prune_ratio.split([dim.num_ratios for dim in self.dims.values()])))
+        return ratios[name].expand(self.dims[name].rows)
+
+    def raw_importance(self, name: str) -> Tensor:
+        """The buffer that holds the moving average itself, `[rows, units]`."""
+        return getattr(self, f"importance_{name}")
+
+    def importance(self, name: str) -> Tensor:
+        """Importance of each unit, `[rows, units]`; infinite for protected units."""
+        importance = self.raw_importance(name)
+        if not self.dims[name].protected:
+            return importance
+        protected = torch.tensor(self.dims[name].protected, device=importance.device)
+        return importance.index_fill(-1, protected, torch.inf)
+
+    def search_state(self) -> dict[str, Tensor]:
+        """Everything that a search must not lose, as tensors."""
+        state = {f"importance_{name}": self.raw_importance(name) for name in self.dims}
+        return state | {"prune_ratio": self.prune_ratio.detach(), "num_updates": torch.tensor(self.num_updates)}
+
+    @torch.no_grad()
+    def load_search_state_(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `search_state`.
+
+        Raises:
+            ValueError: when the state belongs to other gates.
+        """
+        mine = self.search_state()
+        for name, tensor in mine.items():
+            if name not in state or state[name].shape != tensor.shape:
+                found = "is missing" if name not in state else f"has shape {tuple(state[name].shape)}"
+                raise ValueError(
+                    f"search state: {name} {found}, expected shape {tuple(tensor.shape)}. "
+                    "It was saved by a search over other dims, or with another layout."
+                )
+        self.prune_ratio.copy_(state["prune_ratio"])
+        self.num_updates = int(state["num_updates"])
+        for name in self.dims:
+            self.raw_importance(name).copy_(state[f"importance_{name}"])
+
+    # ---- masks ------------------------------------------------------------------------------------------------------
+    @property
+    def is_warming_up(self) -> bool:
+        """Whether every mask is still exactly 1, to gather importance before a ratio moves."""
+        return self.num_updates < self.schedule.warmup_steps
+
+    def compute_masks_(self) -> None:
+        """Compute the masks of all dims for one forward pass: soft in training mode, hard in evaluation mode."""
+        if self.training:
+            self._clamp_ratios_()
+        ratios = self.prune_ratio.split([dim.num_ratios for dim in self.dims.values()])
+        for (name, dim), ratio in zip(self.dims.items(), ratios):
+            if not self.training:
+                log_mask = topk_mask(self.importance(name), self.hard_units(name)).log()
+            elif self.is_warming_up:
+                log_mask = torch.zeros(dim.rows, dim.units, device=ratio.device, requires_grad=True)
+            else:
+                log_mask = log_soft_topk_mask(self.importance(name), ratio.expand(dim.rows), dim.sharpness)
+            if self.training and torch.is_grad_enabled():
+                log_mask.register_hook(_Accumulate(self._taylor, name))
+            self.log_masks[name] = log_mask.unbind(0)
+
+    def hard_units(self, name: str) -> Tensor:
+        """Units that a hard mask keeps, `[rows]` int64."""
+        if self.rounded is not None:
+            return self.rounded[name].to(self.prune_ratio.device)
+        dim = self.dims[name]
+        lowest, highest = (torch.tensor(bound, device=self.prune_ratio.device) for bound in (dim.lowest, dim.highest))
+        return num_kept(self.ratio(name), dim.units).clamp(lowest, highest)
+
+    @torch.no_grad()
+    def _clamp_ratios_(self) -> None:
+        self.prune_ratio.clamp_(self.lower, self.upper)
+
+    @torch.no_grad()
+    def update_importance_(self, reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+        """Fold the task gradient since the last call into the importance: c ← d·c + (1 - d)·(m·g)² (equation 5).
+
+        Call it once per optimizer step, after all backward passes of the step.
+
+        Args:
+            reduce: average of a tensor over processes.
+        """
+        decay = self.schedule.importance_decay
+        for name in self.dims:
+            if name in self._taylor:
+                term = reduce(self._taylor[name])
+                self.raw_importance(name).mul_(decay).add_(term.square(), alpha=1 - decay)
+        self._taylor.clear()
+        self.num_updates += 1
+
+    # ---- resource ---------------------------------------------------------------------------------------------------
+    def dense_sizes(self) -> Sizes:
+        """Sizes of all dims before pruning, `[rows]` each."""
+        device = self.prune_ratio.device
+        sizes = {name: torch.tensor([float(size)], device=device) for name, size in self.fixed_sizes.items()}
+        return sizes | {n: torch.full((d.rows,), float(d.units), device=device) for n, d in self.dims.items()}
+
+    def soft_sizes(self) -> Sizes:
+        """k̃ = (1 - a)·N of every dim, `[rows]` each, differentiable in the prune ratios."""
+        return self.dense_sizes() | {name: (1 - self.ratio(name)) * dim.units for name, dim in self.dims.items()}
+
+    def hard_sizes(self) -> Sizes:
+        """Units that hard masks keep, `[rows]` each."""
+        return self.dense_sizes() | {name: self.hard_units(name).double() for name in self.dims}
+
+    def resource(self, sizes: Sizes | None = None) -> Tensor:
+        """Fraction of the dense resource that is kept, a float32 scalar (`[...]` for batched sizes).
+
+        Args:
+            sizes: default `soft_sizes()`, differentiable in the prune ratios.
+        """
+        sizes = self.soft_sizes() if sizes is None else sizes
+        return (self.count(sizes) / self.dense_resource).float()
+
+    def count(self, sizes: Sizes, cost: Cost | None = None) -> Tensor:
+        """The limited resource itself at given sizes, in parameters, MACs or bytes.
+
+        Args:
+            sizes: `[..., rows]` per dim.
+            cost: another resource to count.
+
+        Returns:
+            `[...]` float64.
+        """
+        cost = self.cost if cost is None else cost
+        if "layers" not in self.dims:
+            return cost.count(sizes)
+        return cost.count(sizes, linear_topk_count(self.importance("layers")[0], sizes["layers"].squeeze(-1)))
+
+    def target(self, progress: float) -> float:
+        """The falling target at a point of the search, as a fraction of the dense resource; 1 while warming up."""
+        schedule = self.schedule
+        if self.is_warming_up:
+            return 1.0
+        return scheduled_target(schedule.target, progress, schedule.target_ramp, schedule.target_schedule)
+
+    def resource_loss(self, progress: float = 1.0) -> Tensor:
+        """λ_resource·loss_resource, to be added to the task loss: a float32 scalar.
+
+        It is computed from the prune ratios, not from the masks that carry the Taylor terms, so importance does not
+        depend on it.
+
+        Args:
+            progress: fraction of the search that is done, in [0, 1]; 1 asks for the final target at once.
+        """
+        return self.schedule.resource_weight * resource_loss(self.resource(), self.target(progress))
+
+    # ---- what an nn.Module would do and this one must not -------------------------------------------------------------
+    def _apply(self, fn, recurse: bool = True):
+        """Follow the model to another device, but stay float32 when it is cast."""
+        device = fn(self.lower.new_empty(0)).device
+        return super()._apply(lambda tensor: tensor.to(device), recurse)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        """Add nothing to the model's state dict."""
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        """Expect nothing from the model's state dict."""
+
+
+@dataclass(frozen=True)
+class _Accumulate:
+    """Gradient hook of a log mask: sum the Taylor terms of the micro-batches of a step."""
+
+    totals: dict[str, Tensor]
+    name: str
+
+    def __call__(self, grad: Tensor) -> None:
+        total = self.totals.get(self.name)
+        self.totals[self.name] = grad.detach().clone() if total is None else total.add_(grad)

@@ -1,0 +1,377 @@
+"""Where a gate touches the running model: `attach_` and `detach_`.
+
+- Widths inside a layer: the input of every linear map that reads the dim is multiplied by its mask.
+- Hidden size: every norm takes its statistics over the kept width and its output is masked. Every read of the residual
+  stream passes a norm, so nothing else needs to know.
+- Depth: x + m·(layer(x) - x), the paper's x + m·f(x) for a residual block.
+
+A hard-masked model computes what the cut model computes. Nothing is wrapped or renamed; each multiplication keeps only
+what its backward needs once (its output, which the next matmul keeps anyway).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from .archs import spec_for
+from .config import DMSConfig
+from .gates import GatedDim, Gates, SearchSchedule
+from .rounding import check_target
+from .spec import BoundSpec, bind, build_cost
+from .topk import default_sharpness
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """Where gates are: the architecture they are bound to, the request, and the hooks that read them."""
+
+    bound: BoundSpec
+    config: DMSConfig
+    hooks: list[RemovableHandle]
+
+
+def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
+    """Put gates on a model, in place; they are `model.dms_gates`.
+
+    In training mode the model then runs on soft masks, in evaluation mode on hard ones. Its parameters keep their names
+    and its state dict its keys. For a training loop of your own, after each backward pass of
+    `loss + model.dms_gates.resource_loss(progress)`: `model.dms_gates.update_importance_()`, then the optimizer's step.
+
+    Args:
+        model: a dense model of a supported architecture.
+        dms_config: what to prune and how far.
+
+    Raises:
+        ValueError: the model or the request is one that cannot be served; the model is left untouched.
+    """
+    _check_attachable(model, dms_config)
+    bound = bind(spec_for(model.config), model)
+    gates = build_gates(bound, model, dms_config)
+    check_target(gates, bound, dms_config, model.config)
+    gates.train(model.training)
+    model.dms_gates = gates
+    hooks = [model.register_forward_pre_hook(functools.partial(_compute_masks, gates))]
+    for name in gates.dims:
+        if bound.spec.dim(name).scope == "layer":
+            for path, layer, shape in masked_inputs(bound, name):
+                hook = functools.partial(_mask_input, gates, name, layer, shape)
+                hooks.append(model.get_submodule(path).register_forward_pre_hook(hook))
+        elif bound.spec.dim(name).scope == "depth":
+            for layer, module in enumerate(model.get_submodule(bound.layers_path)):
+                hook = functools.partial(_gate_residual, gates, name, layer)
+                hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+        else:
+            for path in norms(bound, name):
+                norm = model.get_submodule(path)
+                norm.forward = functools.partial(_masked_norm_forward, norm, gates, name)
+    gates.attachment = Attachment(bound, dms_config, hooks)
+
+
+def detach_(model: PreTrainedModel) -> None:
+    """Take the gates off a model, in place, without a trace.
+
+    Raises:
+        ValueError: the model has no gates.
+    """
+    gates = gates_of(model)
+    for hook in gates.attachment.hooks:
+        hook.remove()
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, functools.partial) and forward.func is _masked_norm_forward:
+            del module.forward
+    del model.dms_gates
+
+
+def has_gates(model: nn.Module) -> bool:
+    """Whether a model has gates."""
+    return "dms_gates" in model._modules
+
+
+def gates_of(model: nn.Module) -> Gates:
+    """The gates of a model.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    if not has_gates(model):
+        raise ValueError(f"{type(model).__name__} has no gates. Put them on with hf_dms.attach_(model, dms_config).")
+    return model.dms_gates
+
+
+def build_gates(
+    bound: BoundSpec, model: PreTrainedModel, config: DMSConfig, device: torch.device | None = None
+) -> Gates:
+    """The gates that a request asks for on a bound model, by default on the model's device.
+
+    Raises:
+        ValueError: a dim that the architecture lacks, sizes that cannot be, a resource that it does not have.
+    """
+    check_request(bound, config)
+    protected = config.protect
+    depth = bound.depth
+    kept_layers = sorted({layer % bound.num_layers for layer in protected.get("layers", ())})
+    dims = []
+    for name in dims_to_prune(bound, config):
+        units, rows = bound.sizes[name], bound.rows(name)
+        step = config.round_to.get(name, 1)
+        low = max(protected.get("min", {}).get(name, 1), len(kept_layers) if name == depth else 1)
+        low, high = -(-low // step) * step, protected.get("max", {}).get(name, units) // step * step
+        whole = kept_layers if rows > 1 else []
+        dims.append(
+            GatedDim(
+                name=name,
+                rows=rows,
+                units=units,
+                sharpness=default_sharpness(units, config.sharpness),
+                shared=config.layout == "uniform" or rows == 1,
+                lowest=tuple(units if row in whole else low for row in range(rows)),
+                highest=tuple(units if row in whole else high for row in range(rows)),
+                protected=tuple(kept_layers) if name == depth else (),
+            )
+        )
+    fixed_sizes = {name: size for name, size in bound.sizes.items() if name not in {dim.name for dim in dims}}
+    cost = build_cost(bound, model, config.resource, config.resource_scope, config.sequence_length)
+    schedule = SearchSchedule(
+        target=config.target,
+        warmup_steps=config.warmup_steps,
+        importance_decay=config.importance_decay,
+        target_ramp=config.target_ramp,
+        target_schedule=config.target_schedule,
+        resource_weight=config.resource_weight,
+    )
+    return Gates(dims, fixed_sizes, cost, schedule, device=model.device if device is None else device)
+
+
+def dims_to_prune(bound: BoundSpec, config: DMSConfig) -> list[str]:
+    """Names of the dims that a request prunes, in the architecture's order."""
+    wanted = bound.spec.prunable if config.prune is None else config.prune
+    return [n for n in bound.spec.prunable if n in wanted and n not in config.protect.get("dims", ())]
+
+
+def check_request(bound: BoundSpec, config: DMSConfig) -> None:
+    """Check a request against an architecture.
+
+    Raises:
+        ValueError: it names a dim that the architecture lacks, or sizes or layers that cannot be.
+    """
+    spec, protect = bound.spec, config.protect
+    named = {
+        "dms.prune": config.prune or (),
+        "dms.round_to": config.round_to,
+        "dms.protect.dims": protect.get("dims", ()),
+        "dms.protect.min": protect.get("min", {}),
+        "dms.protect.max": protect.get("max", {}),
+    }
+    for option, names in named.items():
+        for name in names:
+            if name not in spec.prunable:
+                raise ValueError(
+                    f"{option}: {spec.model_type} has no dim '{name}'. Its dims are {', '.join(spec.prunable)}."
+                )
+    pruned = dims_to_prune(bound, config)
+    if not pruned:
+        raise ValueError("Nothing is left to prune: dms.protect.dims names every dim of dms.prune.")
+    for layer in protect.get("layers", ()):
+        if not isinstance(layer, int) or not -bound.num_layers <= layer < bound.num_layers:
+            raise ValueError(f"dms.protect.layers: the model has layers 0 to {bound.num_layers - 1}, got {layer!r}.")
+    widths = [name for name in pruned if spec.dim(name).scope == "layer"]
+    if protect.get("layers") and widths and config.layout == "uniform":
+        raise ValueError(
+            f"dms.protect.layers with layout uniform: all layers get the same {' and '.join(widths)}, so no layer can "
+            "be left whole. Use layout: per_layer, or prune only layers and hidden."
+        )
+    for name in pruned:
+        step, units = config.round_to.get(name, 1), bound.sizes[name]
+        low, high = protect.get("min", {}).get(name, 1), protect.get("max", {}).get(name, units)
+        if not (isinstance(low, int) and isinstance(high, int) and 1 <= low <= high <= units):
+            raise ValueError(
+                f"dms.protect: sizes of {name} must lie in 1 to {units} with min at most max, got min {low}, max {high}."
+            )
+        if -(-low // step) * step > high // step * step:
+            raise ValueError(
+                f"dms.round_to.{name} = {step}: no multiple of it lies between {low} and {high}, the sizes allowed for "
+                f"{name}. Choose a smaller one."
+            )
+
+
+def _check_attachable(model: PreTrainedModel, config: DMSConfig) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"attach_ takes a transformers PreTrainedModel, got {type(model).__name__}.")
+    if has_gates(model):
+        raise ValueError("This model has gates already. Take them off with hf_dms.detach_(model) first.")
+    if getattr(model, "is_quantized", False):
+        raise ValueError("This model is quantised: packed weights cannot be cut. Load it without quantisation.")
+    if next(model.parameters()).device.type == "meta":
+        raise ValueError("This model is on the meta device and has no weights. Load it with from_pretrained first.")
+    if getattr(model, "use_kernels", False):
+        raise ValueError("use_kernels=True replaces norms and MLPs by fused kernels that bypass the gates. Set it off.")
+
+
+# ---- where masks go, derived from the description ---------------------------------------------------------------------
+def masked_inputs(bound: BoundSpec, name: str) -> Iterator[tuple[str, int, tuple[int, int, int]]]:
+    """Linear maps that read a dim: (module path, layer, (units before, units, units after) of their input axis)."""
+    for parameter, param in bound.params.items():
+        path, _, leaf = parameter.rpartition(".")
+        if leaf == "weight" and len(param.axes) == 2 and name in param.axes[-1] and param.layer is not None:
+            axis = param.axes[-1]
+            place = axis.index(name)
+            before, after = bound.product(axis[:place]), bound.product(axis[place + 1 :])
+            yield path, param.layer, (before, bound.sizes[name], after)
+
+
+def norms(bound: BoundSpec, name: str) -> Iterator[str]:
+    """Paths of the norms over a dim: the modules whose weight is a vector of it."""
+    for parameter, param in bound.params.items():
+        path, _, leaf = parameter.rpartition(".")
+        if leaf == "weight" and param.axes == ((name,),):
+            yield path
+
+
+# ---- what the hooks do ------------------------------------------------------------------------------------------------
+def _compute_masks(gates: Gates, module: nn.Module, args: tuple) -> None:
+    gates.compute_masks_()
+
+
+def _mask_input(gates: Gates, name: str, layer: int, shape: tuple[int, int, int], module: nn.Module, args: tuple):
+    return (MaskUnits.apply(args[0], gates.log_masks[name][layer], shape), *args[1:])
+
+
+def _gate_residual(gates: Gates, name: str, layer: int, module: nn.Module, args: tuple, kwargs: dict, output):
+    before = args[0] if args else kwargs["hidden_states"]
+    log_mask = gates.log_masks[name][0][layer]
+    if isinstance(output, tuple):
+        return (GateResidual.apply(before, output[0], log_mask), *output[1:])
+    return GateResidual.apply(before, output, log_mask)
+
+
+def _masked_norm_forward(norm: nn.Module, gates: Gates, name: str, x: Tensor) -> Tensor:
+    centered = isinstance(norm, nn.LayerNorm)
+    eps = norm.eps if centered else norm.variance_epsilon
+    bias = norm.bias if centered else None
+    return MaskedNorm.apply(x, gates.log_masks[name][0], norm.weight, bias, eps, centered)
+
+
+class MaskUnits(torch.autograd.Function):
+    """y = x·m along the last axis, m = exp(log m).
+
+    Saved for the backward: y alone. dL/d(log m) = m·dL/dm = Σ g·y needs neither x nor a division.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, log_mask: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        mask = log_mask.exp().to(x.dtype)[None, :, None].expand(shape).reshape(-1)
+        y = x * mask
+        ctx.save_for_backward(y, mask)
+        ctx.shape = shape
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        y, mask = ctx.saved_tensors
+        grad_x = grad * mask if ctx.needs_input_grad[0] else None
+        grad_log_mask = None
+        if ctx.needs_input_grad[1]:
+            per_column = (grad * y).flatten(0, -2).sum(0, dtype=_at_least_float32(y.dtype))
+            grad_log_mask = per_column.view(ctx.shape).sum((0, 2)).to(torch.float32)
+        return grad_x, grad_log_mask, None
+
+
+class GateResidual(torch.autograd.Function):
+    """x + m·(y - x), exactly x at m = 0 and y at m = 1; dL/d(log m) = Σ g·(out - x).
+
+    Saved for the backward: x and the output, both of which the neighbouring norms keep anyway.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor, log_mask: Tensor) -> Tensor:
+        mask = log_mask.exp().to(x.dtype)
+        out = torch.lerp(x, y, mask)
+        ctx.save_for_backward(x, out, mask)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, out, mask = ctx.saved_tensors
+        grad_y = grad * mask
+        grad_log_mask = None
+        if ctx.needs_input_grad[2]:
+            grad_log_mask = (grad * (out - x)).sum(dtype=_at_least_float32(x.dtype)).to(torch.float32)
+        return grad - grad_y, grad_y, grad_log_mask
+
+
+class MaskedNorm(torch.autograd.Function):
+    """RMS norm or layer norm whose statistics run over the kept width, its output masked after the bias.
+
+    With M = Σ m, μ = Σ m·x / M (0 for an RMS norm), v = Σ m·(x - μ)² / M and r = (v + ε)^(-1/2):
+    y = m·(w·(x - μ)·r + b). At m = 1 the stock norm; at a hard mask that of the cut model. Like the stock RMS norm it
+    computes in float32 at least, and rounds to the input's dtype before the weight.
+
+    Saved for the backward: x, which the stock norm keeps too, and two numbers per position.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, log_mask: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centered: bool):
+        wide = _at_least_float32(x.dtype)
+        mask = log_mask.exp().to(wide)
+        share = mask / mask.sum()
+        offset, centre = x.to(wide), None
+        with torch.autocast(x.device.type, enabled=False):  # it would take the statistics in half precision
+            if centered:
+                centre = (offset @ share)[..., None]
+                offset = offset - centre
+            inverse = torch.rsqrt((offset.square() @ share)[..., None] + eps)
+        ctx.save_for_backward(x, log_mask, weight, bias, centre, inverse)
+        ctx.eps = eps
+        y = weight * (offset * inverse * mask).to(x.dtype)
+        return y if bias is None else y + bias * mask.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, log_mask, weight, bias, centre, inverse = ctx.saved_tensors
+        wide = _at_least_float32(x.dtype)
+        mask = log_mask.exp().to(wide)
+        total = mask.sum()
+        g = grad.to(wide).flatten(0, -2)
+        inverse = inverse.flatten(0, -2)
+        offset = x.to(wide).flatten(0, -2)
+        if centre is not None:
+            offset = offset - centre.flatten(0, -2)
+        normed = offset * inverse
+        columns = (g * normed).sum(0)  # Σ g·x̂ per unit, [hidden]
+        dot = (g * normed) @ (weight * mask)  # Σ g·w·m·x̂ per position
+        # dL/dv = -½·r³·Σ g·w·m·(x - μ) = -½·r²·dot, and dL/dμ = -r·Σ g·w·m, as Σ m·(x - μ) = 0.
+        grad_variance = -0.5 * inverse.squeeze(-1).square() * dot
+        grad_centre = -inverse.squeeze(-1) * (g @ (weight * mask)) if centre is not None else None
+        grad_x = grad_log_mask = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = g * (weight * mask) * inverse + 2 * grad_variance[:, None] * offset * (mask / total)
+            if centre is not None:
+                grad_x += grad_centre[:, None] * (mask / total)
+            grad_x = grad_x.to(x.dtype).view_as(x)
+        if ctx.needs_input_grad[1]:
+            variance = inverse.squeeze(-1).pow(-2)  # v + ε; the ε of dv/dm = ((x - μ)² - v)/M is taken off below
+            grad_mask = weight * columns + (
+                grad_variance @ offset.square() - (grad_variance * (variance - ctx.eps)).sum()
+            ) / total
+            if bias is not None:
+                grad_mask = grad_mask + bias * g.sum(0)
+            if centre is not None:
+                grad_mask = grad_mask + grad_centre @ offset / total
+            grad_log_mask = (grad_mask * mask).to(torch.float32)
+        if ctx.needs_input_grad[2]:
+            grad_weight = (columns * mask).to(weight.dtype)
+        if ctx.needs_input_grad[3]:
+            grad_bias = (g.sum(0) * mask).to(bias.dtype)
+        return grad_x, grad_log_mask, grad_weight, grad_bias, None, None
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

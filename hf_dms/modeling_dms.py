@@ -1,0 +1,157 @@
+"""Models whose layers differ in width: the file that travels with a per-layer checkpoint of hf_dms.
+
+It needs torch and transformers only. `Dms<Stock class>` (DmsLlamaForCausalLM, ...) is the stock class with its layers
+resized: config.json names each layer's sizes in transformers' own `per_layer_config`, and in `dms_layers` what the axes
+of a layer's parameters are products of. With hf_dms installed, `import hf_dms` registers these classes; without it,
+`from_pretrained(..., trust_remote_code=True)` finds this file.
+"""
+
+import functools
+import re
+from math import prod
+
+import torch
+import transformers
+from huggingface_hub.dataclasses import strict
+from torch import nn
+
+AUTO_CLASSES = (
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForImageClassification",
+    "AutoModelForMaskedLM",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+)
+
+
+@functools.cache
+def dms_config_class(stock: type) -> type:
+    """The config class of per-layer models of a stock architecture.
+
+    Args:
+        stock: its stock config class, e.g. `LlamaConfig`.
+    """
+
+    def validate_architecture(self) -> None:
+        """The stock check reads sizes that differ per layer here; sizes are checked when the layers are built."""
+
+    def __post_init__(self, **kwargs) -> None:
+        register_models(stock)
+        super(cls, self).__post_init__(**kwargs)
+
+    def __eq__(self, other) -> bool:
+        return type(self) is type(other) and self.to_dict() == other.to_dict()
+
+    name = f"Dms{stock.__name__}"
+    namespace = {
+        "model_type": f"dms_{stock.model_type}",
+        "__module__": __name__,
+        "__doc__": f"Config of a `{stock.__name__}` model whose layers differ in width.",
+        "__annotations__": {"dms_layers": "dict | None"},
+        "dms_layers": None,
+        "__post_init__": __post_init__,
+        "validate_architecture": validate_architecture,
+        "__hash__": None,
+    }
+    cls = strict(type(name, (stock,), namespace))  # without strict the parent's validators would stay in force
+    cls.__eq__ = __eq__
+    return cls
+
+
+@functools.cache
+def register_models(stock: type) -> None:
+    """Let the Auto classes find the per-layer model classes of a stock config class."""
+    for name in AUTO_CLASSES:
+        auto = getattr(transformers, name)
+        if stock in auto._model_mapping:
+            auto.register(dms_config_class(stock), dms_model_class(auto._model_mapping[stock]), exist_ok=True)
+
+
+@functools.cache
+def dms_model_class(stock: type) -> type:
+    """The per-layer class of a stock model class, e.g. `LlamaForCausalLM`."""
+    config_class = dms_config_class(stock.config_class)
+
+    def __init__(self, config, *args, **kwargs) -> None:
+        overrides = config.to_dict().get("per_layer_config")
+        config.per_layer_config = None  # the stock class reads the common sizes
+        try:
+            stock.__init__(self, config, *args, **kwargs)
+        finally:
+            config.per_layer_config = overrides
+        resize_layers_(self)
+
+    namespace = {
+        "__init__": __init__,
+        "__module__": __name__,
+        "__doc__": f"`{stock.__name__}` with layers that differ in width.",
+        "__annotations__": {"config": config_class},
+        "config_class": config_class,
+        "_auto_class": _auto_class_of(stock),
+    }
+    return type(f"Dms{stock.__name__}", (stock,), namespace)
+
+
+def resize_layers_(model) -> None:
+    """Give each layer of a freshly built stock model the sizes that its config records, in place."""
+    config, layout = model.config, model.config.dms_layers
+    base = model.base_model
+    for index, layer in enumerate(base.get_submodule(layout["path"])):
+        layer_config = config.per_layer_config[index]
+        sizes = {name: _size(expression, layer_config) for name, expression in layout["dims"].items()}
+        resized = set()
+        for name, axes in layout["axes"].items():
+            path, _, leaf = name.rpartition(".")
+            module = layer.get_submodule(path)
+            old = getattr(module, leaf)
+            shape = tuple(prod(sizes[factor] for factor in axis) for axis in _parse(axes))
+            if old is not None and tuple(old.shape) != shape:
+                setattr(module, leaf, nn.Parameter(torch.empty(shape, dtype=old.dtype, device=old.device)))
+                if isinstance(module, nn.Linear) and leaf == "weight":
+                    module.out_features, module.in_features = shape
+                resized.add(module)
+        for pattern, product in layout["attributes"].items():
+            path, _, attribute = pattern.rpartition(".")
+            setattr(layer.get_submodule(path), attribute, prod(sizes[factor] for factor in product.split()))
+        for module in resized:
+            model._init_weights(module)
+
+
+def _parse(axes: str) -> list[list[str]]:
+    return [token.strip("()").split() for token in re.findall(r"\([^)]*\)|\S+", axes)]
+
+
+def _size(expression: str, config) -> int:
+    if expression.isdigit():
+        return int(expression)
+    values = [getattr(config, name.strip()) for name in expression.split("//")]
+    return values[0] if len(values) == 1 else values[0] // values[1]
+
+
+def _auto_class_of(stock: type) -> str:
+    for name in AUTO_CLASSES:
+        mapping = getattr(transformers, name)._model_mapping
+        if stock.config_class in mapping and mapping[stock.config_class] is stock:
+            return name
+    return "AutoModel"
+
+
+def auto_map(stock_config: type) -> dict[str, str]:
+    """What `auto_map` of a per-layer config says: the class in this file for every head of the architecture."""
+    file = __name__.rpartition(".")[2]
+    classes = {"AutoConfig": f"{file}.Dms{stock_config.__name__}"}
+    for name in AUTO_CLASSES:
+        mapping = getattr(transformers, name)._model_mapping
+        if stock_config in mapping:
+            classes[name] = f"{file}.Dms{mapping[stock_config].__name__}"
+    return classes
+
+
+def __getattr__(name: str) -> type:
+    """`DmsLlamaConfig`, `DmsLlamaForCausalLM`, ...: made from the stock class of that name when first asked for."""
+    stock = getattr(transformers, name.removeprefix("Dms"), None) if name.startswith("Dms") else None
+    if not isinstance(stock, type):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return dms_config_class(stock) if issubclass(stock, transformers.PreTrainedConfig) else dms_model_class(stock)

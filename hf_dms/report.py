@@ -1,0 +1,125 @@
+"""What a prune came to: the numbers of `dms_report.json`, a table for the terminal, and the model card."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import accelerate
+import datasets
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from . import __version__
+from .config import RESOURCES, DMSConfig
+from .gates import Gates
+from .masking import gates_of
+from .resource import Sizes
+from .rounding import round_sizes
+from .spec import build_cost
+
+ROWS = {  # key of dms_report.json: (words of the table, format)
+    "num_params": ("parameters", ",.0f"),
+    "macs_per_token": ("MACs per token", ",.0f"),
+    "kv_bytes_per_token": ("KV bytes per token", ",.0f"),
+    "perplexity": ("held-out perplexity", ".2f"),
+    "tokens_per_second": ("prefill tokens/s", ",.0f"),
+}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what produced a result."""
+    modules = (torch, transformers, accelerate, datasets)
+    named = {module.__name__: str(module.__version__) for module in modules}
+    return {"hf_dms": __version__, "python": platform.python_version()} | named
+
+
+def sizes_and_costs(model: PreTrainedModel, sequence_length: int) -> dict[str, Any]:
+    """Exact sizes and costs of the dense model and of the one that `prune` makes of it.
+
+    Args:
+        model: a model with gates.
+        sequence_length: tokens per sequence, for the attention scores in the MACs.
+
+    Returns:
+        `{"dense": {num_params, macs_per_token, kv_bytes_per_token}, "pruned": {...}, "sizes": {dim: [...]}}`, the last
+        per layer of the dense model.
+    """
+    gates = gates_of(model)
+    bound, config = gates.attachment.bound, gates.attachment.config
+    sizes = round_sizes(gates, bound, config, model.config)
+    result: dict[str, Any] = {"dense": {}, "pruned": {}, "sizes": {n: size.tolist() for n, size in sizes.items()}}
+    names = {"params": "num_params", "macs": "macs_per_token", "kv_bytes": "kv_bytes_per_token"}
+    for resource in RESOURCES:
+        if resource == "kv_bytes" and bound.spec.cache is None:
+            continue
+        cost = build_cost(bound, model, resource, "model", sequence_length)
+        for key, at in (("dense", gates.dense_sizes()), ("pruned", _on(gates, gates.dense_sizes() | sizes))):
+            result[key][names[resource]] = int(gates.count(at, cost))
+    return result
+
+
+def _on(gates: Gates, sizes: Sizes) -> Sizes:
+    return {name: size.to(gates.prune_ratio.device) for name, size in sizes.items()}
+
+
+def table(report: dict[str, Any]) -> str:
+    """Dense against pruned, for the terminal and the model card (a Markdown table)."""
+    columns = [name for name in ("dense", "pruned", "recovered") if name in report]
+    lines = [f"| | {' | '.join(columns)} | {columns[-1]} / dense |", "|---" * (len(columns) + 2) + "|"]
+    for key, (words, number) in ROWS.items():
+        values = [report[name].get(key, report["pruned"].get(key)) for name in columns]
+        if all(value is not None for value in values):
+            cells = " | ".join(format(value, number) for value in values)
+            lines.append(f"| {words} | {cells} | {values[-1] / values[0]:.3f} |")
+    return "\n".join(lines)
+
+
+def loading_lines(model_class: str, path: str) -> str:
+    """The lines of Python that load a result.
+
+    Args:
+        model_class: name of its class; that of a per-layer model begins with Dms.
+        path: its folder.
+    """
+    extra = ", trust_remote_code=True)  # or `import hf_dms` first" if model_class.startswith("Dms") else ")"
+    return "\n".join(
+        [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f'model = AutoModelForCausalLM.from_pretrained("{path}"{extra}',
+            f'tokenizer = AutoTokenizer.from_pretrained("{path}")',
+        ]
+    )
+
+
+def model_card(report: dict[str, Any], base: str, name: str) -> str:
+    """The README.md of a pruned model."""
+    config = DMSConfig(**report["recipe"]["dms"])
+    metadata = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- dms\n- pruned\n---"
+    sizes = "\n".join(f"| {dim} | {', '.join(map(str, values))} |" for dim, values in report["sizes"].items())
+    return f"""{metadata}
+
+# {name}
+
+`{base}` made smaller with [hf_dms](https://arxiv.org/abs/2405.07194) (Differentiable Model Scaling): {config.target:g} of its
+{config.resource} ({config.resource_scope}) kept, layout {config.layout}, pipeline `{config.pipeline}`.
+
+{table(report)}
+
+Perplexity: {report["protocol"]}.
+
+## Load it
+
+```python
+{loading_lines(report["model_class"], name)}
+```
+
+## Sizes, per layer of the dense model
+
+| dim | units kept |
+|---|---|
+{sizes}
+
+The recipe, versions and seed are in `dms_report.json`.
+"""

@@ -1,0 +1,97 @@
+"""What a model costs as a function of its gates, the resource loss and the falling target (section 3.3 of the paper).
+
+A cost is a polynomial in the sizes of the dims: a Llama layer has `2·kv·rep·d·hidden + ... + 3·mlp·hidden + 2·hidden`
+parameters. Sizes may be whole (an exact count) or not (the differentiable relaxation k̃ = (1 - a) N, whose gradient in
+a is the same everywhere). Each layer's cost is multiplied by how much of the layer is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Monomial = tuple[str, ...]
+Sizes = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A resource as a polynomial in the sizes of the dims.
+
+    Attributes:
+        model: coefficient of each monomial outside the layers, e.g. `{("hidden",): 49152.0}`.
+        layer: coefficient of each monomial of each layer, `[layers]` float64, e.g. `{("hidden", "mlp"): [3., 3., ...]}`.
+    """
+
+    model: dict[Monomial, float]
+    layer: dict[Monomial, Tensor]
+
+    def count(self, sizes: Sizes, layers_kept: Tensor | None = None) -> Tensor:
+        """Evaluate the polynomial.
+
+        Args:
+            sizes: units kept per dim, `[..., layers]`, or `[..., 1]` for a dim that the whole model shares; float or
+                int, differentiable.
+            layers_kept: `[..., layers]` in [0, 1], how much of each layer is counted. Default: all of each.
+
+        Returns:
+            `[...]` float64.
+        """
+        total = self.per_layer(sizes)
+        total = total.sum(-1) if layers_kept is None else (total * layers_kept.double()).sum(-1)
+        for monomial, coefficient in self.model.items():
+            total = total + coefficient * _product(sizes, monomial).squeeze(-1)
+        return total
+
+    def per_layer(self, sizes: Sizes) -> Tensor:
+        """Cost of each layer, `[..., layers]` float64."""
+        terms = [coefficient * _product(sizes, monomial) for monomial, coefficient in self.layer.items()]
+        return torch.stack(torch.broadcast_tensors(*terms)).sum(0)
+
+    def layers_only(self) -> Cost:
+        """The same cost without what lies outside the layers."""
+        return Cost(model={}, layer=self.layer)
+
+
+def _product(sizes: Sizes, monomial: Monomial) -> Tensor:
+    product = torch.ones(1, dtype=torch.float64, device=next(iter(sizes.values())).device)
+    for dim in monomial:
+        product = product * sizes[dim].double()
+    return product
+
+
+def resource_loss(resource: Tensor, target: Tensor | float) -> Tensor:
+    """log(r / r_t) above the target, 0 at or below it (equation 6).
+
+    Args:
+        resource: r, current resource, any unit; differentiable.
+        target: r_t in the same unit.
+
+    Returns:
+        `[...]`, not negative.
+
+    Example:
+        >>> resource_loss(torch.tensor([0.4, 0.5, 1.0]), 0.5)
+        tensor([0.0000, 0.0000, 0.6931])
+    """
+    return torch.relu(torch.log(resource / target))
+
+
+def scheduled_target(target: float, progress: float, ramp: float = 0.7, schedule: str = "geometric") -> float:
+    """The target at a point of the search.
+
+    Args:
+        target: the final one, a fraction of the dense resource.
+        progress: fraction of the search that is done, in [0, 1].
+        ramp: fraction of the search over which the target falls from 1 to `target`.
+        schedule: geometric, target^(progress / ramp), an equal factor each step; or constant.
+
+    Example:
+        >>> [scheduled_target(0.25, p, ramp=0.5) for p in (0.0, 0.25, 0.5, 1.0)]
+        [1.0, 0.5, 0.25, 0.25]
+    """
+    if schedule == "constant":
+        return target
+    return target ** min(1.0, progress / ramp)

@@ -1,0 +1,211 @@
+"""From learned prune ratios to whole sizes that keep the budget exactly.
+
+The learned sizes (1 - a)·N are scaled by one common factor, the largest with which their rounded values fit. Then, as
+long as one more step of some dim fits, the dim that is furthest below its learned size takes it. So the result is at
+most the target, maximal (no single allowed step of any dim still fits), and as close to what was learned as that allows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from math import lcm
+
+import torch
+from torch import Tensor
+
+from .config import DMSConfig
+from .gates import Gates
+from .resource import Sizes
+from .spec import BoundSpec
+
+State = dict[str, Tensor]  # whole size of every prune ratio, `[num_ratios]` int64 per dim
+
+
+@dataclass(frozen=True)
+class Divisor:
+    """`unit · size(dim)` must divide the size of `multiple`: what a stock config can express."""
+
+    dim: str
+    unit: int
+    multiple: str
+
+
+def stock_limits(bound: BoundSpec, config: DMSConfig, model_config, gated: tuple[str, ...]) -> list[Divisor]:
+    """The limits of the stock config that the sizes must respect.
+
+    None for a per-layer layout. Where an alternative stock class has no such limit (Mistral for Llama), the limits hold
+    only if the other side is free to follow: pruned, and with no multiple of its own.
+    """
+    if config.layout == "per_layer":
+        return []
+    limits = []
+    for factors, multiple in bound.spec.must_divide:
+        (dim,) = [name for name in factors.split() if bound.spec.dim(name).scope != "fixed"]
+        free = multiple in gated and config.round_to.get(multiple, 1) == 1
+        if dim in gated or multiple in gated:
+            if free or not has_alternative(bound, model_config):
+                unit = bound.product(factors) // bound.sizes[dim]
+                limits.append(Divisor(dim, unit, multiple))
+    return limits
+
+
+def has_alternative(bound: BoundSpec, model_config) -> bool:
+    """Whether the model can be written as another stock class that has fewer limits."""
+    spec = bound.spec
+    return spec.alternative is not None and not any(getattr(model_config, name, False) for name in spec.alternative_needs)
+
+
+def round_sizes(gates: Gates, bound: BoundSpec, config: DMSConfig, model_config) -> Sizes:
+    """Whole sizes for every gated dim that keep the budget.
+
+    Args:
+        gates: prune ratios, importance and cost.
+        bound: the architecture.
+        config: the target, multiples and protections.
+        model_config: the dense model's config.
+
+    Returns:
+        Per dim `[rows]` int64.
+
+    Raises:
+        ValueError: no allowed sizes meet the target; the message names the lowest target that can be met.
+    """
+    return _Rounding(gates, bound, config, model_config).solve()
+
+
+def check_target(gates: Gates, bound: BoundSpec, config: DMSConfig, model_config) -> None:
+    """Check that allowed sizes can meet the target.
+
+    Raises:
+        ValueError: they cannot; the message names the lowest target that can be met.
+    """
+    _Rounding(gates, bound, config, model_config).smallest()
+
+
+class _Rounding:
+    def __init__(self, gates: Gates, bound: BoundSpec, config: DMSConfig, model_config) -> None:
+        self.gates = gates
+        self.target = config.target
+        self.budget = config.target * gates.dense_resource
+        self.step = {name: config.round_to.get(name, 1) for name in gates.dims}
+        self.limits = stock_limits(bound, config, model_config, tuple(gates.dims))
+        self.fixed = bound.sizes
+        self.low, self.high, self.learned = {}, {}, {}
+        for name, dim in gates.dims.items():
+            low, high = torch.tensor(dim.lowest), torch.tensor(dim.highest)
+            self.low[name] = low.max()[None] if dim.shared else low
+            self.high[name] = high.min()[None] if dim.shared else high
+            ratio = gates.ratio(name).detach().double().cpu()
+            self.learned[name] = (1 - ratio[: dim.num_ratios]) * dim.units
+
+    def solve(self) -> Sizes:
+        state = self.smallest()
+        scale, state = self._largest_fitting_scale(state)
+        while (grown := self._grow(state, scale)) is not None:
+            state = grown
+        return {name: value.expand(self.gates.dims[name].rows).clone() for name, value in state.items()}
+
+    def smallest(self) -> State:
+        """The smallest allowed sizes.
+
+        Raises:
+            ValueError: even they do not meet the target.
+        """
+        state = self.snap(0.0)
+        lowest = float(self.count(state)) / self.gates.dense_resource
+        if self.count(state) > self.budget:
+            shown = math.ceil(lowest * 1e4) / 1e4
+            raise ValueError(
+                f"dms.target = {self.target:g} cannot be reached: with every pruned dim at its smallest size "
+                f"{lowest:.4f} of the dense resource remains. Raise the target to at least {shown:.4f}, prune more dims, "
+                "or loosen protect and round_to."
+            )
+        return state
+
+    def _largest_fitting_scale(self, state: State) -> tuple[float, State]:
+        """Bisect for the common factor; `state` is that of factor 0, which fits."""
+        low, high = 0.0, max(float((self.high[name] / self.learned[name].clamp(min=1e-6)).max()) for name in state)
+        high = min(high + 1.0, 1e9)
+        for _ in range(64):
+            middle = (low + high) / 2
+            candidate = self.snap(middle)
+            if self.count(candidate) <= self.budget:
+                low, state = middle, candidate
+            else:
+                high = middle
+        return low, state
+
+    def snap(self, scale: float) -> State:
+        """The allowed sizes nearest to `scale` times the learned ones."""
+        state = {}
+        for name, learned in self.learned.items():
+            step = self.step[name]
+            nearest = ((learned * scale / step + 0.5).floor() * step).long()
+            state[name] = torch.minimum(torch.maximum(nearest, self.low[name]), self.high[name])
+        for limit in self.limits:
+            self._respect_(state, limit)
+        return state
+
+    def _respect_(self, state: State, limit: Divisor) -> None:
+        """Lower the sizes until a limit holds: the multiple to the next one below, or, if it is fixed, the divisor."""
+        if limit.multiple in state:
+            divisor = limit.unit * (int(state[limit.dim]) if limit.dim in state else self.fixed[limit.dim])
+            step = lcm(self.step[limit.multiple], divisor)
+            low = -(-int(self.low[limit.multiple]) // step) * step
+            value = max(int(state[limit.multiple]) // step * step, low)
+            if value <= int(self.high[limit.multiple]):
+                state[limit.multiple] = torch.tensor([value])
+                return
+        candidates = range(int(self.low[limit.dim]), int(state[limit.dim]) + 1, self.step[limit.dim])
+        allowed = [size for size in candidates if self._allowed(state | {limit.dim: torch.tensor([size])})]
+        if not allowed:
+            raise ValueError(
+                f"layout uniform: no allowed size of {limit.dim} makes {limit.unit}·{limit.dim} a divisor of "
+                f"{limit.multiple}, which the stock config demands. Use layout: per_layer, or loosen protect and round_to."
+            )
+        state[limit.dim] = torch.tensor([max(allowed)])
+
+    def _allowed(self, state: State) -> bool:
+        def size(name: str) -> int:
+            return int(state[name]) if name in state else self.fixed[name]
+
+        return all(size(limit.multiple) % (limit.unit * size(limit.dim)) == 0 for limit in self.limits)
+
+    def _grow(self, state: State, scale: float) -> State | None:
+        """The state after one more allowed step of the dim that is furthest below its learned size; None if none fits."""
+        steps = [(name, i, size) for name in state for i in range(len(state[name])) if (size := self._next(state, name, i))]
+        if not steps:
+            return None
+        candidates = {name: value.repeat(len(steps), 1) for name, value in state.items()}
+        for row, (name, i, size) in enumerate(steps):
+            candidates[name][row, i] = size
+        fits = self.count(candidates) <= self.budget
+        best, best_lack = None, -torch.inf
+        for row, (name, i, size) in enumerate(steps):
+            current = int(state[name][i])
+            lack = (scale * float(self.learned[name][i]) - current) / (size - current)
+            if fits[row] and lack > best_lack:
+                best, best_lack = row, lack
+        return None if best is None else {name: value[best] for name, value in candidates.items()}
+
+    def _next(self, state: State, name: str, i: int) -> int | None:
+        """The next larger allowed size of one prune ratio, all others unchanged."""
+        step = self.step[name]
+        for limit in self.limits:
+            if limit.multiple == name:
+                step = lcm(step, limit.unit * (int(state[limit.dim]) if limit.dim in state else self.fixed[limit.dim]))
+        size, high = int(state[name][i]) + step, int(self.high[name][i])
+        while size <= high:
+            if not self.limits or self._allowed(state | {name: torch.tensor([size])}):
+                return size
+            size += step
+        return None
+
+    def count(self, state: State) -> Tensor:
+        """The limited resource, `[...]` float64, of sizes `[..., num_ratios]`."""
+        sizes = {name: size.cpu() for name, size in self.gates.dense_sizes().items()}
+        for name, value in state.items():
+            sizes[name] = value.double().expand(*value.shape[:-1], self.gates.dims[name].rows)
+        device = self.gates.prune_ratio.device
+        return self.gates.count({name: size.to(device) for name, size in sizes.items()}).cpu()

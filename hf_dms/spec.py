@@ -1,0 +1,248 @@
+"""One description per architecture, and what it means for a live model.
+
+An `ArchSpec` says which named dims each axis of each parameter is a product of, in einops' notation. Binding it to a
+model checks every parameter against it and derives everything that the rest of the package needs: where masks go, what
+the model costs, how tensors are sliced, what the config says. Nothing else may know a module's name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .resource import Cost, Monomial
+
+Axes = tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Dim:
+    """A named size.
+
+    Attributes:
+        name: the word used in axis strings.
+        size: config attribute, `"a // b"` of two of them, or a number.
+        scope: "layer" (each layer has its own gate), "model" (one gate for the model), "depth" (the layers
+            themselves) or "fixed" (never pruned).
+    """
+
+    name: str
+    size: str
+    scope: str = "fixed"
+
+
+@dataclass(frozen=True)
+class ArchSpec:
+    """Everything that hf_dms knows about an architecture.
+
+    Attributes:
+        model_type: the config's.
+        layers: path of the list of layers, below the base model.
+        dims: the named sizes. The one with scope "depth" is the number of layers.
+        params: parameter name pattern, below the base model or the model (`{i}` is the layer), to its axes, e.g.
+            `"(kv rep d) hidden"`. Names of parameters that a variant lacks do no harm.
+        config: config attribute to the product of dims that it holds.
+        attributes: `"module pattern.attribute"` to the product of dims that a module of a layer remembers in it.
+        attention: product of dims that one position's attention output has, for the cost of attention scores.
+        cache: product of dims that one position's key (and value) has; None for a model without a cache.
+        must_divide: `(a, b)`: in the stock config the product a must divide the product b.
+        alternative: model_type that has the same tensors and maths without the limits of `must_divide`.
+        alternative_overrides: config values that make it so.
+        alternative_needs: config attributes that must be false for the alternative to be the same.
+    """
+
+    model_type: str
+    layers: str
+    dims: tuple[Dim, ...]
+    params: dict[str, str]
+    config: dict[str, str]
+    attributes: dict[str, str] = field(default_factory=dict)
+    attention: str = ""
+    cache: str | None = None
+    must_divide: tuple[tuple[str, str], ...] = ()
+    alternative: str | None = None
+    alternative_overrides: dict[str, Any] = field(default_factory=dict)
+    alternative_needs: tuple[str, ...] = ()
+
+    def dim(self, name: str) -> Dim:
+        return next(dim for dim in self.dims if dim.name == name)
+
+    @property
+    def prunable(self) -> tuple[str, ...]:
+        """Names of the dims that can be pruned."""
+        return tuple(dim.name for dim in self.dims if dim.scope != "fixed")
+
+
+@dataclass(frozen=True)
+class BoundParam:
+    """A parameter of a live model: its axes, and the layer that it belongs to (None outside the layers)."""
+
+    axes: Axes
+    layer: int | None
+
+
+@dataclass(frozen=True)
+class BoundSpec:
+    """An `ArchSpec` bound to a model.
+
+    Attributes:
+        spec: the description.
+        prefix: what precedes the base model's names, "model." for a LlamaForCausalLM, "" for a LlamaModel.
+        sizes: units of every dim.
+        params: every parameter of the model by name, tied ones under each of their names.
+        tied: names that hold a tensor already listed under another name.
+    """
+
+    spec: ArchSpec
+    prefix: str
+    sizes: dict[str, int]
+    params: dict[str, BoundParam]
+    tied: frozenset[str]
+
+    @property
+    def depth(self) -> str:
+        return next(dim.name for dim in self.spec.dims if dim.scope == "depth")
+
+    @property
+    def num_layers(self) -> int:
+        return self.sizes[self.depth]
+
+    @property
+    def layers_path(self) -> str:
+        return self.prefix + self.spec.layers
+
+    def rows(self, name: str) -> int:
+        """Independent sets of units of a dim: its layers, or 1."""
+        return self.num_layers if self.spec.dim(name).scope == "layer" else 1
+
+    def product(self, factors: str | tuple[str, ...]) -> int:
+        """Size of a product of dims before pruning."""
+        return prod(self.sizes[name] for name in (factors.split() if isinstance(factors, str) else factors))
+
+    def monomial(self, factors: tuple[str, ...]) -> tuple[Monomial, float]:
+        """Split a product of dims into the prunable dims and the number that the others amount to."""
+        gated = tuple(sorted(name for name in factors if self.spec.dim(name).scope in ("layer", "model")))
+        return gated, float(prod(self.sizes[name] for name in factors if name not in gated))
+
+
+def parse_axes(text: str) -> Axes:
+    """`"(kv rep d) hidden"` → `(("kv", "rep", "d"), ("hidden",))`."""
+    return tuple(tuple(token.strip("()").split()) for token in re.findall(r"\([^)]*\)|\S+", text))
+
+
+def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
+    """Match every parameter of a model with its line of the description.
+
+    Args:
+        spec: the description.
+        model: a `PreTrainedModel`; the meta device will do.
+
+    Raises:
+        ValueError: a parameter that no line or several lines describe, or whose shape is not the product of its dims.
+    """
+    sizes = {dim.name: dim_size(dim, model.config) for dim in spec.dims}
+    prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    patterns = [(_compile(pattern), parse_axes(axes)) for pattern, axes in spec.params.items()]
+    params: dict[str, BoundParam] = {}
+    owners: dict[int, str] = {}
+    tied = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.startswith("dms_gates."):
+            continue
+        matches = [(m, axes) for regex, axes in patterns if (m := regex.fullmatch(name.removeprefix(prefix)))]
+        if len(matches) != 1:
+            raise ValueError(
+                f"{spec.model_type}: parameter '{name}' {tuple(parameter.shape)} matches {len(matches)} lines of the "
+                f"description, expected 1. Add or correct its line in the params of hf_dms/archs."
+            )
+        match, axes = matches[0]
+        expected = tuple(prod(sizes[factor] for factor in axis) for axis in axes)
+        if tuple(parameter.shape) != expected:
+            raise ValueError(
+                f"{spec.model_type}: parameter '{name}' has shape {tuple(parameter.shape)}, but its description "
+                f"'{spec.params[_pattern_of(spec, match)]}' means {expected}. If the model was pruned or resized "
+                "already, start from the dense one; otherwise correct the description."
+            )
+        layer = match.groupdict().get("i")
+        params[name] = BoundParam(axes, None if layer is None else int(layer))
+        if owners.setdefault(id(parameter), name) != name:
+            tied.add(name)
+    return BoundSpec(spec, prefix, sizes, params, frozenset(tied))
+
+
+def dim_size(dim: Dim, config: Any) -> int:
+    """Size of a dim according to a config."""
+    if dim.size.isdigit():
+        return int(dim.size)
+    values = [getattr(config, name.strip()) for name in dim.size.split("//")]
+    return values[0] if len(values) == 1 else values[0] // values[1]
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern).replace(r"\{i\}", r"(?P<i>\d+)"))
+
+
+def _pattern_of(spec: ArchSpec, match: re.Match[str]) -> str:
+    return next(pattern for pattern in spec.params if _compile(pattern).pattern == match.re.pattern)
+
+
+# ---- cost -----------------------------------------------------------------------------------------------------------
+def build_cost(bound: BoundSpec, model: nn.Module, resource: str, scope: str, sequence_length: int | None) -> Cost:
+    """The cost of a bound model as a polynomial of its dims.
+
+    params: every parameter, tied ones once. macs: multiply-accumulates per token of all `nn.Linear` and of the
+    attention scores over the full square of `sequence_length` (embedding lookups, norms, activations and rotary
+    embeddings are not counted). kv_bytes: bytes of keys and values per token in the model's dtype.
+
+    Raises:
+        ValueError: kv_bytes of a model without a cache, macs without a sequence length.
+    """
+    terms = {"params": _param_terms, "macs": _mac_terms, "kv_bytes": _cache_terms}[resource](
+        bound, model, sequence_length
+    )
+    outside: dict[Monomial, float] = defaultdict(float)
+    layered: dict[Monomial, Tensor] = defaultdict(lambda: torch.zeros(bound.num_layers, dtype=torch.float64))
+    for factors, coefficient, layer in terms:
+        monomial, number = bound.monomial(factors)
+        if layer is None:
+            outside[monomial] += coefficient * number
+        else:
+            layered[monomial][layer] += coefficient * number
+    cost = Cost(dict(outside), dict(layered))
+    return cost.layers_only() if scope == "layers" else cost
+
+
+def _flat(axes: Axes) -> tuple[str, ...]:
+    return tuple(name for axis in axes for name in axis)
+
+
+def _param_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):
+    for name, param in bound.params.items():
+        if name not in bound.tied:
+            yield _flat(param.axes), 1.0, param.layer
+
+
+def _mac_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):
+    if sequence_length is None:
+        raise ValueError("resource macs needs dms.sequence_length: the number of tokens per sequence.")
+    for name, param in bound.params.items():
+        module_path, _, leaf = name.rpartition(".")
+        if leaf == "weight" and isinstance(model.get_submodule(module_path), nn.Linear):
+            yield _flat(param.axes), 1.0, param.layer
+    for layer in range(bound.num_layers):
+        yield tuple(bound.spec.attention.split()), 2.0 * sequence_length, layer
+
+
+def _cache_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):
+    if bound.spec.cache is None:
+        raise ValueError(
+            f"resource kv_bytes: {bound.spec.model_type} keeps no key-value cache. Use resource: params or macs."
+        )
+    for layer in range(bound.num_layers):
+        yield tuple(bound.spec.cache.split()), 2.0 * model.dtype.itemsize, layer

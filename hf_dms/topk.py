@@ -1,0 +1,163 @@
+"""The differentiable top-k operator of DMS (arXiv 2405.07194, equations 2 to 4): pure functions of tensors.
+
+A dim with N units has an importance c in R^N and one learnable number a in [0, 1], its prune ratio. The operator keeps
+the k = floor((1 - a) N + 1/2) most important units, at least one. Everything is batched over leading axes: importance
+is `[..., units]`, prune_ratio `[...]`. Nothing here knows about models.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Below this many, λ = N would leave the mask visibly closed at a = 0: its lowest unit stands at sigmoid(1/2) = 0.62.
+# With the floor, the missing mass at a = 0, ln(2)·N/λ units, stays under 0.3 % of a dim of 96 units or more, and under
+# 0.09 units for shorter ones (measured: benchmarks/sharpness.md).
+MIN_SHARPNESS = 256.0
+MAX_SHARPNESS_PER_UNIT = 8.0
+
+
+def ranks(importance: Tensor) -> Tensor:
+    """Rank of each unit, 0 for the least important; equal units rank by index, so ranks are always a permutation.
+
+    By sorting: O(N log N) time and O(N) memory per row, never an N×N comparison.
+
+    Args:
+        importance: `[..., units]`, larger is more important.
+
+    Returns:
+        `[..., units]` int64.
+    """
+    order = importance.argsort(dim=-1, stable=True)
+    positions = torch.arange(importance.shape[-1], device=importance.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, positions)
+
+
+def normalize_importance(importance: Tensor) -> Tensor:
+    """Map any distribution of importance to a uniform one: c'_i = (rank_i + 1/2) / N (equation 2, at midpoints).
+
+    The midpoint makes the soft mask cross 1/2 exactly between the units that a hard mask keeps and those it drops.
+
+    Args:
+        importance: `[..., units]`.
+
+    Returns:
+        `[..., units]` float32 in (0, 1) (float64 for float64 input); no gradient flows through it.
+
+    Example:
+        >>> normalize_importance(torch.tensor([3.0, 100.0, -1.0, 4.0]))
+        tensor([0.3750, 0.8750, 0.1250, 0.6250])
+    """
+    dtype = torch.float64 if importance.dtype == torch.float64 else torch.float32
+    return (ranks(importance.detach()).to(dtype) + 0.5) / importance.shape[-1]
+
+
+def default_sharpness(num_units: int, multiple: float | None = None) -> float:
+    """Steepness λ of the soft mask of a dim with `num_units` units.
+
+    The paper's λ = N, raised for short dims: λ = max(N, min(8 N, 256)), so that they are open at a = 0.
+
+    Args:
+        num_units: N.
+        multiple: λ / N, when set by the user.
+    """
+    if multiple is not None:
+        return multiple * num_units
+    return max(float(num_units), min(MAX_SHARPNESS_PER_UNIT * num_units, MIN_SHARPNESS))
+
+
+def log_soft_topk_mask(importance: Tensor, prune_ratio: Tensor, sharpness: float | None = None) -> Tensor:
+    """Logarithm of `soft_topk_mask`: the form in which masks travel through a model (see masking.py)."""
+    if sharpness is None:
+        sharpness = float(importance.shape[-1])
+    return F.logsigmoid(sharpness * (normalize_importance(importance) - prune_ratio.unsqueeze(-1)))
+
+
+def soft_topk_mask(importance: Tensor, prune_ratio: Tensor, sharpness: float | None = None) -> Tensor:
+    """Soft mask m_i = sigmoid(λ (c'_i - a)) (equation 3), differentiable in a: dm_i/da = -λ m_i (1 - m_i).
+
+    Args:
+        importance: `[..., units]`, larger is more important; no gradient flows to it.
+        prune_ratio: `[...]` in [0, 1]; 0 prunes nothing, 1 everything.
+        sharpness: λ; default N, the paper's.
+
+    Returns:
+        `[..., units]` in (0, 1). The units above 1/2 are those of `hard_topk_mask`, except that this mask has none at
+        a = 1. At a = 0 and λ = N the least important units are not quite open: 0.62, 0.82, 0.92, ...
+
+    Example:
+        >>> soft_topk_mask(torch.tensor([3.0, 100.0, -1.0, 4.0]), torch.tensor(0.5))
+        tensor([0.3775, 0.8176, 0.1824, 0.6225])
+    """
+    if sharpness is None:
+        sharpness = float(importance.shape[-1])
+    return torch.sigmoid(sharpness * (normalize_importance(importance) - prune_ratio.unsqueeze(-1)))
+
+
+def num_kept(prune_ratio: Tensor, num_units: int) -> Tensor:
+    """Number of units that a prune ratio keeps: k = floor((1 - a) N + 1/2), at least 1.
+
+    Computed in float64. A value that misses a half by no more than the rounding error of a itself counts as the half,
+    so that a = 0.05 of 10 units keeps 10 in float32 as it does on paper.
+
+    Args:
+        prune_ratio: `[...]` in [0, 1].
+        num_units: N.
+
+    Returns:
+        `[...]` int64 in [1, N].
+    """
+    a = prune_ratio.detach().double()
+    error = torch.finfo(prune_ratio.dtype).eps / 2 * num_units
+    return ((1 - a) * num_units + 0.5 + error).floor().long().clamp(1, num_units)
+
+
+def topk_mask(importance: Tensor, num_units_kept: Tensor) -> Tensor:
+    """0/1 mask of the k most important units.
+
+    Args:
+        importance: `[..., units]`.
+        num_units_kept: `[...]` int, k.
+
+    Returns:
+        `[..., units]` float32 (float64 for float64 importance), with exactly k ones in each row.
+    """
+    dtype = torch.float64 if importance.dtype == torch.float64 else torch.float32
+    num_units = importance.shape[-1]
+    return (ranks(importance.detach()) >= num_units - num_units_kept.unsqueeze(-1)).to(dtype)
+
+
+def hard_topk_mask(importance: Tensor, prune_ratio: Tensor) -> Tensor:
+    """0/1 mask with exactly k = floor((1 - a) N + 1/2) ones, at least one; of equal units the later ones stay.
+
+    Args:
+        importance: `[..., units]`.
+        prune_ratio: `[...]` in [0, 1].
+
+    Returns:
+        `[..., units]` float32 (float64 for float64 importance).
+
+    Example:
+        >>> hard_topk_mask(torch.tensor([3.0, 100.0, -1.0, 4.0]), torch.tensor(0.5))
+        tensor([0., 1., 0., 1.])
+    """
+    return topk_mask(importance, num_kept(prune_ratio, importance.shape[-1]))
+
+
+def linear_topk_count(importance: Tensor, units_kept: Tensor) -> Tensor:
+    """How much of each unit is counted when `units_kept`, not necessarily whole, units stay.
+
+    The most important units count 1, the one at the edge its fraction, the rest 0, so the sum is `units_kept` and its
+    slope is the same everywhere. The sum of a sharp soft mask has a slope that swings between 0.3 and 2 times that.
+
+    Args:
+        importance: `[..., units]`.
+        units_kept: `[...]` float.
+
+    Returns:
+        `[..., units]` in [0, 1], differentiable in `units_kept`.
+    """
+    num_units = importance.shape[-1]
+    from_the_top = num_units - 1 - ranks(importance.detach())
+    return (units_kept.unsqueeze(-1) - from_the_top).clamp(0, 1)

@@ -1,0 +1,199 @@
+"""The search, as a `transformers.Trainer`: it adds the resource loss, moves the gates, and keeps their state.
+
+`DMSMixin` goes over any Trainer subclass (`class DMSSFTTrainer(DMSMixin, SFTTrainer)`); `DMSTrainer` is the plain one.
+Nothing here knows about shapes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
+
+from .checkpoint import load_search_state_, save_search_state
+from .config import DMSConfig
+from .gates import Gates
+from .masking import attach_, gates_of
+from .slicing import prune
+
+
+class DMSMixin:
+    """What a DMS search adds to a Trainer.
+
+    Args:
+        dms_config: what to prune and how far. The other arguments are the Trainer's.
+
+    Raises:
+        ValueError: see `hf_dms.attach_`; fp16 loss scaling; a `model_init` instead of a model.
+    """
+
+    def __init__(self, *args: Any, dms_config: DMSConfig, **kwargs: Any) -> None:
+        model = args[0] if args else kwargs.get("model")
+        use_cache = getattr(getattr(model, "config", None), "use_cache", None)
+        super().__init__(*args, **kwargs)
+        self._use_cache = use_cache  # the Trainer switches it off for training
+        if self.model_init is not None:
+            raise ValueError("DMSTrainer needs model=, not model_init=: the gates belong to one model.")
+        if self.args.fp16:
+            raise ValueError("fp16=True scales the loss, and with it the importance. Use bf16=True.")
+        if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError("use_reentrant=True is not supported. Leave it out: non-reentrant is the default.")
+        self.dms_config = dms_config
+        attach_(self.model, dms_config)
+        if dms_config.pipeline == "p-":
+            self.model.requires_grad_(False)
+            self.gates.prune_ratio.requires_grad_(True)
+        self._task_loss = torch.tensor(0.0, device=self.args.device)
+        self._steps_in_task_loss = 0
+        self.add_callback(_GateCallback(self))
+        if not self.args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(SearchProgress())
+
+    @property
+    def gates(self) -> Gates:
+        """The gates of the model in training."""
+        return gates_of(self.accelerator.unwrap_model(self.model))
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the search after its warm-up that is done, in [0, 1]."""
+        warmup = self.dms_config.warmup_steps
+        return min(max(self.state.global_step - warmup, 0) / max(self.state.max_steps - warmup, 1), 1.0)
+
+    @property
+    def gate_learning_rate(self) -> float:
+        """The constant learning rate of the prune ratios."""
+        steps = self.state.max_steps or self.args.max_steps
+        return self.dms_config.with_defaults_for(steps).gate_learning_rate
+
+    def prune(self) -> PreTrainedModel:
+        """Cut the model to the exact budget and prove the result on a batch of the trainer's data.
+
+        Returns:
+            A plain, smaller `PreTrainedModel`, in evaluation mode; the model in training is left as it was.
+
+        Raises:
+            ValueError: the target cannot be reached.
+            VerificationError: the cut model does not compute what the masked one does.
+        """
+        pruned = prune(self.accelerator.unwrap_model(self.model), inputs=self.example_inputs())
+        if self._use_cache is not None:
+            pruned.config.use_cache = self._use_cache
+        return pruned
+
+    def example_inputs(self) -> dict[str, Tensor] | None:
+        """One example of the evaluation data, else the training data, as tensors for a forward pass."""
+        dataset = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
+        if dataset is None or isinstance(dataset, dict) or not hasattr(dataset, "__getitem__"):
+            return None
+        batch = self._get_collator_with_removed_columns(self.data_collator)([dataset[0]])
+        return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+
+    # ---- Trainer's hooks ------------------------------------------------------------------------------------------
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        if model.training:
+            share = 1 / self.current_gradient_accumulation_steps
+            scaled = self._loss_is_summed_over_micro_batches(num_items_in_batch)
+            self._task_loss += loss.detach() * (1.0 if scaled else share)
+            loss = loss + self.gates.resource_loss(self.progress).to(loss.device) * (share if scaled else 1.0)
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss_is_summed_over_micro_batches(self, num_items_in_batch) -> bool:
+        """Whether the losses of a step's micro-batches add up to its mean, as Trainer.training_step decides it."""
+        if self.loss_is_scaled_for_ga is not None:
+            return self.loss_is_scaled_for_ga
+        normalized_by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return normalized_by_model or self.compute_loss_func is not None
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        gate = self.gates.prune_ratio
+        if not any(group.get("gates") for group in optimizer.param_groups):
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if parameter is not gate]
+            optimizer.add_param_group(
+                {"params": [gate], "lr": self.gate_learning_rate, "weight_decay": 0.0, "gates": True}
+            )
+        return optimizer
+
+    def _clip_grad_norm(self, model):
+        gate = self.gates.prune_ratio
+        grad, gate.grad = gate.grad, None
+        try:
+            return super()._clip_grad_norm(model)
+        finally:
+            gate.grad = grad
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs |= self._search_logs()
+        elif "eval_loss" in logs:
+            logs["eval_resource"] = float(self.gates.resource(self.gates.hard_sizes()))
+        super().log(logs, *args, **kwargs)
+
+    def _search_logs(self) -> dict[str, float]:
+        gates, steps = self.gates, max(self._steps_in_task_loss, 1)
+        logs = {
+            "task_loss": float(self._task_loss) / steps,
+            "resource_loss": float(gates.resource_loss(self.progress).detach()),
+            "resource": float(gates.resource().detach()),
+            "target": gates.target(self.progress),
+        }
+        self._task_loss.zero_()
+        self._steps_in_task_loss = 0
+        return logs | {f"kept/{name}": float(gates.hard_units(name).float().mean()) for name in gates.dims}
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        if self.gates.resource(self.gates.hard_sizes()) > self.dms_config.target * (1 + 1e-3):
+            return False  # only a model that meets the target can be the best one
+        return super()._determine_best_metric(metrics, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save:
+            save_search_state(
+                self.accelerator.unwrap_model(self.model), self.args.output_dir if output_dir is None else output_dir
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_search_state_(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        load_search_state_(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+
+
+class DMSTrainer(DMSMixin, Trainer):
+    """A `transformers.Trainer` that searches with DMS: `DMSTrainer(model=..., dms_config=..., args=..., ...)`."""
+
+
+class _GateCallback(TrainerCallback):
+    """Moves importance once per optimizer step and keeps the gates' rate constant under any scheduler."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        trainer = self.trainer
+        trainer.gates.update_importance_(lambda tensor: trainer.accelerator.reduce(tensor, reduction="mean"))
+        trainer._steps_in_task_loss += 1
+        for group in trainer.optimizer.param_groups:
+            if group.get("gates"):
+                group["lr"] = trainer.gate_learning_rate
+
+
+class SearchProgress(ProgressCallback):
+    """The Trainer's progress bar, showing loss, resource and target instead of printing every log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and "task_loss" in logs:
+            self.training_bar.set_postfix_str(
+                f"loss {logs['task_loss']:.3f}, resource {logs['resource']:.3f}, target {logs['target']:.3f}"
+            )
