@@ -9,6 +9,8 @@ row is appended to the results at once; rows that are there already are skipped,
 """
 
 import argparse
+import functools
+import itertools
 import json
 import time
 from pathlib import Path
@@ -16,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from hf_dms import DMSConfig, DMSTrainer, attach_, detach_, prune
+from hf_dms import DMSConfig, DMSTrainer, attach_, detach_
 from hf_dms.data import DataConfig, as_dataset, load_sequences
 from hf_dms.evaluate import evenly_spaced, perplexity
 from hf_dms.masking import gates_of
@@ -26,7 +28,7 @@ HERE = Path(__file__).parent
 DATA = HERE.parent / "recipes" / "data"
 
 
-def global_sizes(gates, importance, target, per_parameter=True):
+def global_sizes(gates, importance, target):
     """Sizes of a cut that drops the least important units of all layers together until the budget is met.
 
     Importance is divided by the parameters that a unit costs; each row keeps one unit at least.
@@ -36,7 +38,7 @@ def global_sizes(gates, importance, target, per_parameter=True):
         name: float(gates.count(dense) - gates.count(dense | {name: dense[name] - 1})) / gates.dims[name].rows
         for name in gates.dims
     }
-    scores = {n: importance[n].sort(-1).values / (per_unit[n] if per_parameter else 1) for n in gates.dims}
+    scores = {n: importance[n].sort(-1).values / per_unit[n] for n in gates.dims}
     for score in scores.values():
         score[:, -1] = torch.inf  # one unit of each row stays
     low, high = 0, sum(score.numel() for score in scores.values())
@@ -44,7 +46,8 @@ def global_sizes(gates, importance, target, per_parameter=True):
     while low < high:  # the lowest threshold that fits
         middle = (low + high) // 2
         sizes = {n: (score > everything[middle]).sum(-1) for n, score in scores.items()}
-        low, high = (low, middle) if gates.resource(dense | {n: s.float() for n, s in sizes.items()}) <= target else (middle + 1, high)
+        fits = gates.resource(dense | {n: size.float() for n, size in sizes.items()}) <= target
+        low, high = (low, middle) if fits else (middle + 1, high)
     return {n: (score > everything[low]).sum(-1) for n, score in scores.items()}
 
 
@@ -111,11 +114,8 @@ def main():
     sequences, held_out = load_sequences(data, tokenizer)
     held_out = evenly_spaced(held_out, options.windows)
 
-    def measure(strategy, target, seed, make):
-        key = {"strategy": strategy, "target": target, "seed": seed, "steps": options.steps, "dms": options.dms}
-        key["windows"] = options.windows
-        if strategy != "dms":
-            del key["steps"], key["dms"]
+    def measure(strategy, target, seed, make, **settings):
+        key = {"strategy": strategy, "target": target, "seed": seed, "windows": options.windows, **settings}
         if any(key.items() <= row.items() for row in done):
             return
         start = time.time()
@@ -126,25 +126,25 @@ def main():
         with results.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def fresh():
+    def dense():
         return AutoModelForCausalLM.from_pretrained(options.model)
 
-    measure("dense", 1.0, 0, fresh)
-    for seed in options.seeds:
+    measure("dense", 1.0, 0, dense)
+    for seed, target, strategy in itertools.product(options.seeds, options.targets, options.strategies):
+        if strategy == "magnitude" and seed != options.seeds[0]:
+            continue  # it uses no data
         order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))
-        shuffled = sequences[order]
-        for target in options.targets:
-            config = DMSConfig(
-                target=target, resource="params", resource_scope="layers", prune=("kv", "mlp"), layout="per_layer",
-                pipeline="p-", **json.loads(options.dms),
-            )  # fmt: skip
-            for strategy in options.strategies:
-                if strategy == "dms":
-                    measure(strategy, target, seed, lambda: dms(fresh(), config, shuffled, options.steps, seed))
-                elif strategy == "magnitude" and seed != options.seeds[0]:
-                    continue  # it uses no data
-                else:
-                    measure(strategy, target, seed, lambda: one_shot(fresh(), config, strategy, shuffled))
+        config = DMSConfig(
+            target=target, resource="params", resource_scope="layers", prune=("kv", "mlp"), layout="per_layer",
+            pipeline="p-", **json.loads(options.dms),
+        )  # fmt: skip
+        if strategy == "dms":
+            make = functools.partial(dms, config=config, sequences=sequences[order], steps=options.steps, seed=seed)
+            settings = {"steps": options.steps, "dms": options.dms}
+        else:
+            make = functools.partial(one_shot, config=config, strategy=strategy, sequences=sequences[order])
+            settings = {}
+        measure(strategy, target, seed, lambda make=make: make(dense()), **settings)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from .gates import Gates
 from .masking import gates_of
-from .slicing import check_same, dummy_inputs
+from .verify import check_same, dummy_inputs
 
 STATE_TENSORS = "dms_state.safetensors"
 STATE_JSON = "dms_state.json"
@@ -95,7 +95,8 @@ def save_pruned(
             processor.save_pretrained(temporary)
         for name, content in (files or {}).items():
             (temporary / name).write_text(content)
-        reloaded = type(pruned).from_pretrained(temporary, dtype=pruned.dtype).to(pruned.device)
+        reloaded: Any = type(pruned).from_pretrained(temporary, dtype=pruned.dtype)
+        reloaded.to(pruned.device)
         reloaded.set_attn_implementation(pruned.config._attn_implementation)
         return check_same(pruned, reloaded, inputs if inputs is not None else dummy_inputs(pruned), ("cut", "reloaded"))
 
@@ -133,7 +134,7 @@ def check_writable(folder: str | os.PathLike, overwrite: bool) -> None:
     """
     target = Path(folder)
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
-        raise ValueError(f"{target} exists and is not empty. Choose another output.path, or set output.overwrite: true.")
+        raise ValueError(f"{target} exists and is not empty. Choose another output.path or set output.overwrite: true.")
 
 
 def _umask() -> int:

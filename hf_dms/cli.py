@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     prune = commands.add_parser("prune", help="search, cut, verify, save and measure, as a recipe says")
     prune.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with hf_dms")
-    prune.add_argument("overrides", nargs="*", metavar="section.key=value", help="values to use instead of the recipe's")
+    prune.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
     prune.set_defaults(run=_prune)
     validate = commands.add_parser("validate", help="check recipes, the model and the data they name, without running")
     validate.add_argument("recipes", nargs="+", metavar="recipe", help="YAML files, and section.key=value overrides")

@@ -18,12 +18,14 @@ PIPELINES = ("p", "np", "p-")
 TARGET_SCHEDULES = ("geometric", "constant")
 
 
-def _option(default: Any, help: str, **kwargs: Any) -> Any:
+def _option(default: Any, help: str) -> Any:
     """A dataclass field that carries its documentation."""
-    metadata = {"help": help}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata, **kwargs)
-    return field(default=default, metadata=metadata, **kwargs)
+    return field(default=default, metadata={"help": help})
+
+
+def _mapping(help: str) -> Any:
+    """The same for a mapping, empty by default."""
+    return field(default_factory=dict, metadata={"help": help})
 
 
 @dataclass
@@ -54,9 +56,8 @@ class DMSConfig:
         "uniform: one prune ratio per dim for all layers, the result is a stock model. per_layer: every layer has its "
         "own, as in the paper; the result is a dms_* model (loads with hf_dms, or with trust_remote_code).",
     )
-    round_to: dict[str, int] = _option({}, "Multiple that a dim's size is rounded to, e.g. {mlp: 64}. Default: 1.")
-    protect: dict[str, Any] = _option(
-        {},
+    round_to: dict[str, int] = _mapping("Multiple that a dim's size is rounded to, e.g. {mlp: 64}. Default: 1.")
+    protect: dict[str, Any] = _mapping(
         "What is never cut. layers: list of layer indices kept whole (negative ones count from the end); "
         "dims: list of dim names; min and max: smallest and largest size per dim, e.g. {min: {mlp: 256}}.",
     )
@@ -160,8 +161,7 @@ class DMSConfig:
     def to_dict(self) -> dict[str, Any]:
         """All options as plain values, ready for JSON or YAML."""
         return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(self).items()
+            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
         }
 
     def with_defaults_for(self, num_steps: int) -> DMSConfig:

@@ -1,4 +1,4 @@
-"""Text for a search and for its evaluation: `datasets` loads it, the model's tokenizer turns it into packed sequences."""
+"""Text for a search and for its evaluation: `datasets` loads it, the model's tokenizer packs it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class DataConfig:
     )
     held_out: str | float = field(
         default=0.05,
-        metadata={"help": "What to evaluate on: a file like `path`, the name of another split, or a share of the data."},
+        metadata={"help": "What to evaluate on: a file like `path`, another split's name, or a share of the data."},
     )
 
     def __post_init__(self) -> None:
@@ -105,7 +105,8 @@ def _tokens(dataset: Any, config: DataConfig, tokenizer: Any) -> Tensor:
     """All documents of a dataset as one stream of tokens, each followed by the end-of-text token."""
     if config.text_column not in dataset.column_names:
         raise ValueError(
-            f"data.text_column: the data has no column '{config.text_column}'. It has {', '.join(dataset.column_names)}."
+            f"data.text_column: the data has no column '{config.text_column}'. It has "
+            f"{', '.join(dataset.column_names)}."
         )
     documents = [_text(value, tokenizer) for value in dataset[config.text_column] if value]
     if not documents:

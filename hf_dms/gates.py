@@ -73,6 +73,9 @@ class Gates(nn.Module):
         schedule: how the search proceeds.
     """
 
+    lower: Tensor
+    upper: Tensor
+
     def __init__(
         self, dims: list[GatedDim], fixed_sizes: dict[str, int], cost: Cost, schedule: SearchSchedule, device=None
     ) -> None:
@@ -98,7 +101,7 @@ class Gates(nn.Module):
             self.register_buffer(f"importance_{dim.name}", torch.zeros(dim.rows, dim.units, device=device))
         self.dense_resource = float(self.count(self.dense_sizes()))
 
-    # ---- state ------------------------------------------------------------------------------------------------------
+    # ---- state -------------------------------------------------------------------------------------------------------
     def ratio(self, name: str) -> Tensor:
         """Prune ratios of a dim, one per row: `[rows]`, differentiable."""
         ratios = dict(zip(self.dims, self.prune_ratio.split([dim.num_ratios for dim in self.dims.values()])))
@@ -141,7 +144,7 @@ class Gates(nn.Module):
         for name in self.dims:
             self.raw_importance(name).copy_(state[f"importance_{name}"])
 
-    # ---- masks ------------------------------------------------------------------------------------------------------
+    # ---- masks -------------------------------------------------------------------------------------------------------
     @property
     def is_warming_up(self) -> bool:
         """Whether every mask is still exactly 1, to gather importance before a ratio moves."""
@@ -192,7 +195,7 @@ class Gates(nn.Module):
         self._taylor.clear()
         self.num_updates += 1
 
-    # ---- resource ---------------------------------------------------------------------------------------------------
+    # ---- resource ----------------------------------------------------------------------------------------------------
     def dense_sizes(self) -> Sizes:
         """Sizes of all dims before pruning, `[rows]` each."""
         device = self.prune_ratio.device
@@ -249,11 +252,15 @@ class Gates(nn.Module):
         """
         return self.schedule.resource_weight * resource_loss(self.resource(), self.target(progress))
 
-    # ---- what an nn.Module would do and this one must not -------------------------------------------------------------
+    # ---- what an nn.Module would do and this one must not ------------------------------------------------------------
     def _apply(self, fn, recurse: bool = True):
         """Follow the model to another device, but stay float32 when it is cast."""
         device = fn(self.lower.new_empty(0)).device
         return super()._apply(lambda tensor: tensor.to(device), recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes along: not the masks of the last forward pass, which belong to its autograd graph."""
+        return self.__dict__ | {"log_masks": {}}
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         """Add nothing to the model's state dict."""

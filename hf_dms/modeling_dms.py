@@ -9,6 +9,7 @@ of a layer's parameters are products of. With hf_dms installed, `import hf_dms` 
 import functools
 import re
 from math import prod
+from typing import Any
 
 import torch
 import transformers
@@ -27,7 +28,7 @@ AUTO_CLASSES = (
 
 
 @functools.cache
-def dms_config_class(stock: type) -> type:
+def dms_config_class(stock: Any) -> Any:
     """The config class of per-layer models of a stock architecture.
 
     Args:
@@ -41,7 +42,7 @@ def dms_config_class(stock: type) -> type:
         register_models(stock)
         super(cls, self).__post_init__(**kwargs)
 
-    def __eq__(self, other) -> bool:
+    def same(self, other) -> bool:
         return type(self) is type(other) and self.to_dict() == other.to_dict()
 
     name = f"Dms{stock.__name__}"
@@ -55,13 +56,13 @@ def dms_config_class(stock: type) -> type:
         "validate_architecture": validate_architecture,
         "__hash__": None,
     }
-    cls = strict(type(name, (stock,), namespace))  # without strict the parent's validators would stay in force
-    cls.__eq__ = __eq__
+    cls: Any = strict(type(name, (stock,), namespace))  # without strict the parent's validators would stay in force
+    cls.__eq__ = same  # the generated one reads attributes that differ per layer
     return cls
 
 
 @functools.cache
-def register_models(stock: type) -> None:
+def register_models(stock: Any) -> None:
     """Let the Auto classes find the per-layer model classes of a stock config class."""
     for name in AUTO_CLASSES:
         auto = getattr(transformers, name)
@@ -70,7 +71,7 @@ def register_models(stock: type) -> None:
 
 
 @functools.cache
-def dms_model_class(stock: type) -> type:
+def dms_model_class(stock: Any) -> Any:
     """The per-layer class of a stock model class, e.g. `LlamaForCausalLM`."""
     config_class = dms_config_class(stock.config_class)
 
@@ -130,7 +131,7 @@ def _size(expression: str, config) -> int:
     return values[0] if len(values) == 1 else values[0] // values[1]
 
 
-def _auto_class_of(stock: type) -> str:
+def _auto_class_of(stock: Any) -> str:
     for name in AUTO_CLASSES:
         mapping = getattr(transformers, name)._model_mapping
         if stock.config_class in mapping and mapping[stock.config_class] is stock:
@@ -138,7 +139,7 @@ def _auto_class_of(stock: type) -> str:
     return "AutoModel"
 
 
-def auto_map(stock_config: type) -> dict[str, str]:
+def auto_map(stock_config: Any) -> dict[str, str]:
     """What `auto_map` of a per-layer config says: the class in this file for every head of the architecture."""
     file = __name__.rpartition(".")[2]
     classes = {"AutoConfig": f"{file}.Dms{stock_config.__name__}"}
@@ -149,9 +150,10 @@ def auto_map(stock_config: type) -> dict[str, str]:
     return classes
 
 
-def __getattr__(name: str) -> type:
+def __getattr__(name: str) -> Any:
     """`DmsLlamaConfig`, `DmsLlamaForCausalLM`, ...: made from the stock class of that name when first asked for."""
-    stock = getattr(transformers, name.removeprefix("Dms"), None) if name.startswith("Dms") else None
+    stock: Any = getattr(transformers, name.removeprefix("Dms"), None) if name.startswith("Dms") else None
     if not isinstance(stock, type):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return dms_config_class(stock) if issubclass(stock, transformers.PreTrainedConfig) else dms_model_class(stock)
+    is_config = issubclass(stock, transformers.PreTrainedConfig)
+    return (dms_config_class if is_config else dms_model_class)(stock)

@@ -165,9 +165,8 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         return int(value)
     if tuple in kinds and isinstance(value, list):
         return tuple(value)
-    if any(issubclass(kind, str) for kind in kinds) or kinds == [typing.Any]:
-        if isinstance(value, str):
-            return value
+    if isinstance(value, str) and any(issubclass(kind, str) for kind in kinds):
+        return value
     if not any(kind in (int, float, bool, str, dict, list, tuple) for kind in kinds):
         return value  # an enum or a class that TrainingArguments checks itself
     expected = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
@@ -206,7 +205,7 @@ def _use_files_beside_the_recipe_(values: dict[str, Any], folder: Path) -> None:
             data[key] = str(folder / value)
 
 
-# ---- checks that need transformers, but no weights -------------------------------------------------------------------------
+# ---- checks that need transformers, but no weights -------------------------------------------------------------------
 def training_arguments(recipe: Recipe, section: str, output_dir: Path) -> Any:
     """The `TrainingArguments` of the search or of the recovery.
 
@@ -263,9 +262,10 @@ def check_recipe(recipe: Recipe) -> None:
     from .masking import build_gates
     from .rounding import check_target
     from .spec import bind
+    from .trainer import check_training_arguments
 
     unfinished = Path(recipe.output.path + ".unfinished")
-    training_arguments(recipe, "train", unfinished)
+    check_training_arguments(training_arguments(recipe, "train", unfinished))
     if recipe.recover is not None:
         training_arguments(recipe, "recover", unfinished)
     config = load_model_config(recipe)

@@ -102,8 +102,9 @@ def model_card(report: dict[str, Any], base: str, name: str) -> str:
 
 # {name}
 
-`{base}` made smaller with [hf_dms](https://arxiv.org/abs/2405.07194) (Differentiable Model Scaling): {config.target:g} of its
-{config.resource} ({config.resource_scope}) kept, layout {config.layout}, pipeline `{config.pipeline}`.
+`{base}` made smaller with [hf_dms](https://arxiv.org/abs/2405.07194) (Differentiable Model Scaling):
+{config.target:g} of its {config.resource} ({config.resource_scope}) kept,
+layout {config.layout}, pipeline `{config.pipeline}`.
 
 {table(report)}
 

@@ -22,7 +22,7 @@ class Cost:
 
     Attributes:
         model: coefficient of each monomial outside the layers, e.g. `{("hidden",): 49152.0}`.
-        layer: coefficient of each monomial of each layer, `[layers]` float64, e.g. `{("hidden", "mlp"): [3., 3., ...]}`.
+        layer: coefficient of each monomial of each layer, `[layers]` float64, e.g. `{("hidden", "mlp"): [3., 3.]}`.
     """
 
     model: dict[Monomial, float]

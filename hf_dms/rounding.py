@@ -2,7 +2,7 @@
 
 The learned sizes (1 - a)·N are scaled by one common factor, the largest with which their rounded values fit. Then, as
 long as one more step of some dim fits, the dim that is furthest below its learned size takes it. So the result is at
-most the target, maximal (no single allowed step of any dim still fits), and as close to what was learned as that allows.
+most the target, maximal (no single allowed step of any dim still fits), and near what was learned.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ def stock_limits(bound: BoundSpec, config: DMSConfig, model_config, gated: tuple
     for factors, multiple in bound.spec.must_divide:
         (dim,) = [name for name in factors.split() if bound.spec.dim(name).scope != "fixed"]
         free = multiple in gated and config.round_to.get(multiple, 1) == 1
-        if dim in gated or multiple in gated:
-            if free or not has_alternative(bound, model_config):
-                unit = bound.product(factors) // bound.sizes[dim]
-                limits.append(Divisor(dim, unit, multiple))
+        if (dim in gated or multiple in gated) and (free or not has_alternative(bound, model_config)):
+            limits.append(Divisor(dim, bound.product(factors) // bound.sizes[dim], multiple))
     return limits
 
 
 def has_alternative(bound: BoundSpec, model_config) -> bool:
     """Whether the model can be written as another stock class that has fewer limits."""
     spec = bound.spec
-    return spec.alternative is not None and not any(getattr(model_config, name, False) for name in spec.alternative_needs)
+    return spec.alternative is not None and not any(
+        getattr(model_config, name, False) for name in spec.alternative_needs
+    )
 
 
 def round_sizes(gates: Gates, bound: BoundSpec, config: DMSConfig, model_config) -> Sizes:
@@ -118,8 +118,8 @@ class _Rounding:
             shown = math.ceil(lowest * 1e4) / 1e4
             raise ValueError(
                 f"dms.target = {self.target:g} cannot be reached: with every pruned dim at its smallest size "
-                f"{lowest:.4f} of the dense resource remains. Raise the target to at least {shown:.4f}, prune more dims, "
-                "or loosen protect and round_to."
+                f"{lowest:.4f} of the dense resource remains. Raise the target to at least {shown:.4f}, prune more "
+                "dims, or loosen protect and round_to."
             )
         return state
 
@@ -162,7 +162,8 @@ class _Rounding:
         if not allowed:
             raise ValueError(
                 f"layout uniform: no allowed size of {limit.dim} makes {limit.unit}·{limit.dim} a divisor of "
-                f"{limit.multiple}, which the stock config demands. Use layout: per_layer, or loosen protect and round_to."
+                f"{limit.multiple}, which the stock config demands. Use layout: per_layer, or loosen protect and "
+                "round_to."
             )
         state[limit.dim] = torch.tensor([max(allowed)])
 
@@ -173,8 +174,10 @@ class _Rounding:
         return all(size(limit.multiple) % (limit.unit * size(limit.dim)) == 0 for limit in self.limits)
 
     def _grow(self, state: State, scale: float) -> State | None:
-        """The state after one more allowed step of the dim that is furthest below its learned size; None if none fits."""
-        steps = [(name, i, size) for name in state for i in range(len(state[name])) if (size := self._next(state, name, i))]
+        """The state after one more allowed step of the dim that is furthest below its learned size, if any fits."""
+        steps = [
+            (name, i, size) for name in state for i in range(len(state[name])) if (size := self._next(state, name, i))
+        ]
         if not steps:
             return None
         candidates = {name: value.repeat(len(steps), 1) for name, value in state.items()}

@@ -11,45 +11,20 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, initialization
+from transformers import PreTrainedModel, initialization
 
-from . import modeling_dms
 from .config import DMSConfig
 from .gates import Gates
+from .layouts import Plan, kept_units, pruned_class_and_config
 from .masking import attach_, detach_, gates_of, has_gates
 from .resource import Sizes
-from .rounding import has_alternative, round_sizes
-from .spec import BoundSpec, parse_axes
+from .rounding import round_sizes
+from .spec import BoundSpec
 from .topk import topk_mask
-
-# Largest |difference| of outputs, relative to their largest magnitude, between a masked, a cut and a reloaded model:
-# the same sums in another order. float64 is bounded by norms that transformers computes in float32.
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which units stay.
-
-    Attributes:
-        kept: per pruned dim one sorted index tensor per row (layer of the dense model, or the whole model).
-    """
-
-    kept: dict[str, tuple[Tensor, ...]]
-
-    @property
-    def sizes(self) -> dict[str, list[int]]:
-        """Units kept per pruned dim and row."""
-        return {name: [len(row) for row in rows] for name, rows in self.kept.items()}
-
-
-class VerificationError(RuntimeError):
-    """Two models that must compute the same do not."""
+from .verify import VerificationError, check_same, dummy_inputs, hard_masked, output_units
 
 
 def prune(
@@ -92,11 +67,11 @@ def prune(
         pruned = cut(model, bound, plan, config.layout)
         with hard_masked(model, sizes):
             inputs = inputs if inputs is not None else dummy_inputs(model)
-            check_same(model, pruned, inputs, ("masked", "cut"), _output_units(model, bound, plan))
+            check_same(model, pruned, inputs, ("masked", "cut"), output_units(model, bound, plan))
     return pruned
 
 
-# ---- which units stay ---------------------------------------------------------------------------------------------------
+# ---- which units stay ------------------------------------------------------------------------------------------------
 def make_plan(gates: Gates, sizes: Sizes) -> Plan:
     """The most important units of every row, as many as `sizes` says (per dim `[rows]`)."""
     kept = {}
@@ -138,7 +113,7 @@ def _importance(gates: Gates, importance: dict[str, Tensor]) -> Iterator[None]:
             gates.raw_importance(name).copy_(values)
 
 
-# ---- cutting --------------------------------------------------------------------------------------------------------------
+# ---- cutting ---------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def cut(model: PreTrainedModel, bound: BoundSpec, plan: Plan, layout: str) -> PreTrainedModel:
     """A new model that holds the kept units of another.
@@ -162,7 +137,9 @@ def cut(model: PreTrainedModel, bound: BoundSpec, plan: Plan, layout: str) -> Pr
             source = tail + source.removeprefix(head)
         tensor = slice_tensor(parameters[source].detach(), bound, source, plan)
         if tensor.shape != parameter.shape:
-            raise VerificationError(f"cut: {name} is {tuple(parameter.shape)} in the new model, {tuple(tensor.shape)} cut.")
+            raise VerificationError(
+                f"cut: {name} is {tuple(parameter.shape)} in the new model, cut {tuple(tensor.shape)}."
+            )
         parameter.data = tensor.clone()
     pruned.to(model.device)  # buffers
     pruned.tie_weights()
@@ -196,166 +173,7 @@ def axis_indices(axis: tuple[str, ...], bound: BoundSpec, layer: int | None, pla
     return indices
 
 
-def kept_units(plan: Plan, name: str, layer: int | None, units: int) -> Tensor:
-    """Units of a dim that stay in a layer (of the dense model); all of them if the dim is not pruned."""
-    if name not in plan.kept:
-        return torch.arange(units)
-    rows = plan.kept[name]
-    return rows[layer if layer is not None and len(rows) > 1 else 0]
-
-
 def _layer_position(name: str, layers_path: str) -> int | None:
     if not name.startswith(f"{layers_path}."):
         return None
     return int(name.removeprefix(f"{layers_path}.").partition(".")[0])
-
-
-# ---- what is written: class and config --------------------------------------------------------------------------------------
-def pruned_class_and_config(
-    model: PreTrainedModel, bound: BoundSpec, plan: Plan, layout: str
-) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    """The class and config of the cut model: the stock ones if all layers are equal, the per-layer ones otherwise."""
-    kept_layers = kept_units(plan, bound.depth, None, bound.num_layers).tolist()
-    per_layer = [config_values(bound, plan, layer) for layer in kept_layers]
-    common = {key: max(values[key] for values in per_layer) for key in per_layer[0]}
-    common[_config_key(bound, bound.depth)] = len(kept_layers)
-    values = model.config.to_dict() | common
-    for key in ("architectures", "auto_map", "transformers_version"):
-        values.pop(key, None)
-    if isinstance(values.get("layer_types"), list):
-        values["layer_types"] = [values["layer_types"][layer] for layer in kept_layers]
-    stock = type(model.config)
-    overrides = {
-        index: {key: value for key, value in layer_values.items() if value != common[key]}
-        for index, layer_values in enumerate(per_layer)
-    }
-    overrides = {index: layer_values for index, layer_values in overrides.items() if layer_values}
-    stock_can = _within_stock_limits(bound, common) or has_alternative(bound, model.config)
-    if overrides or (layout == "per_layer" and not stock_can):
-        config_class = modeling_dms.dms_config_class(stock)
-        values |= {"model_type": config_class.model_type, "dms_layers": layer_description(bound)}
-        values |= {"per_layer_config": overrides, "auto_map": modeling_dms.auto_map(stock)}
-        return modeling_dms.dms_model_class(type(model)), config_class.from_dict(values)
-    if _within_stock_limits(bound, common):
-        return type(model), stock.from_dict(values)
-    if not stock_can:
-        raise ValueError(f"{stock.__name__} cannot express the sizes {common}. Use layout: per_layer.")
-    return _alternative_class_and_config(type(model), stock, bound, values)
-
-
-def config_values(bound: BoundSpec, plan: Plan, layer: int) -> dict[str, int]:
-    """What the config says of one kept layer (of the dense model): attribute → size."""
-    values = {}
-    for key, product in bound.spec.config.items():
-        if product != bound.depth:
-            size = 1
-            for factor in product.split():
-                size *= len(kept_units(plan, factor, layer, bound.sizes[factor]))
-            values[key] = size
-    return values
-
-
-def layer_description(bound: BoundSpec) -> dict:
-    """What modeling_dms.py must know to build a layer from its sizes: the part of the description inside a layer."""
-    spec, inside = bound.spec, f"{bound.spec.layers}.{{i}}."
-    axes = {
-        pattern.removeprefix(inside): axes
-        for pattern, axes in spec.params.items()
-        if pattern.startswith(inside) and bound.prefix + pattern.replace("{i}", "0") in bound.params
-    }
-    used = {factor for text in axes.values() for axis in parse_axes(text) for factor in axis}
-    return {
-        "path": spec.layers,
-        "dims": {dim.name: dim.size for dim in spec.dims if dim.name in used},
-        "axes": axes,
-        "attributes": {pattern.removeprefix(inside): product for pattern, product in spec.attributes.items()},
-    }
-
-
-def _config_key(bound: BoundSpec, product: str) -> str:
-    return next(key for key, value in bound.spec.config.items() if value == product)
-
-
-def _within_stock_limits(bound: BoundSpec, common: dict[str, int]) -> bool:
-    limits = [(_config_key(bound, a), _config_key(bound, b)) for a, b in bound.spec.must_divide]
-    return all(common[multiple] % common[divisor] == 0 for divisor, multiple in limits)
-
-
-def _alternative_class_and_config(cls: type, stock: type, bound: BoundSpec, values: dict):
-    """The same model as another stock class that has fewer limits (Llama as Mistral)."""
-    config_class = transformers.CONFIG_MAPPING[bound.spec.alternative]
-    old, new = (config.__name__.removesuffix("Config") for config in (stock, config_class))
-    drop = {"model_type", "pretraining_tp", *bound.spec.alternative_needs}
-    values = {key: value for key, value in values.items() if key not in drop} | bound.spec.alternative_overrides
-    return getattr(transformers, cls.__name__.replace(old, new)), config_class.from_dict(values)
-
-
-# ---- proof --------------------------------------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def hard_masked(model: PreTrainedModel, sizes: Sizes) -> Iterator[None]:
-    """Run a model with gates in evaluation mode on hard masks of exactly these sizes for a while."""
-    gates, training = gates_of(model), model.training
-    gates.rounded = sizes
-    model.eval()
-    try:
-        yield
-    finally:
-        gates.rounded = None
-        model.train(training)
-
-
-def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Inputs for one forward pass of any supported model."""
-    inputs = {name: tensor.to(model.device) for name, tensor in model.dummy_inputs.items()}
-    if "input_ids" in inputs:
-        inputs["input_ids"] = inputs["input_ids"] % model.config.vocab_size
-    return inputs
-
-
-@torch.no_grad()
-def outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Logits of a model, or the last hidden state if it has no head."""
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items() if name != "labels"}
-    output = model(**inputs)
-    return output["logits"] if "logits" in output else output[0]
-
-
-def _output_units(model: PreTrainedModel, bound: BoundSpec, plan: Plan) -> Tensor | None:
-    """Units of the last axis of a dense model's output that stay: a model without a head returns the residual stream."""
-    streams = [rows[0] for name, rows in plan.kept.items() if bound.spec.dim(name).scope == "model"]
-    return streams[0] if streams and model.base_model is model else None
-
-
-def check_same(
-    model: PreTrainedModel,
-    other: PreTrainedModel,
-    inputs: Mapping[str, Tensor],
-    names: tuple[str, str],
-    units: Tensor | None = None,
-) -> float:
-    """Compare the outputs of two models on one batch.
-
-    Args:
-        model: the first one.
-        other: the second one.
-        inputs: keyword arguments of a forward pass.
-        names: what to call them in an error.
-        units: positions on the last axis of the first one's output that the second one has. Default: all.
-
-    Returns:
-        The largest |difference|, relative to the largest magnitude.
-
-    Raises:
-        VerificationError: it is above `TOLERANCE` for the model's dtype, or not a number.
-    """
-    expected, found = outputs_of(model, inputs).double(), outputs_of(other, inputs).double()
-    if units is not None:
-        expected = expected.index_select(-1, units.to(expected.device))
-    difference = float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-30))
-    tolerance = TOLERANCE[model.dtype]
-    if not difference <= tolerance:
-        raise VerificationError(
-            f"The {names[1]} model does not compute what the {names[0]} model does: relative difference {difference:.2e}, "
-            f"tolerance {tolerance:.0e} for {model.dtype}. Nothing was saved. Please report this with the model's config."
-        )
-    return difference

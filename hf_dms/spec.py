@@ -192,7 +192,7 @@ def _pattern_of(spec: ArchSpec, match: re.Match[str]) -> str:
     return next(pattern for pattern in spec.params if _compile(pattern).pattern == match.re.pattern)
 
 
-# ---- cost -----------------------------------------------------------------------------------------------------------
+# ---- cost ------------------------------------------------------------------------------------------------------------
 def build_cost(bound: BoundSpec, model: nn.Module, resource: str, scope: str, sequence_length: int | None) -> Cost:
     """The cost of a bound model as a polynomial of its dims.
 
@@ -244,5 +244,6 @@ def _cache_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None
         raise ValueError(
             f"resource kv_bytes: {bound.spec.model_type} keeps no key-value cache. Use resource: params or macs."
         )
+    bytes_per_number = next(model.parameters()).dtype.itemsize
     for layer in range(bound.num_layers):
-        yield tuple(bound.spec.cache.split()), 2.0 * model.dtype.itemsize, layer
+        yield tuple(bound.spec.cache.split()), 2.0 * bytes_per_number, layer

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .checkpoint import load_search_state_, save_search_state
 from .config import DMSConfig
@@ -30,16 +30,13 @@ class DMSMixin:
     """
 
     def __init__(self, *args: Any, dms_config: DMSConfig, **kwargs: Any) -> None:
+        if kwargs.get("model_init") is not None:
+            raise ValueError("DMSTrainer needs model=, not model_init=: the gates belong to one model.")
         model = args[0] if args else kwargs.get("model")
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(*args, **kwargs)
         self._use_cache = use_cache  # the Trainer switches it off for training
-        if self.model_init is not None:
-            raise ValueError("DMSTrainer needs model=, not model_init=: the gates belong to one model.")
-        if self.args.fp16:
-            raise ValueError("fp16=True scales the loss, and with it the importance. Use bf16=True.")
-        if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError("use_reentrant=True is not supported. Leave it out: non-reentrant is the default.")
+        check_training_arguments(self.args)
         self.dms_config = dms_config
         attach_(self.model, dms_config)
         if dms_config.pipeline == "p-":
@@ -92,11 +89,9 @@ class DMSMixin:
         batch = self._get_collator_with_removed_columns(self.data_collator)([dataset[0]])
         return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
 
-    # ---- Trainer's hooks ------------------------------------------------------------------------------------------
+    # ---- Trainer's hooks ---------------------------------------------------------------------------------------------
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             share = 1 / self.current_gradient_accumulation_steps
             scaled = self._loss_is_summed_over_micro_batches(num_items_in_batch)
@@ -168,6 +163,18 @@ class DMSMixin:
     def _load_best_model(self) -> None:
         super()._load_best_model()
         load_search_state_(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+
+
+def check_training_arguments(arguments: TrainingArguments) -> None:
+    """Check that a search can run with these arguments.
+
+    Raises:
+        ValueError: they ask for something that spoils the importance.
+    """
+    if arguments.fp16:
+        raise ValueError("fp16=True scales the loss, and with it the importance. Use bf16=True.")
+    if arguments.gradient_checkpointing and (arguments.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ValueError("use_reentrant=True is not supported. Leave it out: non-reentrant is the default.")
 
 
 class DMSTrainer(DMSMixin, Trainer):

@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -19,6 +20,14 @@ from hf_dms.rounding import round_sizes
 from hf_dms.spec import BoundSpec
 
 torch.set_num_threads(1)
+settings.register_profile(
+    "hf_dms",
+    deadline=None,  # no timing in tests
+    derandomize=True,  # a red test stays red
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # those used with it hold no state
+)
+settings.load_profile("hf_dms")
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 

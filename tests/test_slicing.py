@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from conftest import lowest_target, relative_difference, search_, tiny_llama, token_batch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -23,16 +23,8 @@ from hf_dms import DMSConfig, attach_, detach_, prune
 from hf_dms.checkpoint import save_pruned
 from hf_dms.masking import gates_of
 from hf_dms.rounding import round_sizes
-from hf_dms.slicing import (
-    VerificationError,
-    axis_indices,
-    check_same,
-    cut,
-    hard_masked,
-    magnitude_importance,
-    make_plan,
-    outputs_of,
-)
+from hf_dms.slicing import axis_indices, cut, magnitude_importance, make_plan
+from hf_dms.verify import check_same, hard_masked, outputs_of
 
 HEADS = (
     LlamaModel,
@@ -148,7 +140,7 @@ def requests(draw):
 
 
 @given(requests())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 def test_masked_equals_cut_equals_reloaded(tmp_path_factory, exact_norms, request_):
     head, overrides, options, seed, share = request_
     model = tiny_llama(head, seed, torch.float64, **overrides)
@@ -390,20 +382,6 @@ def test_axis_indices_of_a_product_are_those_of_a_reshape():
     for layer in range(3):
         expected = positions[plan.kept["kv"][layer]].flatten()
         assert torch.equal(axis_indices(("kv", "rep", "d"), bound, layer, plan), expected)
-
-
-def test_outputs_that_differ_or_are_not_numbers_are_an_error():
-    model, other = tiny_llama(), tiny_llama()
-    assert check_same(model, other, token_batch(), ("first", "second")) == 0
-    with torch.no_grad():
-        other.lm_head.weight[3] += 0.1
-    message = "The second model does not compute what the first model does: .* tolerance 1e-04 for torch.float32"
-    with pytest.raises(VerificationError, match=message):
-        check_same(model, other, token_batch(), ("first", "second"))
-    with torch.no_grad():
-        other.lm_head.weight.fill_(torch.nan)
-    with pytest.raises(VerificationError, match="difference nan"):
-        check_same(model, other, token_batch(), ("first", "second"))
 
 
 def test_the_public_names_are_those_of_the_modules():

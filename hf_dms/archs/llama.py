@@ -54,7 +54,7 @@ LLAMA = ArchSpec(
     },
     attention="kv rep d",
     cache="kv d",
-    # LlamaConfig refuses other sizes even with head_dim set; MistralConfig does not, and has the same tensors and maths.
+    # LlamaConfig refuses other sizes even with head_dim set. MistralConfig does not; tensors and maths are the same.
     must_divide=(("kv rep", "hidden"),),
     alternative="mistral",
     alternative_overrides={"sliding_window": None},

@@ -1,0 +1,123 @@
+"""What is written: the class and the config of a cut model.
+
+The stock ones if all layers are equal (or another stock class with the same tensors and fewer limits), the per-layer
+ones of modeling_dms.py otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from . import modeling_dms
+from .rounding import has_alternative
+from .spec import BoundSpec, parse_axes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which units stay.
+
+    Attributes:
+        kept: per pruned dim one sorted index tensor per row (layer of the dense model, or the whole model).
+    """
+
+    kept: dict[str, tuple[Tensor, ...]]
+
+    @property
+    def sizes(self) -> dict[str, list[int]]:
+        """Units kept per pruned dim and row."""
+        return {name: [len(row) for row in rows] for name, rows in self.kept.items()}
+
+
+def kept_units(plan: Plan, name: str, layer: int | None, units: int) -> Tensor:
+    """Units of a dim that stay in a layer (of the dense model); all of them if the dim is not pruned."""
+    if name not in plan.kept:
+        return torch.arange(units)
+    rows = plan.kept[name]
+    return rows[layer if layer is not None and len(rows) > 1 else 0]
+
+
+def pruned_class_and_config(
+    model: PreTrainedModel, bound: BoundSpec, plan: Plan, layout: str
+) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """The class and config of the cut model: the stock ones if all layers are equal, the per-layer ones otherwise."""
+    kept_layers = kept_units(plan, bound.depth, None, bound.num_layers).tolist()
+    per_layer = [config_values(bound, plan, layer) for layer in kept_layers]
+    common = {key: max(values[key] for values in per_layer) for key in per_layer[0]}
+    common[_config_key(bound, bound.depth)] = len(kept_layers)
+    values = model.config.to_dict() | common
+    for key in ("architectures", "auto_map", "transformers_version"):
+        values.pop(key, None)
+    if isinstance(values.get("layer_types"), list):
+        values["layer_types"] = [values["layer_types"][layer] for layer in kept_layers]
+    cls: Any = type(model)
+    stock: Any = type(model.config)
+    overrides = {
+        index: {key: value for key, value in layer_values.items() if value != common[key]}
+        for index, layer_values in enumerate(per_layer)
+    }
+    overrides = {index: layer_values for index, layer_values in overrides.items() if layer_values}
+    stock_can = _within_stock_limits(bound, common) or has_alternative(bound, model.config)
+    if overrides or (layout == "per_layer" and not stock_can):
+        config_class = modeling_dms.dms_config_class(stock)
+        values |= {"model_type": config_class.model_type, "dms_layers": layer_description(bound)}
+        values |= {"per_layer_config": overrides, "auto_map": modeling_dms.auto_map(stock)}
+        return modeling_dms.dms_model_class(cls), config_class.from_dict(values)
+    if _within_stock_limits(bound, common):
+        return cls, stock.from_dict(values)
+    if not stock_can:
+        raise ValueError(f"{stock.__name__} cannot express the sizes {common}. Use layout: per_layer.")
+    return _alternative_class_and_config(cls, stock, bound, values)
+
+
+def config_values(bound: BoundSpec, plan: Plan, layer: int) -> dict[str, int]:
+    """What the config says of one kept layer (of the dense model): attribute → size."""
+    values = {}
+    for key, product in bound.spec.config.items():
+        if product != bound.depth:
+            size = 1
+            for factor in product.split():
+                size *= len(kept_units(plan, factor, layer, bound.sizes[factor]))
+            values[key] = size
+    return values
+
+
+def layer_description(bound: BoundSpec) -> dict[str, Any]:
+    """What modeling_dms.py must know to build a layer from its sizes: the part of the description inside a layer."""
+    spec, inside = bound.spec, f"{bound.spec.layers}.{{i}}."
+    axes = {
+        pattern.removeprefix(inside): axes
+        for pattern, axes in spec.params.items()
+        if pattern.startswith(inside) and bound.prefix + pattern.replace("{i}", "0") in bound.params
+    }
+    used = {factor for text in axes.values() for axis in parse_axes(text) for factor in axis}
+    return {
+        "path": spec.layers,
+        "dims": {dim.name: dim.size for dim in spec.dims if dim.name in used},
+        "axes": axes,
+        "attributes": {pattern.removeprefix(inside): product for pattern, product in spec.attributes.items()},
+    }
+
+
+def _config_key(bound: BoundSpec, product: str) -> str:
+    return next(key for key, value in bound.spec.config.items() if value == product)
+
+
+def _within_stock_limits(bound: BoundSpec, common: dict[str, int]) -> bool:
+    limits = [(_config_key(bound, a), _config_key(bound, b)) for a, b in bound.spec.must_divide]
+    return all(common[multiple] % common[divisor] == 0 for divisor, multiple in limits)
+
+
+def _alternative_class_and_config(cls: Any, stock: Any, bound: BoundSpec, values: dict[str, Any]) -> tuple[Any, Any]:
+    """The same model as another stock class that has fewer limits (Llama as Mistral)."""
+    config_class = transformers.CONFIG_MAPPING[str(bound.spec.alternative)]
+    old, new = (config.__name__.removesuffix("Config") for config in (stock, config_class))
+    drop = {"model_type", "pretraining_tp", *bound.spec.alternative_needs}
+    values = {key: value for key, value in values.items() if key not in drop} | bound.spec.alternative_overrides
+    return getattr(transformers, cls.__name__.replace(old, new)), config_class.from_dict(values)

@@ -1,0 +1,129 @@
+"""The three places where a mask enters a forward pass, as autograd functions that keep no more than they must.
+
+Each takes the logarithm of a mask (gates.py), whose gradient is the Taylor term m·dL/dm. A naive product x·m would keep
+both x and y = x·m for the backward; y alone is enough, and the next matmul keeps it anyway.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class MaskUnits(torch.autograd.Function):
+    """y = x·m along the last axis, m = exp(log m).
+
+    Saved for the backward: y alone. dL/d(log m) = m·dL/dm = Σ g·y needs neither x nor a division.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, log_mask: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        mask = log_mask.exp().to(x.dtype)[None, :, None].expand(shape).reshape(-1)
+        y = x * mask
+        ctx.save_for_backward(y, mask)
+        ctx.shape = shape
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        y, mask = ctx.saved_tensors
+        grad_x = grad * mask if ctx.needs_input_grad[0] else None
+        grad_log_mask = None
+        if ctx.needs_input_grad[1]:
+            per_column = (grad * y).flatten(0, -2).sum(0, dtype=_at_least_float32(y.dtype))
+            grad_log_mask = per_column.view(ctx.shape).sum((0, 2)).to(torch.float32)
+        return grad_x, grad_log_mask, None
+
+
+class GateResidual(torch.autograd.Function):
+    """x + m·(y - x), exactly x at m = 0 and y at m = 1; dL/d(log m) = Σ g·(out - x).
+
+    Saved for the backward: x and the output, both of which the neighbouring norms keep anyway.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor, log_mask: Tensor) -> Tensor:
+        mask = log_mask.exp().to(x.dtype)
+        out = torch.lerp(x, y, mask)
+        ctx.save_for_backward(x, out, mask)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, out, mask = ctx.saved_tensors
+        grad_y = grad * mask
+        grad_log_mask = None
+        if ctx.needs_input_grad[2]:
+            grad_log_mask = (grad * (out - x)).sum(dtype=_at_least_float32(x.dtype)).to(torch.float32)
+        return grad - grad_y, grad_y, grad_log_mask
+
+
+class MaskedNorm(torch.autograd.Function):
+    """RMS norm or layer norm whose statistics run over the kept width, its output masked after the bias.
+
+    With M = Σ m, μ = Σ m·x / M (0 for an RMS norm), v = Σ m·(x - μ)² / M and r = (v + ε)^(-1/2):
+    y = m·(w·(x - μ)·r + b). At m = 1 the stock norm; at a hard mask that of the cut model. Like the stock RMS norm it
+    computes in float32 at least, and rounds to the input's dtype before the weight.
+
+    Saved for the backward: x, which the stock norm keeps too, and two numbers per position.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, log_mask: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centered: bool):
+        wide = _at_least_float32(x.dtype)
+        mask = log_mask.exp().to(wide)
+        share = mask / mask.sum()
+        offset, centre = x.to(wide), None
+        with torch.autocast(x.device.type, enabled=False):  # it would take the statistics in half precision
+            if centered:
+                centre = (offset @ share)[..., None]
+                offset = offset - centre
+            inverse = torch.rsqrt((offset.square() @ share)[..., None] + eps)
+        ctx.save_for_backward(x, log_mask, weight, bias, centre, inverse)
+        ctx.eps = eps
+        y = weight * (offset * inverse * mask).to(x.dtype)
+        return y if bias is None else y + bias * mask.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, log_mask, weight, bias, centre, inverse = ctx.saved_tensors
+        wide = _at_least_float32(x.dtype)
+        mask = log_mask.exp().to(wide)
+        total = mask.sum()
+        g = grad.to(wide).flatten(0, -2)
+        inverse = inverse.flatten(0, -2)
+        offset = x.to(wide).flatten(0, -2)
+        if centre is not None:
+            offset = offset - centre.flatten(0, -2)
+        normed = offset * inverse
+        columns = (g * normed).sum(0)  # Σ g·x̂ per unit, [hidden]
+        dot = (g * normed) @ (weight * mask)  # Σ g·w·m·x̂ per position
+        # dL/dv = -½·r³·Σ g·w·m·(x - μ) = -½·r²·dot, and dL/dμ = -r·Σ g·w·m, as Σ m·(x - μ) = 0.
+        grad_variance = -0.5 * inverse.squeeze(-1).square() * dot
+        grad_centre = -inverse.squeeze(-1) * (g @ (weight * mask)) if centre is not None else None
+        grad_x = grad_log_mask = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = g * (weight * mask) * inverse + 2 * grad_variance[:, None] * offset * (mask / total)
+            if grad_centre is not None:
+                grad_x += grad_centre[:, None] * (mask / total)
+            grad_x = grad_x.to(x.dtype).view_as(x)
+        if ctx.needs_input_grad[1]:
+            variance = inverse.squeeze(-1).pow(-2)  # v + ε; the ε of dv/dm = ((x - μ)² - v)/M is taken off below
+            grad_mask = (
+                weight * columns
+                + (grad_variance @ offset.square() - (grad_variance * (variance - ctx.eps)).sum()) / total
+            )
+            if bias is not None:
+                grad_mask = grad_mask + bias * g.sum(0)
+            if grad_centre is not None:
+                grad_mask = grad_mask + grad_centre @ offset / total
+            grad_log_mask = (grad_mask * mask).to(torch.float32)
+        if ctx.needs_input_grad[2]:
+            grad_weight = (columns * mask).to(weight.dtype)
+        if ctx.needs_input_grad[3]:
+            grad_bias = (g.sum(0) * mask).to(bias.dtype)
+        return grad_x, grad_log_mask, grad_weight, grad_bias, None, None
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,206 @@
+"""`hf-dms prune` on a tiny real folder: each pipeline, resuming, refusing, and leaving nothing half-written."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from conftest import TINY
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from hf_dms import DMSTrainer
+from hf_dms.cli import main
+
+WORDS = [f"w{i}" for i in range(TINY["vocab_size"] - 3)]
+
+
+def save_tokenizer(folder) -> None:
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**TINY)).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(dense, tmp_path):
+    """A function that writes a recipe and runs the command line on it; returns (exit code, output folder)."""
+    rows = [{"text": " ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 60))} for i in range(1, 12)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "model": {"path": str(dense), "dtype": "float32"},
+        "data": {"path": "text.jsonl", "sequence_length": 16, "held_out": 0.2},
+        "dms": {"target": 0.6, "warmup_steps": 2},
+        "train": {"max_steps": 8, "per_device_train_batch_size": 2, "use_cpu": True, "disable_tqdm": True},
+        "eval": {"prompt": "w1 w2", "new_tokens": 3},
+        "output": {"path": str(tmp_path / "out")},
+    }
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(values))
+
+    def run(*overrides, command="prune"):
+        return main([command, str(file), *overrides]), tmp_path / "out"
+
+    return run
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per_layer"])
+@pytest.mark.parametrize("pipeline", ["p", "np", "p-"])
+def test_each_pipeline_and_layout_ends_in_a_folder_that_meets_the_budget(recipe, pipeline, layout, capsys):
+    code, out = recipe(f"dms.pipeline={pipeline}", f"dms.layout={layout}")
+    assert code == 0
+    model = AutoModelForCausalLM.from_pretrained(out)  # hf_dms is imported here; test_modeling_dms has the rest
+    report = json.loads((out / "dms_report.json").read_text())
+    num_params = sum(parameter.numel() for parameter in model.parameters())
+    assert report["pruned"]["num_params"] == num_params <= 0.6 * report["dense"]["num_params"]
+    assert model.config.use_cache
+    assert {"README.md", "config.json", "tokenizer.json", "model.safetensors"} <= {file.name for file in out.iterdir()}
+    assert not out.with_name("out.unfinished").exists()
+    printed = capsys.readouterr().out
+    assert "held-out perplexity" in printed
+    assert "from_pretrained" in printed
+
+
+def test_recovery_trains_the_cut_model(recipe):
+    code, out = recipe("recover.max_steps=5", "recover.learning_rate=1e-3")
+    report = json.loads((out / "dms_report.json").read_text())
+    assert code == 0
+    assert report["recovered"]["perplexity"] != report["pruned"]["perplexity"]
+
+
+def test_frozen_weights_are_those_of_the_dense_model(recipe, dense):
+    code, out = recipe("dms.pipeline=p-", "dms.prune=[layers]")
+    assert code == 0
+    kept = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    whole = AutoModelForCausalLM.from_pretrained(dense).state_dict()
+    assert torch.equal(kept["model.embed_tokens.weight"], whole["model.embed_tokens.weight"])
+
+
+def test_a_finished_output_is_left_alone(recipe, capsys):
+    _, out = recipe()
+    before = (out / "dms_report.json").stat().st_mtime_ns
+    code, _ = recipe()
+    assert code == 0
+    assert "finished already" in capsys.readouterr().out
+    assert (out / "dms_report.json").stat().st_mtime_ns == before
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped_and_ends_the_same(recipe, monkeypatch):
+    train, save = ("train.max_steps=8", "train.save_steps=4"), DMSTrainer._save_checkpoint
+    _, out = recipe(*train)
+    whole = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    shutil.rmtree(out)
+
+    def save_then_die(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DMSTrainer, "_save_checkpoint", save_then_die)
+        recipe(*train)
+    assert not out.exists()
+    assert recipe(*train, "dms.target=0.5")[0] == 2  # another recipe may not take over the folder
+    assert recipe(*train)[0] == 0
+    resumed = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dms.target=0.0001", "dms.target = 0.0001 cannot be reached.*Raise the target to at least"),
+        ("dms.prune=[heads]", "llama has no dim 'heads'. Its dims are kv, mlp, hidden, layers"),
+        ("dms.protect={layers: [9]}", "the model has layers 0 to 2, got 9"),
+        ("dms.round_to={mlp: 64}", "dms.round_to.mlp = 64: no multiple of it"),
+        ("train.max_stepz=3", "Unknown key train.max_stepz. Did you mean train.max_steps?"),
+        ("train.learning_rate=fast", "train.learning_rate must be float"),
+        ("train.max_steps=0", "train.max_steps is required"),
+        ("train.fp16=true", "fp16=True scales the loss"),
+        ("data.text_column=body", "the data has no column 'body'. It has text"),
+        ("data.sequence_length=5000", "less than one sequence of 5000"),
+        ("model.path=/nowhere/model", "no model can be read from '/nowhere/model'"),
+    ],
+)
+@pytest.mark.parametrize("command", ["validate", "prune"])
+def test_a_mistake_ends_before_weights_are_loaded_and_leaves_nothing(recipe, override, message, command, capsys, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    code, out = recipe(override, command=command)
+    assert code == 2
+    assert_matches(message, capsys.readouterr().err)
+    assert not out.exists()
+    assert not out.with_name("out.unfinished").exists()
+
+
+def test_an_unsupported_model_is_told_what_is_supported(recipe, tmp_path, capsys):
+    BertConfig().save_pretrained(tmp_path / "bert")
+    code, _ = recipe(f"model.path={tmp_path / 'bert'}", command="validate")
+    assert code == 2
+    assert_matches("model type 'bert' is not supported. Supported: llama", capsys.readouterr().err)
+
+
+def test_an_empty_dataset_is_refused(recipe, tmp_path, capsys):
+    (tmp_path / "text.jsonl").write_text('{"text": ""}\n')
+    assert recipe(command="validate")[0] == 2
+    assert_matches("has no text in column 'text'", capsys.readouterr().err)
+
+
+def test_a_folder_that_is_not_ours_is_not_overwritten(recipe, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    assert recipe()[0] == 2
+    assert_matches("exists and is not empty", capsys.readouterr().err)
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+
+
+def test_validate_says_ok(recipe, capsys):
+    assert recipe(command="validate")[0] == 0
+    assert "recipe.yaml: ok" in capsys.readouterr().out
+
+
+def assert_matches(pattern: str, text: str) -> None:
+    import re
+
+    assert re.search(pattern.replace("?", r"\?").replace("[", r"\["), text.replace("\n", " ")), text
+
+
+@pytest.mark.slow
+def test_llama_7b_recipe_runs_at_a_twentieth_of_the_size(tmp_path, capsys):
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=832, intermediate_size=2236, num_hidden_layers=32, num_attention_heads=32,
+        head_dim=26,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "llama")
+    save_tokenizer(tmp_path / "llama")
+    assert 300e6 < sum(parameter.numel() for parameter in model.parameters()) < 360e6
+    overrides = ["train.max_steps=6", "dms.warmup_steps=1", "data.sequence_length=32", "eval.sequences=2"]
+    overrides += [f"model.path={tmp_path / 'llama'}", f"output.path={tmp_path / 'out'}"]
+    assert main(["prune", "llama-7b.yaml", *overrides]) == 0
+    report = json.loads((tmp_path / "out" / "dms_report.json").read_text())
+    assert AutoTokenizer.from_pretrained(tmp_path / "out") is not None
+    layers = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n)
+    cut = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert cut.dtype == torch.bfloat16
+    assert sum(p.numel() for n, p in cut.named_parameters() if ".layers." in n) <= 0.8 * layers
+    assert report["model_class"] == "DmsLlamaForCausalLM"

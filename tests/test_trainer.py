@@ -1,0 +1,343 @@
+"""The search as a Trainer: what it adds, and what it must not change."""
+
+import json
+
+import pytest
+import torch
+from conftest import Tokens, search_, tiny_llama, token_batch
+from safetensors import safe_open
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_dms import DMSConfig, DMSTrainer
+from hf_dms.checkpoint import load_search_state_
+from hf_dms.masking import gates_of
+from hf_dms.slicing import cut, make_plan
+from hf_dms.trainer import check_training_arguments
+from hf_dms.verify import outputs_of
+
+QUIET = dict(
+    use_cpu=True,
+    report_to="none",
+    disable_tqdm=True,
+    save_strategy="no",
+    logging_steps=1,
+    logging_nan_inf_filter=False,
+    per_device_train_batch_size=8,
+    per_device_eval_batch_size=8,
+    dataloader_pin_memory=False,
+    seed=3,
+)
+
+
+def arguments(folder, **options):
+    return TrainingArguments(str(folder), **(QUIET | {"max_steps": 6, "learning_rate": 1e-3} | options))
+
+
+def dms(**options):
+    defaults = dict(target=0.6, layout="per_layer", warmup_steps=2, gate_learning_rate=0.02, target_ramp=0.5)
+    return DMSConfig(**(defaults | options))
+
+
+def trained(folder, dms_options=None, model=None, resume=None, callbacks=(), **options):
+    """A trainer that has run."""
+    trainer = DMSTrainer(
+        model=tiny_llama() if model is None else model,
+        dms_config=dms(**(dms_options or {})),
+        args=arguments(folder, **options),
+        train_dataset=Tokens(),
+        eval_dataset=Tokens(8, seed=1),
+        callbacks=list(callbacks),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def bit_equal(found, expected):
+    return found.keys() == expected.keys() and all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def logged(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+# ---- what it must not change -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_open_masks_without_resource_loss_train_like_the_plain_trainer(accumulation, tmp_path):
+    options = dict(gradient_accumulation_steps=accumulation, per_device_train_batch_size=8 // accumulation)
+    plain = Trainer(model=tiny_llama(), args=arguments(tmp_path / "plain", **options), train_dataset=Tokens())
+    plain.train()
+    open_ = trained(tmp_path / "open", dict(warmup_steps=1000, resource_weight=0.0), **options)
+    assert len(logged(plain, "loss")) == 6
+    assert logged(open_, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-5)
+    assert logged(open_, "task_loss") == pytest.approx(logged(plain, "loss"), rel=1e-5)
+    assert logged(open_, "grad_norm") == pytest.approx(logged(plain, "grad_norm"), rel=1e-4)
+    for name, tensor in plain.model.state_dict().items():
+        assert torch.allclose(open_.model.state_dict()[name], tensor, atol=1e-4)
+
+
+def test_accumulating_micro_batches_equals_the_big_batch(tmp_path):
+    # SGD: Adam's first steps are signs, which turn a rounding error of a small gradient into a whole step.
+    options = dict(optim="sgd", max_steps=5)
+    whole = trained(tmp_path / "1", **options, per_device_train_batch_size=8)
+    for size in (4, 2):
+        parts = trained(tmp_path / str(size), **options, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size)
+        assert logged(parts, "task_loss") == pytest.approx(logged(whole, "task_loss"), rel=1e-4)
+        assert logged(parts, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-4)
+        assert torch.allclose(parts.gates.prune_ratio, whole.gates.prune_ratio, atol=1e-5)
+        for name in whole.gates.dims:
+            found, expected = parts.gates.raw_importance(name), whole.gates.raw_importance(name)
+            assert torch.allclose(found, expected, rtol=1e-2, atol=1e-4 * float(expected.max()))
+    assert whole.gates.num_updates == 5 and float(whole.gates.prune_ratio.detach().max()) > 1e-3
+
+
+def test_importance_does_not_depend_on_resource_weight(tmp_path):
+    """In the trainer too: two steps of warm-up and one with open gates see the same weights."""
+    found = [trained(tmp_path / str(w), dict(resource_weight=w), max_steps=3).gates.search_state() for w in (0.0, 100.0)]
+    names = [name for name in found[0] if name.startswith("importance")]
+    assert names and all(torch.equal(found[0][name], found[1][name]) for name in names)
+
+
+# ---- the optimizer ------------------------------------------------------------------------------------------------------
+class RecordRates(TrainerCallback):
+    def __init__(self):
+        self.rates = []
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.rates.append([group["lr"] for group in optimizer.param_groups])
+
+
+def test_gates_have_a_group_of_their_own_with_a_constant_rate_and_no_weight_decay(tmp_path):
+    record = RecordRates()
+    options = dict(weight_decay=0.1, lr_scheduler_type="linear", warmup_steps=2)
+    trainer = trained(tmp_path, callbacks=[record], **options)
+    *others, group = trainer.optimizer.param_groups
+    assert group["params"] == [trainer.gates.prune_ratio] and group["weight_decay"] == 0
+    assert not any(parameter is trainer.gates.prune_ratio for other in others for parameter in other["params"])
+    assert [rates[-1] for rates in record.rates] == [0.02] * 6
+    assert len({rates[0] for rates in record.rates}) == 6 - 1  # up, then down
+    count = sum(len(other["params"]) for other in trainer.optimizer.param_groups)
+    assert count == len(list(trainer.model.parameters()))
+
+
+def test_the_default_rate_of_the_gates_depends_on_the_length_of_the_search(tmp_path):
+    record = RecordRates()
+    trained(tmp_path, dict(gate_learning_rate=None), callbacks=[record], max_steps=4)
+    assert {rates[-1] for rates in record.rates} == {0.05}
+
+
+def one_step(folder, model_seed=0, **options):
+    """Ratios and weights after one SGD step on half-closed gates, without warm-up."""
+    resource_weight = options.pop("resource_weight", 10.0)
+    model = tiny_llama(seed=model_seed)
+    config = dms(warmup_steps=0, resource_weight=resource_weight, target_schedule="constant")
+    trainer = DMSTrainer(
+        model=model,
+        dms_config=config,
+        args=arguments(folder, max_steps=1, optim="sgd", learning_rate=0.5, **options),
+        train_dataset=Tokens(),
+    )
+    search_(model, ratios=(0.1, 0.2))
+    before = trainer.gates.prune_ratio.detach().clone()
+    trainer.train()
+    assert not torch.equal(trainer.gates.prune_ratio, before)
+    return trainer.gates.prune_ratio.detach(), weights(model), logged(trainer, "grad_norm")
+
+
+def test_clipping_does_not_touch_the_gates(tmp_path):
+    free, clipped = one_step(tmp_path / "free", max_grad_norm=1e6), one_step(tmp_path / "clip", max_grad_norm=1e-3)
+    assert torch.equal(free[0], clipped[0])
+    assert not bit_equal(free[1], clipped[1])
+
+
+@pytest.mark.parametrize("max_grad_norm", [1e-3, 1e6])
+def test_gate_gradients_do_not_enter_the_clipping_norm(max_grad_norm, tmp_path):
+    weak = one_step(tmp_path / "weak", resource_weight=0.0, max_grad_norm=max_grad_norm)
+    strong = one_step(tmp_path / "strong", resource_weight=1e4, max_grad_norm=max_grad_norm)
+    assert bit_equal(weak[1], strong[1]) and weak[2] == strong[2]
+    assert not torch.equal(weak[0], strong[0])
+
+
+def test_pipeline_p_minus_moves_the_gates_alone(tmp_path):
+    model = tiny_llama()
+    before = weights(model)
+    trainer = trained(tmp_path, dict(pipeline="p-"), model=model, max_steps=5)
+    assert bit_equal(weights(model), before)
+    assert float(trainer.gates.prune_ratio.detach().max()) > 0
+    assert all(trainer.gates.raw_importance(name).any() for name in trainer.gates.dims)
+
+
+def test_pipeline_p_trains_the_weights_too(tmp_path):
+    model = tiny_llama()
+    before = weights(model)
+    trained(tmp_path, model=model, max_steps=3)
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
+
+
+@pytest.mark.parametrize("pipeline", ["p", "p-"])
+def test_checkpointing_of_activations_changes_nothing(pipeline, tmp_path):
+    found = []
+    for checkpointing in (False, True):
+        options = dict(activation_checkpointing=checkpointing, max_steps=4)
+        trainer = trained(tmp_path / str(checkpointing), dict(pipeline=pipeline), **options)
+        found.append((trainer.gates.search_state(), logged(trainer, "loss")))
+    assert bit_equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+
+
+# ---- logs and evaluation --------------------------------------------------------------------------------------------------
+def test_logs_show_task_loss_resource_target_and_kept_units(tmp_path):
+    trainer = trained(tmp_path, dict(resource_weight=2.0), max_steps=8, eval_strategy="steps", eval_steps=4)
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["target"] for entry in entries[:2]] == [1.0, 1.0] and entries[-1]["target"] == 0.6
+    kept = {"kept/kv", "kept/mlp", "kept/hidden", "kept/layers"}
+    for entry in entries:
+        assert {"task_loss", "resource_loss", "resource", "target", *kept} <= entry.keys()
+        assert 0 < entry["resource"] <= 1
+    assert entries[-1]["resource"] < 1 and entries[0]["kept/mlp"] == 20
+    evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert [0 < entry["eval_resource"] <= 1 for entry in evaluated] == [True, True]
+
+
+def test_logs_average_the_task_loss_since_the_last_log(tmp_path):
+    every = trained(tmp_path / "1", max_steps=6)
+    third = trained(tmp_path / "3", max_steps=6, logging_steps=3)
+    losses = logged(every, "task_loss")
+    expected = [sum(losses[:3]) / 3, sum(losses[3:]) / 3]
+    assert logged(third, "task_loss") == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per_layer"])
+def test_evaluation_is_that_of_the_cut_model(layout, tmp_path):
+    trainer = trained(tmp_path, dict(layout=layout, gate_learning_rate=0.1), max_steps=8)
+    gates = trainer.gates
+    sizes = {name: gates.hard_units(name) for name in gates.dims}
+    assert float(gates.resource(gates.hard_sizes())) < 0.9
+    pruned = cut(trainer.model, gates.attachment.bound, make_plan(gates, sizes), layout)
+    plain = Trainer(model=pruned, args=arguments(tmp_path / "plain"), eval_dataset=Tokens(8, seed=1))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per_layer"])
+def test_prune_returns_a_plain_model_within_the_budget(layout, tmp_path):
+    dense = tiny_llama()
+    assert dense.config.use_cache is True
+    trainer = trained(tmp_path, dict(layout=layout), model=dense, max_steps=5)
+    state = weights(dense)
+    pruned = trainer.prune()
+    assert sum(p.numel() for p in pruned.parameters()) <= 0.6 * tiny_llama().num_parameters()
+    assert pruned.config.use_cache is True and not hasattr(pruned, "dms_gates") and not pruned.training
+    assert bit_equal(weights(trainer.model), state)
+    assert pruned.generate(**token_batch(), max_new_tokens=3).shape == (2, 10)
+
+
+def test_prune_keeps_a_cache_that_was_off(tmp_path):
+    model = tiny_llama(use_cache=False)
+    assert trained(tmp_path, model=model, max_steps=3).prune().config.use_cache is False
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------------------------
+SAVING = dict(save_strategy="steps", save_steps=4, max_steps=8)
+
+
+def test_checkpoints_hold_the_search_beside_model_files_without_gates(tmp_path):
+    trainer = trained(tmp_path, **SAVING)
+    folder = tmp_path / "checkpoint-8"
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(tiny_llama().state_dict())
+    with safe_open(folder / "dms_state.safetensors", "pt") as file:
+        assert bit_equal({name: file.get_tensor(name) for name in file.keys()}, trainer.gates.search_state())  # noqa: SIM118
+    summary = json.loads((folder / "dms_state.json").read_text())
+    assert DMSConfig(**summary["dms_config"]) == trainer.dms_config
+    assert summary["kept_units"]["mlp"] == trainer.gates.hard_units("mlp").tolist()
+    assert summary["hard_resource"] == float(trainer.gates.resource(trainer.gates.hard_sizes()))
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}])
+def test_resume_equals_uninterrupted_bit_for_bit(options, tmp_path):
+    whole = trained(tmp_path, **SAVING, **options)
+    resumed = trained(tmp_path, **SAVING, **options, model=tiny_llama(seed=9), resume=str(tmp_path / "checkpoint-4"))
+    assert resumed.state.global_step == 8
+    assert bit_equal(weights(resumed.model), weights(whole.model))
+    assert bit_equal(resumed.gates.search_state(), whole.gates.search_state())
+    assert logged(resumed, "task_loss")[4:] == logged(whole, "task_loss")[4:]
+
+
+def test_resume_from_a_checkpoint_without_a_search_is_an_error(tmp_path):
+    Trainer(model=tiny_llama(), args=arguments(tmp_path, **SAVING), train_dataset=Tokens()).train()
+    with pytest.raises(ValueError, match="checkpoint-4 has no dms_state.safetensors: it is not a checkpoint of a DMS search"):
+        trained(tmp_path, **SAVING, resume=str(tmp_path / "checkpoint-4"))
+
+
+def best_of(folder, metric, greater, target):
+    options = dict(save_strategy="steps", save_steps=3, eval_strategy="steps", eval_steps=3, max_steps=18)
+    best = dict(load_best_model_at_end=True, metric_for_best_model=metric, greater_is_better=greater)
+    config = dict(target=target, gate_learning_rate=0.08, resource_weight=20.0)
+    return trained(folder, config, **options, **best)
+
+
+def test_the_best_model_is_one_that_meets_the_target(tmp_path):
+    trainer = best_of(tmp_path, "resource", True, 0.7)  # by this measure the dense model is the best
+    saved = {
+        step: json.loads((tmp_path / f"checkpoint-{step}" / "dms_state.json").read_text())["hard_resource"]
+        for step in range(3, 19, 3)
+    }
+    meeting = {step: found for step, found in saved.items() if found <= 0.7 * 1.001}
+    assert meeting and len(meeting) < len(saved)
+    best = max(meeting, key=meeting.get)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    assert float(trainer.gates.resource(trainer.gates.hard_sizes())) == meeting[best]
+    twin = DMSTrainer(model=tiny_llama(), dms_config=trainer.dms_config, args=arguments(tmp_path / "other"))
+    load_search_state_(twin.model, tmp_path / f"checkpoint-{best}")
+    assert bit_equal(trainer.gates.search_state(), twin.gates.search_state())
+
+
+def test_no_model_is_the_best_while_none_meets_the_target(tmp_path):
+    options = dict(save_strategy="steps", save_steps=3, eval_strategy="steps", eval_steps=3, max_steps=3)
+    trainer = trained(tmp_path, **options, load_best_model_at_end=True)
+    assert trainer.state.best_model_checkpoint is None
+
+
+# ---- what cannot be served -----------------------------------------------------------------------------------------------------
+def make(folder, model=None, **options):
+    kwargs = {} if model is None else {"model": model}
+    model_init = options.pop("model_init", None)
+    args = arguments(folder)
+    for name, value in options.items():
+        setattr(args, name, value)
+    return DMSTrainer(**kwargs, model_init=model_init, dms_config=dms(), args=args, train_dataset=Tokens())
+
+
+def test_a_model_init_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="DMSTrainer needs model=, not model_init=: the gates belong to one model"):
+        make(tmp_path, model_init=tiny_llama)
+
+
+def test_reentrant_checkpointing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="use_reentrant=True is not supported"):
+        options = dict(activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True})
+        trained(tmp_path, **options)
+
+
+def test_fp16_is_refused(tmp_path):
+    args = arguments(tmp_path)
+    args.fp16 = True  # TrainingArguments itself refuses it without a GPU
+    with pytest.raises(ValueError, match="fp16=True scales the loss, and with it the importance. Use bf16=True"):
+        check_training_arguments(args)
+
+
+def test_a_model_with_gates_already_is_refused(tmp_path):
+    model = tiny_llama()
+    make(tmp_path, model)
+    with pytest.raises(ValueError, match="has gates already"):
+        make(tmp_path, model)
+
+
+def test_example_inputs_are_those_of_the_evaluation_data(tmp_path):
+    trainer = trained(tmp_path, max_steps=1)
+    inputs = trainer.example_inputs()
+    assert torch.equal(inputs["input_ids"][0], Tokens(8, seed=1)[0]["input_ids"])
+    assert outputs_of(trainer.model, inputs).shape == (1, 8, 33)
+    assert gates_of(trainer.model) is trainer.gates
