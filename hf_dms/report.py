@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 from . import __version__
 from .config import RESOURCES, DMSConfig
 from .gates import Gates
+from .layouts import kept_units
 from .masking import gates_of
 from .resource import Sizes
 from .rounding import round_sizes
+from .slicing import make_plan
 from .spec import build_cost
 
 ROWS = {  # key of dms_report.json: (words of the table, format)
@@ -44,12 +46,16 @@ def sizes_and_costs(model: PreTrainedModel, sequence_length: int) -> dict[str, A
 
     Returns:
         `{"dense": {num_params, macs_per_token, kv_bytes_per_token}, "pruned": {...}, "sizes": {dim: [...]}}`, the last
-        per layer of the dense model.
+        per layer of the dense model, 0 where the layer is gone.
     """
     gates = gates_of(model)
     bound, config = gates.attachment.bound, gates.attachment.config
     sizes = round_sizes(gates, bound, config, model.config)
-    result: dict[str, Any] = {"dense": {}, "pruned": {}, "sizes": {n: size.tolist() for n, size in sizes.items()}}
+    layers = set(kept_units(make_plan(gates, sizes), bound.depth, None, bound.num_layers).tolist())
+    result: dict[str, Any] = {"dense": {}, "pruned": {}, "sizes": {}}
+    for name, size in sizes.items():
+        rows = enumerate(size.tolist())
+        result["sizes"][name] = [units if len(size) == 1 or layer in layers else 0 for layer, units in rows]
     names = {"params": "num_params", "macs": "macs_per_token", "kv_bytes": "kv_bytes_per_token"}
     for resource in RESOURCES:
         if resource == "kv_bytes" and bound.spec.cache is None:

@@ -18,6 +18,7 @@ from .config import DMSConfig
 from .gates import Gates
 from .resource import Sizes
 from .spec import BoundSpec
+from .topk import topk_mask
 
 State = dict[str, Tensor]  # whole size of every prune ratio, `[num_ratios]` int64 per dim
 
@@ -91,6 +92,7 @@ class _Rounding:
         self.step = {name: config.round_to.get(name, 1) for name in gates.dims}
         self.limits = stock_limits(bound, config, model_config, tuple(gates.dims))
         self.fixed = bound.sizes
+        self.depth = bound.depth
         self.low, self.high, self.learned = {}, {}, {}
         for name, dim in gates.dims.items():
             low, high = torch.tensor(dim.lowest), torch.tensor(dim.highest)
@@ -102,6 +104,7 @@ class _Rounding:
     def solve(self) -> Sizes:
         state = self.smallest()
         scale, state = self._largest_fitting_scale(state)
+        state = self._with_free_dims_whole(state)
         while (grown := self._grow(state, scale)) is not None:
             state = grown
         return {name: value.expand(self.gates.dims[name].rows).clone() for name, value in state.items()}
@@ -173,6 +176,15 @@ class _Rounding:
 
         return all(size(limit.multiple) % (limit.unit * size(limit.dim)) == 0 for limit in self.limits)
 
+    def _with_free_dims_whole(self, state: State) -> State:
+        """Leave a dim uncut if that costs nothing, as the MLP's width in key-value bytes."""
+        bound_by_limits = {name for limit in self.limits for name in (limit.dim, limit.multiple)}
+        for name in set(state) - bound_by_limits:
+            whole = state | {name: self.high[name]}
+            if self.count(whole) == self.count(state):
+                state = whole
+        return state
+
     def _grow(self, state: State, scale: float) -> State | None:
         """The state after one more allowed step of the dim that is furthest below its learned size, if any fits."""
         steps = [
@@ -191,6 +203,13 @@ class _Rounding:
             if fits[row] and lack > best_lack:
                 best, best_lack = row, lack
         return None if best is None else {name: value[best] for name, value in candidates.items()}
+
+    def _dropped_layers(self, state: State) -> set[int]:
+        """Layers that go as a whole: their widths cost nothing and say nothing."""
+        if self.depth not in state:
+            return set()
+        mask = topk_mask(self.gates.importance(self.depth)[0].cpu(), state[self.depth].squeeze())
+        return set((mask == 0).nonzero().flatten().tolist())
 
     def _next(self, state: State, name: str, i: int) -> int | None:
         """The next larger allowed size of one prune ratio, all others unchanged."""

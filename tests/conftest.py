@@ -85,7 +85,8 @@ def token_batch(batch: int = 2, length: int = 7, seed: int = 0, vocab: int = 33)
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
     """Largest |difference| relative to the largest magnitude."""
-    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).abs().max() / expected.abs().max())
 
 
 class Tokens(torch.utils.data.Dataset):

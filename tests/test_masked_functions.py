@@ -107,6 +107,12 @@ def test_an_open_masked_norm_is_the_stock_norm(dtype):
 def test_inputs_without_gradient_cost_none(function):
     x, weight = torch.randn(3, 4), torch.ones(4)
     mask = torch.zeros(4, requires_grad=True)
-    y = function.apply(x, mask, (1, 4, 1)) if function is MaskUnits else function.apply(x, mask, weight, None, 0.1, True)
+    y = (
+        function.apply(x, mask, (1, 4, 1))
+        if function is MaskUnits
+        else function.apply(x, mask, weight, None, 0.1, True)
+    )
     y.sum().backward()
-    assert x.grad is None and weight.grad is None and mask.grad.shape == (4,)
+    assert x.grad is None
+    assert weight.grad is None
+    assert mask.grad.shape == (4,)

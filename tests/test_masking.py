@@ -20,7 +20,7 @@ from hf_dms.verify import hard_masked, outputs_of
 DIMS = ("kv", "mlp", "hidden", "layers")
 
 
-# ---- where they go --------------------------------------------------------------------------------------------------------
+# ---- where they go ----
 def test_every_linear_map_that_reads_a_dim_is_masked_once():
     bound = bind(LLAMA, tiny_llama())
     assert list(masked_inputs(bound, "mlp")) == [(f"model.layers.{i}.mlp.down_proj", i, (1, 20, 1)) for i in range(3)]
@@ -64,10 +64,11 @@ def test_gradients_of_the_masked_model_are_those_of_the_cut_one(layout):
     kept = plan.kept["mlp"][layer]
     assert relative_difference(found[:, kept], expected) < 1e-5  # the stock norm computes in float32
     dropped = [unit for unit in range(20) if unit not in kept.tolist()]
-    assert dropped and found[:, dropped].abs().max() == 0
+    assert dropped
+    assert found[:, dropped].abs().max() == 0
 
 
-# ---- without a trace ----------------------------------------------------------------------------------------------------------
+# ---- without a trace ----
 def trace(model):
     """Everything about a model that gates could leave behind."""
     modules = {name: (dict(vars(module)), type(module)) for name, module in model.named_modules()}
@@ -122,7 +123,8 @@ def test_a_deep_copy_has_gates_of_its_own():
     model(**inputs).logits.sum().backward()  # masks and Taylor terms of a step under way
     twin = copy.deepcopy(model)
     gates, twins = gates_of(model), gates_of(twin)
-    assert twins is not gates and twins.prune_ratio is not gates.prune_ratio
+    assert twins is not gates
+    assert twins.prune_ratio is not gates.prune_ratio
     assert torch.equal(twin(**inputs).logits, model(**inputs).logits)
     before = model.eval()(**inputs).logits
     search_(twin, seed=5)
@@ -137,7 +139,7 @@ def test_a_deep_copy_has_gates_of_its_own():
     assert torch.equal(model(**inputs).logits, twin(**inputs).logits)
 
 
-# ---- memory and checkpointing ----------------------------------------------------------------------------------------------------
+# ---- memory and checkpointing ----
 def step(model, inputs):
     """Loss, gradients and importance of one training step."""
     model.train()
@@ -186,16 +188,18 @@ def saved_bytes(model, inputs):
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def test_gates_keep_no_second_copy_of_activations():
+@pytest.mark.parametrize("prune", [*[(dim,) for dim in DIMS], None])
+def test_gates_keep_no_second_copy_of_activations(prune):
+    """Where a weight trains the next matmul keeps y anyway; one copy of the MLP's activations would be 9 % here."""
     sizes = dict(hidden_size=48, intermediate_size=128, num_hidden_layers=3)
     inputs = token_batch(4, 32)
     plain, gated = tiny_llama(**sizes).train(), tiny_llama(**sizes)
-    attach_(gated, DMSConfig(target=0.5, layout="per_layer"))
+    attach_(gated, DMSConfig(target=0.95, layout="per_layer", prune=prune))
     search_(gated)
-    assert saved_bytes(gated.train(), inputs) <= 1.15 * saved_bytes(plain, inputs)
+    assert saved_bytes(gated.train(), inputs) <= 1.04 * saved_bytes(plain, inputs)
 
 
-# ---- what cannot be served ----------------------------------------------------------------------------------------------------------
+# ---- what cannot be served ----
 def untouched(model, message, **options):
     """`attach_` fails with a message and leaves the model as it was."""
     before = trace(model) if isinstance(model, nn.Module) and hasattr(model, "config") else None
@@ -229,7 +233,7 @@ def test_attach_refuses_models_whose_weights_cannot_be_cut():
 def test_attach_refuses_reentrant_checkpointing():
     model = tiny_llama()
     model.activation_checkpointing_enable({"use_reentrant": True})
-    untouched(model, "use_reentrant=True, whose backward cannot pass the gates. Leave it out")
+    untouched(model, "activation checkpointing with use_reentrant=True, .* Leave it out")
 
 
 def test_attach_refuses_unknown_architectures():
@@ -263,8 +267,8 @@ def test_attach_refuses_parameters_that_the_description_does_not_know():
         (dict(layout="per_layer", protect={"layers": [-4]}), "the model has layers 0 to 2, got -4"),
         (dict(layout="per_layer", protect={"layers": ["1"]}), "the model has layers 0 to 2, got '1'"),
         (dict(protect={"layers": [0]}), "dms.protect.layers with layout uniform: .* Use layout: per_layer"),
-        (dict(protect={"min": {"mlp": 21}}), "sizes of mlp must lie in 1 to 20 .* got min 21, max 20"),
-        (dict(protect={"min": {"mlp": 0}}), "sizes of mlp must lie in 1 to 20 .* got min 0, max 20"),
+        (dict(protect={"min": {"mlp": 21}}), "sizes of mlp must lie in 1 to 20.* got min 21, max 20"),
+        (dict(protect={"min": {"mlp": 0}}), "sizes of mlp must lie in 1 to 20.* got min 0, max 20"),
         (dict(protect={"min": {"mlp": 9}, "max": {"mlp": 8}}), "got min 9, max 8"),
         (dict(round_to={"mlp": 21}), "dms.round_to.mlp = 21: no multiple of it lies between 1 and 20"),
         (
@@ -272,7 +276,10 @@ def test_attach_refuses_parameters_that_the_description_does_not_know():
             "dms.round_to.mlp = 8: no multiple of it lies between 9 and 15",
         ),
         (dict(resource="macs"), "resource macs needs dms.sequence_length"),
-        (dict(target=0.01), "dms.target = 0.01 cannot be reached: .* Raise the target to at least 0.[0-9]{4}, prune more"),
+        (
+            dict(target=0.01),
+            "dms.target = 0.01 cannot be reached: .* Raise the target to at least 0.[0-9]{4}, prune more",
+        ),
     ],
 )
 def test_attach_refuses_requests_that_cannot_be(options, message):
@@ -281,7 +288,9 @@ def test_attach_refuses_requests_that_cannot_be(options, message):
 
 def test_a_masked_norm_is_told_from_a_forward_of_the_user():
     model, calls = tiny_llama(LlamaModel), []
-    model.layers[0].mlp.forward = functools.partial(lambda call, x: calls.append(1) or call(x), model.layers[0].mlp.forward)
+    model.layers[0].mlp.forward = functools.partial(
+        lambda call, x: calls.append(1) or call(x), model.layers[0].mlp.forward
+    )
     attach_(model, DMSConfig(target=0.5))
     detach_(model)
     outputs_of(model, token_batch())

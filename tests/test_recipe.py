@@ -41,7 +41,7 @@ def test_the_data_decides_the_sequence_length_of_the_macs():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("dsm", {}, "Unknown key dsm. Did you mean dms?"),
+        ("dsm", {}, r"Unknown key dsm. Did you mean dms\?"),
         ("dms.targt", 0.5, r"Unknown key dms.targt. Did you mean dms.target\?"),
         ("model.paht", "x", r"Did you mean model.path\?"),
         ("dms.target", 60, "For 60 % write target: 0.6"),
@@ -88,7 +88,7 @@ def test_overrides_reach_every_section(tmp_path):
         {"max_steps": 3},
         2,
     )
-    with pytest.raises(ValueError, match="An override is section.key=value"):
+    with pytest.raises(ValueError, match=r"An override is section\.key=value"):
         load_recipe(str(file), ["dms.target"])
 
 
@@ -101,7 +101,7 @@ def test_data_beside_a_recipe_is_found_from_anywhere(tmp_path, monkeypatch):
 
 
 def test_a_missing_recipe_lists_those_that_come_with_hf_dms():
-    with pytest.raises(ValueError, match=r"no recipe 'nothing.yaml'.*llama-7b.yaml.*quickstart.yaml"):
+    with pytest.raises(ValueError, match=r"no recipe 'nothing\.yaml'.*llama-7b.yaml.*quickstart.yaml"):
         load_recipe("nothing.yaml")
 
 

@@ -27,7 +27,8 @@ def sizes(hidden, mlp, kv):
 
 def test_docstring_examples():
     result = doctest.testmod(resource)
-    assert result.attempted >= 2 and result.failed == 0
+    assert result.attempted >= 2
+    assert result.failed == 0
 
 
 def brute_force(hidden, mlp, kv, layers_kept=(1, 1, 1)):
@@ -35,7 +36,11 @@ def brute_force(hidden, mlp, kv, layers_kept=(1, 1, 1)):
     return 7 * hidden + 3 + sum(cost * kept for cost, kept in zip(layers, layers_kept))
 
 
-@given(st.integers(1, 9), st.lists(st.integers(1, 9), min_size=6, max_size=6), st.lists(st.booleans(), min_size=3, max_size=3))
+@given(
+    st.integers(1, 9),
+    st.lists(st.integers(1, 9), min_size=6, max_size=6),
+    st.lists(st.booleans(), min_size=3, max_size=3),
+)
 def test_the_polynomial_equals_brute_force(hidden, widths, kept):
     mlp, kv = widths[:3], widths[3:]
     assert float(COST.count(sizes(hidden, mlp, kv))) == brute_force(hidden, mlp, kv)
@@ -58,12 +63,13 @@ def test_batched_counts_equal_single_ones():
 def test_a_count_is_exact_in_float64_and_differentiable():
     big = {"hidden": torch.tensor([8192.0], requires_grad=True), "mlp": torch.full((3,), 28672.0), "kv": torch.ones(3)}
     total = COST.count(big)
-    assert total.dtype == torch.float64 and total.item() == brute_force(8192, [28672] * 3, [1] * 3)
+    assert total.dtype == torch.float64
+    assert total.item() == brute_force(8192, [28672] * 3, [1] * 3)
     total.backward()
     assert float(big["hidden"].grad) == 7 + 8 * 28672
 
 
-# ---- the loss -----------------------------------------------------------------------------------------------------------
+# ---- the loss ----
 @given(st.floats(0.01, 10), st.floats(0.01, 1))
 def test_the_loss_is_log_of_the_excess_above_the_target_and_zero_at_or_below(found, target):
     r = torch.tensor(found, dtype=torch.float64, requires_grad=True)
@@ -79,7 +85,7 @@ def test_the_loss_does_not_depend_on_the_unit():
     assert torch.allclose(resource_loss(r * 1e9, 0.5 * 1e9), resource_loss(r, 0.5), atol=1e-6)
 
 
-# ---- the target ---------------------------------------------------------------------------------------------------------
+# ---- the target ----
 @given(st.floats(0.01, 1), st.floats(0.01, 1), st.floats(0, 1), st.floats(0, 1))
 def test_a_geometric_target_falls_from_one_to_the_target_and_stays(target, ramp, first, second):
     early, late = sorted((first, second))

@@ -108,7 +108,8 @@ def test_the_result_fits_the_budget_and_no_single_step_up_does(request_):
     target = lowest + share * (1 - lowest)
     budget = target * gates.dense_resource
     sizes = rounded(target, *request_)
-    assert set(sizes) == set(gates.dims) and all(len(rows) == gates.dims[name].rows for name, rows in sizes.items())
+    assert set(sizes) == set(gates.dims)
+    assert all(len(rows) == gates.dims[name].rows for name, rows in sizes.items())
     assert allowed(sizes, *request_)
     assert count(gates, sizes) <= budget
     for larger in single_steps(sizes, *request_):
@@ -144,11 +145,26 @@ def test_sizes_follow_the_learned_proportions():
     assert rounded(0.6, *request_)["mlp"].tolist() == sizes.tolist()[::-1]
 
 
+def test_what_is_left_of_the_budget_goes_to_those_furthest_below_their_learned_size():
+    """Equal layers jump together; of the units that then still fit, none takes more than one."""
+    request_ = gated(layout="per_layer", prune=("mlp",), overrides=dict(intermediate_size=50, num_hidden_layers=8))
+    gates = request_[0]
+    learned = torch.tensor([40.0, 10.0] * 4)
+    with torch.no_grad():
+        gates.prune_ratio.copy_(1 - learned / 50)
+    for units in range(120, 220):
+        target = 1 - (8 * 50 - units) * 3 * 24 / gates.dense_resource  # three matrices of 24 columns
+        sizes = rounded(target + 1e-9, *request_)["mlp"]
+        assert int(sizes.sum()) == units
+        assert (sizes - learned * units / 200).abs().max() < 1.01
+
+
 def test_protected_layers_stay_whole_and_are_among_those_kept():
     request_ = gates, *_ = gated(layout="per_layer", protect={"layers": [0, -1]})
     sizes = rounded(lowest_target(*request_), *request_)
     assert sizes["layers"].tolist() == [2]
-    assert sizes["mlp"][[0, 2]].tolist() == [20, 20] and sizes["kv"][[0, 2]].tolist() == [3, 3]
+    assert sizes["mlp"][[0, 2]].tolist() == [20, 20]
+    assert sizes["kv"][[0, 2]].tolist() == [3, 3]
     assert torch.isinf(gates.importance("layers")[0]).tolist() == [True, False, True]
 
 
@@ -176,7 +192,7 @@ def test_attach_refuses_a_target_out_of_reach_before_the_search():
     detach_(model)
 
 
-# ---- what a stock config can express ----------------------------------------------------------------------------------
+# ---- what a stock config can express ----
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("target", [0.2, 0.5, 0.8])
 def test_a_uniform_llama_has_a_hidden_size_that_its_heads_divide(target, seed):

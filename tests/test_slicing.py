@@ -153,7 +153,7 @@ def test_masked_equals_cut_equals_reloaded(tmp_path_factory, exact_norms, reques
     assert_same(*masked_cut_reloaded(model, sizes, folder)[:3], EXACT)
 
 
-# ---- generation -----------------------------------------------------------------------------------------------------
+# ---- generation ----
 @pytest.mark.parametrize("layout", ["uniform", "per_layer"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generate_with_a_cache_equals_that_of_the_masked_model(layout, cache):
@@ -169,7 +169,7 @@ def test_generate_with_a_cache_equals_that_of_the_masked_model(layout, cache):
     assert torch.equal(pruned.generate(**token_batch(), **options, use_cache=False), expected)
 
 
-# ---- what is counted is what is there ---------------------------------------------------------------------------------
+# ---- what is counted is what is there ----
 @pytest.mark.parametrize("layout", ["uniform", "per_layer"])
 @pytest.mark.parametrize("scope", ["model", "layers"])
 @pytest.mark.parametrize("variant", ["gqa", "tied", "biases"])
@@ -218,26 +218,29 @@ def test_counted_kv_bytes_equal_the_cache(layout, dtype):
     assert int(gates.count(gates.dense_sizes() | sizes)) == cached / 7
 
 
-# ---- the pruned model -----------------------------------------------------------------------------------------------------
+# ---- the pruned model ----
 def test_prune_leaves_the_masked_model_as_it_was():
     model = tiny_llama()
     searched(model)
     model.train()
     before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(gates_of(model).search_state())
     prune(model, inputs=token_batch())
-    assert model.training and gates_of(model).rounded is None
+    assert model.training
+    assert gates_of(model).rounded is None
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(torch.equal(tensor, state[name]) for name, tensor in gates_of(model).search_state().items())
 
 
-def test_the_pruned_model_is_plain_and_shares_no_tensor():
+@pytest.mark.parametrize("dims", [None, ("mlp",)])
+def test_the_pruned_model_is_plain_and_shares_no_tensor(dims):
     model = tiny_llama(tie_word_embeddings=True)
-    searched(model)
+    searched(model, prune=dims)
     pruned = prune(model, inputs=token_batch())
     pointers = {parameter.data_ptr() for parameter in model.parameters()}
     assert not any(parameter.data_ptr() in pointers for parameter in pruned.parameters())
     assert pruned.lm_head.weight is pruned.model.embed_tokens.weight
-    assert not pruned.training and not hasattr(pruned, "dms_gates")
+    assert not pruned.training
+    assert not hasattr(pruned, "dms_gates")
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in pruned.modules())
 
 
@@ -246,9 +249,12 @@ def test_uniform_layout_gives_a_stock_config_with_the_pruned_sizes():
     _, sizes = searched(model, layout="uniform")
     config = prune(model, inputs=token_batch()).config
     assert config.model_type == "llama"
-    assert config.num_key_value_heads == int(sizes["kv"][0]) and config.num_attention_heads == 2 * int(sizes["kv"][0])
-    assert config.intermediate_size == int(sizes["mlp"][0]) and config.hidden_size == int(sizes["hidden"])
-    assert config.num_hidden_layers == int(sizes["layers"]) and config.head_dim == 4
+    assert config.num_key_value_heads == int(sizes["kv"][0])
+    assert config.num_attention_heads == 2 * int(sizes["kv"][0])
+    assert config.intermediate_size == int(sizes["mlp"][0])
+    assert config.hidden_size == int(sizes["hidden"])
+    assert config.num_hidden_layers == int(sizes["layers"])
+    assert config.head_dim == 4
 
 
 def test_a_model_keeps_its_dtype_and_settings():
@@ -256,8 +262,10 @@ def test_a_model_keeps_its_dtype_and_settings():
     model.generation_config.temperature = 0.5
     searched(model)
     pruned = prune(model, inputs=token_batch())
-    assert pruned.dtype == torch.bfloat16 and pruned.config._attn_implementation == "eager"
-    assert pruned.config.rms_norm_eps == 1e-3 and pruned.generation_config.temperature == 0.5
+    assert pruned.dtype == torch.bfloat16
+    assert pruned.config._attn_implementation == "eager"
+    assert pruned.config.rms_norm_eps == 1e-3
+    assert pruned.generation_config.temperature == 0.5
 
 
 def test_target_one_keeps_the_model():
@@ -271,13 +279,23 @@ def test_target_one_keeps_the_model():
     assert all(torch.equal(tensor, pruned.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
-# ---- without a search -------------------------------------------------------------------------------------------------------
+# ---- without a search ----
 def test_prune_without_a_search_warns_keeps_the_budget_and_takes_the_gates_off_again():
     model = tiny_llama()
     with pytest.warns(UserWarning, match="no search has run .* weight magnitude"):
         pruned = prune(model, DMSConfig(target=0.6), inputs=token_batch())
     assert pruned.num_parameters() <= 0.6 * model.num_parameters()
     assert not hasattr(model, "dms_gates")
+
+
+def test_prune_without_a_search_leaves_gates_put_on_before_as_they_were():
+    model = tiny_llama()
+    attach_(model, DMSConfig(target=0.6))
+    with pytest.warns(UserWarning, match="no search has run"):
+        prune(model, inputs=token_batch())
+    gates = gates_of(model)
+    assert not any(gates.raw_importance(name).any() for name in gates.dims)
+    assert gates.prune_ratio.abs().max() == 0
 
 
 def test_prune_without_a_search_keeps_the_largest_weights():
@@ -311,7 +329,7 @@ def test_magnitude_importance_is_the_sum_of_squares_of_all_weights_of_a_unit():
 
 
 def test_prune_without_gates_and_config_is_an_error():
-    with pytest.raises(ValueError, match="prune needs a model with gates .* or a dms_config"):
+    with pytest.raises(ValueError, match=r"prune needs a model with gates .* or a dms_config"):
         prune(tiny_llama())
 
 
@@ -332,7 +350,7 @@ def test_a_model_pruned_uniformly_can_be_pruned_again():
     assert again.num_parameters() <= 0.5 * pruned.num_parameters()
 
 
-# ---- what a stock config can express -----------------------------------------------------------------------------------------
+# ---- what a stock config can express ----
 def kv_only(kept, head=LlamaForCausalLM, **overrides):
     """A model pruned to `kept` of its 6 KV heads, hidden 24 untouched: 4 heads divide 24, 5 do not."""
     model = tiny_llama(head, num_key_value_heads=6, **overrides)
@@ -353,7 +371,8 @@ def test_kv_alone_gives_a_llama_where_the_heads_divide_hidden():
 
 def test_kv_alone_gives_a_mistral_where_the_heads_do_not_divide_hidden(tmp_path):
     pruned = kv_only(5)
-    assert pruned.config.model_type == "mistral" and pruned.config.sliding_window is None
+    assert pruned.config.model_type == "mistral"
+    assert pruned.config.sliding_window is None
     save_pruned(pruned, tmp_path / "out", inputs=token_batch())
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(reloaded) is transformers.MistralForCausalLM
@@ -368,12 +387,12 @@ def test_every_head_can_be_written_as_a_mistral(head):
 
 @pytest.mark.parametrize("bias", ["attention_bias", "mlp_bias"])
 def test_a_model_with_biases_is_never_written_as_a_mistral(bias):
-    with pytest.raises(ValueError, match="LlamaConfig cannot express the sizes .* Use layout: per_layer"):
+    with pytest.raises(ValueError, match=r"LlamaConfig cannot express the sizes .* Use layout: per_layer"):
         kv_only(5, **{bias: True})
     assert kv_only(4, **{bias: True}).config.model_type == "llama"
 
 
-# ---- pieces -----------------------------------------------------------------------------------------------------------------
+# ---- pieces ----
 def test_axis_indices_of_a_product_are_those_of_a_reshape():
     model = tiny_llama()
     gates, sizes = searched(model, layout="per_layer")
@@ -385,4 +404,6 @@ def test_axis_indices_of_a_product_are_those_of_a_reshape():
 
 
 def test_the_public_names_are_those_of_the_modules():
-    assert hf_dms.prune is prune and hf_dms.attach_ is attach_ and hf_dms.save_pruned is save_pruned
+    assert hf_dms.prune is prune
+    assert hf_dms.attach_ is attach_
+    assert hf_dms.save_pruned is save_pruned

@@ -31,10 +31,11 @@ decimals = st.integers(0, 100).map(lambda hundredths: Fraction(hundredths, 100))
 
 def test_docstring_examples():
     result = doctest.testmod(topk)
-    assert result.attempted == 3 and result.failed == 0
+    assert result.attempted == 3
+    assert result.failed == 0
 
 
-# ---- ranks ---------------------------------------------------------------------------------------------------------------
+# ---- ranks ----
 @given(importances)
 def test_ranks_are_a_permutation_in_the_order_of_importance_with_ties_by_index(values):
     found = ranks(torch.tensor(values)).tolist()
@@ -66,17 +67,20 @@ def test_normalized_importance_is_uniform_at_midpoints_whatever_the_distribution
     assert normalize_importance(importance.bfloat16()).dtype == torch.float32
 
 
-# ---- hard masks -------------------------------------------------------------------------------------------------------------
+# ---- hard masks ----
 @given(st.integers(1, 300), decimals, st.sampled_from([torch.float32, torch.float64]))
 def test_a_hard_mask_has_floor_of_what_is_kept_plus_a_half_and_at_least_one(units, ratio, dtype):
     kept = max(math.floor((1 - ratio) * units + Fraction(1, 2)), 1)
     a = torch.tensor(float(ratio), dtype=dtype)
     assert int(num_kept(a, units)) == kept
     mask = hard_topk_mask(torch.randn(units, generator=torch.Generator().manual_seed(units)), a)
-    assert int(mask.sum()) == kept and set(mask.tolist()) <= {0.0, 1.0}
+    assert int(mask.sum()) == kept
+    assert set(mask.tolist()) <= {0.0, 1.0}
 
 
-@pytest.mark.parametrize(("ratio", "units", "kept"), [(0.05, 10, 10), (0.15, 10, 9), (0.25, 2, 2), (0.75, 2, 1), (0.5, 1, 1)])
+@pytest.mark.parametrize(
+    ("ratio", "units", "kept"), [(0.05, 10, 10), (0.15, 10, 9), (0.25, 2, 2), (0.75, 2, 1), (0.5, 1, 1)]
+)
 def test_a_half_rounds_up_in_float32_as_on_paper(ratio, units, kept):
     assert int(num_kept(torch.tensor(ratio), units)) == kept
 
@@ -103,14 +107,16 @@ def test_topk_mask_takes_a_count_per_row():
     assert mask.tolist() == [[0, 1, 0], [1, 1, 0]]
 
 
-# ---- soft masks -------------------------------------------------------------------------------------------------------------
+# ---- soft masks ----
 @given(st.integers(1, 200), st.floats(0, 1), st.integers(0, 100), st.sampled_from([1.0, 8.0]))
 def test_a_soft_mask_is_above_a_half_exactly_where_the_hard_one_is_one(units, ratio, seed, multiple):
     importance = torch.rand(units, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     a = torch.tensor(ratio, dtype=torch.float64)
     soft = soft_topk_mask(importance, a, multiple * units)
     edge = abs(((1 - ratio) * units + 0.5) % 1) < 1e-6 or abs(((1 - ratio) * units + 0.5) % 1 - 1) < 1e-6
-    if edge or (1 - ratio) * units < 0.5:  # on the edge between k and k + 1; below it the hard mask keeps one all the same
+    if (
+        edge or (1 - ratio) * units < 0.5
+    ):  # on the edge between k and k + 1; below it the hard mask keeps one all the same
         return
     assert torch.equal(soft > 0.5, hard_topk_mask(importance, a).bool())
 
@@ -147,7 +153,8 @@ def test_gradcheck_and_no_gradient_to_importance():
     for function in (soft_topk_mask, log_soft_topk_mask):
         assert torch.autograd.gradcheck(lambda a, function=function: function(importance.detach(), a), ratio)
         function(importance, ratio).sum().backward()
-    assert importance.grad is None and ratio.grad is not None
+    assert importance.grad is None
+    assert ratio.grad is not None
     assert not hard_topk_mask(importance, ratio).requires_grad
 
 
@@ -156,13 +163,14 @@ def test_default_sharpness_is_the_number_of_units_raised_for_short_dims():
     assert default_sharpness(100, 2.5) == 250.0
 
 
-# ---- counts -----------------------------------------------------------------------------------------------------------------
+# ---- counts ----
 @given(st.integers(1, 30), st.floats(0, 1))
 def test_a_linear_count_sums_to_what_is_kept_with_the_same_slope_everywhere(units, share):
     importance = torch.rand(units, dtype=torch.float64, generator=torch.Generator().manual_seed(units))
     kept = torch.tensor(share * units, dtype=torch.float64, requires_grad=True)
     count = linear_topk_count(importance, kept)
-    assert torch.isclose(count.sum(), kept) and ((count >= 0) & (count <= 1)).all()
+    assert torch.isclose(count.sum(), kept)
+    assert ((count >= 0) & (count <= 1)).all()
     if abs(share * units - round(share * units)) > 1e-9:
         assert torch.autograd.grad(count.sum(), kept)[0] == 1
 
@@ -174,7 +182,7 @@ def test_a_linear_count_at_a_whole_number_is_the_hard_mask():
         assert torch.equal(linear_topk_count(importance, torch.full((4,), float(kept))), expected)
 
 
-# ---- memory -----------------------------------------------------------------------------------------------------------------
+# ---- memory ----
 class LargestOutput(TorchDispatchMode):
     """Records the size of the largest tensor that any operation returns."""
 

@@ -64,7 +64,7 @@ def logged(trainer, key):
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
-# ---- what it must not change -----------------------------------------------------------------------------------------
+# ---- what it must not change ----
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_open_masks_without_resource_loss_train_like_the_plain_trainer(accumulation, tmp_path):
     options = dict(gradient_accumulation_steps=accumulation, per_device_train_batch_size=8 // accumulation)
@@ -84,24 +84,30 @@ def test_accumulating_micro_batches_equals_the_big_batch(tmp_path):
     options = dict(optim="sgd", max_steps=5)
     whole = trained(tmp_path / "1", **options, per_device_train_batch_size=8)
     for size in (4, 2):
-        parts = trained(tmp_path / str(size), **options, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size)
+        parts = trained(
+            tmp_path / str(size), **options, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size
+        )
         assert logged(parts, "task_loss") == pytest.approx(logged(whole, "task_loss"), rel=1e-4)
         assert logged(parts, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-4)
         assert torch.allclose(parts.gates.prune_ratio, whole.gates.prune_ratio, atol=1e-5)
         for name in whole.gates.dims:
             found, expected = parts.gates.raw_importance(name), whole.gates.raw_importance(name)
             assert torch.allclose(found, expected, rtol=1e-2, atol=1e-4 * float(expected.max()))
-    assert whole.gates.num_updates == 5 and float(whole.gates.prune_ratio.detach().max()) > 1e-3
+    assert whole.gates.num_updates == 5
+    assert float(whole.gates.prune_ratio.detach().max()) > 1e-3
 
 
 def test_importance_does_not_depend_on_resource_weight(tmp_path):
     """In the trainer too: two steps of warm-up and one with open gates see the same weights."""
-    found = [trained(tmp_path / str(w), dict(resource_weight=w), max_steps=3).gates.search_state() for w in (0.0, 100.0)]
+    found = [
+        trained(tmp_path / str(w), dict(resource_weight=w), max_steps=3).gates.search_state() for w in (0.0, 100.0)
+    ]
     names = [name for name in found[0] if name.startswith("importance")]
-    assert names and all(torch.equal(found[0][name], found[1][name]) for name in names)
+    assert names
+    assert all(torch.equal(found[0][name], found[1][name]) for name in names)
 
 
-# ---- the optimizer ------------------------------------------------------------------------------------------------------
+# ---- the optimizer ----
 class RecordRates(TrainerCallback):
     def __init__(self):
         self.rates = []
@@ -115,7 +121,8 @@ def test_gates_have_a_group_of_their_own_with_a_constant_rate_and_no_weight_deca
     options = dict(weight_decay=0.1, lr_scheduler_type="linear", warmup_steps=2)
     trainer = trained(tmp_path, callbacks=[record], **options)
     *others, group = trainer.optimizer.param_groups
-    assert group["params"] == [trainer.gates.prune_ratio] and group["weight_decay"] == 0
+    assert group["params"] == [trainer.gates.prune_ratio]
+    assert group["weight_decay"] == 0
     assert not any(parameter is trainer.gates.prune_ratio for other in others for parameter in other["params"])
     assert [rates[-1] for rates in record.rates] == [0.02] * 6
     assert len({rates[0] for rates in record.rates}) == 6 - 1  # up, then down
@@ -157,7 +164,8 @@ def test_clipping_does_not_touch_the_gates(tmp_path):
 def test_gate_gradients_do_not_enter_the_clipping_norm(max_grad_norm, tmp_path):
     weak = one_step(tmp_path / "weak", resource_weight=0.0, max_grad_norm=max_grad_norm)
     strong = one_step(tmp_path / "strong", resource_weight=1e4, max_grad_norm=max_grad_norm)
-    assert bit_equal(weak[1], strong[1]) and weak[2] == strong[2]
+    assert bit_equal(weak[1], strong[1])
+    assert weak[2] == strong[2]
     assert not torch.equal(weak[0], strong[0])
 
 
@@ -184,19 +192,22 @@ def test_checkpointing_of_activations_changes_nothing(pipeline, tmp_path):
         options = dict(activation_checkpointing=checkpointing, max_steps=4)
         trainer = trained(tmp_path / str(checkpointing), dict(pipeline=pipeline), **options)
         found.append((trainer.gates.search_state(), logged(trainer, "loss")))
-    assert bit_equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+    assert bit_equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
 
 
-# ---- logs and evaluation --------------------------------------------------------------------------------------------------
+# ---- logs and evaluation ----
 def test_logs_show_task_loss_resource_target_and_kept_units(tmp_path):
     trainer = trained(tmp_path, dict(resource_weight=2.0), max_steps=8, eval_strategy="steps", eval_steps=4)
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert [entry["target"] for entry in entries[:2]] == [1.0, 1.0] and entries[-1]["target"] == 0.6
+    assert [entry["target"] for entry in entries[:2]] == [1.0, 1.0]
+    assert entries[-1]["target"] == 0.6
     kept = {"kept/kv", "kept/mlp", "kept/hidden", "kept/layers"}
     for entry in entries:
         assert {"task_loss", "resource_loss", "resource", "target", *kept} <= entry.keys()
         assert 0 < entry["resource"] <= 1
-    assert entries[-1]["resource"] < 1 and entries[0]["kept/mlp"] == 20
+    assert entries[-1]["resource"] < 1
+    assert entries[0]["kept/mlp"] == 20
     evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert [0 < entry["eval_resource"] <= 1 for entry in evaluated] == [True, True]
 
@@ -228,7 +239,9 @@ def test_prune_returns_a_plain_model_within_the_budget(layout, tmp_path):
     state = weights(dense)
     pruned = trainer.prune()
     assert sum(p.numel() for p in pruned.parameters()) <= 0.6 * tiny_llama().num_parameters()
-    assert pruned.config.use_cache is True and not hasattr(pruned, "dms_gates") and not pruned.training
+    assert pruned.config.use_cache is True
+    assert not hasattr(pruned, "dms_gates")
+    assert not pruned.training
     assert bit_equal(weights(trainer.model), state)
     assert pruned.generate(**token_batch(), max_new_tokens=3).shape == (2, 10)
 
@@ -238,7 +251,7 @@ def test_prune_keeps_a_cache_that_was_off(tmp_path):
     assert trained(tmp_path, model=model, max_steps=3).prune().config.use_cache is False
 
 
-# ---- checkpoints -------------------------------------------------------------------------------------------------------------
+# ---- checkpoints ----
 SAVING = dict(save_strategy="steps", save_steps=4, max_steps=8)
 
 
@@ -267,7 +280,9 @@ def test_resume_equals_uninterrupted_bit_for_bit(options, tmp_path):
 
 def test_resume_from_a_checkpoint_without_a_search_is_an_error(tmp_path):
     Trainer(model=tiny_llama(), args=arguments(tmp_path, **SAVING), train_dataset=Tokens()).train()
-    with pytest.raises(ValueError, match="checkpoint-4 has no dms_state.safetensors: it is not a checkpoint of a DMS search"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint-4 has no dms_state.safetensors: it is not a checkpoint of a DMS search"
+    ):
         trained(tmp_path, **SAVING, resume=str(tmp_path / "checkpoint-4"))
 
 
@@ -285,7 +300,8 @@ def test_the_best_model_is_one_that_meets_the_target(tmp_path):
         for step in range(3, 19, 3)
     }
     meeting = {step: found for step, found in saved.items() if found <= 0.7 * 1.001}
-    assert meeting and len(meeting) < len(saved)
+    assert meeting
+    assert len(meeting) < len(saved)
     best = max(meeting, key=meeting.get)
     assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
     assert float(trainer.gates.resource(trainer.gates.hard_sizes())) == meeting[best]
@@ -300,7 +316,7 @@ def test_no_model_is_the_best_while_none_meets_the_target(tmp_path):
     assert trainer.state.best_model_checkpoint is None
 
 
-# ---- what cannot be served -----------------------------------------------------------------------------------------------------
+# ---- what cannot be served ----
 def make(folder, model=None, **options):
     kwargs = {} if model is None else {"model": model}
     model_init = options.pop("model_init", None)
@@ -312,19 +328,19 @@ def make(folder, model=None, **options):
 
 def test_a_model_init_is_refused(tmp_path):
     with pytest.raises(ValueError, match="DMSTrainer needs model=, not model_init=: the gates belong to one model"):
-        make(tmp_path, model_init=tiny_llama)
+        make(tmp_path, model_init=lambda: tiny_llama())
 
 
 def test_reentrant_checkpointing_is_refused(tmp_path):
+    options = dict(activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(ValueError, match="use_reentrant=True is not supported"):
-        options = dict(activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True})
         trained(tmp_path, **options)
 
 
 def test_fp16_is_refused(tmp_path):
     args = arguments(tmp_path)
     args.fp16 = True  # TrainingArguments itself refuses it without a GPU
-    with pytest.raises(ValueError, match="fp16=True scales the loss, and with it the importance. Use bf16=True"):
+    with pytest.raises(ValueError, match=r"fp16=True scales the loss, and with it the importance. Use bf16=True"):
         check_training_arguments(args)
 
 

@@ -1,0 +1,56 @@
+"""How far the loss jumps from open masks (warm-up) to the first soft ones (every ratio 0), by sharpness of the masks.
+
+    python benchmarks/sharpness.py MODEL_FOLDER
+
+SmolLM2-135M, importance from 8 batches of 2 × 256 tokens, the loss on 4 others, each dim alone and all together.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_dms import DMSConfig, attach_, detach_
+from hf_dms.data import DataConfig, load_sequences
+from hf_dms.masking import gates_of
+
+DATA = Path(__file__).parent.parent / "recipes" / "data" / "sotu_train.jsonl"
+
+
+@torch.no_grad()
+def loss(model, batches):
+    return sum(float(model(input_ids=batch, labels=batch).loss) for batch in batches) / len(batches)
+
+
+def main(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    sequences, _ = load_sequences(DataConfig(path=str(DATA), sequence_length=256), tokenizer)
+    batches = sequences[torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0))].split(2)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    print("| dims | λ = N | λ = 2 N | λ = 8 N | the rule |\n|---|---|---|---|---|")
+    for dims in (("kv",), ("mlp",), ("hidden",), ("layers",), None):
+        cells, importance, open_loss = [], None, None
+        for multiple in (1.0, 2.0, 8.0, None):
+            attach_(model, DMSConfig(target=0.9, prune=dims, warmup_steps=8, sharpness=multiple))
+            model.train()
+            gates = gates_of(model)
+            if importance is None:
+                for batch in batches[:8]:
+                    model(input_ids=batch, labels=batch).loss.backward()
+                    gates.update_importance_()
+                    model.zero_grad()
+                importance = {name: gates.raw_importance(name).clone() for name in gates.dims}
+                gates.num_updates = 0
+                open_loss = loss(model, batches[8:12])
+            for name, values in importance.items():
+                gates.raw_importance(name).copy_(values)
+            gates.num_updates = 8
+            cells.append(f"{loss(model, batches[8:12]) - open_loss:+.4f}")
+            detach_(model)
+        print(f"| {', '.join(dims or ['all'])} | {' | '.join(cells)} |", flush=True)
+    print(f"\nOpen masks: loss {open_loss:.4f}.")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
