@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # Below this many, λ = N would leave the mask visibly closed at a = 0: its lowest unit stands at sigmoid(1/2) = 0.62.
-# With the floor, the missing mass at a = 0, ln(2)·N/λ units, stays under 0.3 % of a dim of 96 units or more, and under
-# 0.09 units for shorter ones (measured: benchmarks/sharpness.md).
+# With the floor, the missing mass at a = 0, about ln(2)·N/λ units, stays under 0.3 % of a dim of 32 units or more, and
+# under 0.1 unit of a shorter one. What that does to the loss is measured in benchmarks/README.md.
 MIN_SHARPNESS = 256.0
 MAX_SHARPNESS_PER_UNIT = 8.0
 
