@@ -82,7 +82,6 @@ class Gates(nn.Module):
         super().__init__()
         self.dims = {dim.name: dim for dim in dims}
         self.fixed_sizes = fixed_sizes
-        self.cost = cost
         self.schedule = schedule
         self.num_updates = 0
         self.rounded: Sizes | None = None  # exact sizes that hard masks take instead of the ratios' own
@@ -99,6 +98,7 @@ class Gates(nn.Module):
         self.register_buffer("upper", torch.cat(upper).float().to(device))
         for dim in dims:
             self.register_buffer(f"importance_{dim.name}", torch.zeros(dim.rows, dim.units, device=device))
+        self.cost = cost.to(self.prune_ratio.device)
         self.dense_resource = float(self.count(self.dense_sizes()))
 
     # ---- state -------------------------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ class Gates(nn.Module):
         Returns:
             `[...]` float64.
         """
-        cost = self.cost if cost is None else cost
+        cost = self.cost if cost is None else cost.to(self.prune_ratio.device)
         if "layers" not in self.dims:
             return cost.count(sizes)
         return cost.count(sizes, linear_topk_count(self.importance("layers")[0], sizes["layers"].squeeze(-1)))
@@ -256,6 +256,7 @@ class Gates(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         """Follow the model to another device, but stay float32 when it is cast."""
         device = fn(self.lower.new_empty(0)).device
+        self.cost = self.cost.to(device)
         return super()._apply(lambda tensor: tensor.to(device), recurse)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -74,11 +74,10 @@ class MaskedNorm(torch.autograd.Function):
         mask = log_mask.exp().to(wide)
         share = mask / mask.sum()
         offset, centre = x.to(wide), None
-        with torch.autocast(x.device.type, enabled=False):  # it would take the statistics in half precision
-            if centered:
-                centre = (offset @ share)[..., None]
-                offset = offset - centre
-            inverse = torch.rsqrt((offset.square() @ share)[..., None] + eps)
+        if centered:  # sums, not matmuls, which autocast would take in half precision
+            centre = (offset * share).sum(-1, keepdim=True)
+            offset = offset - centre
+        inverse = torch.rsqrt((offset.square() * share).sum(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, log_mask, weight, bias, centre, inverse)
         ctx.eps = eps
         y = weight * (offset * inverse * mask).to(x.dtype)
@@ -95,9 +94,9 @@ class MaskedNorm(torch.autograd.Function):
         offset = x.to(wide).flatten(0, -2)
         if centre is not None:
             offset = offset - centre.flatten(0, -2)
-        normed = offset * inverse
-        columns = (g * normed).sum(0)  # Σ g·x̂ per unit, [hidden]
-        dot = (g * normed) @ (weight * mask)  # Σ g·w·m·x̂ per position
+        products = g * (offset * inverse)  # g·x̂
+        columns = products.sum(0)  # Σ g·x̂ per unit, [hidden]
+        dot = products @ (weight * mask)  # Σ g·w·m·x̂ per position
         # dL/dv = -½·r³·Σ g·w·m·(x - μ) = -½·r²·dot, and dL/dμ = -r·Σ g·w·m, as Σ m·(x - μ) = 0.
         grad_variance = -0.5 * inverse.squeeze(-1).square() * dot
         grad_centre = -inverse.squeeze(-1) * (g @ (weight * mask)) if centre is not None else None

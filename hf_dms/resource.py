@@ -50,6 +50,10 @@ class Cost:
         terms = [coefficient * _product(sizes, monomial) for monomial, coefficient in self.layer.items()]
         return torch.stack(torch.broadcast_tensors(*terms)).sum(0)
 
+    def to(self, device: torch.device) -> Cost:
+        """The same cost for sizes on another device."""
+        return Cost(self.model, {monomial: tensor.to(device) for monomial, tensor in self.layer.items()})
+
     def layers_only(self) -> Cost:
         """The same cost without what lies outside the layers."""
         return Cost(model={}, layer=self.layer)

@@ -320,3 +320,15 @@ def test_protected_layers_rank_above_all_others():
     assert importance[2] == torch.inf
     assert torch.isfinite(importance[:2]).all()
     assert torch.isfinite(gates.raw_importance("layers")).all()
+
+
+def test_a_step_of_the_search_mixes_no_devices():
+    """On the meta device, which refuses to mix with the CPU as a GPU does."""
+    model = tiny_llama()
+    attach_(model, DMSConfig(target=0.5, warmup_steps=0, layout="per_layer", protect={"layers": [0]}))
+    gates = gates_of(model)
+    model.to("meta").train()
+    assert {tensor.device.type for tensor in gates.cost.layer.values()} == {"meta"}
+    loss = model(input_ids=torch.ones(1, 4, dtype=torch.long, device="meta")).logits.sum() + gates.resource()
+    loss.backward()
+    assert gates.prune_ratio.grad.device.type == "meta"
