@@ -153,7 +153,7 @@ class Gates(nn.Module):
     def compute_masks_(self) -> None:
         """Compute the masks of all dims for one forward pass: soft in training mode, hard in evaluation mode."""
         if self.training:
-            self._clamp_ratios_()
+            self.clamp_ratios_()
         ratios = self.prune_ratio.split([dim.num_ratios for dim in self.dims.values()])
         for (name, dim), ratio in zip(self.dims.items(), ratios):
             if not self.training:
@@ -175,7 +175,8 @@ class Gates(nn.Module):
         return num_kept(self.ratio(name), dim.units).clamp(lowest, highest)
 
     @torch.no_grad()
-    def _clamp_ratios_(self) -> None:
+    def clamp_ratios_(self) -> None:
+        """Keep the prune ratios in [0, 1] and within the sizes that are allowed; every training forward does it too."""
         self.prune_ratio.clamp_(self.lower, self.upper)
 
     @torch.no_grad()

@@ -196,6 +196,9 @@ class _GateCallback(TrainerCallback):
             if group.get("gates"):
                 group["lr"] = trainer.gate_learning_rate
 
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self.trainer.gates.clamp_ratios_()
+
 
 class SearchProgress(ProgressCallback):
     """The Trainer's progress bar, showing loss, resource and target instead of printing every log."""

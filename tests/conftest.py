@@ -73,7 +73,7 @@ def search_(model: PreTrainedModel, seed: int = 0, ratios: tuple[float, float] =
         gates.raw_importance(name).copy_(torch.rand(gates.raw_importance(name).shape, generator=generator))
     low, high = ratios
     gates.prune_ratio.copy_(low + (high - low) * torch.rand(gates.prune_ratio.shape, generator=generator))
-    gates._clamp_ratios_()
+    gates.clamp_ratios_()
     gates.num_updates = max(gates.schedule.warmup_steps, 1)
 
 
