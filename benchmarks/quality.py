@@ -4,7 +4,7 @@
 
 MODEL_FOLDER: what `make model` makes. Weights frozen, no repair, no training; layout per_layer, kv and mlp; the budget
 is a fraction of the parameters of the layers. Every strategy sees the same calibration text (`--steps` batches of
-2 × 256 tokens for DMS; Taylor the first 24 of them, more did not help it) and the same held-out windows. Each finished
+2 × 256 tokens for DMS, the first `--taylor-batches` of the same for Taylor) and the same held-out windows. Each finished
 row is appended to the results at once; rows that are there already are skipped, so that a stopped run goes on.
 """
 
@@ -65,7 +65,7 @@ def taylor_importance(model, batches):
     return total
 
 
-def one_shot(model, config, strategy, sequences):
+def one_shot(model, config, strategy, sequences, batches):
     attach_(model, config)
     gates = gates_of(model)
     try:
@@ -73,7 +73,7 @@ def one_shot(model, config, strategy, sequences):
         if strategy == "magnitude":
             importance = magnitude_importance(gates.attachment.bound, model, gates)
         else:
-            importance = taylor_importance(model, sequences.split(2)[:24])
+            importance = taylor_importance(model, sequences.split(2)[:batches])
         sizes = global_sizes(gates, importance, config.target)
         for name, values in importance.items():
             gates.raw_importance(name).copy_(values)
@@ -101,6 +101,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--strategies", nargs="+", default=["magnitude", "taylor", "dms"])
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--taylor-batches", type=int, default=24)
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--results", default=HERE / "quality.jsonl")
     parser.add_argument("--dms", default="{}", help="further options of DMSConfig, as JSON")
@@ -142,8 +143,11 @@ def main():
             make = functools.partial(dms, config=config, sequences=sequences[order], steps=options.steps, seed=seed)
             settings = {"steps": options.steps, "dms": options.dms}
         else:
-            make = functools.partial(one_shot, config=config, strategy=strategy, sequences=sequences[order])
-            settings = {}
+            batches = options.taylor_batches
+            make = functools.partial(
+                one_shot, config=config, strategy=strategy, sequences=sequences[order], batches=batches
+            )
+            settings = {"batches": batches} if strategy == "taylor" else {}
         measure(strategy, target, seed, lambda make=make: make(dense()), **settings)
 
 
