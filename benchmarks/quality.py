@@ -4,7 +4,7 @@
 
 MODEL_FOLDER: what `make model` makes. Weights frozen, no repair, no training; layout per_layer, kv and mlp; the budget
 is a fraction of the parameters of the layers. Every strategy sees the same calibration text (`--steps` batches of
-2 × 256 tokens for DMS, the first `--taylor-batches` of the same for Taylor) and the same held-out windows. Each finished
+2 × 256 tokens for DMS, the first `--taylor-batches` of the same for Taylor) and the same windows. Each finished
 row is appended to the results at once; rows that are there already are skipped, so that a stopped run goes on.
 """
 
