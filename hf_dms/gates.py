@@ -32,6 +32,9 @@ class GatedDim:
         shared: one prune ratio for all rows (layout uniform), or one per row.
         lowest, highest: sizes that a row must not leave, per row.
         protected: indices of units that are never pruned (whole layers, for the dim `layers`).
+        step: sizes are multiples of it.
+        follows: the dim whose prune ratio this one shares, so that it always keeps `units` / (that one's units) times
+            as many; which ones, its own importance decides. The other one has one prune ratio for all rows.
     """
 
     name: str
@@ -42,9 +45,13 @@ class GatedDim:
     lowest: tuple[int, ...]
     highest: tuple[int, ...]
     protected: tuple[int, ...] = ()
+    step: int = 1
+    follows: str | None = None
 
     @property
     def num_ratios(self) -> int:
+        if self.follows is not None:
+            return 0
         return 1 if self.shared else self.rows
 
 
@@ -90,6 +97,8 @@ class Gates(nn.Module):
         self._taylor: dict[str, Tensor] = {}
         lower, upper = [], []
         for dim in dims:
+            if dim.follows is not None:
+                continue
             low, high = 1 - torch.tensor(dim.highest) / dim.units, 1 - torch.tensor(dim.lowest) / dim.units
             lower.append(low.max()[None] if dim.shared else low)
             upper.append(high.min()[None] if dim.shared else high)
@@ -104,6 +113,8 @@ class Gates(nn.Module):
     # ---- state -------------------------------------------------------------------------------------------------------
     def ratio(self, name: str) -> Tensor:
         """Prune ratios of a dim, one per row: `[rows]`, differentiable."""
+        if (leader := self.dims[name].follows) is not None:
+            return self.ratio(leader)[:1].expand(self.dims[name].rows)
         ratios = dict(zip(self.dims, self.prune_ratio.split([dim.num_ratios for dim in self.dims.values()])))
         return ratios[name].expand(self.dims[name].rows)
 
@@ -154,14 +165,13 @@ class Gates(nn.Module):
         """Compute the masks of all dims for one forward pass: soft in training mode, hard in evaluation mode."""
         if self.training:
             self.clamp_ratios_()
-        ratios = self.prune_ratio.split([dim.num_ratios for dim in self.dims.values()])
-        for (name, dim), ratio in zip(self.dims.items(), ratios):
+        for name, dim in self.dims.items():
             if not self.training:
                 log_mask = topk_mask(self.importance(name), self.hard_units(name)).log()
             elif self.is_warming_up:
-                log_mask = torch.zeros(dim.rows, dim.units, device=ratio.device, requires_grad=True)
+                log_mask = torch.zeros(dim.rows, dim.units, device=self.prune_ratio.device, requires_grad=True)
             else:
-                log_mask = log_soft_topk_mask(self.importance(name), ratio.expand(dim.rows), dim.sharpness)
+                log_mask = log_soft_topk_mask(self.importance(name), self.ratio(name), dim.sharpness)
             if self.training and torch.is_grad_enabled():
                 log_mask.register_hook(_Accumulate(self._taylor, name))
             self.log_masks[name] = log_mask.unbind(0)
@@ -171,8 +181,16 @@ class Gates(nn.Module):
         if self.rounded is not None:
             return self.rounded[name].to(self.prune_ratio.device)
         dim = self.dims[name]
+        if dim.follows is not None:
+            return self.following_units(name, self.hard_units(dim.follows))
         lowest, highest = (torch.tensor(bound, device=self.prune_ratio.device) for bound in (dim.lowest, dim.highest))
         return num_kept(self.ratio(name), dim.units).clamp(lowest, highest)
+
+    def following_units(self, name: str, leader_units: Tensor) -> Tensor:
+        """Units that a dim keeps, `[..., rows]`, when the dim that it follows keeps `leader_units`, `[..., rows]`."""
+        dim = self.dims[name]
+        factor = dim.units // self.dims[str(dim.follows)].units
+        return (factor * leader_units[..., :1]).expand(*leader_units.shape[:-1], dim.rows)
 
     @torch.no_grad()
     def clamp_ratios_(self) -> None:

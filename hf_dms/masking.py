@@ -1,8 +1,8 @@
 """Where a gate touches the running model: `attach_` and `detach_`.
 
-- Widths inside a layer: the input of every linear map that reads the dim is multiplied by its mask.
 - Hidden size: every norm takes its statistics over the kept width and its output is masked. Every read of the residual
   stream passes a norm, so nothing else needs to know.
+- Other widths: the input of every linear map that reads the dim is multiplied by its mask.
 - Depth: x + m·(layer(x) - x), the paper's x + m·f(x) for a residual block.
 
 A hard-masked model computes what the cut model computes. Nothing is wrapped or renamed; each multiplication keeps only
@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import gcd, lcm
 
 import torch
 from torch import Tensor, nn
@@ -60,18 +61,18 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
     model.add_module("dms_gates", gates)
     hooks = [model.register_forward_pre_hook(functools.partial(_compute_masks, gates))]
     for name in gates.dims:
-        if bound.spec.dim(name).scope == "layer":
-            for path, layer, shape in masked_inputs(bound, name):
-                hook = functools.partial(_mask_input, gates, name, layer, shape)
-                hooks.append(model.get_submodule(path).register_forward_pre_hook(hook))
-        elif bound.spec.dim(name).scope == "depth":
+        if name == bound.depth:
             for layer, module in enumerate(model.get_submodule(bound.layers_path).children()):
                 hook = functools.partial(_gate_residual, gates, name, layer)
                 hooks.append(module.register_forward_hook(hook, with_kwargs=True))
-        else:
-            for path in norms(bound, name):
+        elif paths := list(norms(bound, name)):
+            for path in paths:
                 norm = model.get_submodule(path)
                 norm.forward = functools.partial(_masked_norm_forward, norm, gates, name)
+        else:
+            for path, row, shape in masked_inputs(bound, name):
+                hook = functools.partial(_mask_input, gates, name, row, shape)
+                hooks.append(model.get_submodule(path).register_forward_pre_hook(hook))
     gates.attachment = Attachment(bound, dms_config, hooks)
 
 
@@ -118,15 +119,12 @@ def build_gates(
         ValueError: a dim that the architecture lacks, sizes that cannot be, a resource that it does not have.
     """
     check_request(bound, config)
-    protected = config.protect
     depth = bound.depth
-    kept_layers = sorted({layer % bound.num_layers for layer in protected.get("layers", ())})
-    dims = []
-    for name in dims_to_prune(bound, config):
+    kept_layers = sorted({layer % bound.num_layers for layer in config.protect.get("layers", ())})
+    dims, leaders = [], gated_dims(bound, config)
+    for name, leader in leaders.items():
         units, rows = bound.sizes[name], bound.rows(name)
-        step = config.round_to.get(name, 1)
-        low = max(protected.get("min", {}).get(name, 1), len(kept_layers) if name == depth else 1)
-        low, high = -(-low // step) * step, protected.get("max", {}).get(name, units) // step * step
+        low, high, step = size_range(bound, config, leaders, name)
         whole = kept_layers if rows > 1 else []
         dims.append(
             GatedDim(
@@ -138,6 +136,8 @@ def build_gates(
                 lowest=tuple(units if row in whole else low for row in range(rows)),
                 highest=tuple(units if row in whole else high for row in range(rows)),
                 protected=tuple(kept_layers) if name == depth else (),
+                step=step,
+                follows=leader,
             )
         )
     fixed_sizes = {name: size for name, size in bound.sizes.items() if name not in {dim.name for dim in dims}}
@@ -157,6 +157,53 @@ def dims_to_prune(bound: BoundSpec, config: DMSConfig) -> list[str]:
     """Names of the dims that a request prunes, in the architecture's order."""
     wanted = bound.spec.prunable if config.prune is None else config.prune
     return [n for n in bound.spec.prunable if n in wanted and n not in config.protect.get("dims", ())]
+
+
+def gated_dims(bound: BoundSpec, config: DMSConfig) -> dict[str, str | None]:
+    """Every dim that a request gives gates, and the dim that it follows in size, if any.
+
+    Raises:
+        ValueError: layout uniform, and the stock config needs two dims to be pruned together of which only one is.
+    """
+    names = dims_to_prune(bound, config)
+    leaders: dict[str, str | None] = dict.fromkeys(names)
+    for product, whole in bound.spec.must_equal if config.layout == "uniform" else ():
+        (part,) = [name for name in product.split() if bound.spec.dim(name).scope != "fixed"]
+        if part in names and whole in names:
+            leaders[whole] = part
+        elif part in names or whole in names:
+            raise ValueError(
+                f"layout uniform: the stock config of {bound.spec.model_type} needs {whole} = "
+                f"{bound.sizes[whole] // bound.sizes[part]}·{part}, so {part} and {whole} can only be pruned together. "
+                "Prune both, or use layout: per_layer."
+            )
+    used = {factor for param in bound.params.values() for axis in param.axes for factor in axis}
+    return leaders | {dim.name: dim.follows for dim in bound.spec.dims if dim.follows in names and dim.name in used}
+
+
+def size_range(bound: BoundSpec, config: DMSConfig, leaders: dict[str, str | None], name: str) -> tuple[int, int, int]:
+    """Smallest and largest size of a dim and the step between sizes, such that the dims that follow it keep theirs.
+
+    Raises:
+        ValueError: there is no such size.
+    """
+    step, protect = config.round_to.get(name, 1), config.protect
+    low, high = protect.get("min", {}).get(name, 1), protect.get("max", {}).get(name, bound.sizes[name])
+    if name == bound.depth:
+        low = max(low, len({layer % bound.num_layers for layer in protect.get("layers", ())}))
+    for follower in (follower for follower, leader in leaders.items() if leader == name):
+        factor = bound.sizes[follower] // bound.sizes[name]
+        least, most, its_step = size_range(bound, config, leaders, follower)
+        low, high = max(low, -(-least // factor)), min(high, most // factor)
+        step = lcm(step, its_step // gcd(its_step, factor))
+    low, high = -(-low // step) * step, high // step * step
+    if low > high:
+        raise ValueError(
+            f"dms.protect and dms.round_to leave no size for {name} and what must be pruned together with it "
+            f"({', '.join(follower for follower, leader in leaders.items() if leader == name)}). Loosen them, or use "
+            "layout: per_layer."
+        )
+    return low, high, step
 
 
 def check_request(bound: BoundSpec, config: DMSConfig) -> None:
@@ -227,14 +274,14 @@ def _check_attachable(model: PreTrainedModel, config: DMSConfig) -> None:
 
 # ---- where masks go, derived from the description --------------------------------------------------------------------
 def masked_inputs(bound: BoundSpec, name: str) -> Iterator[tuple[str, int, tuple[int, int, int]]]:
-    """Linear maps that read a dim: (module path, layer, (units before, units, units after) of their input axis)."""
+    """Linear maps that read a dim: (module path, row of its gates, (units before, units, after) on their input)."""
     for parameter, param in bound.params.items():
         path, _, leaf = parameter.rpartition(".")
-        if leaf == "weight" and len(param.axes) == 2 and name in param.axes[-1] and param.layer is not None:
+        if leaf == "weight" and len(param.axes) == 2 and name in param.axes[-1]:
             axis = param.axes[-1]
             place = axis.index(name)
             before, after = bound.product(axis[:place]), bound.product(axis[place + 1 :])
-            yield path, param.layer, (before, bound.sizes[name], after)
+            yield path, (param.layer or 0) if bound.rows(name) > 1 else 0, (before, bound.sizes[name], after)
 
 
 def norms(bound: BoundSpec, name: str) -> Iterator[str]:
@@ -250,8 +297,8 @@ def _compute_masks(gates: Gates, module: nn.Module, args: tuple) -> None:
     gates.compute_masks_()
 
 
-def _mask_input(gates: Gates, name: str, layer: int, shape: tuple[int, int, int], module: nn.Module, args: tuple):
-    return (MaskUnits.apply(args[0], gates.log_masks[name][layer], shape), *args[1:])
+def _mask_input(gates: Gates, name: str, row: int, shape: tuple[int, int, int], module: nn.Module, args: tuple):
+    return (MaskUnits.apply(args[0], gates.log_masks[name][row], shape), *args[1:])
 
 
 def _gate_residual(gates: Gates, name: str, layer: int, module: nn.Module, args: tuple, kwargs: dict, output):

@@ -89,12 +89,14 @@ class _Rounding:
         self.gates = gates
         self.target = config.target
         self.budget = config.target * gates.dense_resource
-        self.step = {name: config.round_to.get(name, 1) for name in gates.dims}
         self.limits = stock_limits(bound, config, model_config, tuple(gates.dims))
         self.fixed = bound.sizes
         self.depth = bound.depth
-        self.low, self.high, self.learned = {}, {}, {}
+        self.step, self.low, self.high, self.learned = {}, {}, {}, {}
         for name, dim in gates.dims.items():
+            if dim.follows is not None:
+                continue
+            self.step[name] = dim.step
             low, high = torch.tensor(dim.lowest), torch.tensor(dim.highest)
             self.low[name] = low.max()[None] if dim.shared else low
             self.high[name] = high.min()[None] if dim.shared else high
@@ -107,7 +109,14 @@ class _Rounding:
         state = self._with_free_dims_whole(state)
         while (grown := self._grow(state, scale)) is not None:
             state = grown
-        return {name: value.expand(self.gates.dims[name].rows).clone() for name, value in state.items()}
+        return {name: self.rows(state, name).clone() for name in self.gates.dims}
+
+    def rows(self, state: State, name: str) -> Tensor:
+        """Sizes of all rows of a dim, `[..., rows]`, of those of its prune ratios or of the dim that it follows."""
+        dim = self.gates.dims[name]
+        if dim.follows is not None:
+            return self.gates.following_units(name, self.rows(state, dim.follows))
+        return state[name].expand(*state[name].shape[:-1], dim.rows)
 
     def smallest(self) -> State:
         """The smallest allowed sizes.
@@ -227,7 +236,7 @@ class _Rounding:
     def count(self, state: State) -> Tensor:
         """The limited resource, `[...]` float64, of sizes `[..., num_ratios]`."""
         sizes = {name: size.cpu() for name, size in self.gates.dense_sizes().items()}
-        for name, value in state.items():
-            sizes[name] = value.double().expand(*value.shape[:-1], self.gates.dims[name].rows)
+        for name in self.gates.dims:
+            sizes[name] = self.rows(state, name).double()
         device = self.gates.prune_ratio.device
         return self.gates.count({name: size.to(device) for name, size in sizes.items()}).cpu()

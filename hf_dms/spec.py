@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -27,14 +28,16 @@ class Dim:
 
     Attributes:
         name: the word used in axis strings.
-        size: config attribute, `"a // b"` of two of them, or a number.
+        size: config attribute, `"a // b"` of two of them, a number, or a function of the config.
         scope: "layer" (each layer has its own gate), "model" (one gate for the model), "depth" (the layers
             themselves) or "fixed" (never pruned).
+        follows: name of the dim that decides how many units this one has; which ones, it decides itself.
     """
 
     name: str
-    size: str
+    size: str | Callable[[Any], int]
     scope: str = "fixed"
+    follows: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,20 @@ class ArchSpec:
         layers: path of the list of layers, below the base model.
         dims: the named sizes. The one with scope "depth" is the number of layers.
         params: parameter name pattern, below the base model or the model (`{i}` is the layer), to its axes, e.g.
-            `"(kv rep d) hidden"`. Names of parameters that a variant lacks do no harm.
+            `"(kv rep d) hidden"`. A matmul that does not run at every token of a sequence says at how many positions it
+            does: `"label pool @ 1"`, `"hidden channels height width @ patches"`. Names of parameters that a variant
+            lacks do no harm.
+        heads: what ends the name of a class to the lines of `params` that only such classes have.
         config: config attribute to the product of dims that it holds.
-        attributes: `"module pattern.attribute"` to the product of dims that a module of a layer remembers in it.
+        attributes: `"module pattern.attribute"` to the product of dims that a module of a layer remembers in it, or
+            a power of it, `"d ** -0.5"`.
+        build_with: config values with which the stock class builds whatever the sizes, if it checks them.
         attention: product of dims that one position's attention output has, for the cost of attention scores.
         cache: product of dims that one position's key (and value) has; None for a model without a cache.
+        tokens: product of dims that is the number of tokens of a sequence; empty where the input decides.
+        image: dims of the axes of an input image; empty for text.
         must_divide: `(a, b)`: in the stock config the product a must divide the product b.
+        must_equal: `(a, b)`: in the stock config the product a must be the dim b.
         alternative: model_type that has the same tensors and maths without the limits of `must_divide`.
         alternative_overrides: config values that make it so.
         alternative_needs: config attributes that must be false for the alternative to be the same.
@@ -62,10 +73,15 @@ class ArchSpec:
     dims: tuple[Dim, ...]
     params: dict[str, str]
     config: dict[str, str]
+    heads: dict[str, dict[str, str]] = field(default_factory=dict)
     attributes: dict[str, str] = field(default_factory=dict)
+    build_with: dict[str, int] = field(default_factory=dict)
     attention: str = ""
     cache: str | None = None
+    tokens: str = ""
+    image: str = ""
     must_divide: tuple[tuple[str, str], ...] = ()
+    must_equal: tuple[tuple[str, str], ...] = ()
     alternative: str | None = None
     alternative_overrides: dict[str, Any] = field(default_factory=dict)
     alternative_needs: tuple[str, ...] = ()
@@ -75,16 +91,28 @@ class ArchSpec:
 
     @property
     def prunable(self) -> tuple[str, ...]:
-        """Names of the dims that can be pruned."""
-        return tuple(dim.name for dim in self.dims if dim.scope != "fixed")
+        """Names of the dims that a request can prune."""
+        return tuple(dim.name for dim in self.dims if dim.scope != "fixed" and dim.follows is None)
+
+    def lines(self, class_name: str) -> dict[str, str]:
+        """The lines of `params` and `heads` that hold for a model class."""
+        head = next((head for head in self.heads if class_name.endswith(head)), None)
+        return self.params if head is None else self.params | self.heads[head]
 
 
 @dataclass(frozen=True)
 class BoundParam:
-    """A parameter of a live model: its axes, and the layer that it belongs to (None outside the layers)."""
+    """A parameter of a live model.
+
+    Attributes:
+        axes: the dims that each of its axes is a product of.
+        layer: the layer that it belongs to, None outside the layers.
+        positions: number of positions of a sequence at which its matmul runs, None for all.
+    """
 
     axes: Axes
     layer: int | None
+    positions: int | None = None
 
 
 @dataclass(frozen=True)
@@ -132,8 +160,8 @@ class BoundSpec:
 
 
 def parse_axes(text: str) -> Axes:
-    """`"(kv rep d) hidden"` → `(("kv", "rep", "d"), ("hidden",))`."""
-    return tuple(tuple(token.strip("()").split()) for token in re.findall(r"\([^)]*\)|\S+", text))
+    """`"(kv rep d) hidden"` → `(("kv", "rep", "d"), ("hidden",))`; what follows an @ is left out."""
+    return tuple(tuple(token.strip("()").split()) for token in re.findall(r"\([^)]*\)|\S+", text.partition("@")[0]))
 
 
 def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
@@ -148,29 +176,30 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
     """
     sizes = {dim.name: dim_size(dim, model.config) for dim in spec.dims}
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
-    patterns = [(_compile(pattern), parse_axes(axes)) for pattern, axes in spec.params.items()]
+    lines = [(_compile(pattern), text) for pattern, text in spec.lines(type(model).__name__).items()]
     params: dict[str, BoundParam] = {}
     owners: dict[int, str] = {}
     tied = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name.startswith("dms_gates."):
             continue
-        matches = [(m, axes) for regex, axes in patterns if (m := regex.fullmatch(name.removeprefix(prefix)))]
+        matches = [(m, text) for regex, text in lines if (m := regex.fullmatch(name.removeprefix(prefix)))]
         if len(matches) != 1:
             raise ValueError(
                 f"{spec.model_type}: parameter '{name}' {tuple(parameter.shape)} matches {len(matches)} lines of the "
                 f"description, expected 1. Add or correct its line in the params of hf_dms/archs."
             )
-        match, axes = matches[0]
+        match, text = matches[0]
+        axes = parse_axes(text)
         expected = tuple(prod(sizes[factor] for factor in axis) for axis in axes)
         if tuple(parameter.shape) != expected:
             raise ValueError(
                 f"{spec.model_type}: parameter '{name}' has shape {tuple(parameter.shape)}, but its description "
-                f"'{spec.params[_pattern_of(spec, match)]}' means {expected}. If the model was pruned or resized "
+                f"'{text}' means {expected}. If the model was pruned or resized "
                 "already, start from the dense one; otherwise correct the description."
             )
         layer = match.groupdict().get("i")
-        params[name] = BoundParam(axes, None if layer is None else int(layer))
+        params[name] = BoundParam(axes, None if layer is None else int(layer), _positions(text, sizes))
         if owners.setdefault(id(parameter), name) != name:
             tied.add(name)
     return BoundSpec(spec, prefix, sizes, params, frozenset(tied))
@@ -178,27 +207,35 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
 
 def dim_size(dim: Dim, config: Any) -> int:
     """Size of a dim according to a config."""
+    if callable(dim.size):
+        return dim.size(config)
     if dim.size.isdigit():
         return int(dim.size)
     values = [getattr(config, name.strip()) for name in dim.size.split("//")]
     return values[0] if len(values) == 1 else values[0] // values[1]
 
 
+def _positions(text: str, sizes: dict[str, int]) -> int | None:
+    """What follows the @ in a line, a number or a dim."""
+    positions = text.partition("@")[2].strip()
+    if not positions:
+        return None
+    return int(positions) if positions.isdigit() else sizes[positions]
+
+
 def _compile(pattern: str) -> re.Pattern[str]:
     return re.compile(re.escape(pattern).replace(r"\{i\}", r"(?P<i>\d+)"))
-
-
-def _pattern_of(spec: ArchSpec, match: re.Match[str]) -> str:
-    return next(pattern for pattern in spec.params if _compile(pattern).pattern == match.re.pattern)
 
 
 # ---- cost ------------------------------------------------------------------------------------------------------------
 def build_cost(bound: BoundSpec, model: nn.Module, resource: str, scope: str, sequence_length: int | None) -> Cost:
     """The cost of a bound model as a polynomial of its dims.
 
-    params: every parameter, tied ones once. macs: multiply-accumulates per token of all `nn.Linear` and of the
-    attention scores over the full square of `sequence_length` (embedding lookups, norms, activations and rotary
-    embeddings are not counted). kv_bytes: bytes of keys and values per token in the model's dtype.
+    params: every parameter, tied ones once. macs: multiply-accumulates per token, that is those of a sequence divided
+    by its length, of all `nn.Linear` and convolutions and of the attention scores over the full square of the sequence
+    (embedding lookups, norms, activations and rotary embeddings are not counted). A sequence has `sequence_length`
+    tokens, or as many as the architecture says (an image). kv_bytes: bytes of keys and values per token in the model's
+    dtype.
 
     Raises:
         ValueError: kv_bytes of a model without a cache, macs without a sequence length.
@@ -229,12 +266,15 @@ def _param_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None
 
 
 def _mac_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):
+    if bound.spec.tokens:
+        sequence_length = bound.product(bound.spec.tokens)
     if sequence_length is None:
         raise ValueError("resource macs needs dms.sequence_length: the number of tokens per sequence.")
     for name, param in bound.params.items():
         module_path, _, leaf = name.rpartition(".")
-        if leaf == "weight" and isinstance(model.get_submodule(module_path), nn.Linear):
-            yield _flat(param.axes), 1.0, param.layer
+        if leaf == "weight" and isinstance(model.get_submodule(module_path), (nn.Linear, nn.Conv2d)):
+            share = 1.0 if param.positions is None else param.positions / sequence_length
+            yield _flat(param.axes), share, param.layer
     for layer in range(bound.num_layers):
         yield tuple(bound.spec.attention.split()), 2.0 * sequence_length, layer
 
