@@ -7,6 +7,7 @@ ones of modeling_dms.py otherwise.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -63,13 +64,14 @@ def pruned_class_and_config(
         for index, layer_values in enumerate(per_layer)
     }
     overrides = {index: layer_values for index, layer_values in overrides.items() if layer_values}
-    stock_can = _within_stock_limits(bound, common) or has_alternative(bound, model.config)
+    within_limits = _within_stock_limits(bound, plan, kept_layers)
+    stock_can = within_limits or has_alternative(bound, model.config)
     if overrides or (layout == "per_layer" and not stock_can):
         config_class = modeling_dms.dms_config_class(stock)
         values |= {"model_type": config_class.model_type, "dms_layers": layer_description(bound)}
         values |= {"per_layer_config": overrides, "auto_map": modeling_dms.auto_map(stock)}
         return modeling_dms.dms_model_class(cls), config_class.from_dict(values)
-    if _within_stock_limits(bound, common):
+    if within_limits:
         return cls, stock.from_dict(values)
     if not stock_can:
         raise ValueError(f"{stock.__name__} cannot express the sizes {common}. Use layout: per_layer.")
@@ -78,14 +80,12 @@ def pruned_class_and_config(
 
 def config_values(bound: BoundSpec, plan: Plan, layer: int) -> dict[str, int]:
     """What the config says of one kept layer (of the dense model): attribute → size."""
-    values = {}
-    for key, product in bound.spec.config.items():
-        if product != bound.depth:
-            size = 1
-            for factor in product.split():
-                size *= len(kept_units(plan, factor, layer, bound.sizes[factor]))
-            values[key] = size
-    return values
+    products = bound.spec.config.items()
+    return {key: _size(bound, plan, product, layer) for key, product in products if product != bound.depth}
+
+
+def _size(bound: BoundSpec, plan: Plan, product: str, layer: int) -> int:
+    return prod(len(kept_units(plan, factor, layer, bound.sizes[factor])) for factor in product.split())
 
 
 def layer_description(bound: BoundSpec) -> dict[str, Any]:
@@ -97,11 +97,14 @@ def layer_description(bound: BoundSpec) -> dict[str, Any]:
         if pattern.startswith(inside) and bound.prefix + pattern.replace("{i}", "0") in bound.params
     }
     used = {factor for text in axes.values() for axis in parse_axes(text) for factor in axis}
+    recorded = {product: key for key, product in spec.config.items()}
+    dims = {dim.name: recorded.get(dim.name, dim.size) for dim in spec.dims if dim.name in used}
     return {
         "path": spec.layers,
-        "dims": {dim.name: dim.size for dim in spec.dims if dim.name in used},
+        "dims": {name: str(bound.sizes[name]) if callable(size) else size for name, size in dims.items()},
         "axes": axes,
         "attributes": {pattern.removeprefix(inside): product for pattern, product in spec.attributes.items()},
+        "build_with": spec.build_with,
     }
 
 
@@ -109,9 +112,14 @@ def _config_key(bound: BoundSpec, product: str) -> str:
     return next(key for key, value in bound.spec.config.items() if value == product)
 
 
-def _within_stock_limits(bound: BoundSpec, common: dict[str, int]) -> bool:
-    limits = [(_config_key(bound, a), _config_key(bound, b)) for a, b in bound.spec.must_divide]
-    return all(common[multiple] % common[divisor] == 0 for divisor, multiple in limits)
+def _within_stock_limits(bound: BoundSpec, plan: Plan, layers: list[int]) -> bool:
+    """Whether the stock config can express the sizes of equal layers."""
+
+    def size(product: str) -> int:
+        return _size(bound, plan, product, layers[0])
+
+    divides = all(size(multiple) % size(divisor) == 0 for divisor, multiple in bound.spec.must_divide)
+    return divides and all(size(product) == size(whole) for product, whole in bound.spec.must_equal)
 
 
 def _alternative_class_and_config(cls: Any, stock: Any, bound: BoundSpec, values: dict[str, Any]) -> tuple[Any, Any]:

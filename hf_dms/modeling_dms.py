@@ -6,6 +6,7 @@ of a layer's parameters are products of. With hf_dms installed, `import hf_dms` 
 `from_pretrained(..., trust_remote_code=True)` finds this file.
 """
 
+import contextlib
 import functools
 import re
 from math import prod
@@ -76,12 +77,8 @@ def dms_model_class(stock: Any) -> Any:
     config_class = dms_config_class(stock.config_class)
 
     def __init__(self, config, *args, **kwargs) -> None:
-        overrides = config.to_dict().get("per_layer_config")
-        config.per_layer_config = None  # the stock class reads the common sizes
-        try:
+        with _common_sizes(config):
             stock.__init__(self, config, *args, **kwargs)
-        finally:
-            config.per_layer_config = overrides
         resize_layers_(self)
 
     namespace = {
@@ -93,6 +90,21 @@ def dms_model_class(stock: Any) -> Any:
         "_auto_class": _auto_class_of(stock),
     }
     return type(f"Dms{stock.__name__}", (stock,), namespace)
+
+
+@contextlib.contextmanager
+def _common_sizes(config):
+    """Show a stock class the sizes that all layers have in common, and others where it would refuse these."""
+    recorded, build_with = config.to_dict(), config.dms_layers["build_with"]
+    config.per_layer_config = None
+    for attribute, value in build_with.items():
+        setattr(config, attribute, value)
+    try:
+        yield
+    finally:
+        for attribute in build_with:
+            setattr(config, attribute, recorded[attribute])
+        config.per_layer_config = recorded.get("per_layer_config")
 
 
 def resize_layers_(model) -> None:
@@ -115,7 +127,9 @@ def resize_layers_(model) -> None:
                 resized.add(module)
         for pattern, product in layout["attributes"].items():
             path, _, attribute = pattern.rpartition(".")
-            setattr(layer.get_submodule(path), attribute, prod(sizes[factor] for factor in product.split()))
+            factors, _, power = product.partition("**")
+            value = prod(sizes[factor] for factor in factors.split())
+            setattr(layer.get_submodule(path), attribute, value ** float(power) if power else value)
         for module in resized:
             model._init_weights(module)
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .archs import ARCHS
 from .layouts import Plan
-from .masking import gates_of
+from .masking import gates_of, norms
 from .resource import Sizes
-from .spec import BoundSpec
+from .spec import BoundSpec, dim_size
 
 # Largest |difference| of outputs, relative to their largest magnitude, between a masked, a cut and a reloaded model:
 # the same sums in another order. float64 is bounded by norms that transformers computes in float32.
@@ -37,7 +38,12 @@ def hard_masked(model: PreTrainedModel, sizes: Sizes) -> Iterator[None]:
 
 
 def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Inputs for one forward pass of any supported model."""
+    """Inputs for one forward pass of any supported model: transformers' own tokens, or a random image."""
+    if model.main_input_name == "pixel_values":
+        spec = ARCHS[model.config.model_type.removeprefix("dms_")]
+        shape = [dim_size(spec.dim(name), model.config) for name in spec.image.split()]
+        pixels = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+        return {"pixel_values": pixels.to(model.device, model.dtype)}
     inputs = {name: tensor.to(model.device) for name, tensor in model.dummy_inputs.items()}
     if "input_ids" in inputs:
         inputs["input_ids"] = inputs["input_ids"] % model.config.vocab_size
@@ -54,7 +60,7 @@ def outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
 
 def output_units(model: PreTrainedModel, bound: BoundSpec, plan: Plan) -> Tensor | None:
     """Units of the last axis of a dense model's output that stay: without a head that is the residual stream."""
-    streams = [rows[0] for name, rows in plan.kept.items() if bound.spec.dim(name).scope == "model"]
+    streams = [rows[0] for name, rows in plan.kept.items() if list(norms(bound, name))]
     return streams[0] if streams and model.base_model is model else None
 
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from hf_dms.archs import ARCHS
 from hf_dms.cli import main
 
 
@@ -28,7 +29,10 @@ def test_the_package_runs_as_a_module():
 
 def test_a_mistake_ends_in_one_line(capsys):
     assert main(["archs", "lama"]) == 2
-    assert capsys.readouterr().err == "hf-dms: error: There is no architecture 'lama'. Supported: llama.\n"
+    assert (
+        capsys.readouterr().err
+        == f"hf-dms: error: There is no architecture 'lama'. Supported: {', '.join(sorted(ARCHS))}.\n"
+    )
 
 
 def test_an_unknown_command_is_refused(capsys):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from ..spec import ArchSpec
+from .bert import BERT
 from .llama import LLAMA
+from .vit import VIT
 
-ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in (LLAMA,)}
+ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in (LLAMA, BERT, VIT)}
 
 
 def spec_for(config: Any) -> ArchSpec:

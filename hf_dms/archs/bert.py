@@ -1,0 +1,86 @@
+"""BERT: multi-head attention, plain MLP, layer norms after each block, learned positions.
+
+Every value of the residual stream is the output of a norm, so norms alone decide the hidden size here too. Read it
+beside `BertLayer`.
+"""
+
+from ..spec import ArchSpec, Dim
+
+
+def head_size(config) -> int:
+    """BERT's config has no head size of its own."""
+    return config.hidden_size // config.num_attention_heads
+
+
+BERT = ArchSpec(
+    model_type="bert",
+    layers="encoder.layer",
+    dims=(
+        Dim("heads", "num_attention_heads", scope="layer"),
+        Dim("mlp", "intermediate_size", scope="layer"),
+        Dim("hidden", "hidden_size", scope="model"),
+        Dim("layers", "num_hidden_layers", scope="depth"),
+        Dim("pool", "hidden_size", scope="model", follows="hidden"),  # what a classifier of sequences reads
+        Dim("d", head_size),
+        Dim("vocab", "vocab_size"),
+        Dim("position", "max_position_embeddings"),
+        Dim("type", "type_vocab_size"),
+        Dim("label", "num_labels"),
+    ),
+    params={
+        "embeddings.word_embeddings.weight": "vocab hidden",
+        "embeddings.position_embeddings.weight": "position hidden",
+        "embeddings.token_type_embeddings.weight": "type hidden",
+        "embeddings.LayerNorm.weight": "hidden",
+        "embeddings.LayerNorm.bias": "hidden",
+        "encoder.layer.{i}.attention.self.query.weight": "(heads d) hidden",
+        "encoder.layer.{i}.attention.self.query.bias": "(heads d)",
+        "encoder.layer.{i}.attention.self.key.weight": "(heads d) hidden",
+        "encoder.layer.{i}.attention.self.key.bias": "(heads d)",
+        "encoder.layer.{i}.attention.self.value.weight": "(heads d) hidden",
+        "encoder.layer.{i}.attention.self.value.bias": "(heads d)",
+        "encoder.layer.{i}.attention.output.dense.weight": "hidden (heads d)",
+        "encoder.layer.{i}.attention.output.dense.bias": "hidden",
+        "encoder.layer.{i}.attention.output.LayerNorm.weight": "hidden",
+        "encoder.layer.{i}.attention.output.LayerNorm.bias": "hidden",
+        "encoder.layer.{i}.intermediate.dense.weight": "mlp hidden",
+        "encoder.layer.{i}.intermediate.dense.bias": "mlp",
+        "encoder.layer.{i}.output.dense.weight": "hidden mlp",
+        "encoder.layer.{i}.output.dense.bias": "hidden",
+        "encoder.layer.{i}.output.LayerNorm.weight": "hidden",
+        "encoder.layer.{i}.output.LayerNorm.bias": "hidden",
+        "pooler.dense.weight": "pool hidden @ 1",
+        "pooler.dense.bias": "pool",
+    },
+    heads={
+        "ForSequenceClassification": {"classifier.weight": "label pool @ 1", "classifier.bias": "label"},
+        "ForTokenClassification": {"classifier.weight": "label hidden", "classifier.bias": "label"},
+        "ForQuestionAnswering": {"qa_outputs.weight": "label hidden", "qa_outputs.bias": "label"},
+        "ForMaskedLM": {
+            "cls.predictions.transform.dense.weight": "hidden hidden",
+            "cls.predictions.transform.dense.bias": "hidden",
+            "cls.predictions.transform.LayerNorm.weight": "hidden",
+            "cls.predictions.transform.LayerNorm.bias": "hidden",
+            "cls.predictions.decoder.weight": "vocab hidden",
+            "cls.predictions.decoder.bias": "vocab",
+            "cls.predictions.bias": "vocab",
+        },
+    },
+    config={
+        "num_attention_heads": "heads",
+        "head_dim": "d",
+        "intermediate_size": "mlp",
+        "hidden_size": "hidden",
+        "num_hidden_layers": "layers",
+    },
+    attributes={
+        "encoder.layer.{i}.attention.self.num_attention_heads": "heads",
+        "encoder.layer.{i}.attention.self.attention_head_size": "d",
+        "encoder.layer.{i}.attention.self.all_head_size": "heads d",
+        "encoder.layer.{i}.attention.self.scaling": "d ** -0.5",
+    },
+    build_with={"num_attention_heads": 1},  # any hidden size is a multiple of it
+    attention="heads d",
+    # The stock class divides hidden_size by num_attention_heads and knows no other head size.
+    must_equal=(("heads d", "hidden"),),
+)
