@@ -16,6 +16,7 @@ import torch
 import transformers
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers import conversion_mapping
 
 AUTO_CLASSES = (
     "AutoModel",
@@ -75,6 +76,9 @@ def register_models(stock: Any) -> None:
 def dms_model_class(stock: Any) -> Any:
     """The per-layer class of a stock model class, e.g. `LlamaForCausalLM`."""
     config_class = dms_config_class(stock.config_class)
+    if renaming := conversion_mapping.get_checkpoint_conversion_mapping(stock.__name__):
+        # Files of some stock classes hold other names than the model; inside a head they are renamed by themselves.
+        conversion_mapping.register_checkpoint_conversion_mapping(f"Dms{stock.__name__}", renaming, overwrite=True)
 
     def __init__(self, config, *args, **kwargs) -> None:
         with _common_sizes(config):
