@@ -40,6 +40,12 @@ class Dim:
     follows: str | None = None
 
 
+def with_dims(dims: tuple[Dim, ...], *changed: Dim) -> tuple[Dim, ...]:
+    """Dims of which some are replaced by others of the same names, or added."""
+    by_name = {dim.name: dim for dim in dims} | {dim.name: dim for dim in changed}
+    return tuple(by_name.values())
+
+
 @dataclass(frozen=True)
 class ArchSpec:
     """Everything that hf_dms knows about an architecture.

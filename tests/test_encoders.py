@@ -9,19 +9,28 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import lowest_target, relative_difference, search_, token_batch
+from conftest import relative_difference, search_
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import (
+    EXACT,
+    SHIPPED,
+    TASKS,
+    assert_same,
+    batch_for,
+    heads_of,
+    is_stock,
+    macs_by_the_flop_counter,
+    masked_cut_reloaded,
+    searched,
+    tiny,
+)
 from safetensors.torch import load_file, save_file
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
-    BertConfig,
     BertForMaskedLM,
-    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
-    ViTConfig,
     ViTForImageClassification,
     ViTModel,
 )
@@ -34,102 +43,22 @@ from hf_dms.masking import gates_of
 from hf_dms.rounding import round_sizes
 from hf_dms.slicing import cut, make_plan
 from hf_dms.spec import bind
-from hf_dms.verify import dummy_inputs, hard_masked, outputs_of
+from hf_dms.verify import outputs_of
 
 ROOT = Path(__file__).parent.parent
-TEXT = dict(vocab_size=33, max_position_embeddings=16, num_labels=3)
-IMAGE = dict(image_size=12, patch_size=4, num_channels=2, num_labels=3)
-SIZES = dict(hidden_size=24, intermediate_size=20, num_hidden_layers=3, num_attention_heads=4)
-CONFIGS = {"bert": (BertConfig, TEXT), "vit": (ViTConfig, IMAGE)}
-HEADS = (
-    BertModel,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertForQuestionAnswering,
-    BertForMaskedLM,
-    ViTModel,
-    ViTForImageClassification,
+BERTS = ("bert", "roberta", "distilbert")
+HEADS = (*heads_of("Bert", *TASKS, "MaskedLM"), *heads_of("ViT", "ImageClassification"))
+RELATIVES = (
+    *heads_of("Roberta", *TASKS, "MaskedLM"),
+    *heads_of("DistilBert", *TASKS, "MaskedLM"),
+    *heads_of("DeiT", "ImageClassification", "ImageClassificationWithTeacher"),
 )
 DIMS = ("heads", "mlp", "hidden", "layers")
-# float64: the same sums in another order. float32: 2^-24 times some tens of roundings.
-EXACT, SHIPPED = 1e-9, 1e-5
-
-
-def tiny(cls, seed=0, dtype=torch.float32, attn="sdpa", **overrides):
-    """A model whose weights are drawn from normal(0, 0.3), its norms' from normal(1, 0.3): no unit is like another."""
-    config_class, sizes = CONFIGS[cls.config_class.model_type]
-    overrides = {"num_labels": 2} | overrides if cls.__name__.endswith("QuestionAnswering") else overrides
-    model = cls._from_config(config_class(**(sizes | SIZES | overrides)), attn_implementation=attn).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            mean = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
-            parameter.normal_(mean, 0.3, generator=generator)
-    return model.to(dtype)
-
-
-def batch_for(model, length=7, batch=2):
-    inputs = dummy_inputs(model) if model.main_input_name == "pixel_values" else token_batch(batch, length)
-    return {name: tensor[:batch] for name, tensor in inputs.items()}
-
-
-def searched(model, seed=0, share=0.4, **options):
-    """Put gates on a model as a search would leave them; the target lies between the lowest possible one and 1."""
-    attach_(model, DMSConfig(**({"target": 1.0, "sequence_length": 7} | options)))
-    search_(model, seed)
-    gates = gates_of(model)
-    bound, config = gates.attachment.bound, gates.attachment.config
-    lowest = lowest_target(gates, bound, config, model.config)
-    config.target = lowest + share * (1 - lowest)
-    return gates, round_sizes(gates, bound, config, model.config)
-
-
-def all_outputs(model, inputs):
-    """Every tensor that a model returns."""
-    with torch.no_grad():
-        return {name: tensor for name, tensor in model(**inputs).items() if isinstance(tensor, torch.Tensor)}
-
-
-def masked_cut_reloaded(model, sizes, folder):
-    """All outputs of the hard-masked, the cut and the reloaded model, and the cut one itself."""
-    inputs = batch_for(model)
-    pruned = prune(model, inputs=inputs)
-    with hard_masked(model, sizes):
-        masked = all_outputs(model, inputs)
-    kept = make_plan(gates_of(model), sizes).kept
-    for name, dim in (("last_hidden_state", "hidden"), ("pooler_output", "pool")):
-        if name in masked and dim in kept:
-            masked[name] = masked[name][..., kept[dim][0]]
-    save_pruned(pruned, folder, inputs=inputs)
-    reloaded = type(pruned).from_pretrained(folder, dtype=pruned.dtype)
-    return masked, all_outputs(pruned, inputs), all_outputs(reloaded, inputs), pruned
-
-
-def assert_same(masked, cut_, reloaded, tolerance):
-    assert masked.keys() == cut_.keys() == reloaded.keys()
-    for name in masked:
-        assert relative_difference(cut_[name], masked[name]) < tolerance
-        assert relative_difference(reloaded[name], cut_[name]) < tolerance
-
-
-def macs_by_the_flop_counter(model, scope, inputs, length):
-    """Multiply-accumulates of one forward pass of one sequence, per token; under sdpa attention is not counted."""
-    model.set_attn_implementation("eager")
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        model(**inputs)
-    by_module = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
-    layers = [flops for name, flops in by_module.items() if name.rpartition(".")[2].isdigit()]
-    return (sum(layers) if scope == "layers" else by_module["Global"]) / 2 / length
-
-
-def is_stock(model):
-    return type(model).__module__.startswith("transformers.")
 
 
 def possible(cls, dims, layout):
     """A stock BERT has hidden = heads·d, so neither is pruned alone."""
-    together = cls.config_class is BertConfig and layout == "uniform"
+    together = cls.config_class.model_type in BERTS and layout == "uniform"
     return not together or (("heads" in dims) == ("hidden" in dims))
 
 
@@ -151,7 +80,7 @@ def test_masked_equals_cut_equals_reloaded(head, dims, layout, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["uniform", "per_layer"])
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", HEADS + RELATIVES)
 def test_masked_equals_cut_equals_reloaded_as_shipped(head, layout, tmp_path):
     model = tiny(head)
     _, sizes = searched(model, layout=layout)
@@ -162,14 +91,14 @@ def test_masked_equals_cut_equals_reloaded_as_shipped(head, layout, tmp_path):
 @st.composite
 def requests(draw):
     heads, layout = draw(st.integers(1, 4)), draw(st.sampled_from(["uniform", "per_layer"]))
-    head = draw(st.sampled_from(HEADS))
+    head = draw(st.sampled_from(HEADS + RELATIVES))
     config = dict(
         num_attention_heads=heads,
         hidden_size=heads * draw(st.sampled_from([2, 3, 5])),
         intermediate_size=draw(st.integers(1, 12)),
         num_hidden_layers=draw(st.integers(1, 3)),
     )
-    if head.config_class is ViTConfig:
+    if head.main_input_name == "pixel_values":
         config["image_size"] = draw(st.sampled_from([8, (8, 12)]))
         config["patch_size"] = draw(st.sampled_from([4, (4, 2)]))
         config["qkv_bias"] = draw(st.booleans())
@@ -187,7 +116,7 @@ def requests(draw):
 
 
 @given(requests())
-@settings(max_examples=60)
+@settings(max_examples=100)
 def test_the_laws_hold_for_any_config(tmp_path_factory, request_):
     head, config, options, seed, share = request_
     model = tiny(head, seed, torch.float64, **config)
@@ -310,8 +239,8 @@ def test_costs_that_encoders_do_not_have_are_errors():
 
 # ---- folders, each way of loading in a process of its own ----
 def auto_of(head):
-    name = head.__name__.removeprefix("Bert").removeprefix("ViT")
-    return "AutoModel" if name == "Model" else f"AutoModel{name}"
+    _, task, name = head.__name__.partition("For")  # with a teacher: the same Auto class, which reads `architectures`
+    return f"AutoModelFor{name.removesuffix('WithTeacher')}" if task else "AutoModel"
 
 
 def saved(head, layout, folder, **overrides):
@@ -330,7 +259,7 @@ def saved(head, layout, folder, **overrides):
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("folders")
     return {
-        layout: [saved(head, layout, root / f"{layout}-{head.__name__}") for head in HEADS]
+        layout: [saved(head, layout, root / f"{layout}-{head.__name__}") for head in HEADS + RELATIVES]
         for layout in ("uniform", "per_layer")
     }
 
@@ -369,18 +298,18 @@ def loaded(jobs, tmp_path, preamble, **options):
 
 def test_uniform_folders_are_stock(folders, tmp_path):
     classes = loaded(folders["uniform"], tmp_path, WITHOUT_HF_DMS)
-    assert [line.rpartition(" ")[2] for line in classes] == [head.__name__ for head in HEADS]
+    assert [line.rpartition(" ")[2] for line in classes] == [head.__name__ for head in HEADS + RELATIVES]
     assert all(line.startswith("transformers.models.") for line in classes)
 
 
 def test_per_layer_folders_load_after_import_hf_dms(folders, tmp_path):
     classes = loaded(folders["per_layer"], tmp_path, "import hf_dms")
-    assert classes == [f"hf_dms.modeling_dms Dms{head.__name__}" for head in HEADS]
+    assert classes == [f"hf_dms.modeling_dms Dms{head.__name__}" for head in HEADS + RELATIVES]
 
 
 def test_per_layer_folders_load_with_trust_remote_code_without_hf_dms(folders, tmp_path):
     classes = loaded(folders["per_layer"], tmp_path, WITHOUT_HF_DMS, trust_remote_code=True)
-    assert [line.rpartition(" ")[2] for line in classes] == [f"Dms{head.__name__}" for head in HEADS]
+    assert [line.rpartition(" ")[2] for line in classes] == [f"Dms{head.__name__}" for head in HEADS + RELATIVES]
     assert all(line.startswith("transformers_modules.") for line in classes)
 
 
@@ -388,9 +317,10 @@ def test_auto_map_names_a_class_for_every_head(folders):
     for job in folders["per_layer"]:
         classes = json.loads((Path(job["folder"]) / "config.json").read_text())["auto_map"]
         family = job["model_type"].removeprefix("dms_")
-        assert {"AutoConfig", *(auto_of(head) for head in HEADS if head.config_class.model_type == family)} <= set(
-            classes
-        )
+        assert {
+            "AutoConfig",
+            *(auto_of(head) for head in HEADS + RELATIVES if head.config_class.model_type == family),
+        } <= set(classes)
 
 
 def test_a_per_layer_folder_loads_under_other_heads(folders):
@@ -417,7 +347,7 @@ def test_saving_a_per_layer_model_again_gives_the_same_folder(folders, tmp_path)
 
 @pytest.mark.parametrize("head", [BertForSequenceClassification, ViTForImageClassification])
 def test_a_per_layer_model_is_used_as_any_other(head, folders):
-    (job,) = [job for job in folders["per_layer"] if job["folder"].endswith(head.__name__)]
+    (job,) = [job for job in folders["per_layer"] if job["folder"].endswith(f"-{head.__name__}")]
     inputs = load_file(job["folder"] + ".inputs")
     model = getattr(transformers, job["auto"]).from_pretrained(job["folder"]).eval()
     logits = model(**inputs).logits.detach()

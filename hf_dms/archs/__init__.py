@@ -6,10 +6,17 @@ from typing import Any
 
 from ..spec import ArchSpec
 from .bert import BERT
+from .deit import DEIT
+from .distilbert import DISTILBERT
 from .llama import LLAMA
+from .mistral import MISTRAL
+from .qwen2 import QWEN2
+from .qwen3 import QWEN3
+from .roberta import ROBERTA
 from .vit import VIT
 
-ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in (LLAMA, BERT, VIT)}
+SPECS = (LLAMA, MISTRAL, QWEN2, QWEN3, BERT, ROBERTA, DISTILBERT, VIT, DEIT)
+ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in SPECS}
 
 
 def spec_for(config: Any) -> ArchSpec:

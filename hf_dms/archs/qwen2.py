@@ -1,0 +1,11 @@
+"""Qwen2: Llama with biases on query, key and value, whose stock class honours a `head_dim` in the config."""
+
+from dataclasses import replace
+
+from ..spec import Dim, with_dims
+from .llama import LLAMA
+from .vit import head_size
+
+QWEN2 = replace(
+    LLAMA, model_type="qwen2", dims=with_dims(LLAMA.dims, Dim("d", head_size)), must_divide=(), alternative=None
+)

@@ -1,0 +1,13 @@
+"""Qwen3: Llama with norms over each query's and key's head size, which pruning leaves alone."""
+
+from dataclasses import replace
+
+from .llama import LLAMA
+
+QWEN3 = replace(
+    LLAMA,
+    model_type="qwen3",
+    params=LLAMA.params | {"layers.{i}.self_attn.q_norm.weight": "d", "layers.{i}.self_attn.k_norm.weight": "d"},
+    must_divide=(),
+    alternative=None,
+)
