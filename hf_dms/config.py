@@ -46,7 +46,7 @@ class DMSConfig:
         "model", "model counts everything; layers counts the stack of layers alone, most papers' 'sparsity'."
     )
     sequence_length: int | None = _option(
-        None, "Tokens per sequence, for the attention scores in macs. Default: the data's."
+        None, "Tokens per sequence, for macs. Default: the data's. For images their size decides, whatever is here."
     )
     prune: tuple[str, ...] | None = _option(
         None, "Names of the dims to prune, of those that the architecture has (`hf-dms archs`). Default: all it has."

@@ -35,7 +35,7 @@ from transformers import (
     ViTModel,
 )
 
-from hf_dms import DMSConfig, attach_, prune
+from hf_dms import DMSConfig, attach_, detach_, prune
 from hf_dms.archs import spec_for
 from hf_dms.checkpoint import save_pruned
 from hf_dms.layouts import Plan
@@ -227,6 +227,30 @@ def test_importance_of_every_dim_follows_from_training(head):
     assert all((gates.raw_importance(name) > 0).any(-1).all() for name in gates.dims)
     gates.resource_loss().backward()
     assert gates.prune_ratio.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("head", HEADS + RELATIVES)
+def test_open_gates_are_not_seen_and_taken_off_leave_the_model_as_it_was(head):
+    model = tiny(head)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    before = outputs_of(model, batch_for(model))
+    attach_(model, DMSConfig(target=0.5, warmup_steps=1))
+    assert relative_difference(outputs_of(model.train(), batch_for(model)), before) < SHIPPED
+    detach_(model)
+    assert torch.equal(outputs_of(model.eval(), batch_for(model)), before)
+
+
+@pytest.mark.parametrize("head", [BertForSequenceClassification, ViTForImageClassification])
+def test_a_stock_model_can_be_pruned_again(head, tmp_path):
+    model = tiny(head, num_attention_heads=6)
+    searched(model, prune=DIMS[:3])
+    again = prune(model, inputs=batch_for(model))
+    _, sizes = searched(again, prune=DIMS[:3])
+    *outputs, pruned = masked_cut_reloaded(again, sizes, tmp_path / "out")
+    assert_same(*outputs, SHIPPED)
+    assert pruned.num_parameters() < again.num_parameters() < model.num_parameters()
 
 
 def test_costs_that_encoders_do_not_have_are_errors():

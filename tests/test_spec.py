@@ -17,7 +17,7 @@ from transformers import (
 
 from hf_dms.archs import ARCHS, spec_for
 from hf_dms.archs.llama import LLAMA
-from hf_dms.spec import Dim, bind, build_cost, dim_size, parse_axes
+from hf_dms.spec import Dim, bind, build_cost, dim_size, parse_axes, with_dims
 
 HEADS = (
     LlamaModel,
@@ -39,6 +39,8 @@ def dense(bound):
         ("vocab hidden", (("vocab",), ("hidden",))),
         ("(kv rep d) hidden", (("kv", "rep", "d"), ("hidden",))),
         ("hidden (kv rep d)", (("hidden",), ("kv", "rep", "d"))),
+        ("label pool @ 1", (("label",), ("pool",))),
+        ("hidden rgb side side @ patches", (("hidden",), ("rgb",), ("side",), ("side",))),
     ],
 )
 def test_axis_strings_read_as_in_einops(text, axes):
@@ -127,16 +129,42 @@ def test_costs_that_cannot_be_are_errors():
 def test_a_description_is_consistent(spec):
     names = [dim.name for dim in spec.dims]
     assert len(set(names)) == len(names)
-    used = {factor for axes in spec.params.values() for axis in parse_axes(axes) for factor in axis}
+    lines = [*spec.params.values(), *(line for head in spec.heads.values() for line in head.values())]
+    used = {factor for line in lines for axis in parse_axes(line) for factor in axis}
     used |= {spec.dim(name).name for name in names if spec.dim(name).scope == "depth"}
+    positions = {where for line in lines if (where := line.partition("@")[2].strip()) and not where.isdigit()}
+    used |= {*positions, *spec.tokens.split(), *spec.image.split()}
     assert used == set(names)
-    products = [*spec.config.values(), *spec.attributes.values(), spec.attention, spec.cache or ""]
-    products += [product for pair in spec.must_divide for product in pair]
+    remembered = [product.partition("**")[0] for product in spec.attributes.values()]
+    products = [*spec.config.values(), *remembered, spec.attention, spec.cache or ""]
+    products += [product for pair in spec.must_divide + spec.must_equal for product in pair]
     assert {factor for product in products for factor in product.split()} <= set(names)
     assert sum(dim.scope == "depth" for dim in spec.dims) == 1
     assert set(spec.prunable) <= {factor for product in spec.config.values() for factor in product.split()}
-    assert all(spec.params[name].count("(") == spec.params[name].count(")") for name in spec.params)
+    assert all(line.count("(") == line.count(")") for line in lines)
+    assert set(spec.build_with) <= set(spec.config)
+    assert {dim.follows for dim in spec.dims} - {None} <= set(spec.prunable)
 
 
 def test_a_spec_is_found_by_model_type():
     assert spec_for(tiny_llama().config) is LLAMA
+
+
+def test_a_dim_size_can_be_a_function_of_the_config():
+    assert dim_size(Dim("x", lambda config: config.hidden_size + 1), tiny_llama().config) == 25
+
+
+def test_dims_are_replaced_by_name_and_added_at_the_end():
+    dims = (Dim("a", "1"), Dim("b", "2"))
+    assert with_dims(dims, Dim("c", "3"), Dim("a", "4")) == (Dim("a", "4"), Dim("b", "2"), Dim("c", "3"))
+
+
+def test_a_line_of_a_head_holds_for_classes_of_that_ending_only():
+    spec = dataclasses.replace(LLAMA, heads={"ForTokenClassification": {"score.weight": "label hidden @ 1"}})
+    length = 7
+    for head, positions in ((LlamaForTokenClassification, 1), (LlamaForSequenceClassification, None)):
+        model = tiny_llama(head)
+        bound = bind(spec, model)
+        assert bound.params["score.weight"].positions == positions
+        macs = build_cost(bound, model, "macs", "model", length).model
+        assert macs[("hidden",)] == pytest.approx(3 / length if positions == 1 else 3)
