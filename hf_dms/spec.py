@@ -193,7 +193,7 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
         if len(matches) != 1:
             raise ValueError(
                 f"{spec.model_type}: parameter '{name}' {tuple(parameter.shape)} matches {len(matches)} lines of the "
-                f"description, expected 1. Add or correct its line in the params of hf_dms/archs."
+                f"description of a {type(model).__name__}, expected 1. Add or correct its line in hf_dms/archs."
             )
         match, text = matches[0]
         axes = parse_axes(text)
