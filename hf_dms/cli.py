@@ -95,4 +95,6 @@ def _archs(options: argparse.Namespace) -> int:
             print(f"{name}: prunes {', '.join(spec.prunable)}")
             if options.name:
                 print("\n".join(f"  {parameter}: {axes}" for parameter, axes in spec.params.items()))
+                for head, lines in spec.heads.items():
+                    print("\n".join(f"  {parameter}: {axes}  (…{head})" for parameter, axes in lines.items()))
     return 0

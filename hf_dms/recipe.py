@@ -270,6 +270,11 @@ def check_recipe(recipe: Recipe) -> None:
         training_arguments(recipe, "recover", unfinished)
     config = load_model_config(recipe)
     spec = spec_for(config)
+    if spec.cache is None:
+        raise ValueError(
+            f"model.path: recipes cover causal language models as yet, and '{config.model_type}' is none. "
+            "Prune it from Python, with DMSTrainer."
+        )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     bound = bind(spec, model)

@@ -109,6 +109,10 @@ class _Rounding:
         state = self._with_free_dims_whole(state)
         while (grown := self._grow(state, scale)) is not None:
             state = grown
+        dropped = list(self._dropped_layers(state))  # growing them unit by unit would take long and change nothing
+        for name, value in state.items():
+            if len(value) > 1:
+                value[dropped] = self.high[name][dropped]
         return {name: self.rows(state, name).clone() for name in self.gates.dims}
 
     def rows(self, state: State, name: str) -> Tensor:
@@ -196,9 +200,11 @@ class _Rounding:
 
     def _grow(self, state: State, scale: float) -> State | None:
         """The state after one more allowed step of the dim that is furthest below its learned size, if any fits."""
-        steps = [
-            (name, i, size) for name in state for i in range(len(state[name])) if (size := self._next(state, name, i))
+        dropped = self._dropped_layers(state)
+        gates = [
+            (name, i) for name, value in state.items() for i in range(len(value)) if len(value) == 1 or i not in dropped
         ]
+        steps = [(name, i, size) for name, i in gates if (size := self._next(state, name, i))]
         if not steps:
             return None
         candidates = {name: value.repeat(len(steps), 1) for name, value in state.items()}

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
     GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
@@ -159,6 +160,12 @@ def test_an_unsupported_model_is_told_what_is_supported(recipe, tmp_path, capsys
     code, _ = recipe(f"model.path={tmp_path / 'gpt2'}", command="validate")
     assert code == 2
     assert_matches("model type 'gpt2' is not supported. Supported: .*llama", capsys.readouterr().err)
+
+
+def test_an_encoder_is_sent_to_the_python_api(recipe, tmp_path, capsys):
+    BertConfig().save_pretrained(tmp_path / "bert")
+    assert recipe(f"model.path={tmp_path / 'bert'}", command="validate")[0] == 2
+    assert_matches("recipes cover causal language models as yet, and 'bert' is none", capsys.readouterr().err)
 
 
 def test_an_empty_dataset_is_refused(recipe, tmp_path, capsys):
