@@ -259,7 +259,7 @@ def check_recipe(recipe: Recipe) -> None:
 
     from .archs import spec_for
     from .data import load_sequences
-    from .masking import build_gates
+    from .request import build_gates
     from .rounding import check_target
     from .spec import bind
     from .trainer import check_training_arguments

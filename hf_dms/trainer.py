@@ -204,7 +204,7 @@ class SearchProgress(ProgressCallback):
     """The Trainer's progress bar, showing loss, resource and target instead of printing every log."""
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if state.is_world_process_zero and self.training_bar is not None and "task_loss" in logs:
-            self.training_bar.set_postfix_str(
-                f"loss {logs['task_loss']:.3f}, resource {logs['resource']:.3f}, target {logs['target']:.3f}"
-            )
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
+            shown = {"loss": logs.get("task_loss", logs["loss"])}  # a retraining has no resource and no target
+            shown |= {name: logs[name] for name in ("resource", "target") if name in logs}
+            self.training_bar.set_postfix_str(", ".join(f"{name} {value:.3f}" for name, value in shown.items()))

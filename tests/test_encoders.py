@@ -175,7 +175,9 @@ def test_dims_that_go_together_keep_each_others_multiples_and_protection():
     assert sizes(round_to={"heads": 2}) == (2, 12)
     assert sizes(protect={"max": {"hidden": 17}}) == (2, 12)
     assert sizes(protect={"min": {"hidden": 13}, "max": {"heads": 3}}) == (3, 18)
-    with pytest.raises(ValueError, match=r"leave no size for heads and what must be pruned .* \(hidden\). Loosen them"):
+    with pytest.raises(
+        ValueError, match=r"leave no size for heads and hidden: .* Loosen them, or use layout: per_layer"
+    ):
         sizes(protect={"min": {"hidden": 13}, "max": {"hidden": 17}})
     attach_(tiny(BertModel), DMSConfig(target=0.9, layout="per_layer", prune=("hidden",), round_to={"hidden": 5}))
 

@@ -15,6 +15,7 @@ FLOORS = {
         "archs",
         "masked_functions",
         "masking",
+        "request",
         "rounding",
         "layouts",
         "slicing",
