@@ -20,14 +20,15 @@ from .resource import Sizes
 from .rounding import round_sizes
 from .slicing import make_plan
 from .spec import build_cost
+from .tasks import TASKS, Task
 
 ROWS = {  # key of dms_report.json: (words of the table, format)
     "num_params": ("parameters", ",.0f"),
     "macs_per_token": ("MACs per token", ",.0f"),
     "kv_bytes_per_token": ("KV bytes per token", ",.0f"),
     "perplexity": ("held-out perplexity", ".2f"),
-    "tokens_per_second": ("prefill tokens/s", ",.0f"),
-}
+    "accuracy": ("held-out accuracy", ".4f"),
+} | {key: (words, ",.0f") for key, words in (task.speed for task in TASKS.values())}
 
 
 def versions() -> dict[str, str]:
@@ -82,19 +83,20 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def loading_lines(model_class: str, path: str) -> str:
+def loading_lines(task: Task, model_class: str, path: str) -> str:
     """The lines of Python that load a result.
 
     Args:
+        task: what it is for.
         model_class: name of its class; that of a per-layer model begins with Dms.
         path: its folder.
     """
     extra = ", trust_remote_code=True)  # or `import hf_dms` first" if model_class.startswith("Dms") else ")"
     return "\n".join(
         [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            f'model = AutoModelForCausalLM.from_pretrained("{path}"{extra}',
-            f'tokenizer = AutoTokenizer.from_pretrained("{path}")',
+            f"from transformers import {task.model_class}, {task.processor_class}",
+            f'model = {task.model_class}.from_pretrained("{path}"{extra}',
+            f'processor = {task.processor_class}.from_pretrained("{path}")',
         ]
     )
 
@@ -102,7 +104,8 @@ def loading_lines(model_class: str, path: str) -> str:
 def model_card(report: dict[str, Any], base: str, name: str) -> str:
     """The README.md of a pruned model."""
     config = DMSConfig(**report["recipe"]["dms"])
-    metadata = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- dms\n- pruned\n---"
+    task = TASKS[report["recipe"]["model"]["task"]]
+    metadata = f"---\nlibrary_name: transformers\npipeline_tag: {task.name}\ntags:\n- dms\n- pruned\n---"
     sizes = "\n".join(f"| {dim} | {', '.join(map(str, values))} |" for dim, values in report["sizes"].items())
     return f"""{metadata}
 
@@ -114,12 +117,12 @@ layout {config.layout}, pipeline `{config.pipeline}`.
 
 {table(report)}
 
-Perplexity: {report["protocol"]}.
+{task.metric.capitalize()}: {report["protocol"]}.
 
 ## Load it
 
 ```python
-{loading_lines(report["model_class"], name)}
+{loading_lines(task, report["model_class"], name)}
 ```
 
 ## Sizes, per layer of the dense model

@@ -204,7 +204,7 @@ def test_llama_7b_recipe_runs_at_a_twentieth_of_the_size(tmp_path, capsys):
     model.save_pretrained(tmp_path / "llama")
     save_tokenizer(tmp_path / "llama")
     assert 300e6 < sum(parameter.numel() for parameter in model.parameters()) < 360e6
-    overrides = ["train.max_steps=6", "dms.warmup_steps=1", "data.sequence_length=32", "eval.sequences=2"]
+    overrides = ["train.max_steps=6", "dms.warmup_steps=1", "data.sequence_length=32", "eval.examples=2"]
     overrides += [f"model.path={tmp_path / 'llama'}", f"output.path={tmp_path / 'out'}"]
     assert main(["prune", "llama-7b.yaml", *overrides]) == 0
     report = json.loads((tmp_path / "out" / "dms_report.json").read_text())

@@ -81,8 +81,8 @@ def test_a_missing_target_is_asked_for():
 def test_overrides_reach_every_section(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(MINIMAL))
-    recipe = load_recipe(str(file), ["dms.target=0.25", "dms.prune=[mlp]", "train.max_steps=3", "eval.sequences=2"])
-    assert (recipe.dms.target, recipe.dms.prune, recipe.train, recipe.eval.sequences) == (
+    recipe = load_recipe(str(file), ["dms.target=0.25", "dms.prune=[mlp]", "train.max_steps=3", "eval.examples=2"])
+    assert (recipe.dms.target, recipe.dms.prune, recipe.train, recipe.eval.examples) == (
         0.25,
         ("mlp",),
         {"max_steps": 3},
