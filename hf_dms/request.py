@@ -102,9 +102,10 @@ def check_padding(bound: BoundSpec, config: DMSConfig, model_config: Any) -> Non
     limits = spec.must_equal + (() if has_alternative(bound, model_config) else spec.must_divide)
     for product, whole in limits:
         if whole in pruned and spec.dim(whole).scope == "model":
+            others = ", ".join(name for name in spec.prunable if name != whole)
             raise ValueError(
                 f"layout padded: the stock config of {spec.model_type} ties {whole} to '{product}', and {whole} cannot "
-                f"be padded. Leave {whole} out of dms.prune, or use layout: per_layer."
+                f"be padded. Prune others only, as prune: [{others}], or use layout: per_layer."
             )
 
 

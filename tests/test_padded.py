@@ -82,7 +82,7 @@ def test_heads_of_a_bert_are_padded_back_to_all_of_them():
 )
 def test_a_hidden_size_that_no_padding_fits_is_an_error_that_names_per_layer(head, overrides, ties):
     model = tiny(head, **overrides)
-    message = f"layout padded: the stock config of {ties}.* Leave hidden out of dms.prune, or use layout: per_layer"
+    message = rf"layout padded: the stock config of {ties}.* as prune: \[\w+, mlp, layers\], or use layout: per_layer"
     for dims in (None, ("hidden",)):
         with pytest.raises(ValueError, match=message):
             attach_(model, DMSConfig(target=0.9, layout="padded", prune=dims))
