@@ -55,8 +55,8 @@ class DMSConfig:
         "uniform",
         "uniform: one prune ratio per dim for all layers, the result is a stock model. per_layer: every layer has its "
         "own, as in the paper; the result is a dms_* model (loads with hf_dms, or with trust_remote_code). padded: the "
-        "same with zeros up to the widest layer, a stock model that computes exactly that; larger than the target, which "
-        "counts what is kept.",
+        "same with zeros up to the widest layer, a stock model that computes exactly that; larger than the target, "
+        "which counts what is kept.",
     )
     round_to: dict[str, int] = _mapping("Multiple that a dim's size is rounded to, e.g. {mlp: 64}. Default: 1.")
     protect: dict[str, Any] = _mapping(
