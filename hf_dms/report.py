@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from . import __version__
 from .config import RESOURCES, DMSConfig
 from .gates import Gates
-from .layouts import kept_units
+from .layouts import kept_units, written_sizes
 from .masking import gates_of
 from .resource import Sizes
 from .rounding import round_sizes
@@ -26,6 +26,9 @@ ROWS = {  # key of dms_report.json: (words of the table, format)
     "num_params": ("parameters", ",.0f"),
     "macs_per_token": ("MACs per token", ",.0f"),
     "kv_bytes_per_token": ("KV bytes per token", ",.0f"),
+    "kept_num_params": ("parameters without padding", ",.0f"),
+    "kept_macs_per_token": ("MACs per token without padding", ",.0f"),
+    "kept_kv_bytes_per_token": ("KV bytes per token without padding", ",.0f"),
     "perplexity": ("held-out perplexity", ".2f"),
     "accuracy": ("held-out accuracy", ".4f"),
 } | {key: (words, ",.0f") for key, words in (task.speed for task in TASKS.values())}
@@ -47,23 +50,31 @@ def sizes_and_costs(model: PreTrainedModel, sequence_length: int) -> dict[str, A
 
     Returns:
         `{"dense": {num_params, macs_per_token, kv_bytes_per_token}, "pruned": {...}, "sizes": {dim: [...]}}`, the last
-        per layer of the dense model, 0 where the layer is gone.
+        per layer of the dense model, 0 where the layer is gone. "pruned" is what is written; for layout padded both
+        have also kept_num_params, ...: what is left without the zeros, which is what the target limits.
     """
     gates = gates_of(model)
     bound, config = gates.attachment.bound, gates.attachment.config
     sizes = round_sizes(gates, bound, config, model.config)
-    layers = set(kept_units(make_plan(gates, sizes), bound.depth, None, bound.num_layers).tolist())
+    plan = make_plan(gates, sizes)
+    layers = set(kept_units(plan, bound.depth, None, bound.num_layers).tolist())
     result: dict[str, Any] = {"dense": {}, "pruned": {}, "sizes": {}}
     for name, size in sizes.items():
         rows = enumerate(size.tolist())
         result["sizes"][name] = [units if len(size) == 1 or layer in layers else 0 for layer, units in rows]
+    dense = gates.dense_sizes()
+    counts = {("dense", ""): dense, ("pruned", ""): _on(gates, dense | sizes)}
+    if config.layout == "padded":
+        counts |= {(key, "kept_"): at for (key, _), at in counts.items()}
+        padded = written_sizes(bound, plan, config.layout, model.config)[0]
+        counts["pruned", ""] = {name: torch.full_like(size, padded[name]) for name, size in dense.items()}
     names = {"params": "num_params", "macs": "macs_per_token", "kv_bytes": "kv_bytes_per_token"}
     for resource in RESOURCES:
         if resource == "kv_bytes" and bound.spec.cache is None:
             continue
         cost = build_cost(bound, model, resource, "model", sequence_length)
-        for key, at in (("dense", gates.dense_sizes()), ("pruned", _on(gates, gates.dense_sizes() | sizes))):
-            result[key][names[resource]] = int(gates.count(at, cost))
+        for (key, prefix), at in counts.items():
+            result[key][prefix + names[resource]] = int(gates.count(at, cost))
     return result
 
 

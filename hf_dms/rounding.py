@@ -35,10 +35,10 @@ class Divisor:
 def stock_limits(bound: BoundSpec, config: DMSConfig, model_config, gated: tuple[str, ...]) -> list[Divisor]:
     """The limits of the stock config that the sizes must respect.
 
-    None for a per-layer layout. Where an alternative stock class has no such limit (Mistral for Llama), the limits hold
-    only if the other side is free to follow: pruned, and with no multiple of its own.
+    None where layers have sizes of their own. Where an alternative stock class has no such limit (Mistral for Llama),
+    the limits hold only if the other side is free to follow: pruned, and with no multiple of its own.
     """
-    if config.layout == "per_layer":
+    if config.layout != "uniform":
         return []
     limits = []
     for factors, multiple in bound.spec.must_divide:
@@ -176,9 +176,10 @@ class _Rounding:
         candidates = range(int(self.low[limit.dim]), int(state[limit.dim]) + 1, self.step[limit.dim])
         allowed = [size for size in candidates if self._allowed(state | {limit.dim: torch.tensor([size])})]
         if not allowed:
+            layouts = "per_layer" if limit.multiple in state else "per_layer or padded"
             raise ValueError(
                 f"layout uniform: no allowed size of {limit.dim} makes {limit.unit}·{limit.dim} a divisor of "
-                f"{limit.multiple}, which the stock config demands. Use layout: per_layer, or loosen protect and "
+                f"{limit.multiple}, which the stock config demands. Use layout: {layouts}, or loosen protect and "
                 "round_to."
             )
         state[limit.dim] = torch.tensor([max(allowed)])

@@ -79,6 +79,17 @@ def test_each_pipeline_and_layout_ends_in_a_folder_that_meets_the_budget(recipe,
     assert "from_pretrained" in printed
 
 
+def test_a_padded_model_is_stock_and_told_with_and_without_its_zeros(recipe):
+    code, out = recipe("dms.layout=padded", "dms.pipeline=p-", "dms.prune=[kv, mlp]", "dms.target=0.75")
+    assert code == 0
+    report = json.loads((out / "dms_report.json").read_text())
+    assert report["model_class"] in ("LlamaForCausalLM", "MistralForCausalLM")
+    pruned = AutoModelForCausalLM.from_pretrained(out).num_parameters()
+    assert report["pruned"]["kept_num_params"] <= 0.75 * report["dense"]["num_params"]
+    assert report["pruned"]["kept_num_params"] <= report["pruned"]["num_params"] == pruned
+    assert "| parameters without padding |" in (out / "README.md").read_text()
+
+
 def test_recovery_trains_the_cut_model(recipe):
     code, out = recipe("recover.max_steps=5", "recover.learning_rate=1e-3")
     report = json.loads((out / "dms_report.json").read_text())
