@@ -193,7 +193,7 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
         if len(matches) != 1:
             raise ValueError(
                 f"{spec.model_type}: parameter '{name}' {tuple(parameter.shape)} matches {len(matches)} lines of the "
-                f"description of a {type(model).__name__}, expected 1. Add or correct its line in hf_dms/archs."
+                f"description of a {type(model).__name__}, expected 1. Add or correct its line in the ArchSpec."
             )
         match, text = matches[0]
         axes = parse_axes(text)
@@ -201,8 +201,7 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
         if tuple(parameter.shape) != expected:
             raise ValueError(
                 f"{spec.model_type}: parameter '{name}' has shape {tuple(parameter.shape)}, but its description "
-                f"'{text}' means {expected}. If the model was pruned or resized "
-                "already, start from the dense one; otherwise correct the description."
+                f"'{text}' means {expected}. Correct it in the ArchSpec."
             )
         layer = match.groupdict().get("i")
         params[name] = BoundParam(axes, None if layer is None else int(layer), _positions(text, sizes))
