@@ -155,12 +155,24 @@ def stock_classes(auto: str, stock_config: Any) -> tuple[Any, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
-def _auto_class_of(stock: Any) -> str:
+def _is_of_transformers(stock: Any) -> bool:
+    return getattr(transformers, stock.__name__, None) is stock
+
+
+def _auto_class_of(stock: Any) -> str | None:
+    """The Auto class under which this file travels with a checkpoint."""
+    if not _is_of_transformers(stock):
+        return None
     return next((name for name in AUTO_CLASSES if stock in stock_classes(name, stock.config_class)), "AutoModel")
 
 
 def auto_map(stock_config: Any) -> dict[str, str]:
-    """What `auto_map` of a per-layer config says: the class in this file for every head of the architecture."""
+    """What `auto_map` of a per-layer config says: the class in this file for every head of the architecture.
+
+    Nothing for an architecture that is not transformers' own: this file could not make its classes by itself.
+    """
+    if not _is_of_transformers(stock_config):
+        return {}
     file = __name__.rpartition(".")[2]
     classes = {"AutoConfig": f"{file}.Dms{stock_config.__name__}"}
     for name in AUTO_CLASSES:

@@ -210,6 +210,29 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
     return BoundSpec(spec, prefix, sizes, params, frozenset(tied))
 
 
+def check_spec(spec: ArchSpec) -> None:
+    """Check that a description speaks of its own dims only, and has layers.
+
+    Raises:
+        ValueError: it does not.
+    """
+    names = [dim.name for dim in spec.dims]
+    lines = [*spec.params.items(), *(line for head in spec.heads.values() for line in head.items())]
+    products = [(name, " ".join(_flat(parse_axes(text)))) for name, text in lines]
+    products += [(name, text.partition("**")[0]) for name, text in (spec.config | spec.attributes).items()]
+    for name, product in products:
+        for factor in product.split():
+            if factor not in names:
+                raise ValueError(
+                    f"{spec.model_type}: what is said of '{name}' names '{factor}', which is none of the dims "
+                    f"{', '.join(names)}. Correct it, or add the dim."
+                )
+    if (depth := [dim.name for dim in spec.dims if dim.scope == "depth"]) != ["layers"]:
+        raise ValueError(
+            f"{spec.model_type}: one dim must have scope='depth' and be called layers; got {depth or 'none'}."
+        )
+
+
 def dim_size(dim: Dim, config: Any) -> int:
     """Size of a dim according to a config."""
     if callable(dim.size):

@@ -13,9 +13,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from hf_dms import DMSConfig, attach_, detach_, prune
 from hf_dms.verify import outputs_of
 
-peft = pytest.importorskip("peft")
-# peft 0.21 asks for it
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 CONFIG = DMSConfig(target=0.7)
 compiled = functools.partial(torch.compile, backend="eager")
 
@@ -216,21 +213,32 @@ def prune_without_search(model):
 
 
 # ---- adapters ----
-def lora():
+# peft 0.21 asks for it
+peft_warns = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture
+def peft():
+    return pytest.importorskip("peft")
+
+
+def lora(peft):
     return peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
 
 
+@peft_warns
 @pytest.mark.parametrize("function", [attach_, prune])
-def test_adapters_are_to_be_merged_first(function):
+def test_adapters_are_to_be_merged_first(peft, function):
     message = r"has PEFT adapters, which cannot be cut. Merge the adapters first, with merge_and_unload\(\)"
-    untouched(peft.get_peft_model(tiny_llama(), lora()), f"this PeftModel {message}", function)
+    untouched(peft.get_peft_model(tiny_llama(), lora(peft)), f"this PeftModel {message}", function)
     model = tiny_llama()
-    model.add_adapter(lora())
+    model.add_adapter(lora(peft))
     untouched(model, f"this LlamaForCausalLM {message}", function)
 
 
-def test_merged_adapters_are_pruned_as_any_model():
-    tuned = peft.get_peft_model(tiny_llama(), lora()).eval()
+@peft_warns
+def test_merged_adapters_are_pruned_as_any_model(peft):
+    tuned = peft.get_peft_model(tiny_llama(), lora(peft)).eval()
     expected = outputs_of(tuned, token_batch())
     model = tuned.merge_and_unload()
     attach_(model, DMSConfig(target=1.0))
@@ -240,9 +248,10 @@ def test_merged_adapters_are_pruned_as_any_model():
     assert pruned.num_parameters() <= 0.7 * tiny_llama().num_parameters()
 
 
-def test_adapters_that_transformers_put_on_are_merged_by_way_of_a_folder(tmp_path):
+@peft_warns
+def test_adapters_that_transformers_put_on_are_merged_by_way_of_a_folder(peft, tmp_path):
     model, base = tiny_llama(), tiny_llama()
-    model.add_adapter(lora())
+    model.add_adapter(lora(peft))
     model.eval().save_pretrained(tmp_path)
     merged = peft.PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
     assert relative_difference(outputs_of(merged, token_batch()), outputs_of(model, token_batch())) < 1e-5
