@@ -90,7 +90,8 @@ def test_quantised_models_are_refused():
 
 def test_any_parameter_on_the_meta_device_is_an_error():
     with torch.device("meta"):
-        untouched(LlamaForCausalLM(tiny_llama().config), "'model.embed_tokens.weight' is on the meta device and has no")
+        model = LlamaForCausalLM(tiny_llama().config)
+    untouched(model, "'model.embed_tokens.weight' is on the meta device and has no weights: the model was never loaded")
     model = tiny_llama()
     model.model.layers[2].to("meta")
     untouched(model, "'model.layers.2.self_attn.q_proj.weight' is on the meta device .* Load it with from_pretrained")
