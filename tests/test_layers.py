@@ -12,6 +12,7 @@ FLOORS = {
     "pure": ["config", "topk", "gates", "resource"],
     "surgery": [
         "spec",
+        "attachable",
         "archs",
         "masked_functions",
         "masking",
