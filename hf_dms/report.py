@@ -90,8 +90,14 @@ def table(report: dict[str, Any]) -> str:
         values = [report[name].get(key, report["pruned"].get(key)) for name in columns]
         if all(value is not None for value in values):
             cells = " | ".join(format(value, number) for value in values)
-            lines.append(f"| {words} | {cells} | {values[-1] / values[0]:.3f} |")
+            change = _points(report[columns[-1]]) if key == "accuracy" else f"{values[-1] / values[0]:.3f}"
+            lines.append(f"| {words} | {cells} | {change} |")
     return "\n".join(lines)
+
+
+def _points(measured: dict[str, Any]) -> str:
+    """The paired difference from the dense model, with its standard error, in percentage points."""
+    return f"{100 * measured['difference']:+.1f} ± {100 * measured['difference_stderr']:.1f} points"
 
 
 def loading_lines(task: Task, model_class: str, path: str) -> str:

