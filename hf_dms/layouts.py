@@ -53,14 +53,15 @@ def pruned_class_and_config(
     common = {key: max(values[key] for values in per_layer) for key in per_layer[0]}
     common[_config_key(bound, bound.depth)] = len(kept_layers)
     values = model.config.to_dict() | common
-    for key in ("architectures", "auto_map", "transformers_version"):
+    for key in ("architectures", "auto_map", "transformers_version", *bound.spec.config_leaves_out):
         values.pop(key, None)
     if isinstance(values.get("layer_types"), list):
         values["layer_types"] = [values["layer_types"][layer] for layer in kept_layers]
     cls: Any = type(model)
     stock: Any = type(model.config)
+    ratios = {key for key, product in bound.spec.config.items() if "//" in product}  # for stock classes alone
     overrides = {
-        index: {key: value for key, value in layer_values.items() if value != common[key]}
+        index: {key: value for key, value in layer_values.items() if value != common[key] and key not in ratios}
         for index, layer_values in enumerate(per_layer)
     }
     overrides = {index: layer_values for index, layer_values in overrides.items() if layer_values}
@@ -85,7 +86,13 @@ def config_values(bound: BoundSpec, plan: Plan, layer: int) -> dict[str, int]:
 
 
 def _size(bound: BoundSpec, plan: Plan, product: str, layer: int) -> int:
-    return prod(len(kept_units(plan, factor, layer, bound.sizes[factor])) for factor in product.split())
+    """Kept size of a product of dims, or of the whole quotient of two."""
+    over, _, under = product.partition("//")
+    size, divisor = (
+        prod(len(kept_units(plan, factor, layer, bound.sizes[factor])) for factor in factors.split())
+        for factors in (over, under)
+    )
+    return size // divisor
 
 
 def layer_description(bound: BoundSpec) -> dict[str, Any]:

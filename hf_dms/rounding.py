@@ -173,13 +173,16 @@ class _Rounding:
             if value <= int(self.high[limit.multiple]):
                 state[limit.multiple] = torch.tensor([value])
                 return
-        candidates = range(int(self.low[limit.dim]), int(state[limit.dim]) + 1, self.step[limit.dim])
+        candidates = (
+            range(int(self.low[limit.dim]), int(state[limit.dim]) + 1, self.step[limit.dim])
+            if limit.dim in state
+            else ()
+        )
         allowed = [size for size in candidates if self._allowed(state | {limit.dim: torch.tensor([size])})]
         if not allowed:
             raise ValueError(
-                f"layout uniform: no allowed size of {limit.dim} makes {limit.unit}·{limit.dim} a divisor of "
-                f"{limit.multiple}, which the stock config demands. Use layout: per_layer, or loosen protect and "
-                "round_to."
+                f"layout uniform: no allowed sizes make {limit.unit}·{limit.dim} a divisor of {limit.multiple}, which "
+                "the stock config demands. Use layout: per_layer, or loosen protect and round_to."
             )
         state[limit.dim] = torch.tensor([max(allowed)])
 

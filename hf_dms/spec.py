@@ -59,7 +59,9 @@ class ArchSpec:
             does: `"label pool @ 1"`, `"hidden channels height width @ patches"`. Names of parameters that a variant
             lacks do no harm.
         heads: what ends the name of a class to the lines of `params` that only such classes have.
-        config: config attribute to the product of dims that it holds.
+        config: config attribute to the product of dims that it holds, or the quotient of two, `"mlp // hidden"`.
+        config_leaves_out: config attributes that the config works out itself from the number of layers.
+        must_be_false: config attributes that make another architecture of it, which this description is not of.
         attributes: `"module pattern.attribute"` to the product of dims that a module of a layer remembers in it, or
             a power of it, `"d ** -0.5"`.
         build_with: config values with which the stock class builds whatever the sizes, if it checks them.
@@ -79,6 +81,8 @@ class ArchSpec:
     dims: tuple[Dim, ...]
     params: dict[str, str]
     config: dict[str, str]
+    config_leaves_out: tuple[str, ...] = ()
+    must_be_false: tuple[str, ...] = ()
     heads: dict[str, dict[str, str]] = field(default_factory=dict)
     attributes: dict[str, str] = field(default_factory=dict)
     build_with: dict[str, int] = field(default_factory=dict)
@@ -178,8 +182,15 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
         model: a `PreTrainedModel`; the meta device will do.
 
     Raises:
-        ValueError: a parameter that no line or several lines describe, or whose shape is not the product of its dims.
+        ValueError: a variant of the architecture that the description is not of, a parameter that no line or several
+            lines describe, or whose shape is not the product of its dims.
     """
+    for attribute in spec.must_be_false:
+        if getattr(model.config, attribute, False):
+            raise ValueError(
+                f"{spec.model_type} with {attribute} = {getattr(model.config, attribute)} in its config is not "
+                "supported, only without. See the README for what is."
+            )
     sizes = {dim.name: dim_size(dim, model.config) for dim in spec.dims}
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
     lines = [(_compile(pattern), text) for pattern, text in spec.lines(type(model).__name__).items()]

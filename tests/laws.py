@@ -24,11 +24,13 @@ SIZES = {
     "distilbert": TEXT,
     "vit": IMAGE,
     "deit": IMAGE,
+    "dinov2": IMAGE | {"intermediate_size": 3},  # times the hidden size
     "mistral": DECODER,
     "qwen2": DECODER,
     "qwen3": DECODER | {"head_dim": 4},
 }
 NAMES = {
+    "dinov2": dict(intermediate_size="mlp_ratio"),
     "distilbert": dict(
         hidden_size="dim", intermediate_size="hidden_dim", num_hidden_layers="n_layers", num_attention_heads="n_heads"
     )
@@ -84,7 +86,8 @@ def masked_cut_reloaded(model, sizes, folder):
     with hard_masked(model, sizes):
         masked = all_outputs(model, inputs)
     kept = make_plan(gates_of(model), sizes).kept
-    for name, dim in (("last_hidden_state", "hidden"), ("pooler_output", "pool")):
+    pooled = "pool" if "pool" in gates_of(model).attachment.bound.sizes else "hidden"
+    for name, dim in (("last_hidden_state", "hidden"), ("pooler_output", pooled)):
         if name in masked and dim in kept:
             masked[name] = masked[name][..., kept[dim][0]]
     save_pruned(pruned, folder, inputs=inputs)

@@ -226,7 +226,7 @@ def test_sizes_that_no_stock_config_has_are_an_error_that_names_per_layer():
     overrides = dict(num_key_value_heads=6, attention_bias=True)  # 24 % 5 != 0, and no Mistral has biases
     model = tiny_llama(**overrides)
     options = dict(prune=("kv",), protect={"min": {"kv": 5}, "max": {"kv": 5}})
-    message = "layout uniform: no allowed size of kv makes 1·kv a divisor of hidden, .* Use layout: per_layer"
+    message = "layout uniform: no allowed sizes make 1·kv a divisor of hidden, .* Use layout: per_layer"
     with pytest.raises(ValueError, match=message):
         attach_(model, DMSConfig(target=0.99, **options))
     attach_(model, DMSConfig(target=0.99, layout="per_layer", **options))

@@ -136,7 +136,7 @@ def test_a_description_is_consistent(spec):
     used |= {*positions, *spec.tokens.split(), *spec.image.split()}
     assert used == set(names)
     remembered = [product.partition("**")[0] for product in spec.attributes.values()]
-    products = [*spec.config.values(), *remembered, spec.attention, spec.cache or ""]
+    products = [*(product.replace("//", "") for product in spec.config.values()), *remembered, spec.attention, spec.cache or ""]
     products += [product for pair in spec.must_divide + spec.must_equal for product in pair]
     assert {factor for product in products for factor in product.split()} <= set(names)
     assert sum(dim.scope == "depth" for dim in spec.dims) == 1

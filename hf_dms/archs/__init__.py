@@ -7,6 +7,7 @@ from typing import Any
 from ..spec import ArchSpec
 from .bert import BERT
 from .deit import DEIT
+from .dinov2 import DINOV2
 from .distilbert import DISTILBERT
 from .llama import LLAMA
 from .mistral import MISTRAL
@@ -15,7 +16,7 @@ from .qwen3 import QWEN3
 from .roberta import ROBERTA
 from .vit import VIT
 
-SPECS = (LLAMA, MISTRAL, QWEN2, QWEN3, BERT, ROBERTA, DISTILBERT, VIT, DEIT)
+SPECS = (LLAMA, MISTRAL, QWEN2, QWEN3, BERT, ROBERTA, DISTILBERT, VIT, DEIT, DINOV2)
 ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in SPECS}
 
 
