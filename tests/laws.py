@@ -22,6 +22,7 @@ SIZES = {
     "bert": TEXT,
     "roberta": TEXT,
     "distilbert": TEXT,
+    "electra": TEXT | {"embedding_size": 10},
     "vit": IMAGE,
     "deit": IMAGE,
     "dinov2": IMAGE | {"intermediate_size": 3},  # times the hidden size

@@ -46,11 +46,12 @@ from hf_dms.spec import bind
 from hf_dms.verify import outputs_of
 
 ROOT = Path(__file__).parent.parent
-BERTS = ("bert", "roberta", "distilbert")
+BERTS = ("bert", "roberta", "distilbert", "electra")
 HEADS = (*heads_of("Bert", *TASKS, "MaskedLM"), *heads_of("ViT", "ImageClassification"))
 RELATIVES = (
     *heads_of("Roberta", *TASKS, "MaskedLM"),
     *heads_of("DistilBert", *TASKS, "MaskedLM"),
+    *heads_of("Electra", *TASKS, "MaskedLM"),
     *heads_of("DeiT", "ImageClassification", "ImageClassificationWithTeacher"),
     *heads_of("Dinov2", "ImageClassification"),
 )
@@ -105,6 +106,8 @@ def requests(draw):
         config["patch_size"] = draw(st.sampled_from([4, (4, 2)]))
         config["qkv_bias"] = draw(st.booleans())
         config |= draw(st.sampled_from([{}, {"head_dim": 3}, {"pooler_output_size": 5}]))
+    if head.config_class.model_type == "electra":
+        config["embedding_size"] = draw(st.sampled_from([config["hidden_size"], 1, 5, 7]))
     dims = tuple(draw(st.lists(st.sampled_from(DIMS), min_size=1, unique=True)))
     if not possible(head, dims, layout):
         dims = tuple({*dims, "heads", "hidden"})

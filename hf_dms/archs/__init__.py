@@ -9,6 +9,7 @@ from .bert import BERT
 from .deit import DEIT
 from .dinov2 import DINOV2
 from .distilbert import DISTILBERT
+from .electra import ELECTRA
 from .llama import LLAMA
 from .mistral import MISTRAL
 from .qwen2 import QWEN2
@@ -16,7 +17,7 @@ from .qwen3 import QWEN3
 from .roberta import ROBERTA
 from .vit import VIT
 
-SPECS = (LLAMA, MISTRAL, QWEN2, QWEN3, BERT, ROBERTA, DISTILBERT, VIT, DEIT, DINOV2)
+SPECS = (LLAMA, MISTRAL, QWEN2, QWEN3, BERT, ROBERTA, DISTILBERT, ELECTRA, VIT, DEIT, DINOV2)
 ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in SPECS}
 
 
