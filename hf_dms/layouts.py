@@ -55,13 +55,13 @@ def pruned_class_and_config(
     values = model.config.to_dict() | common
     for key in ("architectures", "auto_map", "transformers_version", *bound.spec.config_leaves_out):
         values.pop(key, None)
-    if isinstance(values.get("layer_types"), list):
-        values["layer_types"] = [values["layer_types"][layer] for layer in kept_layers]
+    for key in bound.spec.config_lists:
+        if isinstance(values.get(key), list):
+            values[key] = [values[key][layer] for layer in kept_layers]
     cls: Any = type(model)
     stock: Any = type(model.config)
-    ratios = {key for key, product in bound.spec.config.items() if "//" in product}  # for stock classes alone
     overrides = {
-        index: {key: value for key, value in layer_values.items() if value != common[key] and key not in ratios}
+        index: {key: value for key, value in layer_values.items() if value != common[key]}
         for index, layer_values in enumerate(per_layer)
     }
     overrides = {index: layer_values for index, layer_values in overrides.items() if layer_values}
@@ -73,6 +73,7 @@ def pruned_class_and_config(
         values |= {"per_layer_config": overrides, "auto_map": modeling_dms.auto_map(stock)}
         return modeling_dms.dms_model_class(cls), config_class.from_dict(values)
     if within_limits:
+        values |= {key: values[over] // values[under] for key, (over, under) in bound.spec.config_ratios.items()}
         return cls, stock.from_dict(values)
     if not stock_can:
         raise ValueError(f"{stock.__name__} cannot express the sizes {common}. Use layout: per_layer.")
@@ -86,13 +87,7 @@ def config_values(bound: BoundSpec, plan: Plan, layer: int) -> dict[str, int]:
 
 
 def _size(bound: BoundSpec, plan: Plan, product: str, layer: int) -> int:
-    """Kept size of a product of dims, or of the whole quotient of two."""
-    over, _, under = product.partition("//")
-    size, divisor = (
-        prod(len(kept_units(plan, factor, layer, bound.sizes[factor])) for factor in factors.split())
-        for factors in (over, under)
-    )
-    return size // divisor
+    return prod(len(kept_units(plan, factor, layer, bound.sizes[factor])) for factor in product.split())
 
 
 def layer_description(bound: BoundSpec) -> dict[str, Any]:

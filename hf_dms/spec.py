@@ -61,7 +61,9 @@ class ArchSpec:
             does: `"label pool @ 1"`, `"hidden channels height width @ patches"`. Names of parameters that a variant
             lacks do no harm.
         heads: what ends the name of a class to the lines of `params` that only such classes have.
-        config: config attribute to the product of dims that it holds, or the quotient of two, `"mlp // hidden"`.
+        config: config attribute to the product of dims that it holds.
+        config_ratios: attribute of the stock config to the two attributes of `config` that it is the quotient of.
+        config_lists: config attributes that are lists with an entry for each layer.
         config_leaves_out: config attributes that the config works out itself from the number of layers.
         unnormed: modules, below the base model, whose output enters the residual stream and is read there without a
             norm, so that it is masked itself.
@@ -86,6 +88,8 @@ class ArchSpec:
     dims: tuple[Dim, ...]
     params: dict[str, str]
     config: dict[str, str]
+    config_ratios: dict[str, tuple[str, str]] = field(default_factory=dict)
+    config_lists: tuple[str, ...] = ("layer_types",)
     config_leaves_out: tuple[str, ...] = ()
     unnormed: tuple[str, ...] = ()
     must_be_false: tuple[str, ...] = ()
@@ -207,6 +211,10 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
         ValueError: a variant of the architecture that the description is not of, a parameter that no line or several
             lines describe, or whose shape is not the product of its dims.
     """
+    if type(model).__name__.endswith("Backbone"):
+        raise ValueError(
+            f"{type(model).__name__} names its outputs after layers, which may be pruned. Load the base model instead."
+        )
     for attribute in spec.must_be_false:
         if getattr(model.config, attribute, False):
             raise ValueError(

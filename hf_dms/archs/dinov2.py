@@ -45,7 +45,7 @@ DINOV2 = replace(
         "layernorm.bias": "hidden",
     },
     heads={"ForImageClassification": {"classifier.weight": "label (two hidden) @ 1", "classifier.bias": "label"}},
-    config=VIT.config | {"mlp_ratio": "mlp // hidden"},
+    config_ratios={"mlp_ratio": ("intermediate_size", "hidden_size")},
     config_leaves_out=("stage_names", "out_features", "out_indices"),
     must_be_false=("use_swiglu_ffn",),
     attributes={"encoder.layer.{i}.attention.num_attention_heads": "heads"},
