@@ -23,7 +23,7 @@ lint: $(VENV)/installed
 
 models/smollm2-135m: | $(VENV)/installed
 	mkdir -p models
-	$(BIN)/python recipes/fetch_smollm2.py $@
+	$(BIN)/python recipes/fetch.py smollm2 $@
 
 # torch first and by its version, so that pip takes the CPU build where it lies at hand
 $(VENV)/installed: pyproject.toml constraints.txt

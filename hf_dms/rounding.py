@@ -35,10 +35,10 @@ class Divisor:
 def stock_limits(bound: BoundSpec, config: DMSConfig, model_config, gated: tuple[str, ...]) -> list[Divisor]:
     """The limits of the stock config that the sizes must respect.
 
-    None for a per-layer layout. Where an alternative stock class has no such limit (Mistral for Llama), the limits hold
-    only if the other side is free to follow: pruned, and with no multiple of its own.
+    None where layers have sizes of their own. Where an alternative stock class has no such limit (Mistral for Llama),
+    the limits hold only if the other side is free to follow: pruned, and with no multiple of its own.
     """
-    if config.layout == "per_layer":
+    if config.layout != "uniform":
         return []
     limits = []
     for factors, multiple in bound.spec.must_divide:
@@ -51,7 +51,7 @@ def stock_limits(bound: BoundSpec, config: DMSConfig, model_config, gated: tuple
 
 def excluded_sizes(bound: BoundSpec, gates: Gates) -> dict[str, int]:
     """Per gated dim the size, if there is one, at which the stock class would be another architecture."""
-    excluded = {}
+    excluded: dict[str, int] = {}
     for fixed, name in bound.spec.must_differ:
         if name in gates.dims:
             leader = gates.dims[name].follows or name
@@ -202,9 +202,10 @@ class _Rounding:
         )
         allowed = [size for size in candidates if self._allowed(state | {limit.dim: torch.tensor([size])})]
         if not allowed:
+            layouts = "per_layer" if limit.multiple in state else "per_layer or padded"
             raise ValueError(
                 f"layout uniform: no allowed sizes make {limit.unit}·{limit.dim} a divisor of {limit.multiple}, which "
-                "the stock config demands. Use layout: per_layer, or loosen protect and round_to."
+                f"the stock config demands. Use layout: {layouts}, or loosen protect and round_to."
             )
         state[limit.dim] = torch.tensor([max(allowed)])
 

@@ -6,10 +6,12 @@ from conftest import TINY, lowest_target, relative_difference, search_, token_ba
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_dms import DMSConfig, attach_, prune
+from hf_dms.archs import spec_for
 from hf_dms.checkpoint import save_pruned
 from hf_dms.masking import gates_of
 from hf_dms.rounding import round_sizes
 from hf_dms.slicing import make_plan
+from hf_dms.spec import bind
 from hf_dms.verify import dummy_inputs, hard_masked
 
 # float64: the same sums in another order. float32: 2^-24 times some tens of roundings.
@@ -30,6 +32,7 @@ SIZES = {
     "vit": IMAGE,
     "deit": IMAGE,
     "dinov2": IMAGE | {"intermediate_size": 3},  # times the hidden size
+    "llama": DECODER,
     "mistral": DECODER,
     "qwen2": DECODER,
     "qwen3": DECODER | {"head_dim": 4},
@@ -123,6 +126,14 @@ def macs_by_the_flop_counter(model, scope, inputs, length):
     by_module = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     layers = [flops for name, flops in by_module.items() if name.rpartition(".")[2].isdigit()]
     return (sum(layers) if scope == "layers" else by_module["Global"]) / 2 / length
+
+
+def written_sizes(gates, sizes, pruned):
+    """Sizes of the model that is written: those kept, or, padded, what its stock config says of every layer."""
+    if gates.attachment.config.layout != "padded":
+        return gates.dense_sizes() | sizes
+    found = bind(spec_for(pruned.config), pruned).sizes
+    return {name: torch.full_like(size, found[name]) for name, size in gates.dense_sizes().items()}
 
 
 def is_stock(model):

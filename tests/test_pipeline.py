@@ -79,6 +79,17 @@ def test_each_pipeline_and_layout_ends_in_a_folder_that_meets_the_budget(recipe,
     assert "from_pretrained" in printed
 
 
+def test_a_padded_model_is_stock_and_told_with_and_without_its_zeros(recipe):
+    code, out = recipe("dms.layout=padded", "dms.pipeline=p-", "dms.prune=[kv, mlp]", "dms.target=0.75")
+    assert code == 0
+    report = json.loads((out / "dms_report.json").read_text())
+    assert report["model_class"] in ("LlamaForCausalLM", "MistralForCausalLM")
+    pruned = AutoModelForCausalLM.from_pretrained(out).num_parameters()
+    assert report["pruned"]["kept_num_params"] <= 0.75 * report["dense"]["num_params"]
+    assert report["pruned"]["kept_num_params"] <= report["pruned"]["num_params"] == pruned
+    assert "| parameters without padding |" in (out / "README.md").read_text()
+
+
 def test_recovery_trains_the_cut_model(recipe):
     code, out = recipe("recover.max_steps=5", "recover.learning_rate=1e-3")
     report = json.loads((out / "dms_report.json").read_text())
@@ -204,7 +215,7 @@ def test_llama_7b_recipe_runs_at_a_twentieth_of_the_size(tmp_path, capsys):
     model.save_pretrained(tmp_path / "llama")
     save_tokenizer(tmp_path / "llama")
     assert 300e6 < sum(parameter.numel() for parameter in model.parameters()) < 360e6
-    overrides = ["train.max_steps=6", "dms.warmup_steps=1", "data.sequence_length=32", "eval.sequences=2"]
+    overrides = ["train.max_steps=6", "dms.warmup_steps=1", "data.sequence_length=32", "eval.examples=2"]
     overrides += [f"model.path={tmp_path / 'llama'}", f"output.path={tmp_path / 'out'}"]
     assert main(["prune", "llama-7b.yaml", *overrides]) == 0
     report = json.loads((tmp_path / "out" / "dms_report.json").read_text())
