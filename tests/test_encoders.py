@@ -33,11 +33,9 @@ from transformers import (
     BertForTokenClassification,
     BertModel,
     CamembertForTokenClassification,
-    Dinov2Backbone,
     Dinov2ForImageClassification,
     ElectraForMaskedLM,
     ElectraForSequenceClassification,
-    ElectraModel,
     ViTForImageClassification,
     ViTModel,
     XLMRobertaForMaskedLM,
@@ -240,7 +238,15 @@ def test_a_follower_has_gates_only_where_the_model_has_its_parameters():
     assert list(gates_of(model).dims) == ["mlp"]
 
 
-@pytest.mark.parametrize("head", [BertForSequenceClassification, ViTForImageClassification])
+@pytest.mark.parametrize(
+    "head",
+    [
+        BertForSequenceClassification,
+        ElectraForSequenceClassification,
+        ViTForImageClassification,
+        Dinov2ForImageClassification,
+    ],
+)
 def test_importance_of_every_dim_follows_from_training(head):
     model = tiny(head)
     attach_(model, DMSConfig(target=0.5, layout="per_layer"))

@@ -144,7 +144,8 @@ def test_a_description_is_consistent(spec):
     assert all(line.count("(") == line.count(")") for line in lines)
     assert set(spec.build_with) <= {*spec.config, *spec.config_ratios}
     assert {attribute for pair in spec.config_ratios.values() for attribute in pair} <= set(spec.config)
-    assert {dim.follows for dim in spec.dims} - {None} <= set(spec.prunable)
+    assert {dim.follows for dim in spec.dims} | {dim.same_as for dim in spec.dims} <= {None, *spec.prunable}
+    assert {f"{path}.weight" for path in spec.unnormed} <= set(spec.params)
 
 
 def test_a_spec_is_found_by_model_type():
