@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from .archs import spec_for
+from .attachable import check_as_built, check_attachable, check_checkpointing, check_model
 from .config import DMSConfig
 from .gates import Gates
 from .masked_functions import GateResidual, MaskedNorm, MaskUnits
@@ -51,8 +52,13 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
     Raises:
         ValueError: the model or the request is one that cannot be served; the model is left untouched.
     """
-    _check_attachable(model, dms_config)
-    bound = bind(spec_for(model.config), model)
+    check_model(model, "attach_")
+    if has_gates(model):
+        raise ValueError("This model has gates already. Take them off with hf_dms.detach_(model) first.")
+    check_attachable(model)
+    spec = spec_for(model.config)
+    check_as_built(model)
+    bound = bind(spec, model)
     gates = build_gates(bound, model, dms_config)
     check_target(gates, bound, dms_config, model.config)
     gates.train(model.training)
@@ -111,26 +117,6 @@ def gates_of(model: nn.Module) -> Gates:
     return gates
 
 
-def _check_attachable(model: PreTrainedModel, config: DMSConfig) -> None:
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"attach_ takes a transformers PreTrainedModel, got {type(model).__name__}.")
-    if has_gates(model):
-        raise ValueError("This model has gates already. Take them off with hf_dms.detach_(model) first.")
-    if getattr(model, "is_quantized", False):
-        raise ValueError("This model is quantised: packed weights cannot be cut. Load it without quantisation.")
-    if next(model.parameters()).device.type == "meta":
-        raise ValueError("This model is on the meta device and has no weights. Load it with from_pretrained first.")
-    if getattr(model, "use_kernels", False):
-        raise ValueError("use_kernels=True replaces norms and MLPs by fused kernels that bypass the gates. Set it off.")
-    for module in model.modules():
-        checkpointing = module.__dict__.get("_gradient_checkpointing_func")
-        if isinstance(checkpointing, functools.partial) and checkpointing.keywords.get("use_reentrant"):
-            raise ValueError(
-                "This model has activation checkpointing with use_reentrant=True, which the gates cannot work with. "
-                "Leave it out: non-reentrant is the default."
-            )
-
-
 # ---- where masks go, derived from the description --------------------------------------------------------------------
 def masked_inputs(bound: BoundSpec, name: str) -> Iterator[tuple[str, int, tuple[int, int, int]]]:
     """Linear maps that read a dim: (module path, row of its gates, (units before, units, after) on their input)."""
@@ -161,6 +147,8 @@ def unnormed(bound: BoundSpec, name: str) -> Iterator[str]:
 
 # ---- what the hooks do -----------------------------------------------------------------------------------------------
 def _compute_masks(gates: Gates, module: nn.Module, args: tuple) -> None:
+    if gates.training:
+        check_checkpointing(module)  # it may have been switched on since
     gates.compute_masks_()
 
 

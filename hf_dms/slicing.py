@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
 
+from .attachable import check_model
 from .config import DMSConfig
 from .gates import Gates
 from .layouts import Plan, kept_units, pruned_class_and_config
@@ -42,9 +43,10 @@ def prune(
         A smaller model of the class that will be written, in evaluation mode, on the same device.
 
     Raises:
-        ValueError: the target cannot be reached.
+        ValueError: the model or the request is one that cannot be served.
         VerificationError: the cut model does not compute what the masked one does.
     """
+    check_model(model, "prune")
     if not has_gates(model):
         if dms_config is None:
             raise ValueError("prune needs a model with gates (hf_dms.attach_), or a dms_config.")
@@ -53,6 +55,11 @@ def prune(
             return prune(model, inputs=inputs)
         finally:
             detach_(model)
+    if dms_config is not None:
+        raise ValueError(
+            "prune got a dms_config for a model that has gates, which have a request of their own. Leave it out, or "
+            "take the gates off with hf_dms.detach_(model) first."
+        )
     gates = gates_of(model)
     bound, config = gates.attachment.bound, gates.attachment.config
     searched = gates.num_updates > 0

@@ -237,7 +237,7 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
         if len(matches) != 1:
             raise ValueError(
                 f"{spec.model_type}: parameter '{name}' {tuple(parameter.shape)} matches {len(matches)} lines of the "
-                f"description of a {type(model).__name__}, expected 1. Add or correct its line in hf_dms/archs."
+                f"description of a {type(model).__name__}, expected 1. Add or correct its line in the ArchSpec."
             )
         match, text = matches[0]
         axes = parse_axes(text)
@@ -245,14 +245,36 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
         if tuple(parameter.shape) != expected:
             raise ValueError(
                 f"{spec.model_type}: parameter '{name}' has shape {tuple(parameter.shape)}, but its description "
-                f"'{text}' means {expected}. If the model was pruned or resized "
-                "already, start from the dense one; otherwise correct the description."
+                f"'{text}' means {expected}. Correct it in the ArchSpec."
             )
         layer = match.groupdict().get("i")
         params[name] = BoundParam(axes, None if layer is None else int(layer), _positions(text, sizes))
         if owners.setdefault(id(parameter), name) != name:
             tied.add(name)
     return BoundSpec(spec, prefix, sizes, params, frozenset(tied))
+
+
+def check_spec(spec: ArchSpec) -> None:
+    """Check that a description speaks of its own dims only, and has layers.
+
+    Raises:
+        ValueError: it does not.
+    """
+    names = [dim.name for dim in spec.dims]
+    lines = [*spec.params.items(), *(line for head in spec.heads.values() for line in head.items())]
+    products = [(name, " ".join(_flat(parse_axes(text)))) for name, text in lines]
+    products += [(name, text.partition("**")[0]) for name, text in (spec.config | spec.attributes).items()]
+    for name, product in products:
+        for factor in product.split():
+            if factor not in names:
+                raise ValueError(
+                    f"{spec.model_type}: what is said of '{name}' names '{factor}', which is none of the dims "
+                    f"{', '.join(names)}. Correct it, or add the dim."
+                )
+    if (depth := [dim.name for dim in spec.dims if dim.scope == "depth"]) != ["layers"]:
+        raise ValueError(
+            f"{spec.model_type}: one dim must have scope='depth' and be called layers; got {depth or 'none'}."
+        )
 
 
 def dim_size(dim: Dim, config: Any) -> int:

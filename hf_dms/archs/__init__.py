@@ -48,5 +48,5 @@ def spec_for(config: Any) -> ArchSpec:
         )
     raise ValueError(
         f"model type '{model_type}' is not supported. Supported: {', '.join(sorted(ARCHS))}. "
-        "To add one, describe it in hf_dms/archs (see CONTRIBUTING.md)."
+        "To add one, see docs/new_architecture.md."
     )
