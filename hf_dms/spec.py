@@ -211,16 +211,7 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
         ValueError: a variant of the architecture that the description is not of, a parameter that no line or several
             lines describe, or whose shape is not the product of its dims.
     """
-    if type(model).__name__.endswith("Backbone"):
-        raise ValueError(
-            f"{type(model).__name__} names its outputs after layers, which may be pruned. Load the base model instead."
-        )
-    for attribute in spec.must_be_false:
-        if getattr(model.config, attribute, False):
-            raise ValueError(
-                f"{spec.model_type} with {attribute} = {getattr(model.config, attribute)} in its config is not "
-                "supported, only without. See the README for what is."
-            )
+    _check_variant(spec, model)
     sizes = {dim.name: dim_size(dim, model.config) for dim in spec.dims}
     for dim in spec.dims:
         if dim.same_as is not None and sizes[dim.name] == sizes[dim.same_as]:
@@ -252,6 +243,23 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
         if owners.setdefault(id(parameter), name) != name:
             tied.add(name)
     return BoundSpec(spec, prefix, sizes, params, frozenset(tied))
+
+
+def _check_variant(spec: ArchSpec, model: nn.Module) -> None:
+    """Check that a model is of the kind that a description is of.
+
+    Raises:
+        ValueError: it is a backbone, or another architecture by what its config says.
+    """
+    if type(model).__name__.endswith("Backbone"):
+        raise ValueError(
+            f"{type(model).__name__} names its outputs after layers, which may be pruned. Load the base model instead."
+        )
+    for attribute in spec.must_be_false:
+        if value := getattr(model.config, attribute, False):
+            raise ValueError(
+                f"{spec.model_type} with {attribute} = {value} in its config is not supported, only with False."
+            )
 
 
 def check_spec(spec: ArchSpec) -> None:
