@@ -63,6 +63,7 @@ RELATIVES = (
     *heads_of("Dinov2", "ImageClassification"),
 )
 TWINS = (*heads_of("XLMRoberta", *TASKS, "MaskedLM"), *heads_of("Camembert", *TASKS, "MaskedLM"))
+# Decoders are loaded here too: a fresh process takes seconds, another model in it hardly any time.
 DECODERS = ("Mistral", "Qwen2", "Qwen3", "SmolLM3", "Granite", "Gemma", "Gemma2", "Gemma3")
 SAVED = (*HEADS, *RELATIVES, *(getattr(transformers, f"{name}ForCausalLM") for name in DECODERS))
 DIMS = ("heads", "mlp", "hidden", "layers")
