@@ -58,10 +58,11 @@ def pruned_class_and_config(
     common = {key: max(values[key] for values in per_layer) for key in per_layer[0]}
     common[_config_key(bound, bound.depth)] = len(kept_layers)
     values = model.config.to_dict() | common
-    for key in ("architectures", "auto_map", "transformers_version"):
+    for key in ("architectures", "auto_map", "transformers_version", *bound.spec.config_leaves_out):
         values.pop(key, None)
-    if isinstance(values.get("layer_types"), list):
-        values["layer_types"] = [values["layer_types"][layer] for layer in kept_layers]
+    for key in bound.spec.config_lists:
+        if isinstance(values.get(key), list):
+            values[key] = [values[key][layer] for layer in kept_layers]
     cls: Any = type(model)
     stock: Any = type(model.config)
     overrides = {
@@ -77,6 +78,7 @@ def pruned_class_and_config(
         values |= {"per_layer_config": overrides, "auto_map": modeling_dms.auto_map(stock)}
         return modeling_dms.dms_model_class(cls), config_class.from_dict(values)
     if within_limits:
+        values |= {key: values[over] // values[under] for key, (over, under) in bound.spec.config_ratios.items()}
         return cls, stock.from_dict(values)
     if not stock_can:
         raise ValueError(f"{stock.__name__} cannot express the sizes {common}. Use layout: per_layer.")

@@ -1,7 +1,7 @@
 """Where a gate touches the running model: `attach_` and `detach_`.
 
 - Hidden size: every norm takes its statistics over the kept width and its output is masked. Every read of the residual
-  stream passes a norm, so nothing else needs to know.
+  stream passes a norm, so nothing else needs to know; what a description says is read without one is masked itself.
 - Other widths: the input of every linear map that reads the dim is multiplied by its mask.
 - Depth: x + m·(layer(x) - x), the paper's x + m·f(x) for a residual block.
 
@@ -73,6 +73,9 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
             for path in paths:
                 norm = model.get_submodule(path)
                 norm.forward = functools.partial(_masked_norm_forward, norm, gates, name)
+            for path in unnormed(bound, name):
+                hook = functools.partial(_mask_output, gates, name)
+                hooks.append(model.get_submodule(path).register_forward_hook(hook))
         else:
             for path, row, shape in masked_inputs(bound, name):
                 hook = functools.partial(_mask_input, gates, name, row, shape)
@@ -134,6 +137,14 @@ def norms(bound: BoundSpec, name: str) -> Iterator[str]:
             yield path
 
 
+def unnormed(bound: BoundSpec, name: str) -> Iterator[str]:
+    """Paths of the modules that write a dim to where it is read without a norm."""
+    for path in bound.spec.unnormed:
+        param = bound.params.get(f"{bound.prefix}{path}.weight")
+        if param is not None and param.axes[0] == (name,):
+            yield bound.prefix + path
+
+
 # ---- what the hooks do -----------------------------------------------------------------------------------------------
 def _compute_masks(gates: Gates, module: nn.Module, args: tuple) -> None:
     if gates.training:
@@ -143,6 +154,10 @@ def _compute_masks(gates: Gates, module: nn.Module, args: tuple) -> None:
 
 def _mask_input(gates: Gates, name: str, row: int, shape: tuple[int, int, int], module: nn.Module, args: tuple):
     return (MaskUnits.apply(args[0], gates.log_masks[name][row], shape), *args[1:])
+
+
+def _mask_output(gates: Gates, name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return MaskUnits.apply(output, gates.log_masks[name][0], (1, gates.dims[name].units, 1))
 
 
 def _gate_residual(gates: Gates, name: str, layer: int, module: nn.Module, args: tuple, kwargs: dict, output):

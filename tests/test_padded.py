@@ -22,8 +22,12 @@ from laws import (
 from transformers import (
     BertForSequenceClassification,
     BertModel,
+    Dinov2ForImageClassification,
+    ElectraForMaskedLM,
+    Gemma2ForCausalLM,
     LlamaForCausalLM,
     Qwen2ForCausalLM,
+    SmolLM3ForCausalLM,
     ViTForImageClassification,
     ViTModel,
 )
@@ -34,10 +38,11 @@ from hf_dms.report import sizes_and_costs, table
 from hf_dms.slicing import pad_tensor
 from hf_dms.spec import BoundParam, Dim, bind, parse_axes, with_dims
 
-BERTS = ("bert", "roberta", "distilbert")
+BERTS = ("bert", "roberta", "distilbert", "electra")
 HEADS = (
     *(head for name in ("Llama", "Mistral", "Qwen2", "Qwen3") for head in heads_of(name, "CausalLM", *TASKS)),
     *(head for name in ("Bert", "Roberta", "DistilBert") for head in heads_of(name, *TASKS, "MaskedLM")),
+    *(ElectraForMaskedLM, Dinov2ForImageClassification, Gemma2ForCausalLM, SmolLM3ForCausalLM),
     *heads_of("ViT", "ImageClassification"),
     *heads_of("DeiT", "ImageClassification", "ImageClassificationWithTeacher"),
 )

@@ -226,11 +226,16 @@ def test_sizes_that_no_stock_config_has_are_an_error_that_names_the_layouts_whic
     overrides = dict(num_key_value_heads=6, attention_bias=True)  # 24 % 5 != 0, and no Mistral has biases
     model = tiny_llama(**overrides)
     options = dict(prune=("kv",), protect={"min": {"kv": 5}, "max": {"kv": 5}})
-    message = (
-        "layout uniform: no allowed size of kv makes 1·kv a divisor of hidden, .* Use layout: per_layer or padded,"
-    )
+    message = "layout uniform: no allowed sizes make 1·kv a divisor of hidden, .* Use layout: per_layer or padded,"
     with pytest.raises(ValueError, match=message):
         attach_(model, DMSConfig(target=0.99, **options))
     for layout in ("per_layer", "padded"):
         attach_(model, DMSConfig(target=0.99, layout=layout, **options))
         detach_(model)
+
+
+def test_a_multiple_that_no_stock_config_has_is_an_error_where_the_heads_are_not_pruned():
+    options = dict(prune=("hidden",), round_to={"hidden": 5})  # no multiple of 6 heads and 5 is at most 24
+    with pytest.raises(ValueError, match=r"no allowed sizes make 2·kv a divisor of hidden, .* Use layout: per_layer"):
+        attach_(tiny_llama(attention_bias=True), DMSConfig(target=0.99, **options))
+    attach_(tiny_llama(attention_bias=True), DMSConfig(target=0.99, layout="per_layer", **options))
