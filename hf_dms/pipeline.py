@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, set_seed
 
 from .checkpoint import check_writable, save_pruned
 from .data import Examples, load_examples
+from .distributed import check_launch, make_whole_, on_main, say
 from .evaluate import evenly_spaced, example_scores, seconds_per_batch, summary
 from .masking import detach_
 from .recipe import Recipe, check_recipe, load_model_config, load_processor, model_class, training_arguments
@@ -40,21 +41,22 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     """
     output = Path(recipe.output.path)
     unfinished = output.with_name(output.name + ".unfinished")
-    if (output / REPORT).is_file() and not recipe.output.overwrite:
-        return None
-    check_writable(output, recipe.output.overwrite)
-    check_recipe(recipe)
-    _claim(unfinished, recipe)
     started = time.time()
     arguments = training_arguments(recipe, "train", unfinished / "search")
+    check_launch(arguments)
+    if not on_main(lambda: _may_start(recipe, output, unfinished)):
+        return None
     set_seed(arguments.seed)
     processor = load_processor(recipe)
     examples = load_examples(recipe.data, recipe.task, processor, load_model_config(recipe).label2id)
-    measure = functools.partial(score, recipe=recipe, examples=examples)
+
+    def measure(model: PreTrainedModel) -> Tensor:
+        return on_main(lambda: score(model, recipe, examples))
+
     model = dense_model(recipe, examples, unfinished)
     report: dict[str, Any] = {"recipe": recipe.to_dict(), "seed": arguments.seed, "versions": versions()}
     report["protocol"] = f"{min(len(examples.held_out), _most_examples(recipe))} held-out {examples.unit}"
-    print(f"Measuring the dense model on {report['protocol']} ...", flush=True)
+    say(f"Measuring the dense model on {report['protocol']} ...")
     scores = {"dense": measure(model.to(arguments.device).eval())}
     summarized = functools.partial(summary, recipe.task.metric)
 
@@ -67,23 +69,14 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
         scores["recovered"] = measure(pruned)
     for name, values in scores.items():
         report.setdefault(name, {}).update(summarized(values, None if name == "dense" else scores["dense"]))
-    _measure_speed(model, pruned, recipe, examples, report)
-    report["sample"] = continuation(pruned, processor, recipe)
+    for name, speed in on_main(lambda: _speeds(model, pruned, recipe, examples)).items():
+        report[name].update(speed)
+    report["sample"] = on_main(lambda: continuation(pruned, processor, recipe))
     report["model_class"] = type(pruned).__name__
     report["seconds"] = round(time.time() - started)
-    save_pruned(
-        pruned,
-        output,
-        processor=processor,
-        inputs=examples.collate([examples.held_out[0]]),
-        files={
-            REPORT: json.dumps(report, indent=2) + "\n",
-            "README.md": model_card(report, recipe.model.path, output.name),
-        },
-        overwrite=recipe.output.overwrite,
-    )
-    shutil.rmtree(unfinished)
-    print("\n" + table(report))
+    on_main(lambda: _save(pruned, processor, recipe, examples, report))
+    on_main(lambda: shutil.rmtree(unfinished))
+    say("\n" + table(report))
     return report
 
 
@@ -102,7 +95,7 @@ def dense_model(recipe: Recipe, examples: Examples, folder: Path) -> PreTrainedM
     finetuned = folder / "finetune"
     model = _load_model(recipe, examples)
     if recipe.finetune:
-        print("Fine-tuning the dense model ...", flush=True)
+        say("Fine-tuning the dense model ...")
         train_(model, training_arguments(recipe, "finetune", finetuned), examples)
     return model
 
@@ -121,6 +114,7 @@ def search(
     train_or_resume_(trainer)
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # measure in the model's own precision
     pruned = trainer.prune()
+    make_whole_(model, arguments.device)
     report |= sizes_and_costs(model, recipe.data.sequence_length)
     report["search"] = [logs for logs in trainer.state.log_history if "task_loss" in logs]
     return pruned
@@ -137,7 +131,7 @@ def recover_(pruned: PreTrainedModel, recipe: Recipe, examples: Examples, folder
     """
     distillation = recipe.recover.distillation
     teacher = None if distillation is None else dense_model(recipe, examples, folder)
-    print("Retraining the pruned model ...", flush=True)
+    say("Retraining the pruned model ...")
     train_(pruned, training_arguments(recipe, "recover", folder / "recover"), examples, teacher, distillation)
 
 
@@ -176,16 +170,33 @@ def _load_model(recipe: Recipe, examples: Examples) -> PreTrainedModel:
     return model
 
 
-def _measure_speed(
-    model: PreTrainedModel, pruned: PreTrainedModel, recipe: Recipe, examples: Examples, report: dict[str, Any]
-) -> None:
-    """Put the speeds of both models into the report: tokens, texts or images per second of one batch."""
+def _speeds(
+    model: PreTrainedModel, pruned: PreTrainedModel, recipe: Recipe, examples: Examples
+) -> dict[str, dict[str, float]]:
+    """Speeds of both models for the report: tokens, texts or images per second of one batch."""
     count = min(recipe.eval.batch_size, len(examples.held_out))
     batch = examples.collate([examples.held_out[i] for i in range(count)])
     amount = batch["input_ids"].numel() if recipe.model.task == "text-generation" else count
     key, _ = recipe.task.speed
-    for name, seconds in zip(("dense", "pruned"), seconds_per_batch([model, pruned], batch)):
-        report[name][key] = amount / seconds
+    seconds = seconds_per_batch([model, pruned], batch)
+    return {name: {key: amount / each} for name, each in zip(("dense", "pruned"), seconds)}
+
+
+def _save(
+    pruned: PreTrainedModel, processor: Any, recipe: Recipe, examples: Examples, report: dict[str, Any]
+) -> None:
+    output = Path(recipe.output.path)
+    save_pruned(
+        pruned,
+        output,
+        processor=processor,
+        inputs=examples.collate([examples.held_out[0]]),
+        files={
+            REPORT: json.dumps(report, indent=2) + "\n",
+            "README.md": model_card(report, recipe.model.path, output.name),
+        },
+        overwrite=recipe.output.overwrite,
+    )
 
 
 def continuation(model: PreTrainedModel, tokenizer: Any, recipe: Recipe) -> str:
@@ -205,6 +216,16 @@ def _scores_on_soft_masks(model: PreTrainedModel, measure: Any) -> Tensor:
         return measure(model)
     finally:
         model.dms_gates.eval()
+
+
+def _may_start(recipe: Recipe, output: Path, unfinished: Path) -> bool:
+    """Check a recipe and claim its folder; False if the result is there already."""
+    if (output / REPORT).is_file() and not recipe.output.overwrite:
+        return False
+    check_writable(output, recipe.output.overwrite)
+    check_recipe(recipe)
+    _claim(unfinished, recipe)
+    return True
 
 
 def _claim(unfinished: Path, recipe: Recipe) -> None:
