@@ -6,9 +6,11 @@ Every process holds all gates. DDP and FSDP know nothing of them: their gradient
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -96,6 +98,19 @@ def leave_gates_out_(model: nn.Module, gates: Gates, accelerator: Accelerator) -
         accelerator.state.fsdp_plugin.ignored_modules = [gates]
 
 
+@contextlib.contextmanager
+def without_ddp_for_frozen(model: nn.Module, gates: Gates, accelerator: Accelerator) -> Iterator[None]:
+    """Let accelerate prepare a model without DDP where the gates alone are trained: DDP needs a parameter of its own."""
+    ddp = accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if ddp and not any(p.requires_grad for p in model.parameters() if p is not gates.prune_ratio):
+        prepare = functools.partial(accelerator.prepare_model, evaluation_mode=True)
+        accelerator.prepare_model = prepare  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        accelerator.__dict__.pop("prepare_model", None)
+
+
 def average_(tensors: list[Tensor], accelerator: Accelerator) -> bool:
     """Average tensors over processes, in place and in one collective.
 
@@ -130,7 +145,7 @@ def whole(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def make_whole_(model: PreTrainedModel, device: torch.device) -> None:
-    """Undo FSDP2's sharding, in place; a trainer that was training the model cannot go on. Every process must call it."""
+    """Undo FSDP2's sharding, in place; a trainer of the model cannot go on. Every process must call it."""
     if isinstance(model, FSDPModule):
         found = whole(model).to(device)
         model.__class__, model.__dict__ = found.__class__, found.__dict__

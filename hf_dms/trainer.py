@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCall
 
 from .checkpoint import has_other_names, load_search_state_, load_weights_, save_search_state
 from .config import DMSConfig
-from .distributed import average_, check_launch, check_plugin, leave_gates_out_, whole
+from .distributed import average_, check_launch, check_plugin, leave_gates_out_, whole, without_ddp_for_frozen
 from .gates import Gates
 from .masking import attach_, gates_of
 from .slicing import prune
@@ -144,14 +144,8 @@ class DMSMixin(ExactCheckpointsMixin):
         return optimizer
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any):
-        gate = self.gates.prune_ratio
-        nothing_for_ddp = not any(p.requires_grad for p in self.model.parameters() if p is not gate)
-        # DDP refuses a model of which no parameter is its own; accelerate makes none of it when nothing needs gradients
-        gate.requires_grad_(self.is_deepspeed_enabled or not nothing_for_ddp)
-        try:
+        with without_ddp_for_frozen(self.model, self.gates, self.accelerator):
             return super()._prepare_for_training(*args, **kwargs)
-        finally:
-            gate.requires_grad_(True)
 
     def _clip_grad_norm(self, model):
         with self._gate_gradient_apart():

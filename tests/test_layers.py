@@ -24,7 +24,18 @@ FLOORS = {
         "checkpoint",
         "modeling_dms",
     ],
-    "surface": ["distributed", "trainer", "tasks", "recipe", "data", "retrain", "evaluate", "report", "pipeline", "cli"],
+    "surface": [
+        "distributed",
+        "trainer",
+        "tasks",
+        "recipe",
+        "data",
+        "retrain",
+        "evaluate",
+        "report",
+        "pipeline",
+        "cli",
+    ],
 }
 DOORS = ["__init__", "__main__", "_register"]  # outside the floors: they open the package
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS.values()) for name in names}
