@@ -24,7 +24,8 @@ from hf_dms import detach_
 from hf_dms.data import load_examples
 from hf_dms.evaluate import summary
 from hf_dms.pipeline import dense_model, recover_, score, search
-from hf_dms.recipe import load_model_config, load_processor, load_recipe, model_class, training_arguments
+from hf_dms.preflight import load_model_config, load_processor, model_class, training_arguments
+from hf_dms.recipe import load_recipe
 
 HERE = Path(__file__).parent
 

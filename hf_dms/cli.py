@@ -69,9 +69,11 @@ def _prune(options: argparse.Namespace) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from .recipe import check_recipe, load_recipe
+    from .preflight import check_recipe
+    from .recipe import load_recipe
 
     overrides = [word for word in options.recipes if "=" in word]
+
     wrong = 0
     for path in options.recipes:
         if path in overrides:

@@ -17,7 +17,8 @@ from .checkpoint import check_writable, save_pruned
 from .data import Examples, load_examples
 from .evaluate import evenly_spaced, example_scores, seconds_per_batch, summary
 from .masking import detach_
-from .recipe import Recipe, check_recipe, load_model_config, load_processor, model_class, training_arguments
+from .preflight import check_recipe, load_model_config, load_processor, model_class, training_arguments
+from .recipe import Recipe
 from .report import model_card, sizes_and_costs, table, versions
 from .retrain import train_, train_or_resume_
 from .trainer import DMSTrainer

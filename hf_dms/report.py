@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 
 from . import __version__
 from .config import RESOURCES, DMSConfig
+from .costs import build_cost
 from .gates import Gates
 from .layouts import kept_units, written_sizes
 from .masking import gates_of
 from .resource import Sizes
 from .rounding import round_sizes
 from .slicing import make_plan
-from .spec import build_cost
 from .tasks import TASKS, Task
 
 ROWS = {  # key of dms_report.json: (words of the table, format)
