@@ -114,6 +114,14 @@ class Case:
         return self.family.task == "image-classification"
 
 
+def same_weights(model: PreTrainedModel, other: PreTrainedModel) -> bool:
+    """Whether two models are of one class and hold equal tensors of equal dtypes."""
+    first, second = model.state_dict(), other.state_dict()
+    if type(model) is not type(other) or first.keys() != second.keys():
+        return False
+    return all(t.dtype == second[name].dtype and torch.equal(t, second[name]) for name, t in first.items())
+
+
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of letters, with as many words as the tiny models."""
     words = ["<pad>", "<s>", "</s>", "<unk>", *map(chr, range(ord("a"), ord("z") + 1))]
