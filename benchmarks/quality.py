@@ -52,12 +52,15 @@ def global_sizes(gates, importance, target):
 
 
 def taylor_importance(model, batches):
-    """Mean of (m·g)² at open masks over batches: the moving importance of DMS without the moving."""
+    """Mean of (m·g)² at open masks over batches: the moving importance of DMS without the moving.
+
+    `batches`: keyword arguments of forward passes, labels among them.
+    """
     gates = gates_of(model)
     total = {name: torch.zeros_like(gates.raw_importance(name)) for name in gates.dims}
     model.train()
     for batch in batches:
-        model(input_ids=batch, labels=batch).loss.backward()
+        model(**batch).loss.backward()
         for name, term in gates._taylor.items():
             total[name] += term.square() / len(batches)
         gates._taylor.clear()
@@ -65,7 +68,8 @@ def taylor_importance(model, batches):
     return total
 
 
-def one_shot(model, config, strategy, sequences, batches):
+def one_shot(model, config, strategy, batches=()):
+    """Cut by weight magnitude, or by Taylor importance over batches, all layers ranked together."""
     attach_(model, config)
     gates = gates_of(model)
     try:
@@ -73,7 +77,7 @@ def one_shot(model, config, strategy, sequences, batches):
         if strategy == "magnitude":
             importance = magnitude_importance(gates.attachment.bound, model, gates)
         else:
-            importance = taylor_importance(model, sequences.split(2)[:batches])
+            importance = taylor_importance(model, batches)
         sizes = global_sizes(gates, importance, config.target)
         for name, values in importance.items():
             gates.raw_importance(name).copy_(values)
@@ -143,11 +147,10 @@ def main():
             make = functools.partial(dms, config=config, sequences=sequences[order], steps=options.steps, seed=seed)
             settings = {"steps": options.steps, "dms": options.dms}
         else:
-            batches = options.taylor_batches
-            make = functools.partial(
-                one_shot, config=config, strategy=strategy, sequences=sequences[order], batches=batches
-            )
-            settings = {"batches": batches} if strategy == "taylor" else {}
+            batches = sequences[order].split(2)[: options.taylor_batches] if strategy == "taylor" else ()
+            batches = [{"input_ids": batch, "labels": batch} for batch in batches]
+            make = functools.partial(one_shot, config=config, strategy=strategy, batches=batches)
+            settings = {"batches": len(batches)} if strategy == "taylor" else {}
         measure(strategy, target, seed, lambda make=make: make(dense()), **settings)
 
 

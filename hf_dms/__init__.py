@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ._register import register_unless_command_line
 
 if TYPE_CHECKING:
+    from ._register import register_arch as register_arch
     from .checkpoint import save_pruned as save_pruned
     from .config import DMSConfig as DMSConfig
     from .masking import attach_ as attach_
@@ -31,6 +32,7 @@ _HOMES = {
     "attach_": "masking",
     "detach_": "masking",
     "prune": "slicing",
+    "register_arch": "_register",
     "save_pruned": "checkpoint",
 }
 __all__ = [*_HOMES]

@@ -109,7 +109,7 @@ def test_layers_are_not_split_over_devices(case):
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto"])
 def test_a_device_map_gives_the_same_model(case, device_map):
-    model = case.load(device_map=device_map)
+    model = case.load(device_map=device_map, max_memory={"cpu": "1GB"})
     assert relative_difference(outputs_of(model, case.inputs), case.logits) < SHIPPED
 
 
@@ -123,7 +123,8 @@ def test_layers_offloaded_to_disk_compute_the_same(case, tmp_path):
 
 # ---- pipelines ----
 def test_a_pipeline_on_the_folder_gives_what_the_model_does(case):
-    answers = transformers.pipeline(case.family.task, model=str(case.folder))(case.example, **case.family.options)
+    pipeline = transformers.pipeline(case.family.task, model=str(case.folder), device="cpu")
+    answers = pipeline(case.example, **case.family.options)
     inputs = case.encode(case.processor)
     if case.family.task == "text-generation":
         tokens = case.model.generate(**inputs, max_new_tokens=5, do_sample=False)
@@ -140,7 +141,7 @@ sys.modules["hf_dms"] = None  # as if it were not installed
 import torch, transformers
 torch.set_num_threads(1)
 for task, folder, example, options in json.loads(sys.argv[1]):
-    pipeline = transformers.pipeline(task, model=folder, trust_remote_code=True)
+    pipeline = transformers.pipeline(task, model=folder, trust_remote_code=True, device="cpu")
     print(json.dumps([type(pipeline.model).__module__.split(".")[0], pipeline(example, **options)]))
     pipeline.model.save_pretrained(folder + ".again")
 """
@@ -156,7 +157,7 @@ def test_pipelines_with_trust_remote_code_answer_and_save_the_same_without_hf_dm
     for line, (task, folder, example, options) in zip(result.stdout.splitlines(), jobs, strict=True):
         module, answers = json.loads(line)
         assert module == "transformers_modules"
-        assert answers == transformers.pipeline(task, model=folder)(example, **options)
+        assert answers == transformers.pipeline(task, model=folder, device="cpu")(example, **options)
         written, first = contents(f"{folder}.again"), contents(folder)
         assert {"config.json", "model.safetensors", "modeling_dms.py"} <= set(written)
         assert all(content == first[name] for name, content in written.items())
