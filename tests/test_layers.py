@@ -25,7 +25,19 @@ FLOORS = {
         "checkpoint",
         "modeling_dms",
     ],
-    "surface": ["trainer", "tasks", "recipe", "preflight", "data", "retrain", "evaluate", "report", "pipeline", "cli"],
+    "surface": [
+        "trainer",
+        "tasks",
+        "recipe",
+        "preflight",
+        "data",
+        "retrain",
+        "evaluate",
+        "harness",
+        "report",
+        "pipeline",
+        "cli",
+    ],
 }
 DOORS = ["__init__", "__main__", "_register"]  # outside the floors: they open the package
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS.values()) for name in names}
