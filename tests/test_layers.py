@@ -19,6 +19,7 @@ FLOORS = {
         "rounding",
         "layouts",
         "slicing",
+        "repair",
         "verify",
         "checkpoint",
         "modeling_dms",
