@@ -16,11 +16,9 @@ import torch
 from quality import HERE, append, cut_by, dms, load_text, one_shot, request, rows_of, shuffled
 from transformers import AutoModelForCausalLM
 
-from hf_dms.archs import spec_for
+from hf_dms import repair_
 from hf_dms.evaluate import perplexity
 from hf_dms.layouts import Plan
-from hf_dms.repair import repair_
-from hf_dms.spec import bind
 
 # Tokens to repair on and ridge, per strategy; None: as cut.
 REPAIRS = {
@@ -54,7 +52,6 @@ def main():
     sequences, held_out = load_text(options.model, options.windows)
     sequences = shuffled(sequences, seed)
     model = AutoModelForCausalLM.from_pretrained(options.model)
-    bound = bind(spec_for(model.config), model)
 
     def make_plan(strategy, target):
         if strategy == "dms":
@@ -74,7 +71,7 @@ def main():
             pruned, start = cut_by(plan, model), time.time()
             if setting is not None:
                 text = sequences[: tokens // sequences.shape[1]].split(4)
-                repair_(pruned, model, bound, plan, [{"input_ids": ids} for ids in text], ridge=ridge)
+                repair_(pruned, model, plan, [{"input_ids": ids} for ids in text], ridge=ridge)
             seconds = round(time.time() - start)
             append(key | {"perplexity": round(perplexity(pruned, held_out), 2), "repair_seconds": seconds}, results)
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .config import DMSConfig as DMSConfig
     from .masking import attach_ as attach_
     from .masking import detach_ as detach_
+    from .repair import repair_ as repair_
+    from .slicing import plan_of as plan_of
     from .slicing import prune as prune
     from .trainer import DMSMixin as DMSMixin
     from .trainer import DMSTrainer as DMSTrainer
@@ -30,7 +32,9 @@ _HOMES = {
     "DMSTrainer": "trainer",
     "attach_": "masking",
     "detach_": "masking",
+    "plan_of": "slicing",
     "prune": "slicing",
+    "repair_": "repair",
     "save_pruned": "checkpoint",
 }
 __all__ = [*_HOMES]

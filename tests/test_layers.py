@@ -19,6 +19,7 @@ FLOORS = {
         "rounding",
         "layouts",
         "slicing",
+        "layerwise",
         "repair",
         "verify",
         "checkpoint",

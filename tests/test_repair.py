@@ -16,11 +16,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_dms import DMSConfig, attach_, detach_
+from hf_dms import DMSConfig, attach_, repair_
 from hf_dms.archs import ARCHS, spec_for
 from hf_dms.layouts import Plan
-from hf_dms.masking import gates_of
-from hf_dms.repair import repair_
 from hf_dms.slicing import cut
 from hf_dms.spec import bind
 from hf_dms.verify import outputs_of
@@ -75,8 +73,7 @@ def layers_of(model):
 
 
 def cut_by(model, plan, layout="per_layer"):
-    bound = bind(spec_for(model.config), model)
-    return bound, cut(model, bound, plan, layout)
+    return cut(model, bind(spec_for(model.config), model), plan, layout)
 
 
 def same_tensors(model, state):
@@ -109,9 +106,9 @@ def captured(model, module, batches):
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_cut_that_changes_nothing_is_left_as_it_is(cls):
     model = build(cls)
-    bound, pruned = cut_by(model, Plan({}))
+    pruned = cut_by(model, Plan({}))
     before = copy_of(pruned)
-    repair_(pruned, model, bound, Plan({}), batches_for(model))
+    repair_(pruned, model, Plan({}), batches_for(model))
     assert same_tensors(pruned, before)
 
 
@@ -136,7 +133,7 @@ def test_a_map_gets_the_ridge_regression_of_what_the_stream_lacks(cls, ridge):
         }
     model = build(cls, torch.float64, num_hidden_layers=2, **options)
     plan = Plan({"mlp": (torch.arange(20), torch.arange(1, 20, 2))})
-    bound, pruned = cut_by(model, plan)
+    pruned = cut_by(model, plan)
     batches = batches_for(model)
     path, place, side = MAPS[cls]
     module, side = layers_of(pruned)[1].get_submodule(path), ["input", "output"].index(side)
@@ -151,7 +148,7 @@ def test_a_map_gets_the_ridge_regression_of_what_the_stream_lacks(cls, ridge):
         rows, torch.cat([missing, torch.zeros(inputs.shape[1], 24, dtype=inputs.dtype)])
     ).solution
     before = copy_of(pruned)
-    repair_(pruned, model, bound, plan, batches, ridge=ridge)
+    repair_(pruned, model, plan, batches, ridge=ridge)
     after = {name for name, tensor in pruned.state_dict().items() if not torch.equal(tensor, before[name])}
     name = next(name for name, found in pruned.named_modules() if found is module)
     assert after == {f"{name}.weight"} | ({f"{name}.bias"} if module.bias is not None else set())
@@ -164,13 +161,14 @@ def test_a_map_gets_the_ridge_regression_of_what_the_stream_lacks(cls, ridge):
 def test_the_last_map_before_dropped_layers_makes_up_for_them(cls):
     model = build(cls)
     plan = Plan({"layers": (torch.tensor([0, 1]),)})
-    bound, pruned = cut_by(model, plan)
+    pruned = cut_by(model, plan)
     before = copy_of(pruned)
-    repair_(pruned, model, bound, plan, batches_for(model))
+    repair_(pruned, model, plan, batches_for(model))
     changed = {name for name, tensor in pruned.state_dict().items() if not torch.equal(tensor, before[name])}
-    path = MAPS[cls][0]
-    assert changed
-    assert all(f".1.{path}." in name for name in changed)
+    path, norm, _ = MAPS[cls]
+    assert {name.split(".1.")[1].rpartition(".")[0] for name in changed} == ({path, norm} if norm else {path})
+    for name, parameter in layers_of(pruned)[1].get_submodule(norm).named_parameters() if norm else ():
+        assert torch.equal(parameter, layers_of(model)[2].get_submodule(norm).get_parameter(name))
 
 
 # ---- that it helps ----
@@ -179,7 +177,7 @@ def test_the_last_map_before_dropped_layers_makes_up_for_them(cls):
 def test_stream_and_outputs_come_closer_on_held_out_data(cls, plan):
     model = build(cls)
     layout, plan = "uniform" if plan == "uniform" else "per_layer", PLANS[plan]
-    bound, pruned = cut_by(model, plan, layout)
+    pruned = cut_by(model, plan, layout)
     held_out = batches_for(model, seed=2)
     units = plan.kept.get("hidden", (torch.arange(24),))[0]
 
@@ -189,7 +187,7 @@ def test_stream_and_outputs_come_closer_on_held_out_data(cls, plan):
         yield sum(float((outputs_of(pruned, b) - outputs_of(model, b)).square().mean()) for b in held_out)
 
     stream, outputs = errors()
-    repair_(pruned, model, bound, plan, batches_for(model, seed=1))
+    repair_(pruned, model, plan, batches_for(model, seed=1))
     new_stream, new_outputs = errors()
     assert new_stream < 0.9 * stream
     assert new_outputs < 0.9 * outputs
@@ -198,10 +196,10 @@ def test_stream_and_outputs_come_closer_on_held_out_data(cls, plan):
 @pytest.mark.parametrize("cls", [LlamaForCausalLM, BertForMaskedLM, ViTForImageClassification])
 def test_a_bfloat16_model_is_repaired_in_its_dtype(cls):
     model = build(cls, torch.bfloat16)
-    bound, pruned = cut_by(model, PLANS["per_layer"])
+    pruned = cut_by(model, PLANS["per_layer"])
     batches, held_out = batches_for(model), batches_for(model, seed=2)[0]
     expected, before = outputs_of(model, held_out), outputs_of(pruned, held_out)
-    repair_(pruned, model, bound, PLANS["per_layer"], batches)
+    repair_(pruned, model, PLANS["per_layer"], batches)
     assert {tensor.dtype for tensor in pruned.state_dict().values()} == {torch.bfloat16}
     assert (outputs_of(pruned, held_out) - expected).square().mean() < (before - expected).square().mean()
 
@@ -211,11 +209,11 @@ def test_a_bfloat16_model_is_repaired_in_its_dtype(cls):
 def test_padding_does_not_count(cls):
     def repaired(token):
         model = build(cls)
-        bound, pruned = cut_by(model, PLANS["all"])
+        pruned = cut_by(model, PLANS["all"])
         batches = list(text(1))
         for batch in batches:
             batch["input_ids"][batch["attention_mask"] == 0] = token
-        repair_(pruned, model, bound, PLANS["all"], batches)
+        repair_(pruned, model, PLANS["all"], batches)
         return pruned
 
     expected = copy_of(repaired(5))
@@ -225,29 +223,29 @@ def test_padding_does_not_count(cls):
 
 def test_batches_may_be_a_generator_and_may_have_labels():
     model = build(LlamaForCausalLM)
-    bound, pruned = cut_by(model, PLANS["all"])
-    _, other = cut_by(model, PLANS["all"])
-    repair_(pruned, model, bound, PLANS["all"], (b | {"labels": b["input_ids"]} for b in text(1)))
-    repair_(other, model, bound, PLANS["all"], list(text(1)))
+    pruned = cut_by(model, PLANS["all"])
+    other = cut_by(model, PLANS["all"])
+    repair_(pruned, model, PLANS["all"], (b | {"labels": b["input_ids"]} for b in text(1)))
+    repair_(other, model, PLANS["all"], list(text(1)))
     assert same_tensors(pruned, other.state_dict())
 
 
 def test_fewer_tokens_than_inputs_are_enough():
     model = build(LlamaForCausalLM)
-    bound, pruned = cut_by(model, PLANS["per_layer"])
+    pruned = cut_by(model, PLANS["per_layer"])
     batch = {"input_ids": token_batch(1, 4)["input_ids"]}
     before = (outputs_of(pruned, batch) - outputs_of(model, batch)).square().mean()
-    repair_(pruned, model, bound, PLANS["per_layer"], [batch])
+    repair_(pruned, model, PLANS["per_layer"], [batch])
     assert (outputs_of(pruned, batch) - outputs_of(model, batch)).square().mean() < before
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_the_dense_model_and_everything_else_stay_as_they_were(training):
     model = build(LlamaModel).train(training)
-    bound, pruned = cut_by(model, PLANS["all"])
+    pruned = cut_by(model, PLANS["all"])
     dense, before = copy_of(model), copy_of(pruned)
     pruned.train(training)
-    repair_(pruned, model, bound, PLANS["all"], text(1))
+    repair_(pruned, model, PLANS["all"], text(1))
     assert same_tensors(model, dense)
     changed = {name for name, tensor in pruned.state_dict().items() if not torch.equal(tensor, before[name])}
     assert {name.split(".", 2)[2] for name in changed} == {"self_attn.o_proj.weight", "mlp.down_proj.weight"}
@@ -260,40 +258,42 @@ def test_the_dense_model_and_everything_else_stay_as_they_were(training):
 # ---- errors ----
 def test_what_cannot_be_repaired_is_an_error():
     model, plan = build(LlamaForCausalLM), PLANS["all"]
-    bound, pruned = cut_by(model, plan)
+    pruned = cut_by(model, plan)
     with pytest.raises(ValueError, match="repair needs at least one batch, got none"):
-        repair_(pruned, model, bound, plan, [])
+        repair_(pruned, model, plan, [])
     with pytest.raises(ValueError, match=r"ridge must be positive, got 0\. 0\.01 is the default"):
-        repair_(pruned, model, bound, plan, text(1), ridge=0)
+        repair_(pruned, model, plan, text(1), ridge=0)
     with pytest.raises(ValueError, match=r"attention_mask of a batch has shape \(6, 1, 12, 12\), expected .batch, tok"):
-        repair_(pruned, model, bound, plan, [next(text(1)) | {"attention_mask": torch.ones(6, 1, 12, 12)}])
-    with pytest.raises(ValueError, match=r"the pruned model has 2 layers and .* 18, .* it has 3 and 24. Give the plan"):
-        repair_(pruned, model, bound, Plan({}), text(1))
-    with pytest.raises(ValueError, match=r"the dense model has 2 layers and .* 18, .* it has 3 and 24. Give the plan"):
-        repair_(pruned, pruned, bound, plan, text(1))
+        repair_(pruned, model, plan, [next(text(1)) | {"attention_mask": torch.ones(6, 1, 12, 12)}])
+    with pytest.raises(
+        ValueError, match=r"the pruned model has 2 layers and .* 18; the plan keeps 3 layers, .* and 24"
+    ):
+        repair_(pruned, model, Plan({}), text(1))
+    shallow = cut_by(model, PLANS["depth"])
+    with pytest.raises(ValueError, match=r"up to layer 2, .* the dense model has 2 and 24\. Give the plan and the de"):
+        repair_(shallow, shallow, PLANS["depth"], text(1))
     attach_(model, DMSConfig(target=0.9))
     with pytest.raises(ValueError, match=r"the dense model has gates. Take them off with hf_dms.detach_"):
-        repair_(pruned, model, gates_of(model).attachment.bound, plan, text(1))
-    detach_(model)
+        repair_(pruned, model, plan, text(1))
 
 
 def test_activations_that_are_not_finite_are_an_error_with_the_name_of_the_map():
     model = build(LlamaForCausalLM)
-    bound, pruned = cut_by(model, PLANS["per_layer"])
+    pruned = cut_by(model, PLANS["per_layer"])
     layers_of(pruned)[1].mlp.up_proj.weight.data[0] = torch.inf
     with pytest.raises(ValueError, match=r"least squares of mlp.down_proj of layer 1 have no finite solution at ridge"):
-        repair_(pruned, model, bound, PLANS["per_layer"], text(1))
+        repair_(pruned, model, PLANS["per_layer"], text(1))
 
 
 @pytest.mark.parametrize("cls", [LlamaForCausalLM, BertForMaskedLM])
 def test_layers_that_write_in_another_way_are_an_error(cls):
     model = build(cls)
-    bound, pruned = cut_by(model, PLANS["per_layer"])
+    pruned = cut_by(model, PLANS["per_layer"])
     layers_of(model)[0].get_submodule(MAPS[cls][0]).register_forward_hook(lambda _, args, output: 2 * output)
     before = copy_of(pruned)
-    repair_(pruned, model, bound, PLANS["per_layer"], text(1))  # what the map gives is what is added: fine
+    repair_(pruned, model, PLANS["per_layer"], text(1))  # what the map gives is what is added: fine
     assert not same_tensors(pruned, before)
     wrapper = layers_of(model)[0].mlp if cls is LlamaForCausalLM else layers_of(model)[0].output.dropout
     wrapper.register_forward_hook(lambda _, args, output: 2 * output)
     with pytest.raises(ValueError, match=r"of a (llama|bert) layer write is not added to the residual stream as it is"):
-        repair_(pruned, model, bound, PLANS["per_layer"], text(1))
+        repair_(pruned, model, PLANS["per_layer"], text(1))
