@@ -31,9 +31,6 @@ from .layouts import Plan, kept_units
 from .masking import has_gates
 from .spec import bind
 
-# What norms add to the mean square that they divide by, so that a position that is nearly 0 does not count for all.
-NORM_EPSILON = 1e-6
-
 
 @torch.no_grad()
 def repair_(
@@ -43,13 +40,13 @@ def repair_(
     batches: Iterable[Mapping[str, Tensor]],
     *,
     ridge: float = 0.01,
-    weighted: bool = False,
 ) -> None:
     """Bring the residual stream of a cut model back to the dense one's, in place.
 
     Args:
         pruned: the cut model, on one device.
-        dense: the model it was cut from, without gates; it is left as it was.
+        dense: the model it was cut from, without gates; it is left as it was. After a search that trained the weights:
+            the model before it, since with open masks the trained one is no model to aim at.
         plan: the units that were kept: `plan_of` the model while it had gates.
         batches: keyword arguments of forward passes; all are held at once. Positions where an `attention_mask`
             `[batch, tokens]` is 0 do not count; labels are left out.
@@ -57,7 +54,8 @@ def repair_(
 
     Raises:
         ValueError: no batches, a model with gates, a plan of another cut, activations that are not finite, or layers
-            that do not write into the stream as a Llama's or a BERT's do.
+            that do not write into the stream as a Llama's or a BERT's do. Layers before the one that an error is about
+            are repaired by then.
     """
     batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
     _check(pruned, dense, batches, ridge)
@@ -76,7 +74,7 @@ def repair_(
             targets = _targets(teacher, places, range(layer, end), units)
             for path in places.writes:
                 target = [batch.pop(path).to(pruned.device) for batch in targets]
-                gram, moment = _normal_equations(student, places, position, path, target, batches, weighted)
+                gram, moment = _normal_equations(student, places, position, path, target, batches)
                 _update_(student.layers[position].get_submodule(path), gram, moment, ridge, f"{path} of layer {layer}")
             if end > layer + 1:
                 _take_over_norm_(student.layers[position], teacher.layers[end - 1], places, units)
@@ -124,7 +122,7 @@ def _take_over_norm_(kept: nn.Module, dropped: nn.Module, places: Places, units:
 
 # ---- least squares ---------------------------------------------------------------------------------------------------
 def _normal_equations(
-    student: Walk, places: Places, layer: int, path: str, targets: list[Tensor], batches: Batches, weighted
+    student: Walk, places: Places, layer: int, path: str, targets: list[Tensor], batches: Batches
 ) -> tuple[Tensor, Tensor]:
     """AᵀA `[inputs, inputs]` and AᵀR `[inputs, hidden]` of a map, in float64: sums over all positions that count."""
     module: Any = student.layers[layer].get_submodule(path)
@@ -137,9 +135,8 @@ def _normal_equations(
         wanted, found, inputs = (_wide(t[counts]) for t in (target, recorder.sums[path], recorder.inputs[path]))
         if module.bias is not None:
             inputs = nn.functional.pad(inputs, (0, 1), value=1.0)
-        weight = (wanted.square().mean(-1, keepdim=True) + NORM_EPSILON).rsqrt() if weighted else 1
-        gram += (weight * inputs).T @ (weight * inputs)
-        moment += (weight * inputs).T @ (weight * (wanted - found))
+        gram += inputs.T @ inputs
+        moment += inputs.T @ (wanted - found)
     return gram, moment
 
 
