@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart model test test-slow lint
+.PHONY: quickstart model data test test-slow lint
 
 quickstart: $(VENV)/installed models/smollm2-135m
 	HF_HUB_OFFLINE=1 $(BIN)/hf-dms prune recipes/quickstart.yaml
 
-model: models/smollm2-135m
+model: models/smollm2-135m models/minilm models/vit
+
+data: models/movie-sentiment models/fashion-mnist
 
 test: $(VENV)/installed lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
@@ -21,9 +23,8 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-models/smollm2-135m: | $(VENV)/installed
-	mkdir -p models
-	$(BIN)/python recipes/fetch_smollm2.py $@
+models/%: | $(VENV)/installed
+	$(BIN)/python recipes/fetch.py $* $@
 
 # torch first and by its version, so that pip takes the CPU build where it lies at hand
 $(VENV)/installed: pyproject.toml constraints.txt

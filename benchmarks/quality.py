@@ -54,12 +54,15 @@ def global_sizes(gates, importance, target):
 
 
 def taylor_importance(model, batches):
-    """Mean of (m·g)² at open masks over batches: the moving importance of DMS without the moving."""
+    """Mean of (m·g)² at open masks over batches: the moving importance of DMS without the moving.
+
+    `batches`: keyword arguments of forward passes, labels among them.
+    """
     gates = gates_of(model)
     total = {name: torch.zeros_like(gates.raw_importance(name)) for name in gates.dims}
     model.train()
     for batch in batches:
-        model(input_ids=batch, labels=batch).loss.backward()
+        model(**batch).loss.backward()
         for name, term in gates._taylor.items():
             total[name] += term.square() / len(batches)
         gates._taylor.clear()
@@ -67,8 +70,8 @@ def taylor_importance(model, batches):
     return total
 
 
-def one_shot(model, config, strategy, sequences, batches):
-    """The plan of a cut by importance at open masks."""
+def one_shot_plan(model, config, strategy, batches=()):
+    """The plan of a cut by weight magnitude, or by Taylor importance over batches, all layers ranked together."""
     attach_(model, config)
     gates = gates_of(model)
     try:
@@ -76,7 +79,7 @@ def one_shot(model, config, strategy, sequences, batches):
         if strategy == "magnitude":
             importance = magnitude_importance(gates.attachment.bound, model, gates)
         else:
-            importance = taylor_importance(model, sequences.split(2)[:batches])
+            importance = taylor_importance(model, batches)
         sizes = global_sizes(gates, importance, config.target)
         for name, values in importance.items():
             gates.raw_importance(name).copy_(values)
@@ -85,7 +88,11 @@ def one_shot(model, config, strategy, sequences, batches):
         detach_(model)
 
 
-def dms(model, config, sequences, steps, seed):
+def one_shot(model, config, strategy, batches=()):
+    return cut_by(one_shot_plan(model, config, strategy, batches), model, config.layout)
+
+
+def dms_plan(model, config, sequences, steps, seed):
     """The plan of a search."""
     arguments = TrainingArguments(
         "unused", max_steps=steps, per_device_train_batch_size=2, seed=seed, logging_steps=10, report_to=[],
@@ -96,6 +103,10 @@ def dms(model, config, sequences, steps, seed):
     plan = plan_of(model)
     detach_(model)
     return plan
+
+
+def dms(model, config, sequences, steps, seed):
+    return cut_by(dms_plan(model, config, sequences, steps, seed), model, config.layout)
 
 
 def request(target, **options):
@@ -119,8 +130,8 @@ def shuffled(sequences, seed):
     return sequences[torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))]
 
 
-def cut_by(plan, model):
-    return cut(model, bind(spec_for(model.config), model), plan, "per_layer")
+def cut_by(plan, model, layout="per_layer"):
+    return cut(model, bind(spec_for(model.config), model), plan, layout)
 
 
 def rows_of(results):
@@ -168,13 +179,14 @@ def main():
             continue  # it uses no data
         text, config = shuffled(sequences, seed), request(target, **json.loads(options.dms))
         if strategy == "dms":
-            plan = functools.partial(dms, config=config, sequences=text, steps=options.steps, seed=seed)
+            make = functools.partial(dms, config=config, sequences=text, steps=options.steps, seed=seed)
             settings = {"steps": options.steps, "dms": options.dms}
         else:
-            batches = options.taylor_batches
-            plan = functools.partial(one_shot, config=config, strategy=strategy, sequences=text, batches=batches)
-            settings = {"batches": batches} if strategy == "taylor" else {}
-        measure(strategy, target, seed, lambda plan=plan: cut_by(plan(model := dense()), model), **settings)
+            batches = text.split(2)[: options.taylor_batches] if strategy == "taylor" else ()
+            batches = [{"input_ids": batch, "labels": batch} for batch in batches]
+            make = functools.partial(one_shot, config=config, strategy=strategy, batches=batches)
+            settings = {"batches": len(batches)} if strategy == "taylor" else {}
+        measure(strategy, target, seed, lambda make=make: make(dense()), **settings)
 
 
 if __name__ == "__main__":

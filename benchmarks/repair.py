@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from quality import HERE, append, cut_by, dms, load_text, one_shot, request, rows_of, shuffled
+from quality import HERE, append, cut_by, dms_plan, load_text, one_shot_plan, request, rows_of, shuffled
 from transformers import AutoModelForCausalLM
 
 from hf_dms import repair_
@@ -55,8 +55,9 @@ def main():
 
     def make_plan(strategy, target):
         if strategy == "dms":
-            return dms(model, request(target), sequences, options.steps, seed)
-        return one_shot(model, request(target), strategy, sequences, options.taylor_batches)
+            return dms_plan(model, request(target), sequences, options.steps, seed)
+        batches = [{"input_ids": batch, "labels": batch} for batch in sequences.split(2)[: options.taylor_batches]]
+        return one_shot_plan(model, request(target), strategy, batches)
 
     for target, strategy in itertools.product(options.targets, options.strategies):
         effort = {"steps": options.steps} if strategy == "dms" else {"batches": options.taylor_batches}

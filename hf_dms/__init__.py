@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ._register import register_unless_command_line
 
 if TYPE_CHECKING:
+    from ._register import register_arch as register_arch
     from .checkpoint import save_pruned as save_pruned
     from .config import DMSConfig as DMSConfig
     from .masking import attach_ as attach_
@@ -34,6 +35,7 @@ _HOMES = {
     "detach_": "masking",
     "plan_of": "slicing",
     "prune": "slicing",
+    "register_arch": "_register",
     "repair_": "repair",
     "save_pruned": "checkpoint",
 }

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .spec import ArchSpec
 
 
 def register_unless_command_line() -> None:
@@ -16,12 +20,34 @@ def register_unless_command_line() -> None:
 
 
 def register() -> None:
-    """Register the per-layer config of every supported architecture; the first one made registers its models."""
+    """Register every architecture that hf_dms comes with."""
+    from .archs import SPECS
+
+    for spec in SPECS:
+        register_arch(spec)
+
+
+def register_arch(spec: ArchSpec) -> None:
+    """Support an architecture: its description, and its per-layer config, which registers its models when first made.
+
+    Args:
+        spec: its description. transformers' Auto classes must know its config class and its model classes.
+
+    Raises:
+        ValueError: AutoConfig does not know its model type, or the description names a dim that it lacks.
+    """
     from transformers import CONFIG_MAPPING, AutoConfig
 
     from .archs import ARCHS
     from .modeling_dms import dms_config_class
+    from .spec import check_spec
 
-    for model_type in ARCHS:
-        config_class = dms_config_class(CONFIG_MAPPING[model_type])
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    check_spec(spec)
+    if spec.model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"AutoConfig does not know model type '{spec.model_type}'. "
+            f"Call AutoConfig.register('{spec.model_type}', YourConfig) first."
+        )
+    config_class = dms_config_class(CONFIG_MAPPING[spec.model_type])
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    ARCHS[spec.model_type] = spec

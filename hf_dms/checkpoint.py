@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -56,6 +57,29 @@ def load_search_state_(model: PreTrainedModel, folder: str | os.PathLike) -> Non
     if not path.is_file():
         raise ValueError(f"{folder} has no {STATE_TENSORS}: it is not a checkpoint of a DMS search.")
     gates_of(model).load_search_state_(load_file(path))
+
+
+def load_weights_(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+    """Read the weights of a training checkpoint, in place, whatever names the architecture's files give them.
+
+    `Trainer` compares the names in a checkpoint with those in the model and passes over those that differ with a
+    warning. Files of some architectures (ViT) hold other names than the model; `from_pretrained` renames them.
+
+    Args:
+        model: the model in training.
+        folder: a checkpoint that `save_pretrained` wrote.
+    """
+    loaded: Any = type(model).from_pretrained(folder, dtype=model.dtype)
+    model.load_state_dict(loaded.state_dict())
+
+
+def has_other_names(model: PreTrainedModel, folder: str | os.PathLike) -> bool:
+    """Whether a folder's safetensors files hold parameters under names that the model itself does not have."""
+    names: set[str] = set()
+    for file in Path(folder).glob("model*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            names |= set(tensors.keys())
+    return not names <= set(model.state_dict())
 
 
 def kept_units(gates: Gates) -> dict[str, list[int]]:

@@ -64,7 +64,7 @@ def _prune(options: argparse.Namespace) -> int:
     if report["sample"]:
         print(f"\nIt continues:\n    {report['sample']}")
     print(f"\nSaved to {recipe.output.path} ({report['model_class']}). Load it with\n")
-    print(loading_lines(report["model_class"], recipe.output.path))
+    print(loading_lines(recipe.task, report["model_class"], recipe.output.path))
     return 0
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 RESOURCES = ("params", "macs", "kv_bytes")
 RESOURCE_SCOPES = ("model", "layers")
-LAYOUTS = ("uniform", "per_layer")
+LAYOUTS = ("uniform", "per_layer", "padded")
 PIPELINES = ("p", "np", "p-")
 TARGET_SCHEDULES = ("geometric", "constant")
 
@@ -54,7 +54,9 @@ class DMSConfig:
     layout: str = _option(
         "uniform",
         "uniform: one prune ratio per dim for all layers, the result is a stock model. per_layer: every layer has its "
-        "own, as in the paper; the result is a dms_* model (loads with hf_dms, or with trust_remote_code).",
+        "own, as in the paper; the result is a dms_* model (loads with hf_dms, or with trust_remote_code). padded: the "
+        "same with zeros up to the widest layer, a stock model that computes exactly that; larger than the target, "
+        "which counts what is kept.",
     )
     round_to: dict[str, int] = _mapping("Multiple that a dim's size is rounded to, e.g. {mlp: 64}. Default: 1.")
     protect: dict[str, Any] = _mapping(

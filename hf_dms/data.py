@@ -1,14 +1,20 @@
-"""Text for a search and for its evaluation: `datasets` loads it, the model's tokenizer packs it."""
+"""Examples for a search and for its evaluation: `datasets` loads them, the model's processor prepares them.
+
+Text for generation is packed into sequences; texts and images with labels stay one example each.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DataCollatorWithPadding, default_data_collator
+
+from .tasks import Task
 
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -18,15 +24,25 @@ class DataConfig:
     """The `data` section of a recipe."""
 
     path: str = field(
-        default=None, metadata={"help": "A file (txt, jsonl, json, parquet, csv) or the Hub id of a dataset. Required."}
+        default=None,
+        metadata={
+            "help": "A file (txt, jsonl, json, parquet, csv), a folder of images with a subfolder per label, or the "
+            "Hub id of a dataset. Required."
+        },
     )
     name: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
     split: str = field(default="train", metadata={"help": "Split to search on."})
     text_column: str = field(
         default="text", metadata={"help": "Column with the text, or with chat messages (the chat template is applied)."}
     )
+    image_column: str = field(default="image", metadata={"help": "Column with the image, for image-classification."})
+    label_column: str = field(default="label", metadata={"help": "Column with the label, a name or a number."})
     sequence_length: int = field(
-        default=512, metadata={"help": "Tokens per sequence; documents are packed, an end-of-text token between them."}
+        default=512,
+        metadata={
+            "help": "Tokens per sequence; documents are packed, an end-of-text token between them. For "
+            "text-classification: where longer texts are cut off."
+        },
     )
     held_out: str | float = field(
         default=0.05,
@@ -35,7 +51,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.path is None:
-            raise ValueError("data.path is required: a txt, jsonl, parquet or csv file, or the Hub id of a dataset.")
+            raise ValueError(
+                "data.path is required: a txt, jsonl, parquet or csv file, a folder of images, or the Hub id of a "
+                "dataset."
+            )
         if isinstance(self.held_out, int | float) and not 0 < self.held_out < 1:
             raise ValueError(f"data.held_out must be a share in (0, 1), a file or a split, got {self.held_out}.")
         if self.sequence_length < 2:
@@ -44,6 +63,49 @@ class DataConfig:
             value = getattr(self, key)
             if isinstance(value, str) and Path(value).suffix in BUILDERS and not Path(value).is_file():
                 raise ValueError(f"data.{key}: there is no file '{value}' (looked in {Path.cwd()}).")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a model of a task is trained and measured on.
+
+    Attributes:
+        train, held_out: map-style datasets of a model's keyword arguments, labels among them.
+        collate: makes a batch of a list of them.
+        labels: names of the classes, in order; empty for text-generation.
+        unit: what an example is, for humans.
+    """
+
+    train: Any
+    held_out: Any
+    collate: Callable[[list], dict[str, Tensor]]
+    labels: tuple[str, ...]
+    unit: str
+
+
+def load_examples(config: DataConfig, task: Task, processor: Any, label_ids: dict[str, int] | None = None) -> Examples:
+    """The examples of a recipe.
+
+    Args:
+        config: where they are.
+        task: what for.
+        processor: the model's tokenizer or image processor.
+        label_ids: the model's own numbers of labels, used if they name all labels of the data.
+
+    Raises:
+        ValueError: a column or all content is missing, or a label of the held-out data is unknown.
+    """
+    if task.name == "text-generation":
+        train, held_out = (as_dataset(sequences) for sequences in load_sequences(config, processor))
+        return Examples(train, held_out, default_data_collator, (), f"sequences of {config.sequence_length} tokens")
+    column = config.text_column if task.name == "text-classification" else config.image_column
+    train, held_out = _load_labelled(config, column)
+    labels = _labels(config, train, held_out, label_ids or {})
+    prepare = _prepare_texts if task.name == "text-classification" else _prepare_images
+    train, held_out = (prepare(rows, config, processor, labels) for rows in (train, held_out))
+    if task.name == "text-classification":
+        return Examples(train, held_out, DataCollatorWithPadding(processor), labels, "texts")
+    return Examples(train, held_out, default_data_collator, labels, "images")
 
 
 def load_sequences(config: DataConfig, tokenizer: Any) -> tuple[Tensor, Tensor]:
@@ -61,9 +123,7 @@ def load_sequences(config: DataConfig, tokenizer: Any) -> tuple[Tensor, Tensor]:
     """
     train = _tokens(_load(config, config.path, config.split), config, tokenizer)
     if isinstance(config.held_out, str):
-        is_file = Path(config.held_out).suffix in BUILDERS
-        source = (config.held_out, "train") if is_file else (config.path, config.held_out)
-        held_out = _tokens(_load(config, *source), config, tokenizer)
+        held_out = _tokens(_load(config, *_held_out_source(config)), config, tokenizer)
     else:
         place = int(len(train) * (1 - config.held_out))
         train, held_out = train[:place], train[place:]
@@ -90,9 +150,77 @@ def as_dataset(sequences: Tensor) -> list[dict[str, Tensor]]:
     return [{"input_ids": row, "labels": row} for row in sequences]
 
 
+# ---- texts and images with labels ------------------------------------------------------------------------------------
+def _load_labelled(config: DataConfig, column: str) -> tuple[Any, Any]:
+    """Rows to train on and rows held out, with their columns checked."""
+    train = _load(config, config.path, config.split)
+    for name, key in ((column, "text_column" if column == config.text_column else "image_column"),
+                      (config.label_column, "label_column")):  # fmt: skip
+        _check_column(train, name, key)
+    if isinstance(config.held_out, str):
+        return train, _load(config, *_held_out_source(config))
+    parts = train.train_test_split(test_size=config.held_out, seed=0)
+    return parts["train"], parts["test"]
+
+
+def _labels(config: DataConfig, train: Any, held_out: Any, label_ids: dict[str, int]) -> tuple[str, ...]:
+    """Names of the classes, in the model's order if it knows them all, else in the data's."""
+    feature = train.features[config.label_column]
+    names = list(getattr(feature, "names", None) or sorted({str(value) for value in train[config.label_column]}))
+    unknown = set(_label_names(config, held_out)) - set(names)
+    if unknown:
+        raise ValueError(
+            f"data.held_out: label '{min(unknown)}' is not among those of data.path: {', '.join(names[:20])}."
+        )
+    return tuple(sorted(label_ids, key=lambda name: label_ids[name])) if set(names) <= set(label_ids) else tuple(names)
+
+
+def _label_names(config: DataConfig, rows: Any) -> list[str]:
+    names = getattr(rows.features[config.label_column], "names", None)
+    return [names[value] if names else str(value) for value in rows[config.label_column]]
+
+
+def _prepare_texts(rows: Any, config: DataConfig, tokenizer: Any, labels: tuple[str, ...]) -> list[dict[str, Any]]:
+    ids = {name: i for i, name in enumerate(labels)}
+    texts = [_text(value, tokenizer) for value in rows[config.text_column]]
+    encoded = tokenizer(texts, truncation=True, max_length=config.sequence_length)
+    numbers = [ids[name] for name in _label_names(config, rows)]
+    return [{key: encoded[key][i] for key in encoded} | {"labels": label} for i, label in enumerate(numbers)]
+
+
+def _prepare_images(rows: Any, config: DataConfig, processor: Any, labels: tuple[str, ...]) -> Any:
+    """A dataset that decodes and resizes its images when they are asked for."""
+    ids = {name: i for i, name in enumerate(labels)}
+    names = getattr(rows.features[config.label_column], "names", None)
+
+    def prepare(batch: dict[str, list]) -> dict[str, Any]:
+        images = [image.convert("RGB") for image in batch[config.image_column]]
+        pixels = processor(images, return_tensors="pt")["pixel_values"]
+        numbers = [ids[names[value] if names else str(value)] for value in batch[config.label_column]]
+        return {"pixel_values": list(pixels), "labels": numbers}
+
+    return rows.with_transform(prepare)
+
+
+# ---- what datasets does ----------------------------------------------------------------------------------------------
+def _held_out_source(config: DataConfig) -> tuple[str, str]:
+    """Path and split of the held-out data, if it is not a share."""
+    held_out = str(config.held_out)
+    is_path = Path(held_out).suffix in BUILDERS or Path(held_out).is_dir()
+    return (held_out, "train") if is_path else (config.path, held_out)
+
+
+def _check_column(dataset: Any, name: str, key: str) -> None:
+    if name not in dataset.column_names:
+        raise ValueError(f"data.{key}: the data has no column '{name}'. It has {', '.join(dataset.column_names)}.")
+
+
 def _load(config: DataConfig, path: str, split: str) -> Any:
     import datasets
 
+    datasets.disable_progress_bars()
+    if Path(path).is_dir():
+        return datasets.load_dataset("imagefolder", data_dir=path, split=split)
     builder = BUILDERS.get(Path(path).suffix)
     if builder == "text":
         return datasets.load_dataset("text", data_files=path, split="train", sample_by="document")
@@ -103,11 +231,7 @@ def _load(config: DataConfig, path: str, split: str) -> Any:
 
 def _tokens(dataset: Any, config: DataConfig, tokenizer: Any) -> Tensor:
     """All documents of a dataset as one stream of tokens, each followed by the end-of-text token."""
-    if config.text_column not in dataset.column_names:
-        raise ValueError(
-            f"data.text_column: the data has no column '{config.text_column}'. It has "
-            f"{', '.join(dataset.column_names)}."
-        )
+    _check_column(dataset, config.text_column, "text_column")
     documents = [_text(value, tokenizer) for value in dataset[config.text_column] if value]
     if not documents:
         raise ValueError(f"data.path: {config.path} has no text in column '{config.text_column}'.")

@@ -38,10 +38,10 @@ class Places:
 
 
 def stream_dim(bound: BoundSpec) -> str:
-    """The dim of the residual stream: that of the vectors inside a layer which belong to the model as a whole."""
+    """The dim of the residual stream: what a linear map inside a layer gives and the layer does not own."""
     axes = (param.axes for param in bound.params.values() if param.layer == 0)
-    names = (axis[0][0] for axis in axes if len(axis) == 1 and len(axis[0]) == 1)
-    return next(name for name in names if bound.spec.dim(name).scope == "model")
+    names = (axis[0][0] for axis in axes if len(axis) == 2 and len(axis[0]) == 1)
+    return next(name for name in names if bound.spec.dim(name).scope != "layer")
 
 
 def find_places(walk: Walk, bound: BoundSpec) -> Places:

@@ -1,7 +1,7 @@
 """Where a gate touches the running model: `attach_` and `detach_`.
 
 - Hidden size: every norm takes its statistics over the kept width and its output is masked. Every read of the residual
-  stream passes a norm, so nothing else needs to know.
+  stream passes a norm, so nothing else needs to know; what a description says is read without one is masked itself.
 - Other widths: the input of every linear map that reads the dim is multiplied by its mask.
 - Depth: x + m·(layer(x) - x), the paper's x + m·f(x) for a residual block.
 
@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from .archs import spec_for
+from .attachable import check_as_built, check_attachable, check_checkpointing, check_model
 from .config import DMSConfig
 from .gates import Gates
 from .masked_functions import GateResidual, MaskedNorm, MaskUnits
@@ -51,8 +52,13 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
     Raises:
         ValueError: the model or the request is one that cannot be served; the model is left untouched.
     """
-    _check_attachable(model, dms_config)
-    bound = bind(spec_for(model.config), model)
+    check_model(model, "attach_")
+    if has_gates(model):
+        raise ValueError("This model has gates already. Take them off with hf_dms.detach_(model) first.")
+    check_attachable(model)
+    spec = spec_for(model.config)
+    check_as_built(model)
+    bound = bind(spec, model)
     gates = build_gates(bound, model, dms_config)
     check_target(gates, bound, dms_config, model.config)
     gates.train(model.training)
@@ -67,6 +73,9 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
             for path in paths:
                 norm = model.get_submodule(path)
                 norm.forward = functools.partial(_masked_norm_forward, norm, gates, name)
+            for path in unnormed(bound, name):
+                hook = functools.partial(_mask_output, gates, name)
+                hooks.append(model.get_submodule(path).register_forward_hook(hook))
         else:
             for path, row, shape in masked_inputs(bound, name):
                 hook = functools.partial(_mask_input, gates, name, row, shape)
@@ -108,26 +117,6 @@ def gates_of(model: nn.Module) -> Gates:
     return gates
 
 
-def _check_attachable(model: PreTrainedModel, config: DMSConfig) -> None:
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"attach_ takes a transformers PreTrainedModel, got {type(model).__name__}.")
-    if has_gates(model):
-        raise ValueError("This model has gates already. Take them off with hf_dms.detach_(model) first.")
-    if getattr(model, "is_quantized", False):
-        raise ValueError("This model is quantised: packed weights cannot be cut. Load it without quantisation.")
-    if next(model.parameters()).device.type == "meta":
-        raise ValueError("This model is on the meta device and has no weights. Load it with from_pretrained first.")
-    if getattr(model, "use_kernels", False):
-        raise ValueError("use_kernels=True replaces norms and MLPs by fused kernels that bypass the gates. Set it off.")
-    for module in model.modules():
-        checkpointing = module.__dict__.get("_gradient_checkpointing_func")
-        if isinstance(checkpointing, functools.partial) and checkpointing.keywords.get("use_reentrant"):
-            raise ValueError(
-                "This model has activation checkpointing with use_reentrant=True, which the gates cannot work with. "
-                "Leave it out: non-reentrant is the default."
-            )
-
-
 # ---- where masks go, derived from the description --------------------------------------------------------------------
 def masked_inputs(bound: BoundSpec, name: str) -> Iterator[tuple[str, int, tuple[int, int, int]]]:
     """Linear maps that read a dim: (module path, row of its gates, (units before, units, after) on their input)."""
@@ -148,13 +137,27 @@ def norms(bound: BoundSpec, name: str) -> Iterator[str]:
             yield path
 
 
+def unnormed(bound: BoundSpec, name: str) -> Iterator[str]:
+    """Paths of the modules that write a dim to where it is read without a norm."""
+    for path in bound.spec.unnormed:
+        param = bound.params.get(f"{bound.prefix}{path}.weight")
+        if param is not None and param.axes[0] == (name,):
+            yield bound.prefix + path
+
+
 # ---- what the hooks do -----------------------------------------------------------------------------------------------
 def _compute_masks(gates: Gates, module: nn.Module, args: tuple) -> None:
+    if gates.training:
+        check_checkpointing(module)  # it may have been switched on since
     gates.compute_masks_()
 
 
 def _mask_input(gates: Gates, name: str, row: int, shape: tuple[int, int, int], module: nn.Module, args: tuple):
     return (MaskUnits.apply(args[0], gates.log_masks[name][row], shape), *args[1:])
+
+
+def _mask_output(gates: Gates, name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return MaskUnits.apply(output, gates.log_masks[name][0], (1, gates.dims[name].units, 1))
 
 
 def _gate_residual(gates: Gates, name: str, layer: int, module: nn.Module, args: tuple, kwargs: dict, output):

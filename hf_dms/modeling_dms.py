@@ -67,7 +67,7 @@ def dms_config_class(stock: Any) -> Any:
 def register_models(stock: Any) -> None:
     """Let the Auto classes find the per-layer model classes of a stock config class."""
     for name in AUTO_CLASSES:
-        if classes := tuple(dms_model_class(cls) for cls in _stock_classes(name, stock)):
+        if classes := tuple(dms_model_class(cls) for cls in stock_classes(name, stock)):
             mapping = getattr(transformers, name)._model_mapping
             mapping.register(dms_config_class(stock), classes if len(classes) > 1 else classes[0], exist_ok=True)
 
@@ -149,22 +149,34 @@ def _size(expression: str, config) -> int:
     return values[0] if len(values) == 1 else values[0] // values[1]
 
 
-def _stock_classes(auto: str, stock_config: Any) -> tuple[Any, ...]:
+def stock_classes(auto: str, stock_config: Any) -> tuple[Any, ...]:
     """Classes that an Auto class chooses from, by `architectures`, for a stock config class; usually one or none."""
     found = getattr(transformers, auto)._model_mapping.get(stock_config, ())
     return found if isinstance(found, tuple) else (found,)
 
 
-def _auto_class_of(stock: Any) -> str:
-    return next((name for name in AUTO_CLASSES if stock in _stock_classes(name, stock.config_class)), "AutoModel")
+def _is_of_transformers(stock: Any) -> bool:
+    return getattr(transformers, stock.__name__, None) is stock
+
+
+def _auto_class_of(stock: Any) -> str | None:
+    """The Auto class under which this file travels with a checkpoint."""
+    if not _is_of_transformers(stock):
+        return None
+    return next((name for name in AUTO_CLASSES if stock in stock_classes(name, stock.config_class)), "AutoModel")
 
 
 def auto_map(stock_config: Any) -> dict[str, str]:
-    """What `auto_map` of a per-layer config says: the class in this file for every head of the architecture."""
+    """What `auto_map` of a per-layer config says: the class in this file for every head of the architecture.
+
+    Nothing for an architecture that is not transformers' own: this file could not make its classes by itself.
+    """
+    if not _is_of_transformers(stock_config):
+        return {}
     file = __name__.rpartition(".")[2]
     classes = {"AutoConfig": f"{file}.Dms{stock_config.__name__}"}
     for name in AUTO_CLASSES:
-        for cls in _stock_classes(name, stock_config)[:1]:  # saving a model puts its own class there
+        for cls in stock_classes(name, stock_config)[:1]:  # saving a model puts its own class there
             classes[name] = f"{file}.Dms{cls.__name__}"
     return classes
 

@@ -1,7 +1,8 @@
-"""One command: search, cut, verify, retrain if asked, save, measure. What `hf-dms prune RECIPE` runs."""
+"""One command: fine-tune if asked, search, cut, verify, retrain if asked, save, measure. What `hf-dms prune` runs."""
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import time
@@ -10,26 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProgressCallback,
-    Trainer,
-    set_seed,
-)
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedModel, set_seed
 
 from .checkpoint import check_writable, save_pruned
-from .data import as_dataset, load_sequences
-from .evaluate import evenly_spaced, perplexity, tokens_per_second
+from .data import Examples, load_examples
+from .evaluate import evenly_spaced, example_scores, seconds_per_batch, summary
 from .masking import detach_
-from .recipe import Recipe, check_recipe, load_model_config, training_arguments
+from .recipe import Recipe, check_recipe, load_model_config, load_processor, model_class, training_arguments
 from .report import model_card, sizes_and_costs, table, versions
-from .trainer import DMSTrainer, SearchProgress
+from .retrain import train_, train_or_resume_
+from .trainer import DMSTrainer
 
 REPORT = "dms_report.json"
+SEQUENCES = 64  # held-out sequences that perplexity is measured on, unless the recipe says otherwise
 
 
 def run(recipe: Recipe) -> dict[str, Any] | None:
@@ -54,39 +48,34 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     started = time.time()
     arguments = training_arguments(recipe, "train", unfinished / "search")
     set_seed(arguments.seed)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model.path, revision=recipe.model.revision)
-    sequences, held_out = load_sequences(recipe.data, tokenizer)
-    held_out = evenly_spaced(held_out, recipe.eval.sequences)
-    model = load_dense(recipe)
-    model.to(arguments.device)
+    processor = load_processor(recipe)
+    examples = load_examples(recipe.data, recipe.task, processor, load_model_config(recipe).label2id)
+    measure = functools.partial(score, recipe=recipe, examples=examples)
+    model = dense_model(recipe, examples, unfinished)
     report: dict[str, Any] = {"recipe": recipe.to_dict(), "seed": arguments.seed, "versions": versions()}
-    report["protocol"] = f"{len(held_out)} held-out sequences of {held_out.shape[1]} tokens, each scored by itself"
+    report["protocol"] = f"{min(len(examples.held_out), _most_examples(recipe))} held-out {examples.unit}"
     print(f"Measuring the dense model on {report['protocol']} ...", flush=True)
-    dense_perplexity = perplexity(model.eval(), held_out, recipe.eval.batch_size)
+    scores = {"dense": measure(model.to(arguments.device).eval())}
+    summarized = functools.partial(summary, recipe.task.metric)
 
-    trainer = DMSTrainer(model=model, args=arguments, dms_config=recipe.dms, train_dataset=as_dataset(sequences))
-    trainer.train(resume_from_checkpoint=_last_checkpoint(unfinished / "search"))
-    pruned = trainer.prune()
-    report |= sizes_and_costs(model, recipe.data.sequence_length)
-    report["search"] = [logs for logs in trainer.state.log_history if "task_loss" in logs]
-    gap = {"soft": _soft_masked_perplexity(model, held_out, recipe.eval.batch_size)}
+    pruned = search(model, recipe, examples, report, arguments)
+    report["masks"] = {"soft": summarized(_scores_on_soft_masks(model, measure), scores["dense"])}
     detach_(model)
-    report["dense"]["perplexity"] = dense_perplexity
-    report["pruned"]["perplexity"] = gap["hard"] = perplexity(pruned, held_out, recipe.eval.batch_size)
-    report["masks"] = gap
-    if recipe.recover is not None:
-        _retrain(pruned, recipe, unfinished / "recover", sequences)
-        report["recovered"] = {"perplexity": perplexity(pruned, held_out, recipe.eval.batch_size)}
-    speeds = tokens_per_second([model, pruned], held_out[: recipe.eval.batch_size])
-    report["dense"]["tokens_per_second"], report["pruned"]["tokens_per_second"] = speeds
-    report["sample"] = continuation(pruned, tokenizer, recipe)
+    scores["pruned"] = measure(pruned)
+    if recipe.recover.train:
+        recover_(pruned, recipe, examples, unfinished)
+        scores["recovered"] = measure(pruned)
+    for name, values in scores.items():
+        report.setdefault(name, {}).update(summarized(values, None if name == "dense" else scores["dense"]))
+    _measure_speed(model, pruned, recipe, examples, report)
+    report["sample"] = continuation(pruned, processor, recipe)
     report["model_class"] = type(pruned).__name__
     report["seconds"] = round(time.time() - started)
     save_pruned(
         pruned,
         output,
-        processor=tokenizer,
-        inputs={"input_ids": held_out[:1]},
+        processor=processor,
+        inputs=examples.collate([examples.held_out[0]]),
         files={
             REPORT: json.dumps(report, indent=2) + "\n",
             "README.md": model_card(report, recipe.model.path, output.name),
@@ -98,50 +87,122 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     return report
 
 
-def load_dense(recipe: Recipe) -> PreTrainedModel:
-    """The dense model of a recipe: pretrained, or randomly initialised for pipeline np."""
+# ---- the steps -------------------------------------------------------------------------------------------------------
+def dense_model(recipe: Recipe, examples: Examples, folder: Path) -> PreTrainedModel:
+    """The dense model of a recipe: loaded (or randomly initialised for pipeline np), and fine-tuned if asked.
+
+    Args:
+        recipe: which one.
+        examples: what to fine-tune on, and the names of its classes.
+        folder: where the checkpoints of a fine-tuning are, or go.
+
+    Raises:
+        ValueError: the checkpoint lacks weights of the model, and the recipe does not train them.
+    """
+    finetuned = folder / "finetune"
+    model = _load_model(recipe, examples)
+    if recipe.finetune:
+        print("Fine-tuning the dense model ...", flush=True)
+        train_(model, training_arguments(recipe, "finetune", finetuned), examples)
+    return model
+
+
+def search(
+    model: PreTrainedModel, recipe: Recipe, examples: Examples, report: dict[str, Any], arguments: Any
+) -> PreTrainedModel:
+    """Search and cut; the model keeps its gates, the report gets sizes, costs and the course of the search."""
+    trainer = DMSTrainer(
+        model=model,
+        args=arguments,
+        dms_config=recipe.dms,
+        train_dataset=examples.train,
+        data_collator=examples.collate,
+    )
+    train_or_resume_(trainer)
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # measure in the model's own precision
+    pruned = trainer.prune()
+    report |= sizes_and_costs(model, recipe.data.sequence_length)
+    report["search"] = [logs for logs in trainer.state.log_history if "task_loss" in logs]
+    return pruned
+
+
+def recover_(pruned: PreTrainedModel, recipe: Recipe, examples: Examples, folder: Path) -> None:
+    """Retrain the pruned model, in place, with the dense one as teacher if asked.
+
+    Args:
+        pruned: what the search ended in.
+        recipe: how.
+        examples: what to train on.
+        folder: where the checkpoints of the fine-tuning are and those of the retraining go.
+    """
+    distillation = recipe.recover.distillation
+    teacher = None if distillation is None else dense_model(recipe, examples, folder)
+    print("Retraining the pruned model ...", flush=True)
+    train_(pruned, training_arguments(recipe, "recover", folder / "recover"), examples, teacher, distillation)
+
+
+def score(model: PreTrainedModel, recipe: Recipe, examples: Examples) -> Tensor:
+    """What each held-out example adds to the metric of the recipe's task, `[examples]`."""
+    held_out = evenly_spaced(examples.held_out, _most_examples(recipe))
+    return example_scores(model, recipe.task.metric, held_out, examples.collate, recipe.eval.batch_size)
+
+
+def _most_examples(recipe: Recipe) -> int:
+    default = SEQUENCES if recipe.model.task == "text-generation" else 10**9
+    return default if recipe.eval.examples is None else recipe.eval.examples
+
+
+def _load_model(recipe: Recipe, examples: Examples) -> PreTrainedModel:
     dtype = recipe.model.dtype if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
+    config = load_model_config(recipe, examples.labels)
     if recipe.dms.pipeline == "np":
-        config = load_model_config(recipe)
         dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
         options = {"attn_implementation": recipe.model.attn_implementation} if recipe.model.attn_implementation else {}
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-    return AutoModelForCausalLM.from_pretrained(
+        return model_class(recipe).from_config(config, dtype=dtype, **options)
+    model, loading = model_class(recipe).from_pretrained(
         recipe.model.path,
+        config=config,
         revision=recipe.model.revision,
         dtype=dtype,
         attn_implementation=recipe.model.attn_implementation,
+        output_loading_info=True,
     )
+    if loading["missing_keys"] and not recipe.finetune:
+        raise ValueError(
+            f"model.path: '{recipe.model.path}' has no weights for {', '.join(sorted(loading['missing_keys']))}, which "
+            "would be random. Add a finetune section (finetune.max_steps or finetune.num_train_epochs) to train them "
+            "before the search."
+        )
+    return model
 
 
-def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> str:
+def _measure_speed(
+    model: PreTrainedModel, pruned: PreTrainedModel, recipe: Recipe, examples: Examples, report: dict[str, Any]
+) -> None:
+    """Put the speeds of both models into the report: tokens, texts or images per second of one batch."""
+    count = min(recipe.eval.batch_size, len(examples.held_out))
+    batch = examples.collate([examples.held_out[i] for i in range(count)])
+    amount = batch["input_ids"].numel() if recipe.model.task == "text-generation" else count
+    key, _ = recipe.task.speed
+    for name, seconds in zip(("dense", "pruned"), seconds_per_batch([model, pruned], batch)):
+        report[name][key] = amount / seconds
+
+
+def continuation(model: PreTrainedModel, tokenizer: Any, recipe: Recipe) -> str:
     """What the pruned model makes of the recipe's prompt (greedy), prompt included; empty without a prompt."""
-    if not recipe.eval.prompt:
+    if recipe.model.task != "text-generation" or not recipe.eval.prompt:
         return ""
     inputs = tokenizer(recipe.eval.prompt, return_tensors="pt").to(model.device)
     tokens = model.generate(**inputs, max_new_tokens=recipe.eval.new_tokens, do_sample=False)
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
-def _retrain(pruned: PreTrainedModel, recipe: Recipe, folder: Path, sequences: Tensor) -> None:
-    """Train the pruned model, in place: an ordinary Trainer run."""
-    arguments = training_arguments(recipe, "recover", folder)
-    use_cache = pruned.config.use_cache
-    trainer = Trainer(model=pruned, args=arguments, train_dataset=as_dataset(sequences))
-    if not arguments.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(SearchProgress())
-    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
-    pruned.config.use_cache = use_cache
-    pruned.eval()
-
-
-def _soft_masked_perplexity(model: PreTrainedModel, held_out: Tensor, batch_size: int) -> float:
-    """Perplexity on the soft masks that the search ended with; what hard masks differ by is the cost of rounding."""
+def _scores_on_soft_masks(model: PreTrainedModel, measure: Any) -> Tensor:
+    """Scores on the soft masks that the search ended with; what hard masks differ by is the cost of rounding."""
     model.eval()
     model.dms_gates.train()
     try:
-        return perplexity(model, held_out, batch_size)
+        return measure(model)
     finally:
         model.dms_gates.eval()
 
@@ -157,7 +218,3 @@ def _claim(unfinished: Path, recipe: Recipe) -> None:
         )
     unfinished.mkdir(parents=True, exist_ok=True)
     mark.write_text(content)
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None

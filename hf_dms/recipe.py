@@ -1,6 +1,7 @@
 """A recipe: one YAML, one experiment. Reading it, checking it, and saying what is wrong with it.
 
-Sections: model, data, dms (`DMSConfig`), train and recover (`TrainingArguments` by their own names), eval, output.
+Sections: model, data, finetune, dms (`DMSConfig`), train, recover, eval, output; finetune, train and recover take
+`TrainingArguments` by their own names.
 `check_recipe` finds what can be found before any weight is loaded.
 """
 
@@ -18,6 +19,7 @@ import yaml
 
 from .config import DMSConfig
 from .data import BUILDERS, DataConfig
+from .tasks import TASKS, Task
 
 
 @dataclass
@@ -25,6 +27,7 @@ class ModelConfig:
     """The `model` section of a recipe."""
 
     path: str = field(default=None, metadata={"help": "Folder or Hub id of the dense model. Required."})
+    task: str = field(default="text-generation", metadata={"help": f"What it is for: {', '.join(TASKS)}."})
     dtype: str = field(default="auto", metadata={"help": "auto (the checkpoint's), float32, bfloat16 or float16."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2, ..."})
@@ -32,6 +35,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.path is None:
             raise ValueError("model.path is required: the folder or Hub id of the dense model.")
+        if self.task not in TASKS:
+            raise ValueError(f"model.task must be one of {', '.join(TASKS)}; got {self.task!r}.")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"model.dtype must be auto, float32, bfloat16 or float16; got {self.dtype!r}.")
 
@@ -40,8 +45,11 @@ class ModelConfig:
 class EvalConfig:
     """The `eval` section of a recipe."""
 
-    sequences: int = field(default=64, metadata={"help": "Held-out sequences that perplexity is measured on, at most."})
-    batch_size: int = field(default=4, metadata={"help": "Sequences per forward pass."})
+    examples: int | None = field(
+        default=None,
+        metadata={"help": "Held-out examples to measure on, at most. Default: 64 for text-generation, otherwise all."},
+    )
+    batch_size: int = field(default=4, metadata={"help": "Examples per forward pass."})
     prompt: str = field(default="", metadata={"help": "Text that the pruned model continues, for the report."})
     new_tokens: int = field(default=40, metadata={"help": "Tokens of that continuation."})
 
@@ -59,6 +67,32 @@ class OutputConfig:
 
 
 @dataclass
+class DistillationConfig:
+    """The `recover.distillation` section: the dense model teaches the pruned one (Hinton et al., arXiv 1503.02531)."""
+
+    weight: float = field(
+        default=0.5, metadata={"help": "Share of the teacher in the loss, the rest is the labels', in (0, 1]."}
+    )
+    temperature: float = field(default=2.0, metadata={"help": "What both models' logits are divided by."})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight <= 1:
+            raise ValueError(f"recover.distillation.weight must be in (0, 1], got {self.weight}.")
+        if not self.temperature > 0:
+            raise ValueError(f"recover.distillation.temperature must be above 0, got {self.temperature}.")
+
+
+@dataclass
+class RecoverConfig:
+    """The `recover` section: what is done to the pruned model after the cut."""
+
+    distillation: DistillationConfig | None = None
+    train: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "All other keys: TrainingArguments of a retraining, if there are any."}
+    )
+
+
+@dataclass
 class Recipe:
     """One experiment."""
 
@@ -66,9 +100,14 @@ class Recipe:
     data: DataConfig
     dms: DMSConfig
     output: OutputConfig
+    finetune: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
-    recover: dict[str, Any] | None = None
+    recover: RecoverConfig = field(default_factory=RecoverConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.model.task]
 
     def to_dict(self) -> dict[str, Any]:
         """The whole recipe as plain values."""
@@ -125,14 +164,28 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
         if not isinstance(given, dict):
             raise ValueError(f"{name} must be a section with keys, got {given!r}.")
         sections[name] = section(**coerce_fields(section, given, name))
-    for name in ("train", "recover"):
-        given = values.get(name)
-        if given is not None and not isinstance(given, dict):
+    for name in ("finetune", "train", "recover"):
+        given = values.get(name) or {}
+        if not isinstance(given, dict):
             raise ValueError(f"{name} must be a section with keys of TrainingArguments, got {given!r}.")
-    recipe = Recipe(**sections, train=values.get("train") or {}, recover=values.get("recover"))
+        sections[name] = _build_recover(given) if name == "recover" else given
+    recipe = Recipe(**sections)
     if recipe.dms.sequence_length is None:
         recipe.dms = dataclasses.replace(recipe.dms, sequence_length=recipe.data.sequence_length)
     return recipe
+
+
+def _build_recover(given: dict[str, Any]) -> RecoverConfig:
+    training = {key: value for key, value in given.items() if key != "distillation"}
+    distillation = given.get("distillation")
+    if distillation is None:
+        return RecoverConfig(train=training)
+    if not isinstance(distillation, dict):
+        raise ValueError(f"recover.distillation must be a section with keys, got {distillation!r}.")
+    if not training:
+        raise ValueError("recover.distillation is part of a retraining: give recover.max_steps too.")
+    values = coerce_fields(DistillationConfig, distillation, "recover.distillation")
+    return RecoverConfig(DistillationConfig(**values), training)
 
 
 def coerce_fields(cls: type, given: dict[str, Any], section: str) -> dict[str, Any]:
@@ -207,10 +260,10 @@ def _use_files_beside_the_recipe_(values: dict[str, Any], folder: Path) -> None:
 
 # ---- checks that need transformers, but no weights -------------------------------------------------------------------
 def training_arguments(recipe: Recipe, section: str, output_dir: Path) -> Any:
-    """The `TrainingArguments` of the search or of the recovery.
+    """The `TrainingArguments` of the search, or of the training before or after it.
 
     Args:
-        section: train, or recover (which starts from the values of train).
+        section: train, finetune or recover (which take over the values of train, but for its length).
         output_dir: where checkpoints go.
 
     Raises:
@@ -219,11 +272,16 @@ def training_arguments(recipe: Recipe, section: str, output_dir: Path) -> Any:
     import torch
     from transformers import TrainingArguments
 
-    given = recipe.train | (recipe.recover or {} if section == "recover" else {})
+    given = recipe.train
+    if section != "train":
+        shared = {key: value for key, value in given.items() if key not in ("max_steps", "num_train_epochs")}
+        given = shared | (recipe.finetune if section == "finetune" else recipe.recover.train)
     if "output_dir" in given:
         raise ValueError(f"{section}.output_dir: the output folder is output.path.")
     defaults = {"logging_steps": 10, "report_to": "none", "save_total_limit": 1}
-    defaults |= {"dataloader_pin_memory": torch.cuda.is_available()}
+    accelerated = torch.accelerator.is_available()
+    defaults |= {"dataloader_pin_memory": accelerated, "use_cpu": not accelerated}  # without use_cpu bf16 needs a GPU
+    defaults |= {"remove_unused_columns": recipe.model.task != "image-classification"}  # images are decoded on demand
     values = defaults | coerce_fields(TrainingArguments, given, section)
     if values.get("max_steps", -1) <= 0 and "num_train_epochs" not in values:
         raise ValueError(f"{section}.max_steps is required (or {section}.num_train_epochs): how long it runs.")
@@ -233,19 +291,50 @@ def training_arguments(recipe: Recipe, section: str, output_dir: Path) -> Any:
         raise ValueError(f"{section}: {error}") from error
 
 
-def load_model_config(recipe: Recipe) -> Any:
+def load_model_config(recipe: Recipe, labels: tuple[str, ...] = ()) -> Any:
     """The dense model's config.
+
+    Args:
+        recipe: where the model is.
+        labels: names of the classes of its head, if it has one.
 
     Raises:
         ValueError: there is none at model.path.
     """
     from transformers import AutoConfig
 
+    named = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     try:
-        return AutoConfig.from_pretrained(recipe.model.path, revision=recipe.model.revision)
+        config = AutoConfig.from_pretrained(recipe.model.path, revision=recipe.model.revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"model.path: no model can be read from '{recipe.model.path}'. {reason}") from error
+    if labels:
+        config.update(named)
+    return config
+
+
+def model_class(recipe: Recipe) -> Any:
+    """transformers' Auto class of the recipe's task."""
+    import transformers
+
+    return getattr(transformers, recipe.task.model_class)
+
+
+def load_processor(recipe: Recipe) -> Any:
+    """The tokenizer or image processor of the dense model.
+
+    Raises:
+        ValueError: there is none at model.path.
+    """
+    import transformers
+
+    kind = recipe.task.processor_class
+    try:
+        return getattr(transformers, kind).from_pretrained(recipe.model.path, revision=recipe.model.revision)
+    except (OSError, ValueError) as error:
+        what = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}[kind]
+        raise ValueError(f"model.path: '{recipe.model.path}' has no {what} that can be read. {error}") from error
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -255,10 +344,9 @@ def check_recipe(recipe: Recipe) -> None:
         ValueError: the first thing that is wrong.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .archs import spec_for
-    from .data import load_sequences
+    from .data import load_examples
     from .request import build_gates
     from .rounding import check_target
     from .spec import bind
@@ -266,22 +354,21 @@ def check_recipe(recipe: Recipe) -> None:
 
     unfinished = Path(recipe.output.path + ".unfinished")
     check_training_arguments(training_arguments(recipe, "train", unfinished))
-    if recipe.recover is not None:
-        training_arguments(recipe, "recover", unfinished)
+    for section, values in (("finetune", recipe.finetune), ("recover", recipe.recover.train)):
+        if values:
+            training_arguments(recipe, section, unfinished)
     config = load_model_config(recipe)
     spec = spec_for(config)
-    if spec.cache is None:
+    auto = model_class(recipe)
+    if type(config) not in auto._model_mapping or (recipe.model.task == "text-generation" and spec.cache is None):
         raise ValueError(
-            f"model.path: recipes cover causal language models as yet, and '{config.model_type}' is none. "
-            "Prune it from Python, with DMSTrainer."
+            f"model.task: there is no {recipe.model.task} model of type '{config.model_type}'. "
+            f"Tasks are {', '.join(TASKS)}."
         )
+    examples = load_examples(recipe.data, recipe.task, load_processor(recipe), config.label2id)
+    config = load_model_config(recipe, examples.labels)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto.from_config(config)
     bound = bind(spec, model)
     gates = build_gates(bound, model, recipe.dms, device=torch.device("cpu"))
     check_target(gates, bound, recipe.dms, config)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.model.path, revision=recipe.model.revision)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.path: '{recipe.model.path}' has no tokenizer that can be read. {error}") from error
-    load_sequences(recipe.data, tokenizer)

@@ -14,20 +14,24 @@ from transformers import PreTrainedModel
 from . import __version__
 from .config import RESOURCES, DMSConfig
 from .gates import Gates
-from .layouts import kept_units
+from .layouts import kept_units, written_sizes
 from .masking import gates_of
 from .resource import Sizes
 from .rounding import round_sizes
 from .slicing import make_plan
 from .spec import build_cost
+from .tasks import TASKS, Task
 
 ROWS = {  # key of dms_report.json: (words of the table, format)
     "num_params": ("parameters", ",.0f"),
     "macs_per_token": ("MACs per token", ",.0f"),
     "kv_bytes_per_token": ("KV bytes per token", ",.0f"),
+    "kept_num_params": ("parameters without padding", ",.0f"),
+    "kept_macs_per_token": ("MACs per token without padding", ",.0f"),
+    "kept_kv_bytes_per_token": ("KV bytes per token without padding", ",.0f"),
     "perplexity": ("held-out perplexity", ".2f"),
-    "tokens_per_second": ("prefill tokens/s", ",.0f"),
-}
+    "accuracy": ("held-out accuracy", ".4f"),
+} | {key: (words, ",.0f") for key, words in (task.speed for task in TASKS.values())}
 
 
 def versions() -> dict[str, str]:
@@ -46,23 +50,31 @@ def sizes_and_costs(model: PreTrainedModel, sequence_length: int) -> dict[str, A
 
     Returns:
         `{"dense": {num_params, macs_per_token, kv_bytes_per_token}, "pruned": {...}, "sizes": {dim: [...]}}`, the last
-        per layer of the dense model, 0 where the layer is gone.
+        per layer of the dense model, 0 where the layer is gone. "pruned" is what is written; for layout padded both
+        have also kept_num_params, ...: what is left without the zeros, which is what the target limits.
     """
     gates = gates_of(model)
     bound, config = gates.attachment.bound, gates.attachment.config
     sizes = round_sizes(gates, bound, config, model.config)
-    layers = set(kept_units(make_plan(gates, sizes), bound.depth, None, bound.num_layers).tolist())
+    plan = make_plan(gates, sizes)
+    layers = set(kept_units(plan, bound.depth, None, bound.num_layers).tolist())
     result: dict[str, Any] = {"dense": {}, "pruned": {}, "sizes": {}}
     for name, size in sizes.items():
         rows = enumerate(size.tolist())
         result["sizes"][name] = [units if len(size) == 1 or layer in layers else 0 for layer, units in rows]
+    dense = gates.dense_sizes()
+    counts = {("dense", ""): dense, ("pruned", ""): _on(gates, dense | sizes)}
+    if config.layout == "padded":
+        counts |= {(key, "kept_"): at for (key, _), at in counts.items()}
+        padded = written_sizes(bound, plan, config.layout, model.config)[0]
+        counts["pruned", ""] = {name: torch.full_like(size, padded[name]) for name, size in dense.items()}
     names = {"params": "num_params", "macs": "macs_per_token", "kv_bytes": "kv_bytes_per_token"}
     for resource in RESOURCES:
         if resource == "kv_bytes" and bound.spec.cache is None:
             continue
         cost = build_cost(bound, model, resource, "model", sequence_length)
-        for key, at in (("dense", gates.dense_sizes()), ("pruned", _on(gates, gates.dense_sizes() | sizes))):
-            result[key][names[resource]] = int(gates.count(at, cost))
+        for (key, prefix), at in counts.items():
+            result[key][prefix + names[resource]] = int(gates.count(at, cost))
     return result
 
 
@@ -78,23 +90,30 @@ def table(report: dict[str, Any]) -> str:
         values = [report[name].get(key, report["pruned"].get(key)) for name in columns]
         if all(value is not None for value in values):
             cells = " | ".join(format(value, number) for value in values)
-            lines.append(f"| {words} | {cells} | {values[-1] / values[0]:.3f} |")
+            change = _points(report[columns[-1]]) if key == "accuracy" else f"{values[-1] / values[0]:.3f}"
+            lines.append(f"| {words} | {cells} | {change} |")
     return "\n".join(lines)
 
 
-def loading_lines(model_class: str, path: str) -> str:
+def _points(measured: dict[str, Any]) -> str:
+    """The paired difference from the dense model, with its standard error, in percentage points."""
+    return f"{100 * measured['difference']:+.1f} ± {100 * measured['difference_stderr']:.1f} points"
+
+
+def loading_lines(task: Task, model_class: str, path: str) -> str:
     """The lines of Python that load a result.
 
     Args:
+        task: what it is for.
         model_class: name of its class; that of a per-layer model begins with Dms.
         path: its folder.
     """
     extra = ", trust_remote_code=True)  # or `import hf_dms` first" if model_class.startswith("Dms") else ")"
     return "\n".join(
         [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            f'model = AutoModelForCausalLM.from_pretrained("{path}"{extra}',
-            f'tokenizer = AutoTokenizer.from_pretrained("{path}")',
+            f"from transformers import {task.model_class}, {task.processor_class}",
+            f'model = {task.model_class}.from_pretrained("{path}"{extra}',
+            f'processor = {task.processor_class}.from_pretrained("{path}")',
         ]
     )
 
@@ -102,7 +121,8 @@ def loading_lines(model_class: str, path: str) -> str:
 def model_card(report: dict[str, Any], base: str, name: str) -> str:
     """The README.md of a pruned model."""
     config = DMSConfig(**report["recipe"]["dms"])
-    metadata = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- dms\n- pruned\n---"
+    task = TASKS[report["recipe"]["model"]["task"]]
+    metadata = f"---\nlibrary_name: transformers\npipeline_tag: {task.name}\ntags:\n- dms\n- pruned\n---"
     sizes = "\n".join(f"| {dim} | {', '.join(map(str, values))} |" for dim, values in report["sizes"].items())
     return f"""{metadata}
 
@@ -114,12 +134,12 @@ layout {config.layout}, pipeline `{config.pipeline}`.
 
 {table(report)}
 
-Perplexity: {report["protocol"]}.
+{task.metric.capitalize()}: {report["protocol"]}.
 
 ## Load it
 
 ```python
-{loading_lines(report["model_class"], name)}
+{loading_lines(task, report["model_class"], name)}
 ```
 
 ## Sizes, per layer of the dense model

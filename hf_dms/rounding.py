@@ -35,10 +35,10 @@ class Divisor:
 def stock_limits(bound: BoundSpec, config: DMSConfig, model_config, gated: tuple[str, ...]) -> list[Divisor]:
     """The limits of the stock config that the sizes must respect.
 
-    None for a per-layer layout. Where an alternative stock class has no such limit (Mistral for Llama), the limits hold
-    only if the other side is free to follow: pruned, and with no multiple of its own.
+    None where layers have sizes of their own. Where an alternative stock class has no such limit (Mistral for Llama),
+    the limits hold only if the other side is free to follow: pruned, and with no multiple of its own.
     """
-    if config.layout == "per_layer":
+    if config.layout != "uniform":
         return []
     limits = []
     for factors, multiple in bound.spec.must_divide:
@@ -47,6 +47,17 @@ def stock_limits(bound: BoundSpec, config: DMSConfig, model_config, gated: tuple
         if (dim in gated or multiple in gated) and (free or not has_alternative(bound, model_config)):
             limits.append(Divisor(dim, bound.product(factors) // bound.sizes[dim], multiple))
     return limits
+
+
+def excluded_sizes(bound: BoundSpec, gates: Gates) -> dict[str, int]:
+    """Per gated dim the size, if there is one, at which the stock class would be another architecture."""
+    excluded: dict[str, int] = {}
+    for fixed, name in bound.spec.must_differ:
+        if name in gates.dims:
+            leader = gates.dims[name].follows or name
+            size, rest = divmod(bound.sizes[fixed] * bound.sizes[leader], bound.sizes[name])
+            excluded |= {leader: size} if rest == 0 else {}
+    return excluded
 
 
 def has_alternative(bound: BoundSpec, model_config) -> bool:
@@ -102,6 +113,15 @@ class _Rounding:
             self.high[name] = high.min()[None] if dim.shared else high
             ratio = gates.ratio(name).detach().double().cpu()
             self.learned[name] = (1 - ratio[: dim.num_ratios]) * dim.units
+        self.excluded = excluded_sizes(bound, gates)
+        for name, size in self.excluded.items():
+            self.low[name] += self.step[name] * (self.low[name] == size)
+            self.high[name] -= self.step[name] * (self.high[name] == size)
+            if self.low[name] > self.high[name]:
+                raise ValueError(
+                    f"dms.protect and dms.round_to leave {name} no size but {size}, at which the stock "
+                    f"{bound.spec.model_type} is another architecture. Loosen them."
+                )
 
     def solve(self) -> Sizes:
         state = self.smallest()
@@ -159,6 +179,8 @@ class _Rounding:
             step = self.step[name]
             nearest = ((learned * scale / step + 0.5).floor() * step).long()
             state[name] = torch.minimum(torch.maximum(nearest, self.low[name]), self.high[name])
+            if name in self.excluded:
+                state[name] -= step * (state[name] == self.excluded[name])
         for limit in self.limits:
             self._respect_(state, limit)
         return state
@@ -173,13 +195,17 @@ class _Rounding:
             if value <= int(self.high[limit.multiple]):
                 state[limit.multiple] = torch.tensor([value])
                 return
-        candidates = range(int(self.low[limit.dim]), int(state[limit.dim]) + 1, self.step[limit.dim])
+        candidates = (
+            range(int(self.low[limit.dim]), int(state[limit.dim]) + 1, self.step[limit.dim])
+            if limit.dim in state
+            else ()
+        )
         allowed = [size for size in candidates if self._allowed(state | {limit.dim: torch.tensor([size])})]
         if not allowed:
+            layouts = "per_layer" if limit.multiple in state else "per_layer or padded"
             raise ValueError(
-                f"layout uniform: no allowed size of {limit.dim} makes {limit.unit}·{limit.dim} a divisor of "
-                f"{limit.multiple}, which the stock config demands. Use layout: per_layer, or loosen protect and "
-                "round_to."
+                f"layout uniform: no allowed sizes make {limit.unit}·{limit.dim} a divisor of {limit.multiple}, which "
+                f"the stock config demands. Use layout: {layouts}, or loosen protect and round_to."
             )
         state[limit.dim] = torch.tensor([max(allowed)])
 
@@ -187,7 +213,8 @@ class _Rounding:
         def size(name: str) -> int:
             return int(state[name]) if name in state else self.fixed[name]
 
-        return all(size(limit.multiple) % (limit.unit * size(limit.dim)) == 0 for limit in self.limits)
+        divide = all(size(limit.multiple) % (limit.unit * size(limit.dim)) == 0 for limit in self.limits)
+        return divide and all(size(name) != excluded for name, excluded in self.excluded.items())
 
     def _with_free_dims_whole(self, state: State) -> State:
         """Leave a dim uncut if that costs nothing, as the MLP's width in key-value bytes."""
@@ -234,7 +261,8 @@ class _Rounding:
                 step = lcm(step, limit.unit * (int(state[limit.dim]) if limit.dim in state else self.fixed[limit.dim]))
         size, high = int(state[name][i]) + step, int(self.high[name][i])
         while size <= high:
-            if not self.limits or self._allowed(state | {name: torch.tensor([size])}):
+            checked = self.limits or name in self.excluded
+            if not checked or self._allowed(state | {name: torch.tensor([size])}):
                 return size
             size += step
         return None

@@ -2,7 +2,7 @@
 
 `prune` is the public entry: it rounds the gates to the exact budget, decides which units stay, builds the smaller model
 and proves that it computes what the hard-masked one does. Slicing is `index_select` on the axes that the architecture's
-description names; nothing here knows a module's name.
+description names, and for layout padded zeros behind what stays; nothing here knows a module's name.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
 
+from .attachable import check_model
 from .config import DMSConfig
 from .gates import Gates
 from .layouts import Plan, kept_units, pruned_class_and_config
@@ -42,9 +43,10 @@ def prune(
         A smaller model of the class that will be written, in evaluation mode, on the same device.
 
     Raises:
-        ValueError: the target cannot be reached.
+        ValueError: the model or the request is one that cannot be served.
         VerificationError: the cut model does not compute what the masked one does.
     """
+    check_model(model, "prune")
     if not has_gates(model):
         if dms_config is None:
             raise ValueError("prune needs a model with gates (hf_dms.attach_), or a dms_config.")
@@ -53,6 +55,11 @@ def prune(
             return prune(model, inputs=inputs)
         finally:
             detach_(model)
+    if dms_config is not None:
+        raise ValueError(
+            "prune got a dms_config for a model that has gates, which have a request of their own. Leave it out, or "
+            "take the gates off with hf_dms.detach_(model) first."
+        )
     gates = gates_of(model)
     bound, config = gates.attachment.bound, gates.attachment.config
     if gates.num_updates == 0:
@@ -134,7 +141,7 @@ def cut(model: PreTrainedModel, bound: BoundSpec, plan: Plan, layout: str) -> Pr
         model: the dense model; its tensors are copied, not shared.
         bound: its architecture.
         plan: which units stay.
-        layout: uniform or per_layer.
+        layout: uniform, per_layer or padded.
     """
     cls, config = pruned_class_and_config(model, bound, plan, layout)
     with initialization.no_init_weights():
@@ -148,6 +155,8 @@ def cut(model: PreTrainedModel, bound: BoundSpec, plan: Plan, layout: str) -> Pr
             head, tail = f"{bound.layers_path}.{position}.", f"{bound.layers_path}.{kept_layers[position]}."
             source = tail + source.removeprefix(head)
         tensor = slice_tensor(parameters[source].detach(), bound, source, plan)
+        if layout == "padded":
+            tensor = pad_tensor(tensor, parameter.shape, bound, source)
         if tensor.shape != parameter.shape:
             raise VerificationError(
                 f"cut: {name} is {tuple(parameter.shape)} in the new model, cut {tuple(tensor.shape)}."
@@ -173,6 +182,29 @@ def slice_tensor(tensor: Tensor, bound: BoundSpec, name: str, plan: Plan) -> Ten
     for place, axis in enumerate(param.axes):
         if any(factor in plan.kept for factor in axis):
             tensor = tensor.index_select(place, axis_indices(axis, bound, param.layer, plan).to(tensor.device))
+    return tensor
+
+
+def pad_tensor(tensor: Tensor, shape: torch.Size, bound: BoundSpec, name: str) -> Tensor:
+    """Put zeros behind the units that a layer kept of its dims, up to the size of the widest layer.
+
+    A unit of zeros changes nothing: it writes 0 to the maps that read it, which have zeros for it too. For the same
+    reason it has no gradient, and training leaves it as it is.
+
+    Args:
+        tensor: the part of a parameter that stays.
+        shape: that of the padded parameter.
+        bound: the architecture it belongs to.
+        name: its name in the dense model.
+    """
+    for place, axis in enumerate(bound.params[name].axes):
+        own = [position for position, factor in enumerate(axis) if bound.spec.dim(factor).scope == "layer"]
+        if own and tensor.shape[place] != shape[place]:
+            before = bound.product(axis[: own[0]])  # each of these has its own units, and zeros behind them
+            blocks = tensor.unflatten(place, (before, -1))
+            room = shape[place] // before - blocks.shape[place + 1]
+            padding = (0, 0) * (tensor.dim() - 1 - place) + (0, room)
+            tensor = nn.functional.pad(blocks, padding).flatten(place, place + 1)
     return tensor
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -32,12 +32,14 @@ class Dim:
         scope: "layer" (each layer has its own gate), "model" (one gate for the model), "depth" (the layers
             themselves) or "fixed" (never pruned).
         follows: name of the dim that decides how many units this one has; which ones, it decides itself.
+        same_as: name of a dim that this one is, unit for unit, in models in which the two have one size.
     """
 
     name: str
     size: str | Callable[[Any], int]
     scope: str = "fixed"
     follows: str | None = None
+    same_as: str | None = None
 
 
 def with_dims(dims: tuple[Dim, ...], *changed: Dim) -> tuple[Dim, ...]:
@@ -60,6 +62,12 @@ class ArchSpec:
             lacks do no harm.
         heads: what ends the name of a class to the lines of `params` that only such classes have.
         config: config attribute to the product of dims that it holds.
+        config_ratios: attribute of the stock config to the two attributes of `config` that it is the quotient of.
+        config_lists: config attributes that are lists with an entry for each layer.
+        config_leaves_out: config attributes that the config works out itself from the number of layers.
+        unnormed: modules, below the base model, whose output enters the residual stream and is read there without a
+            norm, so that it is masked itself.
+        must_be_false: config attributes that make another architecture of it, which this description is not of.
         attributes: `"module pattern.attribute"` to the product of dims that a module of a layer remembers in it, or
             a power of it, `"d ** -0.5"`.
         build_with: config values with which the stock class builds whatever the sizes, if it checks them.
@@ -69,6 +77,7 @@ class ArchSpec:
         image: dims of the axes of an input image; empty for text.
         must_divide: `(a, b)`: in the stock config the product a must divide the product b.
         must_equal: `(a, b)`: in the stock config the product a must be the dim b.
+        must_differ: `(a, b)`: if the fixed dim a and the dim b have one size, the stock class is another architecture.
         alternative: model_type that has the same tensors and maths without the limits of `must_divide`.
         alternative_overrides: config values that make it so.
         alternative_needs: config attributes that must be false for the alternative to be the same.
@@ -79,6 +88,11 @@ class ArchSpec:
     dims: tuple[Dim, ...]
     params: dict[str, str]
     config: dict[str, str]
+    config_ratios: dict[str, tuple[str, str]] = field(default_factory=dict)
+    config_lists: tuple[str, ...] = ("layer_types",)
+    config_leaves_out: tuple[str, ...] = ()
+    unnormed: tuple[str, ...] = ()
+    must_be_false: tuple[str, ...] = ()
     heads: dict[str, dict[str, str]] = field(default_factory=dict)
     attributes: dict[str, str] = field(default_factory=dict)
     build_with: dict[str, int] = field(default_factory=dict)
@@ -88,6 +102,7 @@ class ArchSpec:
     image: str = ""
     must_divide: tuple[tuple[str, str], ...] = ()
     must_equal: tuple[tuple[str, str], ...] = ()
+    must_differ: tuple[tuple[str, str], ...] = ()
     alternative: str | None = None
     alternative_overrides: dict[str, Any] = field(default_factory=dict)
     alternative_needs: tuple[str, ...] = ()
@@ -104,6 +119,21 @@ class ArchSpec:
         """The lines of `params` and `heads` that hold for a model class."""
         head = next((head for head in self.heads if class_name.endswith(head)), None)
         return self.params if head is None else self.params | self.heads[head]
+
+    def with_one_name(self, dim: str, name: str) -> ArchSpec:
+        """The same with another name in place of a dim's, of which it is a dim no more."""
+
+        def rename(lines: dict[str, str]) -> dict[str, str]:
+            return {key: re.sub(rf"\b{dim}\b", name, line) for key, line in lines.items()}
+
+        return replace(
+            self,
+            dims=tuple(other for other in self.dims if other.name != dim),
+            params=rename(self.params),
+            heads={head: rename(lines) for head, lines in self.heads.items()},
+            config=rename(self.config),
+            must_differ=tuple(pair for pair in self.must_differ if dim not in pair),
+        )
 
 
 @dataclass(frozen=True)
@@ -178,9 +208,14 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
         model: a `PreTrainedModel`; the meta device will do.
 
     Raises:
-        ValueError: a parameter that no line or several lines describe, or whose shape is not the product of its dims.
+        ValueError: a variant of the architecture that the description is not of, a parameter that no line or several
+            lines describe, or whose shape is not the product of its dims.
     """
+    _check_variant(spec, model)
     sizes = {dim.name: dim_size(dim, model.config) for dim in spec.dims}
+    for dim in spec.dims:
+        if dim.same_as is not None and sizes[dim.name] == sizes[dim.same_as]:
+            spec = spec.with_one_name(dim.name, dim.same_as)
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
     lines = [(_compile(pattern), text) for pattern, text in spec.lines(type(model).__name__).items()]
     params: dict[str, BoundParam] = {}
@@ -193,7 +228,7 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
         if len(matches) != 1:
             raise ValueError(
                 f"{spec.model_type}: parameter '{name}' {tuple(parameter.shape)} matches {len(matches)} lines of the "
-                f"description of a {type(model).__name__}, expected 1. Add or correct its line in hf_dms/archs."
+                f"description of a {type(model).__name__}, expected 1. Add or correct its line in the ArchSpec."
             )
         match, text = matches[0]
         axes = parse_axes(text)
@@ -201,14 +236,53 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
         if tuple(parameter.shape) != expected:
             raise ValueError(
                 f"{spec.model_type}: parameter '{name}' has shape {tuple(parameter.shape)}, but its description "
-                f"'{text}' means {expected}. If the model was pruned or resized "
-                "already, start from the dense one; otherwise correct the description."
+                f"'{text}' means {expected}. Correct it in the ArchSpec."
             )
         layer = match.groupdict().get("i")
         params[name] = BoundParam(axes, None if layer is None else int(layer), _positions(text, sizes))
         if owners.setdefault(id(parameter), name) != name:
             tied.add(name)
     return BoundSpec(spec, prefix, sizes, params, frozenset(tied))
+
+
+def _check_variant(spec: ArchSpec, model: nn.Module) -> None:
+    """Check that a model is of the kind that a description is of.
+
+    Raises:
+        ValueError: it is a backbone, or another architecture by what its config says.
+    """
+    if type(model).__name__.endswith("Backbone"):
+        raise ValueError(
+            f"{type(model).__name__} names its outputs after layers, which may be pruned. Load the base model instead."
+        )
+    for attribute in spec.must_be_false:
+        if value := getattr(model.config, attribute, False):
+            raise ValueError(
+                f"{spec.model_type} with {attribute} = {value} in its config is not supported, only with False."
+            )
+
+
+def check_spec(spec: ArchSpec) -> None:
+    """Check that a description speaks of its own dims only, and has layers.
+
+    Raises:
+        ValueError: it does not.
+    """
+    names = [dim.name for dim in spec.dims]
+    lines = [*spec.params.items(), *(line for head in spec.heads.values() for line in head.items())]
+    products = [(name, " ".join(_flat(parse_axes(text)))) for name, text in lines]
+    products += [(name, text.partition("**")[0]) for name, text in (spec.config | spec.attributes).items()]
+    for name, product in products:
+        for factor in product.split():
+            if factor not in names:
+                raise ValueError(
+                    f"{spec.model_type}: what is said of '{name}' names '{factor}', which is none of the dims "
+                    f"{', '.join(names)}. Correct it, or add the dim."
+                )
+    if (depth := [dim.name for dim in spec.dims if dim.scope == "depth"]) != ["layers"]:
+        raise ValueError(
+            f"{spec.model_type}: one dim must have scope='depth' and be called layers; got {depth or 'none'}."
+        )
 
 
 def dim_size(dim: Dim, config: Any) -> int:

@@ -6,20 +6,46 @@ Nothing here knows about shapes.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .checkpoint import load_search_state_, save_search_state
+from .checkpoint import has_other_names, load_search_state_, load_weights_, save_search_state
 from .config import DMSConfig
 from .gates import Gates
 from .masking import attach_, gates_of
 from .slicing import prune
 
 
-class DMSMixin:
+class ExactCheckpointsMixin:
+    """Lets a Trainer resume models whose files hold other names than they do, such as ViT.
+
+    `Trainer` passes over names that it does not find with a warning, and goes on with the weights that it has.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        loaded = self._unwrapped()
+        if isinstance(loaded, PreTrainedModel) and has_other_names(loaded, resume_from_checkpoint):
+            load_weights_(loaded, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best, loaded = self.state.best_model_checkpoint, self._unwrapped()
+        if isinstance(loaded, PreTrainedModel) and has_other_names(loaded, best):
+            load_weights_(loaded, best)
+        else:
+            super()._load_best_model()
+
+    def _unwrapped(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
+
+
+class DMSMixin(ExactCheckpointsMixin):
     """What a DMS search adds to a Trainer.
 
     Args:
@@ -52,7 +78,7 @@ class DMSMixin:
     @property
     def gates(self) -> Gates:
         """The gates of the model in training."""
-        return gates_of(self.accelerator.unwrap_model(self.model))
+        return gates_of(self._unwrapped())
 
     @property
     def progress(self) -> float:
@@ -76,7 +102,8 @@ class DMSMixin:
             ValueError: the target cannot be reached.
             VerificationError: the cut model does not compute what the masked one does.
         """
-        pruned = prune(self.accelerator.unwrap_model(self.model), inputs=self.example_inputs())
+        with _without_autocast(self._unwrapped(), self.accelerator) as model:
+            pruned = prune(model, inputs=self.example_inputs())
         if self._use_cache is not None:
             pruned.config.use_cache = self._use_cache
         return pruned
@@ -94,18 +121,10 @@ class DMSMixin:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             share = 1 / self.current_gradient_accumulation_steps
-            scaled = self._loss_is_summed_over_micro_batches(num_items_in_batch)
+            scaled = loss_is_summed_over_micro_batches(self, num_items_in_batch)
             self._task_loss += loss.detach() * (1.0 if scaled else share)
             loss = loss + self.gates.resource_loss(self.progress).to(loss.device) * (share if scaled else 1.0)
         return (loss, outputs) if return_outputs else loss
-
-    def _loss_is_summed_over_micro_batches(self, num_items_in_batch) -> bool:
-        """Whether the losses of a step's micro-batches add up to its mean, as Trainer.training_step decides it."""
-        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # older Trainers do not have it
-        if scaled is not None:
-            return scaled
-        normalized_by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return normalized_by_model or self.compute_loss_func is not None
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -153,17 +172,34 @@ class DMSMixin:
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
-            save_search_state(
-                self.accelerator.unwrap_model(self.model), self.args.output_dir if output_dir is None else output_dir
-            )
+            save_search_state(self._unwrapped(), self.args.output_dir if output_dir is None else output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_search_state_(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
+        load_search_state_(self._unwrapped(), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        load_search_state_(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+        load_search_state_(self._unwrapped(), self.state.best_model_checkpoint)
+
+
+@contextlib.contextmanager
+def _without_autocast(model: PreTrainedModel, accelerator: Any) -> Iterator[PreTrainedModel]:
+    """A model in its own precision for a while: accelerate wraps its forward in autocast for mixed precision."""
+    wrapped = {name: model.__dict__[name] for name in ("forward", "_original_forward") if name in model.__dict__}
+    try:
+        yield accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    finally:
+        model.__dict__.update(wrapped)
+
+
+def loss_is_summed_over_micro_batches(trainer: Any, num_items_in_batch: Any) -> bool:
+    """Whether the losses of a step's micro-batches add up to its mean, as Trainer.training_step decides it."""
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # older Trainers do not have it
+    if scaled is not None:
+        return scaled
+    normalized_by_model = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+    return normalized_by_model or trainer.compute_loss_func is not None
 
 
 def check_training_arguments(arguments: TrainingArguments) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+from collections.abc import Callable
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -10,10 +11,10 @@ import pytest
 import torch
 import transformers
 from hypothesis import HealthCheck, settings
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from hf_dms import DMSConfig
+from hf_dms import DMSConfig, attach_
 from hf_dms.gates import Gates
 from hf_dms.masking import gates_of
 from hf_dms.rounding import round_sizes
@@ -122,3 +123,24 @@ def lowest_target(gates: Gates, bound: BoundSpec, config: DMSConfig, model_confi
     with pytest.raises(ValueError, match="cannot be reached") as error:
         round_sizes(gates, bound, dataclasses.replace(config, target=1e-9), model_config)
     return float(re.search(r"Raise the target to at least ([\d.]+),", str(error.value))[1])
+
+
+def trace(model: nn.Module) -> tuple:
+    """Everything about a model that gates could leave behind."""
+    modules = dict(model.named_modules())
+    hooks = {
+        name: [list(getattr(module, kind)) for kind in vars(module) if kind.endswith("_hooks")]
+        for name, module in modules.items()
+    }
+    attributes = {name: (type(module), sorted(vars(module))) for name, module in modules.items()}
+    parameters = {name: (id(p), p._version) for name, p in model.named_parameters(remove_duplicate=False)}
+    config = model.config.to_dict() if hasattr(model, "config") else None
+    return hooks, attributes, parameters, config, list(model.state_dict())
+
+
+def untouched(model: object, message: str, function: Callable = attach_, **options) -> None:
+    """A function fails with a message and leaves the model as it was."""
+    before = trace(model) if isinstance(model, nn.Module) else None
+    with pytest.raises(ValueError, match=message):
+        function(model, DMSConfig(**({"target": 0.5} | options)))
+    assert before is None or trace(model) == before

@@ -6,10 +6,12 @@ from conftest import TINY, lowest_target, relative_difference, search_, token_ba
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_dms import DMSConfig, attach_, prune
+from hf_dms.archs import spec_for
 from hf_dms.checkpoint import save_pruned
 from hf_dms.masking import gates_of
 from hf_dms.rounding import round_sizes
 from hf_dms.slicing import make_plan
+from hf_dms.spec import bind
 from hf_dms.verify import dummy_inputs, hard_masked
 
 # float64: the same sums in another order. float32: 2^-24 times some tens of roundings.
@@ -18,20 +20,33 @@ BLOCKS = dict(hidden_size=24, intermediate_size=20, num_hidden_layers=3, num_att
 TEXT = BLOCKS | dict(vocab_size=33, max_position_embeddings=16)
 IMAGE = BLOCKS | dict(image_size=12, patch_size=4, num_channels=2)
 DECODER = {name: value for name, value in TINY.items() if name not in ("head_dim", "num_labels")}
+GEMMA = DECODER | {"head_dim": 4, "hidden_size": 36}  # the scale of embeddings, its root, is exact in any dtype
+WINDOWS = dict(sliding_window=4, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
 SIZES = {
     "bert": TEXT,
     "roberta": TEXT,
+    "xlm-roberta": TEXT,
+    "camembert": TEXT,
     "distilbert": TEXT,
+    "electra": TEXT | {"embedding_size": 10},
     "vit": IMAGE,
     "deit": IMAGE,
+    "dinov2": IMAGE | {"intermediate_size": 3},  # times the hidden size
+    "llama": DECODER,
     "mistral": DECODER,
     "qwen2": DECODER,
     "qwen3": DECODER | {"head_dim": 4},
+    "smollm3": DECODER | {"no_rope_layers": [1, 0, 1]},
+    "granite": DECODER | {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3},
+    "gemma": GEMMA,
+    "gemma2": GEMMA | WINDOWS | {"query_pre_attn_scalar": 5},
+    "gemma3_text": {name: value for name, value in (GEMMA | WINDOWS).items() if name != "rope_parameters"},
 }
 NAMES = {
+    "dinov2": dict(intermediate_size="mlp_ratio"),
     "distilbert": dict(
         hidden_size="dim", intermediate_size="hidden_dim", num_hidden_layers="n_layers", num_attention_heads="n_heads"
-    )
+    ),
 }
 TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
 
@@ -41,11 +56,13 @@ def heads_of(prefix, *tasks):
     return tuple(getattr(transformers, prefix + name) for name in ("Model", *(f"For{task}" for task in tasks)))
 
 
-def tiny(cls, seed=0, dtype=torch.float32, attn="sdpa", **overrides):
+def tiny(cls, seed=0, dtype=torch.float32, **overrides):
     """A model whose weights are drawn from normal(0, 0.3), its norms' from normal(1, 0.3): no unit is like another."""
     family = cls.config_class.model_type
     sizes = SIZES[family] | {"num_labels": 2 if cls.__name__.endswith("QuestionAnswering") else 3} | overrides
+    sizes = {n: v[: sizes["num_hidden_layers"]] if isinstance(v, list) else v for n, v in sizes.items()}  # of layers
     sizes = {NAMES.get(family, {}).get(name, name): value for name, value in sizes.items()}
+    attn = "sdpa" if cls._supports_sdpa else "eager"
     model = cls._from_config(cls.config_class(**sizes), attn_implementation=attn).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -84,7 +101,8 @@ def masked_cut_reloaded(model, sizes, folder):
     with hard_masked(model, sizes):
         masked = all_outputs(model, inputs)
     kept = make_plan(gates_of(model), sizes).kept
-    for name, dim in (("last_hidden_state", "hidden"), ("pooler_output", "pool")):
+    pooled = "pool" if "pool" in gates_of(model).attachment.bound.sizes else "hidden"
+    for name, dim in (("last_hidden_state", "hidden"), ("pooler_output", pooled)):
         if name in masked and dim in kept:
             masked[name] = masked[name][..., kept[dim][0]]
     save_pruned(pruned, folder, inputs=inputs)
@@ -108,6 +126,14 @@ def macs_by_the_flop_counter(model, scope, inputs, length):
     by_module = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     layers = [flops for name, flops in by_module.items() if name.rpartition(".")[2].isdigit()]
     return (sum(layers) if scope == "layers" else by_module["Global"]) / 2 / length
+
+
+def written_sizes(gates, sizes, pruned):
+    """Sizes of the model that is written: those kept, or, padded, what its stock config says of every layer."""
+    if gates.attachment.config.layout != "padded":
+        return gates.dense_sizes() | sizes
+    found = bind(spec_for(pruned.config), pruned).sizes
+    return {name: torch.full_like(size, found[name]) for name, size in gates.dense_sizes().items()}
 
 
 def is_stock(model):

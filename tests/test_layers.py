@@ -12,6 +12,7 @@ FLOORS = {
     "pure": ["config", "topk", "gates", "resource"],
     "surgery": [
         "spec",
+        "attachable",
         "archs",
         "masked_functions",
         "masking",
@@ -25,7 +26,7 @@ FLOORS = {
         "checkpoint",
         "modeling_dms",
     ],
-    "surface": ["trainer", "recipe", "data", "evaluate", "report", "pipeline", "cli"],
+    "surface": ["trainer", "tasks", "recipe", "data", "retrain", "evaluate", "report", "pipeline", "cli"],
 }
 DOORS = ["__init__", "__main__", "_register"]  # outside the floors: they open the package
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS.values()) for name in names}

@@ -51,6 +51,32 @@ def test_biases_that_rule_out_a_mistral_leave_the_per_layer_form_or_an_error():
     assert written("per_layer", biases, hidden=(13,))[0].__name__ == PER_LAYER
     with pytest.raises(ValueError, match=r"LlamaConfig cannot express the sizes .*13.* Use layout: per_layer"):
         written("uniform", biases, hidden=(13,))
+    with pytest.raises(ValueError, match=r"LlamaConfig cannot express the sizes .*13.* Use layout: per_layer"):
+        written("padded", biases, hidden=(13,))
+
+
+def test_layers_are_padded_to_the_widest_one_that_is_kept():
+    cls, config = written("padded", mlp=(5, 9, 20), kv=(1, 2, 3), layers=(2,))
+    assert cls is LlamaForCausalLM
+    assert (config.intermediate_size, config.num_key_value_heads, config.num_attention_heads) == (9, 2, 4)
+    assert (config.num_hidden_layers, config.hidden_size, config.head_dim) == (2, 24, 4)
+
+
+@pytest.mark.parametrize(
+    ("biases", "kv", "hidden", "expected", "padded_kv"),
+    [
+        (False, (5, 4, 1), 24, MistralForCausalLM, 5),
+        (False, (3, 2, 1), 13, MistralForCausalLM, 3),
+        (False, (3, 2, 1), 24, LlamaForCausalLM, 3),
+        (True, (3, 2, 1), 24, LlamaForCausalLM, 3),
+        (True, (5, 4, 1), 24, LlamaForCausalLM, 6),  # 5 heads do not divide 24, and no Mistral has biases
+    ],
+)
+def test_padding_goes_no_further_than_some_stock_config_needs(biases, kv, hidden, expected, padded_kv):
+    overrides = dict(num_key_value_heads=6, attention_bias=biases)
+    cls, config = written("padded", overrides, kv=kv, hidden=(hidden,))
+    assert cls is expected
+    assert config.num_key_value_heads == config.num_attention_heads == padded_kv
 
 
 def test_per_layer_configs_record_what_differs_from_the_widest_layer():

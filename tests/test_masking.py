@@ -1,14 +1,12 @@
 """Where gates touch a running model: that training and evaluation see them, and that they leave nothing behind."""
 
 import copy
-import dataclasses
 import functools
 
 import pytest
 import torch
-from conftest import relative_difference, search_, tiny_llama, token_batch
-from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, LlamaModel
+from conftest import relative_difference, search_, tiny_llama, token_batch, trace, untouched
+from transformers import LlamaModel
 
 from hf_dms import DMSConfig, attach_, detach_
 from hf_dms.archs.llama import LLAMA
@@ -69,19 +67,6 @@ def test_gradients_of_the_masked_model_are_those_of_the_cut_one(layout):
 
 
 # ---- without a trace ----
-def trace(model):
-    """Everything about a model that gates could leave behind."""
-    modules = {name: (dict(vars(module)), type(module)) for name, module in model.named_modules()}
-    hooks = {
-        name: [len(getattr(module, kind)) for kind in vars(module) if kind.endswith("_hooks")]
-        for name, module in model.named_modules()
-    }
-    attributes = {name: sorted(values) for name, (values, _) in modules.items()}
-    parameters = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    config = model.config.to_dict()
-    return hooks, attributes, parameters, config, list(model.state_dict()), [type_ for _, type_ in modules.values()]
-
-
 @pytest.mark.parametrize("prune", [*[(dim,) for dim in DIMS], None])
 def test_detach_leaves_no_trace(prune):
     model, inputs = tiny_llama(tie_word_embeddings=True), token_batch()
@@ -200,60 +185,6 @@ def test_gates_keep_no_second_copy_of_activations(prune):
 
 
 # ---- what cannot be served ----
-def untouched(model, message, **options):
-    """`attach_` fails with a message and leaves the model as it was."""
-    before = trace(model) if isinstance(model, nn.Module) and hasattr(model, "config") else None
-    with pytest.raises(ValueError, match=message):
-        attach_(model, DMSConfig(**({"target": 0.5} | options)))
-    assert before is None or trace(model) == before
-
-
-def test_attach_twice_is_an_error():
-    model = tiny_llama()
-    attach_(model, DMSConfig(target=0.5))
-    untouched(model, r"has gates already. Take them off with hf_dms.detach_\(model\) first")
-
-
-def test_attach_takes_transformers_models_only():
-    untouched(nn.Linear(2, 2), "attach_ takes a transformers PreTrainedModel, got Linear")
-
-
-def test_attach_refuses_models_whose_weights_cannot_be_cut():
-    model = tiny_llama()
-    model.is_quantized = True
-    untouched(model, "is quantised: packed weights cannot be cut. Load it without quantisation")
-    with torch.device("meta"):
-        meta = LlamaForCausalLM(tiny_llama().config)
-    untouched(meta, "is on the meta device and has no weights. Load it with from_pretrained")
-    model = tiny_llama()
-    model._use_kernels = True  # what the setter sets when the package `kernels` is installed
-    untouched(model, "use_kernels=True replaces norms and MLPs by fused kernels that bypass the gates. Set it off")
-
-
-def test_attach_refuses_reentrant_checkpointing():
-    model = tiny_llama()
-    model.activation_checkpointing_enable({"use_reentrant": True})
-    untouched(model, "activation checkpointing with use_reentrant=True, .* Leave it out")
-
-
-def test_attach_refuses_unknown_architectures():
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=33))
-    untouched(gpt2, "model type 'gpt2' is not supported. Supported: .*llama.* describe it in hf_dms/archs")
-
-
-def test_attach_refuses_parameters_that_the_description_does_not_know():
-    model = tiny_llama()
-    model.model.layers[1].mlp.adapter = nn.Linear(3, 3, bias=False)
-    untouched(model, r"parameter 'model.layers.1.mlp.adapter.weight' \(3, 3\) matches 0 lines")
-    model = tiny_llama()
-    model.model.layers[2].mlp.down_proj = nn.Linear(19, 24, bias=False)
-    message = r"'model.layers.2.mlp.down_proj.weight' has shape \(24, 19\), but .* 'hidden mlp' means \(24, 20\)"
-    untouched(model, message)
-    ambiguous = dataclasses.replace(LLAMA, params=LLAMA.params | {"layers.0.mlp.up_proj.weight": "mlp hidden"})
-    with pytest.raises(ValueError, match=r"'model.layers.0.mlp.up_proj.weight' \(20, 24\) matches 2 lines"):
-        bind(ambiguous, tiny_llama())
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

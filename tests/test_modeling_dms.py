@@ -74,9 +74,11 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stock_folders(tmp_path_factory):
-    """Stock folders: Llamas of every head, and a Mistral."""
+    """Stock folders: Llamas of every head, uniform and padded, and a Mistral."""
     root = tmp_path_factory.mktemp("stock")
     saved = [save(per_layer(cls, "uniform"), auto, root / cls.__name__) for cls, auto in AUTO.items()]
+    padded = {"layout": "padded", "dims": ("kv", "mlp"), "attention_bias": True, "mlp_bias": True}
+    saved += [save(per_layer(cls, **padded), auto, root / f"padded {cls.__name__}") for cls, auto in AUTO.items()]
     model = tiny_llama(num_key_value_heads=6)
     attach_(model, DMSConfig(target=0.95, prune=("kv",), protect={"max": {"kv": 5}, "min": {"kv": 5}}))
     search_(model)

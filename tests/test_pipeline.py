@@ -7,17 +7,27 @@ import pytest
 import torch
 import yaml
 from conftest import TINY
+from datasets import ClassLabel, Dataset, Features, Image
+from laws import IMAGE, TEXT
+from PIL import Image as Picture
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    BertModel,
     GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
 )
 
+import hf_dms.pipeline
 from hf_dms import DMSTrainer
 from hf_dms.cli import main
 
@@ -62,6 +72,106 @@ def recipe(dense, tmp_path):
     return run
 
 
+@pytest.fixture
+def classifiers(tmp_path):
+    """A function that writes a recipe for texts or images and runs the command line on it."""
+    save_tokenizer(tmp_path / "bert")
+    torch.manual_seed(0)
+    BertModel(BertConfig(**TEXT)).save_pretrained(tmp_path / "bert")  # without a head
+    rows = [{"text": f"w{i % 9} w{i % 7}", "label": ["no", "yes"][i % 2]} for i in range(40)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ViTModel(ViTConfig(**(IMAGE | {"num_channels": 3}))).save_pretrained(tmp_path / "vit")
+    ViTImageProcessorPil(size={"height": 12, "width": 12}).save_pretrained(tmp_path / "vit")
+    features = Features({"image": Image(), "label": ClassLabel(names=["dark", "light"])})
+    pictures = [Picture.new("L", (8, 8), 6 * i) for i in range(40)]
+    images = Dataset.from_dict({"image": pictures, "label": [int(i >= 20) for i in range(40)]}, features=features)
+    images.to_parquet(tmp_path / "images.parquet")
+
+    def run(model, *overrides, command="prune"):
+        text = model == "bert"
+        values = {
+            "model": {
+                "path": str(tmp_path / model),
+                "task": "text-classification" if text else "image-classification",
+                "dtype": "float32",
+            },
+            "data": {"path": "texts.jsonl" if text else "images.parquet", "held_out": 0.25, "sequence_length": 16},
+            "finetune": {"max_steps": 4},
+            "dms": {"target": 0.7, "warmup_steps": 2, "layout": "per_layer", "resource_scope": "layers"},
+            "train": {"max_steps": 6, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True},
+            "recover": {"max_steps": 3, "distillation": {"weight": 0.5}},
+            "output": {"path": str(tmp_path / "out")},
+        }
+        file = tmp_path / "recipe.yaml"
+        file.write_text(yaml.safe_dump(values))
+        return main([command, str(file), *overrides]), tmp_path / "out"
+
+    return run
+
+
+@pytest.mark.parametrize("resource", ["params", "macs"])
+@pytest.mark.parametrize("model", ["bert", "vit"])
+def test_a_classifier_is_fine_tuned_pruned_and_recovered(classifiers, model, resource, capsys):
+    code, out = classifiers(model, f"dms.resource={resource}")
+    assert code == 0
+    report = json.loads((out / "dms_report.json").read_text())
+    auto = AutoModelForSequenceClassification if model == "bert" else AutoModelForImageClassification
+    pruned = auto.from_pretrained(out)
+    assert report["pruned"]["num_params"] == pruned.num_parameters() < report["dense"]["num_params"]
+    assert pruned.config.id2label == ({0: "no", 1: "yes"} if model == "bert" else {0: "dark", 1: "light"})
+    for column in ("dense", "pruned", "recovered"):
+        assert 0 <= report[column]["accuracy"] <= 1
+    assert report["recovered"]["difference"] == report["recovered"]["accuracy"] - report["dense"]["accuracy"]
+    assert report["protocol"] == f"10 held-out {'texts' if model == 'bert' else 'images'}"
+    card = (out / "README.md").read_text()
+    assert f"pipeline_tag: {'text' if model == 'bert' else 'image'}-classification" in card
+    printed = capsys.readouterr().out
+    assert "held-out accuracy" in printed
+    assert f"{auto.__name__}.from_pretrained" in printed
+
+
+@pytest.mark.parametrize("model", ["bert", "vit"])
+def test_a_head_that_nothing_has_trained_is_refused(classifiers, model, capsys):
+    assert classifiers(model, "finetune=null")[0] == 2
+    assert_matches("no weights for classifier.bias, classifier.weight", capsys.readouterr().err)
+
+
+def test_a_classifier_killed_in_its_recovery_ends_the_same(classifiers, monkeypatch):
+    _, out = classifiers("vit")
+    whole = AutoModelForImageClassification.from_pretrained(out).state_dict()
+    shutil.rmtree(out)
+
+    def die(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_dms.pipeline, "recover_", die)
+        with pytest.raises(KeyboardInterrupt):
+            classifiers("vit")
+    assert classifiers("vit")[0] == 0
+    resumed = AutoModelForImageClassification.from_pretrained(out).state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "recover={distillation: {weight: 2}, max_steps: 1}",
+            r"recover.distillation.weight must be in \(0, 1\], got 2",
+        ),
+        ("recover={distillation: {heat: 2}, max_steps: 1}", "Unknown key recover.distillation.heat"),
+        ("recover={distillation: {weight: 1}}", "recover.distillation is part of a retraining"),
+        ("recover={learning_rate: 1e-3}", "recover.max_steps is required"),
+        ("model.task=poetry", "model.task must be one of text-generation, text-classification, image-classification"),
+        ("data.label_column=mood", "the data has no column 'mood'. It has text, label"),
+    ],
+)
+def test_a_mistake_in_a_classifiers_recipe_is_named(classifiers, override, message, capsys):
+    assert classifiers("bert", override, command="validate")[0] == 2
+    assert message.replace("\\", "") in capsys.readouterr().err.replace("\n", " ")
+
+
 @pytest.mark.parametrize("layout", ["uniform", "per_layer"])
 @pytest.mark.parametrize("pipeline", ["p", "np", "p-"])
 def test_each_pipeline_and_layout_ends_in_a_folder_that_meets_the_budget(recipe, pipeline, layout, capsys):
@@ -77,6 +187,17 @@ def test_each_pipeline_and_layout_ends_in_a_folder_that_meets_the_budget(recipe,
     printed = capsys.readouterr().out
     assert "held-out perplexity" in printed
     assert "from_pretrained" in printed
+
+
+def test_a_padded_model_is_stock_and_told_with_and_without_its_zeros(recipe):
+    code, out = recipe("dms.layout=padded", "dms.pipeline=p-", "dms.prune=[kv, mlp]", "dms.target=0.75")
+    assert code == 0
+    report = json.loads((out / "dms_report.json").read_text())
+    assert report["model_class"] in ("LlamaForCausalLM", "MistralForCausalLM")
+    pruned = AutoModelForCausalLM.from_pretrained(out).num_parameters()
+    assert report["pruned"]["kept_num_params"] <= 0.75 * report["dense"]["num_params"]
+    assert report["pruned"]["kept_num_params"] <= report["pruned"]["num_params"] == pruned
+    assert "| parameters without padding |" in (out / "README.md").read_text()
 
 
 def test_recovery_trains_the_cut_model(recipe):
@@ -162,10 +283,13 @@ def test_an_unsupported_model_is_told_what_is_supported(recipe, tmp_path, capsys
     assert_matches("model type 'gpt2' is not supported. Supported: .*llama", capsys.readouterr().err)
 
 
-def test_an_encoder_is_sent_to_the_python_api(recipe, tmp_path, capsys):
-    BertConfig().save_pretrained(tmp_path / "bert")
-    assert recipe(f"model.path={tmp_path / 'bert'}", command="validate")[0] == 2
-    assert_matches("recipes cover causal language models as yet, and 'bert' is none", capsys.readouterr().err)
+@pytest.mark.parametrize(
+    ("config", "task"), [(BertConfig, "text-generation"), (LlamaConfig, "image-classification")], ids=["bert", "llama"]
+)
+def test_a_task_that_the_model_is_not_made_for_is_refused(recipe, config, task, tmp_path, capsys):
+    config().save_pretrained(tmp_path / "model")
+    assert recipe(f"model.path={tmp_path / 'model'}", f"model.task={task}", command="validate")[0] == 2
+    assert_matches(f"model.task: there is no {task} model of type '{config.model_type}'", capsys.readouterr().err)
 
 
 def test_an_empty_dataset_is_refused(recipe, tmp_path, capsys):
@@ -204,7 +328,7 @@ def test_llama_7b_recipe_runs_at_a_twentieth_of_the_size(tmp_path, capsys):
     model.save_pretrained(tmp_path / "llama")
     save_tokenizer(tmp_path / "llama")
     assert 300e6 < sum(parameter.numel() for parameter in model.parameters()) < 360e6
-    overrides = ["train.max_steps=6", "dms.warmup_steps=1", "data.sequence_length=32", "eval.sequences=2"]
+    overrides = ["train.max_steps=6", "dms.warmup_steps=1", "data.sequence_length=32", "eval.examples=2"]
     overrides += [f"model.path={tmp_path / 'llama'}", f"output.path={tmp_path / 'out'}"]
     assert main(["prune", "llama-7b.yaml", *overrides]) == 0
     report = json.loads((tmp_path / "out" / "dms_report.json").read_text())

@@ -1,7 +1,8 @@
-"""The Python of the README runs as it stands."""
+"""The Python of the README runs as it stands, and its table of architectures is that of the descriptions."""
 
 import copy
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 from conftest import Tokens, tiny_llama
 from transformers import AutoModelForCausalLM, default_data_collator
 
+from hf_dms.archs.bert import BERT
+from hf_dms.archs.llama import LLAMA
+from hf_dms.archs.table import END, heads, renewed, stock_limits
 from hf_dms.verify import outputs_of
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -32,3 +36,35 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     before = copy.deepcopy(names["pruned"])
     exec(repair_block, names)
     assert not torch.equal(outputs_of(names["pruned"], batches[0]), outputs_of(before, batches[0]))
+
+
+# ---- the table of architectures ----
+def test_the_table_of_architectures_is_that_of_the_descriptions():
+    assert README.count(END) == 1
+    command = "python -m hf_dms.archs.table README.md"
+    assert renewed(README) == README, f"the README's table of architectures is out of date. Run {command}"
+
+
+def test_a_table_that_is_out_of_date_is_replaced_and_the_text_around_it_stays():
+    assert renewed(README.replace("causal LM", "other heads").replace("`deit`", "`other`")) == README
+
+
+def test_heads_are_those_whose_parameters_have_lines():
+    assert heads(BERT) == ["base", "masked LM", "question answering", "sequence classification", "token classification"]
+    assert heads(replace(BERT, heads={})) == ["base"]
+    without_pooler = {name: axes for name, axes in BERT.params.items() if not name.startswith("pooler")}
+    assert heads(replace(BERT, params=without_pooler)) == ["masked LM", "question answering", "token classification"]
+    without_output = {name: axes for name, axes in LLAMA.params.items() if name != "lm_head.weight"}
+    assert "causal LM" in heads(LLAMA)
+    assert "causal LM" not in heads(replace(LLAMA, params=without_output))
+
+
+def test_stock_limits_are_told_in_words():
+    limit = "`hidden_size` a multiple of `num_attention_heads`"
+    assert stock_limits(LLAMA) == [f"{limit}, else written as `mistral`"]
+    assert stock_limits(replace(LLAMA, alternative=None)) == [limit]
+    assert stock_limits(replace(LLAMA, must_divide=(("rep d", "hidden"),), alternative=None)) == [
+        "`hidden_size` a multiple of `rep·d`"
+    ]
+    assert stock_limits(BERT) == ["`heads` and `hidden` only together"]
+    assert stock_limits(replace(BERT, must_equal=())) == []

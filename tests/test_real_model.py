@@ -31,7 +31,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20, do_sample=Fal
 def test_smollm2_from_the_quickstart_recipe_loads_without_hf_dms_and_writes_english(layout, tmp_path):
     if not MODEL.exists():
         pytest.fail(f"{MODEL} is missing: run `make model`.")
-    options = ["train.max_steps=30", "eval.sequences=4", f"dms.layout={layout}", f"output.path={tmp_path / 'out'}"]
+    options = ["train.max_steps=30", "eval.examples=4", f"dms.layout={layout}", f"output.path={tmp_path / 'out'}"]
     assert main(["prune", "quickstart.yaml", f"model.path={MODEL}", *options]) == 0
     report = json.loads((tmp_path / "out" / "dms_report.json").read_text())
     assert report["pruned"]["num_params"] < report["dense"]["num_params"]

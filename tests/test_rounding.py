@@ -74,7 +74,7 @@ def single_steps(sizes, gates, bound, config, model_config):
 
 @st.composite
 def requests(draw):
-    layout = draw(st.sampled_from(["uniform", "per_layer"]))
+    layout = draw(st.sampled_from(["uniform", "per_layer", "padded"]))
     prune = tuple(draw(st.lists(st.sampled_from(DIMS), min_size=1, unique=True)))
     protect = {}
     if draw(st.booleans()):
@@ -93,7 +93,7 @@ def requests(draw):
         resource_scope=draw(st.sampled_from(["model", "layers"])),
         round_to={name: step for name in ("mlp", "hidden") if (step := draw(st.sampled_from([1, 1, 2, 4])) > 1)},
     )
-    biases = draw(st.booleans())
+    biases = draw(st.booleans()) and not (layout == "padded" and "hidden" in prune)  # no stock config has such sizes
     return dict(attention_bias=biases), options, draw(st.integers(0, 1000)), draw(st.floats(0, 1))
 
 
@@ -222,11 +222,20 @@ def test_a_model_with_biases_has_no_alternative():
         assert has_alternative(bound, model_config) is expected
 
 
-def test_sizes_that_no_stock_config_has_are_an_error_that_names_per_layer():
+def test_sizes_that_no_stock_config_has_are_an_error_that_names_the_layouts_which_take_them():
     overrides = dict(num_key_value_heads=6, attention_bias=True)  # 24 % 5 != 0, and no Mistral has biases
     model = tiny_llama(**overrides)
     options = dict(prune=("kv",), protect={"min": {"kv": 5}, "max": {"kv": 5}})
-    message = "layout uniform: no allowed size of kv makes 1·kv a divisor of hidden, .* Use layout: per_layer"
+    message = "layout uniform: no allowed sizes make 1·kv a divisor of hidden, .* Use layout: per_layer or padded,"
     with pytest.raises(ValueError, match=message):
         attach_(model, DMSConfig(target=0.99, **options))
-    attach_(model, DMSConfig(target=0.99, layout="per_layer", **options))
+    for layout in ("per_layer", "padded"):
+        attach_(model, DMSConfig(target=0.99, layout=layout, **options))
+        detach_(model)
+
+
+def test_a_multiple_that_no_stock_config_has_is_an_error_where_the_heads_are_not_pruned():
+    options = dict(prune=("hidden",), round_to={"hidden": 5})  # no multiple of 6 heads and 5 is at most 24
+    with pytest.raises(ValueError, match=r"no allowed sizes make 2·kv a divisor of hidden, .* Use layout: per_layer"):
+        attach_(tiny_llama(attention_bias=True), DMSConfig(target=0.99, **options))
+    attach_(tiny_llama(attention_bias=True), DMSConfig(target=0.99, layout="per_layer", **options))

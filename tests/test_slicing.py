@@ -131,11 +131,13 @@ def requests(draw):
     )
     options = dict(
         prune=tuple(draw(st.lists(st.sampled_from(DIMS), min_size=1, unique=True))),
-        layout=draw(st.sampled_from(["uniform", "per_layer"])),
+        layout=draw(st.sampled_from(["uniform", "per_layer", "padded"])),
         resource=draw(st.sampled_from(["params", "macs", "kv_bytes"])),
         resource_scope=draw(st.sampled_from(["model", "layers"])),
         sequence_length=5,
     )
+    if options["layout"] == "padded" and "hidden" in options["prune"]:
+        config |= dict(attention_bias=False, mlp_bias=False)  # a Mistral takes any hidden size, but no biases
     return draw(st.sampled_from(HEADS)), config, options, draw(st.integers(0, 1000)), draw(st.floats(0, 1))
 
 

@@ -137,13 +137,15 @@ def test_a_description_is_consistent(spec):
     assert used == set(names)
     remembered = [product.partition("**")[0] for product in spec.attributes.values()]
     products = [*spec.config.values(), *remembered, spec.attention, spec.cache or ""]
-    products += [product for pair in spec.must_divide + spec.must_equal for product in pair]
+    products += [product for pair in spec.must_divide + spec.must_equal + spec.must_differ for product in pair]
     assert {factor for product in products for factor in product.split()} <= set(names)
     assert sum(dim.scope == "depth" for dim in spec.dims) == 1
     assert set(spec.prunable) <= {factor for product in spec.config.values() for factor in product.split()}
     assert all(line.count("(") == line.count(")") for line in lines)
-    assert set(spec.build_with) <= set(spec.config)
-    assert {dim.follows for dim in spec.dims} - {None} <= set(spec.prunable)
+    assert set(spec.build_with) <= {*spec.config, *spec.config_ratios}
+    assert {attribute for pair in spec.config_ratios.values() for attribute in pair} <= set(spec.config)
+    assert {dim.follows for dim in spec.dims} | {dim.same_as for dim in spec.dims} <= {None, *spec.prunable}
+    assert {f"{path}.weight" for path in spec.unnormed} <= set(spec.params)
 
 
 def test_a_spec_is_found_by_model_type():

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from conftest import Tokens, search_, tiny_llama, token_batch
+from laws import tiny
 from safetensors import safe_open
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, ViTForImageClassification
 
-from hf_dms import DMSConfig, DMSTrainer
+from hf_dms import DMSConfig, DMSTrainer, detach_
 from hf_dms.checkpoint import load_search_state_
 from hf_dms.masking import gates_of
 from hf_dms.slicing import cut, make_plan
@@ -314,6 +315,55 @@ def test_no_model_is_the_best_while_none_meets_the_target(tmp_path):
     options = dict(save_strategy="steps", save_steps=3, eval_strategy="steps", eval_steps=3, max_steps=3)
     trainer = trained(tmp_path, **options, load_best_model_at_end=True)
     assert trainer.state.best_model_checkpoint is None
+
+
+# ---- precision and files ----
+def test_a_search_in_mixed_precision_is_cut_in_the_models_own_and_goes_on_in_mixed(tmp_path):
+    trainer = trained(tmp_path, bf16=True)
+    pruned = trainer.prune()
+    assert pruned.dtype == torch.float32
+    assert outputs_of(pruned, token_batch()).dtype == torch.float32
+    with torch.no_grad():
+        mixed = trainer.model(**token_batch()).logits
+    detach_(trainer.model)
+    plain = tiny_llama()
+    plain.load_state_dict(trainer.model.state_dict())
+    assert not torch.equal(mixed, outputs_of(plain.train(), token_batch()))
+
+
+class Images(torch.utils.data.Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        pixels = torch.randn(2, 12, 12, generator=torch.Generator().manual_seed(index))
+        return {"pixel_values": pixels, "labels": index % 3}
+
+
+def vit_trainer(folder, **options):
+    return DMSTrainer(
+        model=tiny(ViTForImageClassification), dms_config=dms(), args=arguments(folder, **options),
+        train_dataset=Images(), eval_dataset=Images(),
+    )  # fmt: skip
+
+
+def test_a_model_whose_files_rename_its_parameters_resumes_with_its_weights(tmp_path):
+    options = dict(save_strategy="steps", save_steps=3)
+    whole = vit_trainer(tmp_path / "whole", **options)
+    whole.train()
+    resumed = vit_trainer(tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert bit_equal(weights(resumed.model), weights(whole.model))
+    assert bit_equal(resumed.gates.search_state(), whole.gates.search_state())
+
+
+def test_the_best_model_is_loaded_whatever_its_files_call_its_parameters(tmp_path):
+    options = dict(save_strategy="steps", save_steps=3, eval_strategy="steps", eval_steps=3, max_steps=6)
+    trainer = vit_trainer(tmp_path, **options, load_best_model_at_end=True)
+    trainer.dms_config.target = 1.0  # any model may be the best one
+    trainer.train()
+    best = ViTForImageClassification.from_pretrained(trainer.state.best_model_checkpoint)
+    assert bit_equal(weights(trainer.model), weights(best))
 
 
 # ---- what cannot be served ----

@@ -7,15 +7,25 @@ from typing import Any
 from ..spec import ArchSpec
 from .bert import BERT
 from .deit import DEIT
+from .dinov2 import DINOV2
 from .distilbert import DISTILBERT
+from .electra import ELECTRA
+from .gemma import GEMMA, GEMMA2, GEMMA3
+from .granite import GRANITE
 from .llama import LLAMA
 from .mistral import MISTRAL
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
 from .roberta import ROBERTA
+from .smollm3 import SMOLLM3
 from .vit import VIT
+from .xlm_roberta import CAMEMBERT, XLM_ROBERTA
 
-SPECS = (LLAMA, MISTRAL, QWEN2, QWEN3, BERT, ROBERTA, DISTILBERT, VIT, DEIT)
+SPECS = (
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GRANITE, GEMMA, GEMMA2, GEMMA3),
+    *(BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, ELECTRA),
+    *(VIT, DEIT, DINOV2),
+)
 ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in SPECS}
 
 
@@ -38,5 +48,5 @@ def spec_for(config: Any) -> ArchSpec:
         )
     raise ValueError(
         f"model type '{model_type}' is not supported. Supported: {', '.join(sorted(ARCHS))}. "
-        "To add one, describe it in hf_dms/archs (see CONTRIBUTING.md)."
+        "To add one, see docs/new_architecture.md."
     )

@@ -1,0 +1,111 @@
+"""A recipe beside its rival: one-shot Taylor importance at the same budget, with the same recovery.
+
+    python benchmarks/recipe.py RECIPE [section.key=value ...] [--strategies dms taylor] [--taylor-batches 100]
+
+Both cut the same dense model (fine-tuned first, if the recipe says so) and retrain with the recipe's recovery. The
+search of DMS trains weights with pipeline p, so `taylor-longer` gives the rival these steps too, in its recovery.
+Taylor importance is the mean over batches of the recipe's size at open masks, ranked over all layers together, per
+parameter. Needs layout per_layer and no dim but those of each layer. Each finished row is appended to the results at
+once with its differences from the dense model and, paired, from the row of DMS; a stopped run goes on.
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+from quality import one_shot
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from transformers import set_seed
+
+from hf_dms import detach_
+from hf_dms.data import load_examples
+from hf_dms.evaluate import summary
+from hf_dms.pipeline import dense_model, recover_, score, search
+from hf_dms.recipe import load_model_config, load_processor, load_recipe, model_class, training_arguments
+
+HERE = Path(__file__).parent
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--strategies", nargs="+", default=["dms", "taylor", "taylor-longer"])
+    parser.add_argument("--taylor-batches", type=int, default=100)
+    parser.add_argument("--results", default=HERE / "recipe.jsonl")
+    options = parser.parse_args()
+    recipe = load_recipe(options.recipe, options.overrides)
+    work = Path(recipe.output.path + ".benchmark")
+    work.mkdir(parents=True, exist_ok=True)
+    examples = load_examples(recipe.data, recipe.task, load_processor(recipe), load_model_config(recipe).label2id)
+    arguments = training_arguments(recipe, "train", work / "search")
+
+    def measured(name, model):
+        """Scores of a row, made once and kept."""
+        file = work / f"{name}.safetensors"
+        if not file.is_file():
+            scores = score(model(), recipe, examples)
+            save_file({"scores": scores}, file)
+            report(name, scores)
+        return load_file(file)["scores"]
+
+    def report(name, scores):
+        row = {"recipe": Path(options.recipe).name, "overrides": options.overrides, "row": name}
+        row |= summary(
+            recipe.task.metric, scores, None if name == "dense" else load_file(work / "dense.safetensors")["scores"]
+        )
+        rival = work / f"dms{name.removeprefix('taylor-longer').removeprefix('taylor')}.safetensors"
+        if name.startswith("taylor") and rival.is_file():
+            versus = summary(recipe.task.metric, scores, load_file(rival)["scores"])
+            row |= {"from_dms": versus["difference"], "from_dms_stderr": versus["difference_stderr"]}
+        print(json.dumps(row), flush=True)
+        with Path(options.results).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def dense():
+        set_seed(arguments.seed)
+        return dense_model(recipe, examples, work).to(arguments.device).eval()
+
+    def cut(strategy):
+        folder = work / strategy.partition("-")[0]
+        if not folder.is_dir():
+            model = dense()
+            if strategy == "dms":
+                pruned = search(model, recipe, examples, {}, arguments)
+                detach_(model)
+            else:
+                size = arguments.per_device_train_batch_size
+                generator = torch.Generator().manual_seed(arguments.seed)
+                order = torch.randperm(len(examples.train), generator=generator)[: size * options.taylor_batches]
+                chosen = torch.utils.data.Subset(examples.train, order.tolist())
+                batches = list(DataLoader(chosen, batch_size=size, collate_fn=examples.collate))
+                pruned = one_shot(model, recipe.dms, "taylor", batches)
+            pruned.save_pretrained(folder)
+        return model_class(recipe).from_pretrained(folder).eval()
+
+    def recovered(strategy):
+        pruned = cut(strategy)
+        if strategy == "taylor-longer":
+            for key in ("num_train_epochs", "max_steps"):
+                if key in recipe.recover.train:
+                    recipe.recover.train[key] += recipe.train[key]
+        folder = work / f"{strategy}-recovery"
+        folder.mkdir(exist_ok=True)
+        if recipe.finetune and not (folder / "finetune").exists():
+            (folder / "finetune").symlink_to((work / "finetune").resolve())
+        recover_(pruned, recipe, examples, folder)
+        return pruned
+
+    measured("dense", dense)
+    for strategy in options.strategies:
+        if strategy != "taylor-longer":
+            measured(strategy, partial(cut, strategy))
+        if recipe.recover.train:
+            measured(f"{strategy}-recovered", partial(recovered, strategy))
+
+
+if __name__ == "__main__":
+    main()

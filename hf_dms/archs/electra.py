@@ -1,0 +1,45 @@
+"""ELECTRA: BERT without a pooler, whose embeddings have a width of their own.
+
+Where that is not the hidden size, a projection takes them there, and the first layer reads its output without a norm.
+"""
+
+from dataclasses import replace
+
+from ..spec import Dim, with_dims
+from .bert import BERT
+
+ELECTRA = replace(
+    BERT,
+    model_type="electra",
+    dims=with_dims(BERT.dims, Dim("embedding", "embedding_size", same_as="hidden")),
+    params={name: axes for name, axes in BERT.params.items() if not name.startswith("pooler.")}
+    | {
+        "embeddings.word_embeddings.weight": "vocab embedding",
+        "embeddings.position_embeddings.weight": "position embedding",
+        "embeddings.token_type_embeddings.weight": "type embedding",
+        "embeddings.LayerNorm.weight": "embedding",
+        "embeddings.LayerNorm.bias": "embedding",
+        "embeddings_project.weight": "hidden embedding",
+        "embeddings_project.bias": "hidden",
+    },
+    heads=BERT.heads
+    | {
+        "ForSequenceClassification": {
+            "classifier.dense.weight": "pool hidden @ 1",
+            "classifier.dense.bias": "pool",
+            "classifier.out_proj.weight": "label pool @ 1",
+            "classifier.out_proj.bias": "label",
+        },
+        "ForMaskedLM": {
+            "generator_predictions.dense.weight": "embedding hidden",
+            "generator_predictions.dense.bias": "embedding",
+            "generator_predictions.LayerNorm.weight": "embedding",
+            "generator_predictions.LayerNorm.bias": "embedding",
+            "generator_lm_head.weight": "vocab embedding",
+            "generator_lm_head.bias": "vocab",
+        },
+    },
+    config={"embedding_size": "embedding", **BERT.config},
+    unnormed=("embeddings_project",),
+    must_differ=(("embedding", "hidden"),),  # the stock class has no projection between widths that are equal
+)

@@ -1,0 +1,7 @@
+"""Granite: Llama with constant factors on embeddings, attention, residuals and logits, which pruning leaves alone."""
+
+from dataclasses import replace
+
+from .qwen2 import QWEN2
+
+GRANITE = replace(QWEN2, model_type="granite")

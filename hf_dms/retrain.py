@@ -1,0 +1,117 @@
+"""Ordinary training: of the dense model before a search, of the pruned one after it, with or without a teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
+
+from .data import Examples
+from .recipe import DistillationConfig
+from .trainer import ExactCheckpointsMixin, SearchProgress, loss_is_summed_over_micro_batches
+
+
+def train_(
+    model: PreTrainedModel,
+    arguments: TrainingArguments,
+    examples: Examples,
+    teacher: PreTrainedModel | None = None,
+    distillation: DistillationConfig | None = None,
+) -> None:
+    """Train a model, in place, or go on from the last checkpoint of an earlier run; it ends in evaluation mode.
+
+    Args:
+        model: what is trained; all of its weights are.
+        arguments: the Trainer's.
+        examples: what it is trained on.
+        teacher: the dense model; its logits are learned too.
+        distillation: how much of the teacher.
+    """
+    use_cache = getattr(model.config, "use_cache", None)
+    trainer: Any = DistillationTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=examples.train,
+        data_collator=examples.collate,
+        teacher=teacher,
+        distillation=distillation,
+    )
+    if not arguments.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(SearchProgress())
+    train_or_resume_(trainer)
+    if use_cache is not None:
+        model.config.use_cache = use_cache  # the Trainer switches it off for training
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
+
+
+class DistillationTrainer(ExactCheckpointsMixin, Trainer):
+    """A Trainer whose loss is (1 - w)·loss + w·T²·KL(teacher / T ‖ student / T) where there is a teacher.
+
+    Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, section 2.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: PreTrainedModel | None = None,
+        distillation: DistillationConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.distillation = distillation
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training and self.teacher is not None and self.distillation is not None:
+            with torch.no_grad():
+                taught = self.teacher(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+            summed = loss_is_summed_over_micro_batches(self, num_items_in_batch)
+            share = 1 / self.current_gradient_accumulation_steps if summed else 1.0
+            weight, temperature = self.distillation.weight, self.distillation.temperature
+            divergence = distillation_loss(outputs.logits, taught, temperature, inputs["labels"])
+            loss = (1 - weight) * loss + weight * share * divergence
+        return (loss, outputs) if return_outputs else loss
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float, labels: Tensor | None = None) -> Tensor:
+    """T²·KL(teacher / T ‖ student / T), mean over predictions: a float32 scalar.
+
+    Args:
+        student, teacher: logits `[..., classes]`.
+        temperature: T.
+        labels: `[...]`; predictions whose label is -100 do not count.
+
+    Example:
+        >>> distillation_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0986]]), 1.0)
+        tensor(0.1308)
+    """
+    log_student = F.log_softmax(student.float() / temperature, -1)
+    log_teacher = F.log_softmax(teacher.float() / temperature, -1)
+    divergence = F.kl_div(log_student, log_teacher, log_target=True, reduction="none").sum(-1)
+    if labels is not None and labels.shape == divergence.shape:
+        divergence = divergence[labels != -100]
+    return temperature**2 * divergence.mean()
+
+
+def train_or_resume_(trainer: Any) -> None:
+    """Run a Trainer, from the last checkpoint in its folder if there is one; a finished run is only loaded.
+
+    `Trainer.train` would add a step to a run that had reached its last one.
+    """
+    folder = str(trainer.args.output_dir)
+    checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        if state.global_step >= state.max_steps:
+            trainer._load_from_checkpoint(checkpoint)
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=checkpoint)
