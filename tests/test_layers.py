@@ -21,6 +21,8 @@ FLOORS = {
         "rounding",
         "layouts",
         "slicing",
+        "layerwise",
+        "repair",
         "verify",
         "checkpoint",
         "modeling_dms",
