@@ -19,7 +19,8 @@ from .checkpoint import check_writable, save_pruned
 from .data import Examples, load_examples
 from .evaluate import evenly_spaced, example_scores, seconds_per_batch, summary
 from .layouts import Plan
-from .masking import detach_
+from .masking import detach_, gates_of
+from .plans import PLAN_FILE, plan_to_json
 from .preflight import check_recipe, load_model_config, load_processor, model_class, training_arguments
 from .recipe import Recipe
 from .repair import repair_
@@ -66,6 +67,7 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
 
     pruned, plan = search(model, recipe, examples, report, arguments)
     report["masks"] = {"soft": summarized(_scores_on_soft_masks(model, measure), scores["dense"])}
+    bound = gates_of(model).attachment.bound
     detach_(model)
     scores["pruned"] = measure(pruned)
     for step in recover_(pruned, model, plan, recipe, examples, unfinished):
@@ -83,6 +85,7 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
         inputs=examples.collate([examples.held_out[0]]),
         files={
             REPORT: json.dumps(report, indent=2) + "\n",
+            PLAN_FILE: plan_to_json(plan, bound, recipe.dms.layout),
             "README.md": model_card(report, recipe.model.path, output.name),
         },
         overwrite=recipe.output.overwrite,

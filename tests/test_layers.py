@@ -20,6 +20,7 @@ FLOORS = {
         "request",
         "rounding",
         "layouts",
+        "plans",
         "slicing",
         "layerwise",
         "repair",
