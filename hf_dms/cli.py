@@ -1,4 +1,4 @@
-"""The command line: `hf-dms prune RECIPE`, `hf-dms validate RECIPE...`, `hf-dms archs [NAME]`.
+"""The command line: `hf-dms prune RECIPE`, `hf-dms validate RECIPE...`, `hf-dms eval PATH`, `hf-dms archs`.
 
 Nothing heavy is imported before a command runs, so that `hf-dms --help` answers at once.
 """
@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so that `hf-dms --help` answers
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 
@@ -21,7 +22,10 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 for a mistake that the message says how to mend.
     """
-    options = _parser().parse_args(arguments)
+    options, rest = _parser().parse_known_args(arguments)
+    if rest and not getattr(options, "tasks", None):
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    options.rest = rest
     register()
     try:
         return options.run(options)
@@ -44,6 +48,18 @@ def _parser() -> argparse.ArgumentParser:
     validate = commands.add_parser("validate", help="check recipes, the model and the data they name, without running")
     validate.add_argument("recipes", nargs="+", metavar="recipe", help="YAML files, and section.key=value overrides")
     validate.set_defaults(run=_validate)
+    evaluate = commands.add_parser("eval", help="measure a saved model, by lm-evaluation-harness or on a file")
+    evaluate.add_argument("path", help="folder or Hub id of a model, of any layout")
+    evaluate.add_argument("--baseline", help="another one to measure beside it, such as the dense model")
+    evaluate.add_argument("--tasks", nargs="+", help="of the harness; further options are handed to `lm_eval run`")
+    evaluate.add_argument("--data", help="a file, folder or Hub id: perplexity, or accuracy where there are labels")
+    evaluate.add_argument("--lengths", nargs="+", type=int, default=[128, 2048], help="tokens per window of perplexity")
+    evaluate.add_argument("--text-column", default="text")
+    evaluate.add_argument("--image-column", default="image")
+    evaluate.add_argument("--label-column", default="label")
+    evaluate.add_argument("--examples", type=int, help="at most so many of the data, evenly spaced; default: all")
+    evaluate.add_argument("--batch-size", type=int, default=8)
+    evaluate.set_defaults(run=_eval)
     archs = commands.add_parser("archs", help="the supported architectures and their dims")
     archs.add_argument("name", nargs="?", help="one of them, in full")
     archs.set_defaults(run=_archs)
@@ -74,9 +90,11 @@ def _prune(options: argparse.Namespace) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from .recipe import check_recipe, load_recipe
+    from .preflight import check_recipe
+    from .recipe import load_recipe
 
     overrides = [word for word in options.recipes if "=" in word]
+
     wrong = 0
     for path in options.recipes:
         if path in overrides:
@@ -88,6 +106,25 @@ def _validate(options: argparse.Namespace) -> int:
             wrong += 1
             print(f"{path}: {error}", file=sys.stderr)
     return 2 if wrong else 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from .harness import measure_files, run_lm_eval, task_of, whole_file
+
+    if not options.tasks and not options.data:
+        raise ValueError("eval needs --tasks (of lm-evaluation-harness) or --data (a file).")
+    paths = [path for path in (options.baseline, options.path) if path]
+    for path in paths if options.tasks else ():
+        print(f"{path}:", flush=True)
+        run_lm_eval(path, ["--tasks", *options.tasks, "--batch_size", str(options.batch_size), *options.rest])
+    if options.data:
+        columns = {name: getattr(options, name) for name in ("text_column", "image_column", "label_column")}
+        by_length = options.lengths if task_of(options.path)[0].metric == "perplexity" else [512]
+        for length in by_length:
+            data = whole_file(options.data, sequence_length=length, **columns)
+            for row in measure_files(paths, data, options.examples, options.batch_size):
+                print(json.dumps(row), flush=True)
+    return 0
 
 
 def _archs(options: argparse.Namespace) -> int:

@@ -80,6 +80,7 @@ def dms_model_class(stock: Any) -> Any:
         # Files of some stock classes hold other names than the model; inside a head they are renamed by themselves.
         conversion_mapping.register_checkpoint_conversion_mapping(f"Dms{stock.__name__}", renaming, overwrite=True)
 
+    @functools.wraps(stock.__init__)
     def __init__(self, config, *args, **kwargs) -> None:
         with _common_sizes(config):
             stock.__init__(self, config, *args, **kwargs)
@@ -118,7 +119,7 @@ def resize_layers_(model) -> None:
     for index, layer in enumerate(base.get_submodule(layout["path"])):
         layer_config = config.per_layer_config[index]
         sizes = {name: _size(expression, layer_config) for name, expression in layout["dims"].items()}
-        resized = set()
+        resized: dict[nn.Module, None] = {}  # in order, so that the same seed gives the same weights
         for name, axes in layout["axes"].items():
             path, _, leaf = name.rpartition(".")
             module = layer.get_submodule(path)
@@ -128,7 +129,7 @@ def resize_layers_(model) -> None:
                 setattr(module, leaf, nn.Parameter(torch.empty(shape, dtype=old.dtype, device=old.device)))
                 if isinstance(module, nn.Linear) and leaf == "weight":
                     module.out_features, module.in_features = shape
-                resized.add(module)
+                resized[module] = None
         for pattern, product in layout["attributes"].items():
             path, _, attribute = pattern.rpartition(".")
             factors, _, power = product.partition("**")

@@ -2,7 +2,7 @@
 
 Sections: model, data, finetune, dms (`DMSConfig`), train, recover, eval, output; finetune, train and recover take
 `TrainingArguments` by their own names.
-`check_recipe` finds what can be found before any weight is loaded.
+preflight.py checks it against the model and the data.
 """
 
 from __future__ import annotations
@@ -83,9 +83,27 @@ class DistillationConfig:
 
 
 @dataclass
-class RecoverConfig:
-    """The `recover` section: what is done to the pruned model after the cut."""
+class RepairConfig:
+    """The `recover.repair` section: least squares on the maps that write into the residual stream, see repair.py."""
 
+    examples: int = field(default=64, metadata={"help": "Examples of the training data to repair on, evenly spaced."})
+    ridge: float = field(
+        default=0.01,
+        metadata={"help": "How strongly a weight is held back, relative to the mean square of its inputs."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.examples < 1:
+            raise ValueError(f"recover.repair.examples must be at least 1, got {self.examples}.")
+        if not self.ridge > 0:
+            raise ValueError(f"recover.repair.ridge must be above 0, got {self.ridge}.")
+
+
+@dataclass
+class RecoverConfig:
+    """The `recover` section: what is done to the pruned model after the cut, first repair, then retraining."""
+
+    repair: RepairConfig | None = None
     distillation: DistillationConfig | None = None
     train: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "All other keys: TrainingArguments of a retraining, if there are any."}
@@ -170,22 +188,28 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
             raise ValueError(f"{name} must be a section with keys of TrainingArguments, got {given!r}.")
         sections[name] = _build_recover(given) if name == "recover" else given
     recipe = Recipe(**sections)
+    if recipe.dms.pipeline == "np" and (recipe.recover.repair or recipe.recover.distillation):
+        raise ValueError(
+            "recover.repair and recover.distillation need a dense model that is trained, which pipeline np has not. "
+            "Leave them out, or use pipeline p."
+        )
     if recipe.dms.sequence_length is None:
         recipe.dms = dataclasses.replace(recipe.dms, sequence_length=recipe.data.sequence_length)
     return recipe
 
 
 def _build_recover(given: dict[str, Any]) -> RecoverConfig:
-    training = {key: value for key, value in given.items() if key != "distillation"}
-    distillation = given.get("distillation")
-    if distillation is None:
-        return RecoverConfig(train=training)
-    if not isinstance(distillation, dict):
-        raise ValueError(f"recover.distillation must be a section with keys, got {distillation!r}.")
-    if not training:
+    sections: dict[str, Any] = {}
+    for name, section in (("repair", RepairConfig), ("distillation", DistillationConfig)):
+        values = given.get(name)
+        if values is not None and not isinstance(values, dict):
+            raise ValueError(f"recover.{name} must be a section with keys, or {{}} for its defaults; got {values!r}.")
+        if values is not None:
+            sections[name] = section(**coerce_fields(section, values, f"recover.{name}"))
+    train = {key: value for key, value in given.items() if key not in ("repair", "distillation")}
+    if "distillation" in sections and not train:
         raise ValueError("recover.distillation is part of a retraining: give recover.max_steps too.")
-    values = coerce_fields(DistillationConfig, distillation, "recover.distillation")
-    return RecoverConfig(DistillationConfig(**values), training)
+    return RecoverConfig(**sections, train=train)
 
 
 def coerce_fields(cls: type, given: dict[str, Any], section: str) -> dict[str, Any]:
@@ -256,119 +280,3 @@ def _use_files_beside_the_recipe_(values: dict[str, Any], folder: Path) -> None:
         value = data.get(key) if isinstance(data, dict) else None
         if isinstance(value, str) and Path(value).suffix in BUILDERS and (folder / value).is_file():
             data[key] = str(folder / value)
-
-
-# ---- checks that need transformers, but no weights -------------------------------------------------------------------
-def training_arguments(recipe: Recipe, section: str, output_dir: Path) -> Any:
-    """The `TrainingArguments` of the search, or of the training before or after it.
-
-    Args:
-        section: train, finetune or recover (which take over the values of train, but for its length).
-        output_dir: where checkpoints go.
-
-    Raises:
-        ValueError: unknown keys or bad values.
-    """
-    import torch
-    from transformers import TrainingArguments
-
-    given = recipe.train
-    if section != "train":
-        shared = {key: value for key, value in given.items() if key not in ("max_steps", "num_train_epochs")}
-        given = shared | (recipe.finetune if section == "finetune" else recipe.recover.train)
-    if "output_dir" in given:
-        raise ValueError(f"{section}.output_dir: the output folder is output.path.")
-    defaults = {"logging_steps": 10, "report_to": "none", "save_total_limit": 1}
-    accelerated = torch.accelerator.is_available()
-    defaults |= {"dataloader_pin_memory": accelerated, "use_cpu": not accelerated}  # without use_cpu bf16 needs a GPU
-    defaults |= {"remove_unused_columns": recipe.model.task != "image-classification"}  # images are decoded on demand
-    values = defaults | coerce_fields(TrainingArguments, given, section)
-    if values.get("max_steps", -1) <= 0 and "num_train_epochs" not in values:
-        raise ValueError(f"{section}.max_steps is required (or {section}.num_train_epochs): how long it runs.")
-    try:
-        return TrainingArguments(output_dir=str(output_dir), **values)
-    except (ValueError, TypeError, ImportError) as error:
-        raise ValueError(f"{section}: {error}") from error
-
-
-def load_model_config(recipe: Recipe, labels: tuple[str, ...] = ()) -> Any:
-    """The dense model's config.
-
-    Args:
-        recipe: where the model is.
-        labels: names of the classes of its head, if it has one.
-
-    Raises:
-        ValueError: there is none at model.path.
-    """
-    from transformers import AutoConfig
-
-    named = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    try:
-        config = AutoConfig.from_pretrained(recipe.model.path, revision=recipe.model.revision)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model.path: no model can be read from '{recipe.model.path}'. {reason}") from error
-    if labels:
-        config.update(named)
-    return config
-
-
-def model_class(recipe: Recipe) -> Any:
-    """transformers' Auto class of the recipe's task."""
-    import transformers
-
-    return getattr(transformers, recipe.task.model_class)
-
-
-def load_processor(recipe: Recipe) -> Any:
-    """The tokenizer or image processor of the dense model.
-
-    Raises:
-        ValueError: there is none at model.path.
-    """
-    import transformers
-
-    kind = recipe.task.processor_class
-    try:
-        return getattr(transformers, kind).from_pretrained(recipe.model.path, revision=recipe.model.revision)
-    except (OSError, ValueError) as error:
-        what = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}[kind]
-        raise ValueError(f"model.path: '{recipe.model.path}' has no {what} that can be read. {error}") from error
-
-
-def check_recipe(recipe: Recipe) -> None:
-    """Check a recipe against the model and the data, without loading weights.
-
-    Raises:
-        ValueError: the first thing that is wrong.
-    """
-    import torch
-
-    from .archs import spec_for
-    from .data import load_examples
-    from .request import build_gates
-    from .rounding import check_target
-    from .spec import bind
-    from .trainer import check_training_arguments
-
-    unfinished = Path(recipe.output.path + ".unfinished")
-    check_training_arguments(training_arguments(recipe, "train", unfinished))
-    for section, values in (("finetune", recipe.finetune), ("recover", recipe.recover.train)):
-        if values:
-            training_arguments(recipe, section, unfinished)
-    config = load_model_config(recipe)
-    spec = spec_for(config)
-    auto = model_class(recipe)
-    if type(config) not in auto._model_mapping or (recipe.model.task == "text-generation" and spec.cache is None):
-        raise ValueError(
-            f"model.task: there is no {recipe.model.task} model of type '{config.model_type}'. "
-            f"Tasks are {', '.join(TASKS)}."
-        )
-    examples = load_examples(recipe.data, recipe.task, load_processor(recipe), config.label2id)
-    config = load_model_config(recipe, examples.labels)
-    with torch.device("meta"):
-        model = auto.from_config(config)
-    bound = bind(spec, model)
-    gates = build_gates(bound, model, recipe.dms, device=torch.device("cpu"))
-    check_target(gates, bound, recipe.dms, config)

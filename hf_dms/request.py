@@ -9,9 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from .config import DMSConfig
+from .costs import build_cost
 from .gates import GatedDim, Gates, SearchSchedule
 from .rounding import has_alternative
-from .spec import BoundSpec, build_cost
+from .spec import BoundSpec
 from .topk import default_sharpness
 
 

@@ -8,16 +8,14 @@ the model costs, how tensors are sliced, what the config says. Nothing else may 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .resource import Cost, Monomial
+from .resource import Monomial
 
 Axes = tuple[tuple[str, ...], ...]
 
@@ -200,6 +198,11 @@ def parse_axes(text: str) -> Axes:
     return tuple(tuple(token.strip("()").split()) for token in re.findall(r"\([^)]*\)|\S+", text.partition("@")[0]))
 
 
+def flat(axes: Axes) -> tuple[str, ...]:
+    """All dims of a parameter's axes, in order."""
+    return tuple(name for axis in axes for name in axis)
+
+
 def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
     """Match every parameter of a model with its line of the description.
 
@@ -270,7 +273,7 @@ def check_spec(spec: ArchSpec) -> None:
     """
     names = [dim.name for dim in spec.dims]
     lines = [*spec.params.items(), *(line for head in spec.heads.values() for line in head.items())]
-    products = [(name, " ".join(_flat(parse_axes(text)))) for name, text in lines]
+    products = [(name, " ".join(flat(parse_axes(text)))) for name, text in lines]
     products += [(name, text.partition("**")[0]) for name, text in (spec.config | spec.attributes).items()]
     for name, product in products:
         for factor in product.split():
@@ -305,65 +308,3 @@ def _positions(text: str, sizes: dict[str, int]) -> int | None:
 
 def _compile(pattern: str) -> re.Pattern[str]:
     return re.compile(re.escape(pattern).replace(r"\{i\}", r"(?P<i>\d+)"))
-
-
-# ---- cost ------------------------------------------------------------------------------------------------------------
-def build_cost(bound: BoundSpec, model: nn.Module, resource: str, scope: str, sequence_length: int | None) -> Cost:
-    """The cost of a bound model as a polynomial of its dims.
-
-    params: every parameter, tied ones once. macs: multiply-accumulates per token, that is those of a sequence divided
-    by its length, of all `nn.Linear` and convolutions and of the attention scores over the full square of the sequence
-    (embedding lookups, norms, activations and rotary embeddings are not counted). A sequence has `sequence_length`
-    tokens, or as many as the architecture says (an image). kv_bytes: bytes of keys and values per token in the model's
-    dtype.
-
-    Raises:
-        ValueError: kv_bytes of a model without a cache, macs without a sequence length.
-    """
-    terms = {"params": _param_terms, "macs": _mac_terms, "kv_bytes": _cache_terms}[resource](
-        bound, model, sequence_length
-    )
-    outside: dict[Monomial, float] = defaultdict(float)
-    layered: dict[Monomial, Tensor] = defaultdict(lambda: torch.zeros(bound.num_layers, dtype=torch.float64))
-    for factors, coefficient, layer in terms:
-        monomial, number = bound.monomial(factors)
-        if layer is None:
-            outside[monomial] += coefficient * number
-        else:
-            layered[monomial][layer] += coefficient * number
-    cost = Cost(dict(outside), dict(layered))
-    return cost.layers_only() if scope == "layers" else cost
-
-
-def _flat(axes: Axes) -> tuple[str, ...]:
-    return tuple(name for axis in axes for name in axis)
-
-
-def _param_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):
-    for name, param in bound.params.items():
-        if name not in bound.tied:
-            yield _flat(param.axes), 1.0, param.layer
-
-
-def _mac_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):
-    if bound.spec.tokens:
-        sequence_length = bound.product(bound.spec.tokens)
-    if sequence_length is None:
-        raise ValueError("resource macs needs dms.sequence_length: the number of tokens per sequence.")
-    for name, param in bound.params.items():
-        module_path, _, leaf = name.rpartition(".")
-        if leaf == "weight" and isinstance(model.get_submodule(module_path), (nn.Linear, nn.Conv2d)):
-            share = 1.0 if param.positions is None else param.positions / sequence_length
-            yield _flat(param.axes), share, param.layer
-    for layer in range(bound.num_layers):
-        yield tuple(bound.spec.attention.split()), 2.0 * sequence_length, layer
-
-
-def _cache_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):
-    if bound.spec.cache is None:
-        raise ValueError(
-            f"resource kv_bytes: {bound.spec.model_type} keeps no key-value cache. Use resource: params or macs."
-        )
-    bytes_per_number = next(model.parameters()).dtype.itemsize
-    for layer in range(bound.num_layers):
-        yield tuple(bound.spec.cache.split()), 2.0 * bytes_per_number, layer

@@ -17,7 +17,8 @@ from transformers import (
 
 from hf_dms.archs import ARCHS, spec_for
 from hf_dms.archs.llama import LLAMA
-from hf_dms.spec import Dim, bind, build_cost, dim_size, parse_axes, with_dims
+from hf_dms.costs import build_cost
+from hf_dms.spec import Dim, bind, dim_size, parse_axes, with_dims
 
 HEADS = (
     LlamaModel,

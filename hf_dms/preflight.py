@@ -1,0 +1,116 @@
+"""What can be known to be wrong with a recipe before any weight is loaded, and what a recipe's sections mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, TrainingArguments
+
+from .archs import spec_for
+from .data import load_examples
+from .recipe import Recipe, coerce_fields
+from .request import build_gates
+from .rounding import check_target
+from .spec import bind
+from .tasks import TASKS
+from .trainer import check_training_arguments
+
+
+def training_arguments(recipe: Recipe, section: str, output_dir: Path) -> Any:
+    """The `TrainingArguments` of the search, or of the training before or after it.
+
+    Args:
+        section: train, finetune or recover (which take over the values of train, but for its length).
+        output_dir: where checkpoints go.
+
+    Raises:
+        ValueError: unknown keys or bad values.
+    """
+    given = recipe.train
+    if section != "train":
+        shared = {key: value for key, value in given.items() if key not in ("max_steps", "num_train_epochs")}
+        given = shared | (recipe.finetune if section == "finetune" else recipe.recover.train)
+    if "output_dir" in given:
+        raise ValueError(f"{section}.output_dir: the output folder is output.path.")
+    defaults = {"logging_steps": 10, "report_to": "none", "save_total_limit": 1}
+    accelerated = torch.accelerator.is_available()
+    defaults |= {"dataloader_pin_memory": accelerated, "use_cpu": not accelerated}  # without use_cpu bf16 needs a GPU
+    defaults |= {"remove_unused_columns": recipe.model.task != "image-classification"}  # images are decoded on demand
+    values = defaults | coerce_fields(TrainingArguments, given, section)
+    if values.get("max_steps", -1) <= 0 and "num_train_epochs" not in values:
+        raise ValueError(f"{section}.max_steps is required (or {section}.num_train_epochs): how long it runs.")
+    try:
+        return TrainingArguments(output_dir=str(output_dir), **values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ValueError(f"{section}: {error}") from error
+
+
+def load_model_config(recipe: Recipe, labels: tuple[str, ...] = ()) -> Any:
+    """The dense model's config.
+
+    Args:
+        recipe: where the model is.
+        labels: names of the classes of its head, if it has one.
+
+    Raises:
+        ValueError: there is none at model.path.
+    """
+    named = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    try:
+        config = AutoConfig.from_pretrained(recipe.model.path, revision=recipe.model.revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model.path: no model can be read from '{recipe.model.path}'. {reason}") from error
+    if labels:
+        config.update(named)
+    return config
+
+
+def model_class(recipe: Recipe) -> Any:
+    """transformers' Auto class of the recipe's task."""
+    return getattr(transformers, recipe.task.model_class)
+
+
+def load_processor(recipe: Recipe) -> Any:
+    """The tokenizer or image processor of the dense model.
+
+    Raises:
+        ValueError: there is none at model.path.
+    """
+    kind = recipe.task.processor_class
+    try:
+        return getattr(transformers, kind).from_pretrained(recipe.model.path, revision=recipe.model.revision)
+    except (OSError, ValueError) as error:
+        what = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}[kind]
+        raise ValueError(f"model.path: '{recipe.model.path}' has no {what} that can be read. {error}") from error
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Check a recipe against the model and the data, without loading weights.
+
+    Raises:
+        ValueError: the first thing that is wrong.
+    """
+    unfinished = Path(recipe.output.path + ".unfinished")
+    check_training_arguments(training_arguments(recipe, "train", unfinished))
+    for section, values in (("finetune", recipe.finetune), ("recover", recipe.recover.train)):
+        if values:
+            training_arguments(recipe, section, unfinished)
+    config = load_model_config(recipe)
+    spec = spec_for(config)
+    auto = model_class(recipe)
+    if type(config) not in auto._model_mapping or (recipe.model.task == "text-generation" and spec.cache is None):
+        raise ValueError(
+            f"model.task: there is no {recipe.model.task} model of type '{config.model_type}'. "
+            f"Tasks are {', '.join(TASKS)}."
+        )
+    examples = load_examples(recipe.data, recipe.task, load_processor(recipe), config.label2id)
+    config = load_model_config(recipe, examples.labels)
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    bound = bind(spec, model)
+    gates = build_gates(bound, model, recipe.dms, device=torch.device("cpu"))
+    check_target(gates, bound, recipe.dms, config)
