@@ -86,6 +86,11 @@ class DMSConfig:
     gate_learning_rate: float | None = _option(
         None, "Constant learning rate of the prune ratios. Default: 2 / steps of the search, within [0.002, 0.05]."
     )
+    max_nonfinite_steps: int = _option(
+        10,
+        "Steps in a row whose loss or gradients are not finite, before the search stops. Each is skipped: weights, "
+        "ratios and importance stay.",
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.prune, list):
@@ -127,12 +132,13 @@ class DMSConfig:
             "gate_learning_rate": (0, math.inf, True, False),
             "sharpness": (0, math.inf, False, False),
             "sequence_length": (1, math.inf, True, False),
+            "max_nonfinite_steps": (1, math.inf, True, False),
         }
         for name, (low, high, with_low, with_high) in ranges.items():
             value = getattr(self, name)
             if value is None:
                 continue
-            whole = name in ("warmup_steps", "sequence_length")
+            whole = name in ("warmup_steps", "sequence_length", "max_nonfinite_steps")
             if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
                 raise ValueError(f"dms.{name} must be {'a whole' if whole else 'a'} number, got {value!r}.")
             if not ((value > low or (with_low and value == low)) and (value < high or (with_high and value == high))):

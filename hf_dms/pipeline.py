@@ -212,7 +212,9 @@ def _speeds(
     return {name: {key: amount / each} for name, each in zip(("dense", "pruned"), seconds)}
 
 
-def _save(pruned: PreTrainedModel, processor: Any, recipe: Recipe, examples: Examples, report: dict[str, Any]) -> None:
+def _save(
+    pruned: PreTrainedModel, processor: Any, recipe: Recipe, examples: Examples, report: dict[str, Any], plan: str
+) -> None:
     output = Path(recipe.output.path)
     save_pruned(
         pruned,

@@ -7,12 +7,15 @@ Nothing here knows about shapes.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
 
 from .checkpoint import has_other_names, load_search_state_, load_weights_, save_search_state
 from .config import DMSConfig
@@ -20,6 +23,12 @@ from .distributed import average_, check_launch, check_plugin, leave_gates_out_,
 from .gates import Gates
 from .masking import attach_, gates_of
 from .slicing import prune
+
+logger = logging.get_logger(__name__)
+
+
+class NonFiniteError(ValueError):
+    """Too many steps in a row whose loss or gradients were not finite."""
 
 
 class ExactCheckpointsMixin:
@@ -76,6 +85,7 @@ class DMSMixin(ExactCheckpointsMixin):
         self._task_loss = torch.zeros((), device=self.args.device)
         self._gate_grad_norm = torch.zeros((), device=self.args.device)
         self._steps_since_log = 0
+        self.skipped_steps = self._skipped_in_a_row = 0
         self.add_callback(_GateCallback(self))
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -154,7 +164,8 @@ class DMSMixin(ExactCheckpointsMixin):
     def _get_grad_norm(self, model, grad_norm=None):
         with self._gate_gradient_apart():
             norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._grad_norm = torch.as_tensor(0.0 if norm is None else norm, device=self.args.device)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self._grad_norm = torch.as_tensor(0.0 if norm is None else norm, device=self.args.device).float()
         return norm
 
     @contextlib.contextmanager
@@ -169,12 +180,33 @@ class DMSMixin(ExactCheckpointsMixin):
     def _finish_backward_(self) -> None:
         """After the backward passes of a step, before the optimizer's: what all processes must agree on."""
         gates = self.gates
-        average_([*gates.step_terms(), self._step_loss], self.accelerator)
-        gates.update_importance_()
-        self._task_loss += self._step_loss
-        self._gate_grad_norm += gates.prune_ratio.grad.norm()
-        self._steps_since_log += 1
+        if average_([*gates.step_terms(), self._step_loss, self._grad_norm], self.accelerator):
+            gates.update_importance_()
+            self._task_loss += self._step_loss
+            self._gate_grad_norm += gates.prune_ratio.grad.norm()
+            self._steps_since_log += 1
+            self._skipped_in_a_row = 0
+        else:
+            self._skip_step_()
         self._step_loss.zero_()
+
+    def _skip_step_(self) -> None:
+        """Take nothing of a step whose loss or gradients are not finite, and stop after too many of them."""
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        found = f"task loss {float(self._step_loss):g}, norm of the gradients {float(self._grad_norm):g}"
+        logger.warning(f"Step {self.state.global_step + 1} is skipped: {found}.")
+        self.gates.forget_step_()
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None  # optimizers pass over parameters without a gradient: no decay, no momentum
+        if self.is_deepspeed_enabled or self._skipped_in_a_row >= self.dms_config.max_nonfinite_steps:
+            raise NonFiniteError(
+                f"{self._skipped_in_a_row} steps in a row, up to step {self.state.global_step + 1}, had a loss or "
+                f"gradients that are not finite ({found}). Weights, ratios and importance are those before them, and "
+                "so is the last checkpoint. Lower the learning rate, look at the data, or train in float32; "
+                "dms.max_nonfinite_steps says how many are passed over (none with DeepSpeed, which steps by itself)."
+            )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -186,15 +218,28 @@ class DMSMixin(ExactCheckpointsMixin):
     def _search_logs(self) -> dict[str, float]:
         gates, steps = self.gates, max(self._steps_since_log, 1)
         logs = {
-            "task_loss": float(self._task_loss) / steps,
+            "task_loss": float(self._task_loss) / steps if self._steps_since_log else math.nan,
             "resource_loss": float(gates.resource_loss(self.progress).detach()),
             "resource": float(gates.resource().detach()),
             "target": gates.target(self.progress),
+            "gate_grad_norm": float(self._gate_grad_norm) / steps,
+            "skipped_steps": self.skipped_steps,
         }
         self._task_loss.zero_()
         self._gate_grad_norm.zero_()
         self._steps_since_log = 0
-        return logs | {f"kept/{name}": float(gates.hard_units(name).float().mean()) for name in gates.dims}
+        return logs | self._dim_logs()
+
+    def _dim_logs(self) -> dict[str, float]:
+        """Units kept per dim (mean over layers, smallest and largest if they differ) and how sharp its mask is."""
+        gates, logs = self.gates, {}
+        for name, dim in gates.dims.items():
+            kept = gates.hard_units(name).float()
+            logs[f"kept/{name}"] = float(kept.mean())
+            if dim.num_ratios > 1:
+                logs |= {f"kept_min/{name}": float(kept.min()), f"kept_max/{name}": float(kept.max())}
+            logs[f"undecided/{name}"] = float(gates.undecided(name))
+        return logs
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         if self.gates.resource(self.gates.hard_sizes()) > self.dms_config.target * (1 + 1e-3):

@@ -116,6 +116,31 @@ def main_only(folder: Path, pipeline: str) -> dict[str, Tensor]:
     return {"rank": torch.tensor(rank)}
 
 
+class PoisonInOne(TrainerCallback):
+    """In one process, and in one step, the loss is not a number."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if args.process_index == 1 and state.global_step == 3:
+            self.hook = model.register_forward_hook(self.poison)
+
+    def poison(self, module, args, output):
+        output.loss = output.loss * float("nan")
+        return output
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.process_index == 1 and state.global_step == 4:
+            self.hook.remove()
+
+
+def poison(folder: Path, pipeline: str) -> dict[str, Tensor]:
+    """A step that is bad in one process is skipped in both."""
+    trainer = searching(folder / "poison", pipeline, callbacks=[PoisonInOne()])
+    trainer.train()
+    assert trainer.skipped_steps == 1
+    assert trainer.gates.num_updates == 5
+    return trainer.gates.search_state()
+
+
 class FailInOne(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if args.process_index == 1 and state.global_step == 2:

@@ -54,7 +54,15 @@ def launch(*command):
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    kinds = ["main_only", "ddp:p", "ddp:p-", "fsdp:p", "fsdp:p-", "resume:p"]  # FSDP last: it is for the whole process
+    kinds = [
+        "main_only",
+        "ddp:p",
+        "ddp:p-",
+        "poison:p",
+        "fsdp:p",
+        "fsdp:p-",
+        "resume:p",
+    ]  # FSDP last: it is for the whole process
     code, _, err = launch(ROOT / "tests/processes.py", folder, *kinds)
     assert code == 0, err
     return folder
@@ -75,6 +83,12 @@ def test_two_processes_search_as_one_does(launched, kind, pipeline, tmp_path):
         assert tensor.shape == expected[name].shape, name
         assert torch.allclose(tensor, expected[name], rtol=0, atol=2e-5 * max(float(expected[name].abs().max()), 1e-9))
     assert float(expected["prune_ratio"].max()) > 0.2
+
+
+def test_a_step_that_is_bad_in_one_process_is_skipped_in_all(launched):
+    found = [load_file(launched / f"poison:p-{rank}.safetensors") for rank in (0, 1)]
+    assert all(tensor.isfinite().all() for tensor in found[0].values())
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
 def test_a_recipe_in_two_processes_ends_as_in_one(recipe, dense, tmp_path, capsys):  # noqa: F811

@@ -13,7 +13,7 @@ from hf_dms import DMSConfig, DMSTrainer, detach_
 from hf_dms.checkpoint import load_search_state_
 from hf_dms.masking import gates_of
 from hf_dms.slicing import cut, make_plan
-from hf_dms.trainer import SearchProgress, check_training_arguments
+from hf_dms.trainer import NonFiniteError, SearchProgress, check_training_arguments
 from hf_dms.verify import outputs_of
 
 QUIET = dict(
@@ -197,18 +197,105 @@ def test_checkpointing_of_activations_changes_nothing(pipeline, tmp_path):
     assert found[0][1] == found[1][1]
 
 
+# ---- losses and gradients that are not finite ----
+class Images(torch.utils.data.Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        pixels = torch.randn(2, 12, 12, generator=torch.Generator().manual_seed(index))
+        return {"pixel_values": pixels, "labels": index % 3}
+
+
+class Poisoned(Images):
+    """Images of which some are not numbers."""
+
+    def __init__(self, poisoned=()):
+        self.poisoned = set(poisoned)
+
+    def __getitem__(self, index):
+        example = super().__getitem__(index)
+        return example | {"pixel_values": example["pixel_values"] * float("nan")} if index in self.poisoned else example
+
+
+class WatchSteps(TrainerCallback):
+    """Whether a step changed the weights, the ratios or the importance; from `poison_at` on, every image is bad."""
+
+    def __init__(self, poison_at=10**9):
+        self.changed, self.poison_at = [], poison_at
+
+    def on_step_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        if state.global_step == self.poison_at:
+            for parameter in model.parameters():
+                parameter.register_hook(lambda grad: grad * float("nan"))
+        self.before = weights(model) | {name: t.clone() for name, t in gates_of(model).search_state().items()}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.changed.append(not bit_equal(weights(model) | gates_of(model).search_state(), self.before))
+
+
+def poisoned_trainer(folder, data, watch, **options):
+    dms_options = {"warmup_steps": 0, "max_nonfinite_steps": options.pop("max_nonfinite_steps", 10)}
+    return DMSTrainer(
+        model=tiny(ViTForImageClassification), dms_config=dms(**dms_options), args=arguments(folder, **options),
+        train_dataset=data, callbacks=[watch],
+    )  # fmt: skip
+
+
+def test_a_step_on_bad_data_is_skipped_counted_and_leaves_no_trace(tmp_path):
+    watch = WatchSteps()
+    trainer = poisoned_trainer(tmp_path, Poisoned([5]), watch, max_steps=6, weight_decay=0.1)
+    trainer.train()
+    assert sorted(watch.changed) == [False] * 3 + [True] * 3  # two batches an epoch, one of them bad
+    assert trainer.gates.num_updates == 3
+    assert trainer.skipped_steps == logged(trainer, "skipped_steps")[-1] == 3
+    losses = logged(trainer, "task_loss")
+    assert [loss == loss for loss in losses] == watch.changed
+    state = trainer.model.state_dict() | trainer.gates.search_state()
+    assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_gradients_that_are_not_finite_are_skipped_though_the_loss_is(tmp_path):
+    watch = WatchSteps(poison_at=3)
+    poisoned_trainer(tmp_path, Images(), watch, max_steps=5).train()
+    assert watch.changed == [True] * 3 + [False] * 2
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_search_with_its_last_checkpoint_intact(tmp_path):
+    watch = WatchSteps(poison_at=4)
+    options = dict(save_strategy="steps", save_steps=2, max_steps=12)
+    trainer = poisoned_trainer(tmp_path, Images(), watch, max_nonfinite_steps=3, **options)
+    with pytest.raises(NonFiniteError, match=r"3 steps in a row, up to step 7, had .* not finite \(task loss"):
+        trainer.train()
+    last = tmp_path / "checkpoint-6"  # saved between two bad steps
+    resumed = poisoned_trainer(tmp_path, Images(), WatchSteps(), **options)
+    resumed.train(resume_from_checkpoint=str(last))
+    assert resumed.state.global_step == 12
+    assert resumed.gates.num_updates == 4 + 6
+    assert logged(resumed, "task_loss")[-1] == pytest.approx(logged(resumed, "loss")[-1], rel=1)
+
+
 # ---- logs and evaluation ----
 def test_logs_show_task_loss_resource_target_and_kept_units(tmp_path):
     trainer = trained(tmp_path, dict(resource_weight=2.0), max_steps=8, eval_strategy="steps", eval_steps=4)
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["target"] for entry in entries[:2]] == [1.0, 1.0]
     assert entries[-1]["target"] == 0.6
-    kept = {"kept/kv", "kept/mlp", "kept/hidden", "kept/layers"}
+    dims = ("kv", "mlp", "hidden", "layers")
+    kept = {f"{what}/{name}" for what in ("kept", "undecided") for name in dims}
+    kept |= {"kept_min/mlp", "kept_max/mlp", "gate_grad_norm", "skipped_steps"}
     for entry in entries:
         assert {"task_loss", "resource_loss", "resource", "target", *kept} <= entry.keys()
         assert 0 < entry["resource"] <= 1
     assert entries[-1]["resource"] < 1
     assert entries[0]["kept/mlp"] == 20
+    assert "kept_min/hidden" not in entries[0]  # one size for all layers
+    for entry in entries:
+        assert entry["kept_min/mlp"] <= entry["kept/mlp"] <= entry["kept_max/mlp"]
+    assert entries[0]["gate_grad_norm"] == 0  # warming up, and on target
+    assert entries[3]["gate_grad_norm"] > 0
+    assert [entries[0][f"undecided/{name}"] for name in dims] == [0] * 4
+    assert max(entries[-1][f"undecided/{name}"] for name in dims) > 0
     evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert [0 < entry["eval_resource"] <= 1 for entry in evaluated] == [True, True]
 
@@ -329,15 +416,6 @@ def test_a_search_in_mixed_precision_is_cut_in_the_models_own_and_goes_on_in_mix
     plain = tiny_llama()
     plain.load_state_dict(trainer.model.state_dict())
     assert not torch.equal(mixed, outputs_of(plain.train(), token_batch()))
-
-
-class Images(torch.utils.data.Dataset):
-    def __len__(self):
-        return 16
-
-    def __getitem__(self, index):
-        pixels = torch.randn(2, 12, 12, generator=torch.Generator().manual_seed(index))
-        return {"pixel_values": pixels, "labels": index % 3}
 
 
 def vit_trainer(folder, **options):
