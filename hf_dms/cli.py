@@ -1,4 +1,5 @@
-"""The command line: `hf-dms prune RECIPE`, `hf-dms validate RECIPE...`, `hf-dms eval PATH`, `hf-dms archs`.
+"""The command line: `hf-dms prune RECIPE`, `hf-dms validate RECIPE...`, `hf-dms eval PATH`,
+`hf-dms push PATH REPO`, `hf-dms archs`.
 
 Nothing heavy is imported before a command runs, so that `hf-dms --help` answers at once.
 """
@@ -60,6 +61,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--examples", type=int, help="at most so many of the data, evenly spaced; default: all")
     evaluate.add_argument("--batch-size", type=int, default=8)
     evaluate.set_defaults(run=_eval)
+    push = commands.add_parser("push", help="push the folder of a pruned model to the Hub")
+    push.add_argument("path", help="folder that prune wrote")
+    push.add_argument("repo", help="namespace/name on the Hub; made if it is not there")
+    push.add_argument("--private", action="store_true", default=None, help="if it is made, make it private")
+    push.add_argument("--revision", help="branch to push to; default: main")
+    push.add_argument("--message", help="of the commit")
+    push.set_defaults(run=_push)
     archs = commands.add_parser("archs", help="the supported architectures and their dims")
     archs.add_argument("name", nargs="?", help="one of them, in full")
     archs.set_defaults(run=_archs)
@@ -119,6 +127,14 @@ def _eval(options: argparse.Namespace) -> int:
             data = whole_file(options.data, sequence_length=length, **columns)
             for row in measure_files(paths, data, options.examples, options.batch_size):
                 print(json.dumps(row), flush=True)
+    return 0
+
+
+def _push(options: argparse.Namespace) -> int:
+    from .hub import push
+
+    place = {"private": options.private, "revision": options.revision}
+    print(f"Pushed to {push(options.path, options.repo, **place, commit_message=options.message)}")
     return 0
 
 

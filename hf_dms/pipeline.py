@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -13,13 +14,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
+from .card import base_metadata, model_card
 from .checkpoint import check_writable, save_pruned
 from .data import Examples, load_examples
 from .evaluate import evenly_spaced, example_scores, seconds_per_batch, summary
+from .hub import push
 from .masking import detach_
 from .preflight import check_recipe, load_model_config, load_processor, model_class, training_arguments
 from .recipe import Recipe
-from .report import model_card, sizes_and_costs, table, versions
+from .report import sizes_and_costs, table, versions
 from .retrain import train_, train_or_resume_
 from .trainer import DMSTrainer
 
@@ -37,7 +40,8 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
         The content of `dms_report.json`; None if the result was there already.
 
     Raises:
-        ValueError: something is wrong with the recipe; nothing has been written.
+        ValueError: something is wrong with the recipe, and nothing has been written; or the finished result, which is
+            in output.path, could not be pushed.
     """
     output = Path(recipe.output.path)
     unfinished = output.with_name(output.name + ".unfinished")
@@ -79,12 +83,16 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
         inputs=examples.collate([examples.held_out[0]]),
         files={
             REPORT: json.dumps(report, indent=2) + "\n",
-            "README.md": model_card(report, recipe.model.path, output.name),
+            "README.md": model_card(
+                report, recipe.hub.repo_id or output.name, base_metadata(recipe.model.path, recipe.model.revision)
+            ),
         },
         overwrite=recipe.output.overwrite,
     )
     shutil.rmtree(unfinished)
     print("\n" + table(report))
+    if recipe.hub.repo_id:
+        print(f"\nPushed to {push(output, **dataclasses.asdict(recipe.hub))}")
     return report
 
 

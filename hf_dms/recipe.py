@@ -1,6 +1,6 @@
 """A recipe: one YAML, one experiment. Reading it, checking it, and saying what is wrong with it.
 
-Sections: model, data, finetune, dms (`DMSConfig`), train, recover, eval, output; finetune, train and recover take
+Sections: model, data, finetune, dms (`DMSConfig`), train, recover, eval, output, hub; finetune, train and recover take
 `TrainingArguments` by their own names.
 preflight.py checks it against the model and the data.
 """
@@ -67,6 +67,21 @@ class OutputConfig:
 
 
 @dataclass
+class HubConfig:
+    """The `hub` section of a recipe: where the result is pushed to when it is saved."""
+
+    repo_id: str | None = field(default=None, metadata={"help": "namespace/name on the Hub. Default: no push."})
+    private: bool | None = field(
+        default=None, metadata={"help": "Whether a repository that is made is private. Default: the account's."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch to push to. Default: main."})
+
+    def __post_init__(self) -> None:
+        if self.repo_id is None and (self.private is not None or self.revision is not None):
+            raise ValueError("hub.repo_id is required in a hub section: where to push to, namespace/name.")
+
+
+@dataclass
 class DistillationConfig:
     """The `recover.distillation` section: the dense model teaches the pruned one (Hinton et al., arXiv 1503.02531)."""
 
@@ -104,6 +119,7 @@ class Recipe:
     train: dict[str, Any] = field(default_factory=dict)
     recover: RecoverConfig = field(default_factory=RecoverConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
 
     @property
     def task(self) -> Task:
@@ -114,7 +130,14 @@ class Recipe:
         return dataclasses.asdict(self) | {"dms": self.dms.to_dict()}
 
 
-SECTIONS = {"model": ModelConfig, "data": DataConfig, "dms": DMSConfig, "output": OutputConfig, "eval": EvalConfig}
+SECTIONS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "dms": DMSConfig,
+    "output": OutputConfig,
+    "eval": EvalConfig,
+    "hub": HubConfig,
+}
 
 
 def packaged_recipes() -> Path:

@@ -26,6 +26,7 @@ FLOORS = {
         "modeling_dms",
     ],
     "surface": [
+        "hub",
         "trainer",
         "tasks",
         "recipe",
@@ -35,6 +36,7 @@ FLOORS = {
         "evaluate",
         "harness",
         "report",
+        "card",
         "pipeline",
         "cli",
     ],
