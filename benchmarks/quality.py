@@ -19,10 +19,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from hf_dms import DMSConfig, DMSTrainer, attach_, detach_
+from hf_dms.archs import spec_for
 from hf_dms.data import DataConfig, as_dataset, load_sequences
 from hf_dms.evaluate import evenly_spaced, perplexity
 from hf_dms.masking import gates_of
-from hf_dms.slicing import cut, magnitude_importance, make_plan
+from hf_dms.slicing import cut, magnitude_importance, make_plan, plan_of
+from hf_dms.spec import bind
 
 HERE = Path(__file__).parent
 DATA = HERE.parent / "recipes" / "data"
@@ -68,8 +70,8 @@ def taylor_importance(model, batches):
     return total
 
 
-def one_shot(model, config, strategy, batches=()):
-    """Cut by weight magnitude, or by Taylor importance over batches, all layers ranked together."""
+def one_shot_plan(model, config, strategy, batches=()):
+    """The plan of a cut by weight magnitude, or by Taylor importance over batches, all layers ranked together."""
     attach_(model, config)
     gates = gates_of(model)
     try:
@@ -81,21 +83,65 @@ def one_shot(model, config, strategy, batches=()):
         sizes = global_sizes(gates, importance, config.target)
         for name, values in importance.items():
             gates.raw_importance(name).copy_(values)
-        return cut(model, gates.attachment.bound, make_plan(gates, sizes), config.layout)
+        return make_plan(gates, sizes)
     finally:
         detach_(model)
 
 
-def dms(model, config, sequences, steps, seed):
+def one_shot(model, config, strategy, batches=()):
+    return cut_by(one_shot_plan(model, config, strategy, batches), model, config.layout)
+
+
+def dms_plan(model, config, sequences, steps, seed):
+    """The plan of a search."""
     arguments = TrainingArguments(
         "unused", max_steps=steps, per_device_train_batch_size=2, seed=seed, logging_steps=10, report_to=[],
         save_strategy="no", use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False,
     )  # fmt: skip
     trainer = DMSTrainer(model=model, args=arguments, dms_config=config, train_dataset=as_dataset(sequences))
     trainer.train()
-    pruned = trainer.prune()
+    plan = plan_of(model)
     detach_(model)
-    return pruned
+    return plan
+
+
+def dms(model, config, sequences, steps, seed):
+    return cut_by(dms_plan(model, config, sequences, steps, seed), model, config.layout)
+
+
+def request(target, **options):
+    """What is pruned how far: KV groups and MLP widths per layer, a share of the parameters of the layers."""
+    return DMSConfig(
+        target=target, resource="params", resource_scope="layers", prune=("kv", "mlp"), layout="per_layer",
+        pipeline="p-", **options,
+    )  # fmt: skip
+
+
+def load_text(folder, windows):
+    """Sequences to calibrate on, and those to measure on."""
+    data = DataConfig(
+        path=str(DATA / "sotu_train.jsonl"), held_out=str(DATA / "sotu_heldout.jsonl"), sequence_length=256
+    )
+    sequences, held_out = load_sequences(data, AutoTokenizer.from_pretrained(folder))
+    return sequences, evenly_spaced(held_out, windows)
+
+
+def shuffled(sequences, seed):
+    return sequences[torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))]
+
+
+def cut_by(plan, model, layout="per_layer"):
+    return cut(model, bind(spec_for(model.config), model), plan, layout)
+
+
+def rows_of(results):
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+
+def append(row, results):
+    print(row, flush=True)
+    with results.open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def main():
@@ -111,13 +157,8 @@ def main():
     parser.add_argument("--dms", default="{}", help="further options of DMSConfig, as JSON")
     options = parser.parse_args()
     results = Path(options.results)
-    done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    data = DataConfig(
-        path=str(DATA / "sotu_train.jsonl"), held_out=str(DATA / "sotu_heldout.jsonl"), sequence_length=256
-    )
-    sequences, held_out = load_sequences(data, tokenizer)
-    held_out = evenly_spaced(held_out, options.windows)
+    done = rows_of(results)
+    sequences, held_out = load_text(options.model, options.windows)
 
     def measure(strategy, target, seed, make, **settings):
         key = {"strategy": strategy, "target": target, "seed": seed, "windows": options.windows, **settings}
@@ -127,9 +168,7 @@ def main():
         pruned = make()
         row = key | {"perplexity": round(perplexity(pruned, held_out), 2), "seconds": round(time.time() - start)}
         row["layer_params"] = sum(p.numel() for n, p in pruned.named_parameters() if ".layers." in n)
-        print(row, flush=True)
-        with results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(row, results)
 
     def dense():
         return AutoModelForCausalLM.from_pretrained(options.model)
@@ -138,16 +177,12 @@ def main():
     for seed, target, strategy in itertools.product(options.seeds, options.targets, options.strategies):
         if strategy == "magnitude" and seed != options.seeds[0]:
             continue  # it uses no data
-        order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))
-        config = DMSConfig(
-            target=target, resource="params", resource_scope="layers", prune=("kv", "mlp"), layout="per_layer",
-            pipeline="p-", **json.loads(options.dms),
-        )  # fmt: skip
+        text, config = shuffled(sequences, seed), request(target, **json.loads(options.dms))
         if strategy == "dms":
-            make = functools.partial(dms, config=config, sequences=sequences[order], steps=options.steps, seed=seed)
+            make = functools.partial(dms, config=config, sequences=text, steps=options.steps, seed=seed)
             settings = {"steps": options.steps, "dms": options.dms}
         else:
-            batches = sequences[order].split(2)[: options.taylor_batches] if strategy == "taylor" else ()
+            batches = text.split(2)[: options.taylor_batches] if strategy == "taylor" else ()
             batches = [{"input_ids": batch, "labels": batch} for batch in batches]
             make = functools.partial(one_shot, config=config, strategy=strategy, batches=batches)
             settings = {"batches": len(batches)} if strategy == "taylor" else {}

@@ -11,21 +11,23 @@ once with its differences from the dense model and, paired, from the row of DMS;
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 
 import torch
-from quality import one_shot
+from quality import cut_by, one_shot_plan
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
 from hf_dms import detach_
+from hf_dms.archs import spec_for
 from hf_dms.data import load_examples
 from hf_dms.evaluate import summary
 from hf_dms.pipeline import dense_model, recover_, score, search
+from hf_dms.plans import PLAN_FILE, load_plan, plan_to_json
 from hf_dms.preflight import load_model_config, load_processor, model_class, training_arguments
 from hf_dms.recipe import load_recipe
+from hf_dms.spec import bind
 
 HERE = Path(__file__).parent
 
@@ -43,6 +45,8 @@ def main():
     work.mkdir(parents=True, exist_ok=True)
     examples = load_examples(recipe.data, recipe.task, load_processor(recipe), load_model_config(recipe).label2id)
     arguments = training_arguments(recipe, "train", work / "search")
+    with torch.device("meta"):
+        meta = model_class(recipe).from_config(load_model_config(recipe, examples.labels))
 
     def measured(name, model):
         """Scores of a row, made once and kept."""
@@ -70,25 +74,32 @@ def main():
         set_seed(arguments.seed)
         return dense_model(recipe, examples, work).to(arguments.device).eval()
 
-    def cut(strategy):
+    def plan_and_cut(strategy):
+        """The plan of a strategy and its cut model, made once and kept."""
         folder = work / strategy.partition("-")[0]
         if not folder.is_dir():
             model = dense()
             if strategy == "dms":
-                pruned = search(model, recipe, examples, {}, arguments)
+                pruned, plan = search(model, recipe, examples, {}, arguments)
                 detach_(model)
             else:
-                size = arguments.per_device_train_batch_size
-                generator = torch.Generator().manual_seed(arguments.seed)
-                order = torch.randperm(len(examples.train), generator=generator)[: size * options.taylor_batches]
-                chosen = torch.utils.data.Subset(examples.train, order.tolist())
-                batches = list(DataLoader(chosen, batch_size=size, collate_fn=examples.collate))
-                pruned = one_shot(model, recipe.dms, "taylor", batches)
+                plan = one_shot_plan(model, recipe.dms, "taylor", taylor_batches())
+                pruned = cut_by(plan, model, recipe.dms.layout)
             pruned.save_pretrained(folder)
-        return model_class(recipe).from_pretrained(folder).eval()
+            (folder / PLAN_FILE).write_text(plan_to_json(plan, bind(spec_for(model.config), model), recipe.dms.layout))
+        plan, _ = load_plan(folder, bind(spec_for(meta.config), meta))
+        return plan, model_class(recipe).from_pretrained(folder).eval()
 
-    def recovered(strategy):
-        pruned = cut(strategy)
+    def taylor_batches():
+        size = arguments.per_device_train_batch_size
+        generator = torch.Generator().manual_seed(arguments.seed)
+        order = torch.randperm(len(examples.train), generator=generator)[: size * options.taylor_batches]
+        chosen = torch.utils.data.Subset(examples.train, order.tolist())
+        return list(DataLoader(chosen, batch_size=size, collate_fn=examples.collate))
+
+    def recover(strategy):
+        """Measure a cut after each step of the recipe's recovery."""
+        plan, pruned = plan_and_cut(strategy)
         if strategy == "taylor-longer":
             for key in ("num_train_epochs", "max_steps"):
                 if key in recipe.recover.train:
@@ -97,15 +108,18 @@ def main():
         folder.mkdir(exist_ok=True)
         if recipe.finetune and not (folder / "finetune").exists():
             (folder / "finetune").symlink_to((work / "finetune").resolve())
-        recover_(pruned, recipe, examples, folder)
-        return pruned
+        searched = dense() if recipe.dms.pipeline == "p-" else None
+        for step in recover_(pruned, searched, plan, recipe, examples, folder):
+            measured(f"{strategy}-{step}", lambda: pruned)
 
     measured("dense", dense)
     for strategy in options.strategies:
+        last = "recovered" if recipe.recover.train else "repaired"
+        if (work / f"{strategy}-{last}.safetensors").is_file():
+            continue
         if strategy != "taylor-longer":
-            measured(strategy, partial(cut, strategy))
-        if recipe.recover.train:
-            measured(f"{strategy}-recovered", partial(recovered, strategy))
+            measured(strategy, lambda strategy=strategy: plan_and_cut(strategy)[1])
+        recover(strategy)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .config import DMSConfig as DMSConfig
     from .masking import attach_ as attach_
     from .masking import detach_ as detach_
+    from .repair import repair_ as repair_
+    from .slicing import plan_of as plan_of
     from .slicing import prune as prune
     from .trainer import DMSMixin as DMSMixin
     from .trainer import DMSTrainer as DMSTrainer
@@ -31,8 +33,10 @@ _HOMES = {
     "DMSTrainer": "trainer",
     "attach_": "masking",
     "detach_": "masking",
+    "plan_of": "slicing",
     "prune": "slicing",
     "register_arch": "_register",
+    "repair_": "repair",
     "save_pruned": "checkpoint",
 }
 __all__ = [*_HOMES]

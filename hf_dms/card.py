@@ -90,7 +90,7 @@ def card_data(report: dict[str, Any], name: str, base: dict[str, Any]) -> ModelC
 
 def _evaluation(report: dict[str, Any]) -> EvalResult:
     task, data = TASKS[report["recipe"]["model"]["task"]], report["recipe"]["data"]
-    measured = report.get("recovered", report["pruned"])
+    measured = next(report[name] for name in ("recovered", "repaired", "pruned") if name in report)
     return EvalResult(
         task_type=task.name,
         dataset_type=shown(evaluated_on(data)),

@@ -7,11 +7,13 @@ import functools
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, set_seed
 
 from .card import base_metadata, model_card
@@ -19,11 +21,15 @@ from .checkpoint import check_writable, save_pruned
 from .data import Examples, load_examples
 from .evaluate import evenly_spaced, example_scores, seconds_per_batch, summary
 from .hub import push
-from .masking import detach_
+from .layouts import Plan
+from .masking import detach_, gates_of
+from .plans import PLAN_FILE, plan_to_json
 from .preflight import check_recipe, load_model_config, load_processor, model_class, training_arguments
 from .recipe import Recipe
+from .repair import repair_
 from .report import sizes_and_costs, table, versions
 from .retrain import train_, train_or_resume_
+from .slicing import plan_of
 from .trainer import DMSTrainer
 
 REPORT = "dms_report.json"
@@ -63,13 +69,13 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     scores = {"dense": measure(model.to(arguments.device).eval())}
     summarized = functools.partial(summary, recipe.task.metric)
 
-    pruned = search(model, recipe, examples, report, arguments)
+    pruned, plan = search(model, recipe, examples, report, arguments)
     report["masks"] = {"soft": summarized(_scores_on_soft_masks(model, measure), scores["dense"])}
+    bound = gates_of(model).attachment.bound
     detach_(model)
     scores["pruned"] = measure(pruned)
-    if recipe.recover.train:
-        recover_(pruned, recipe, examples, unfinished)
-        scores["recovered"] = measure(pruned)
+    for step in recover_(pruned, model, plan, recipe, examples, unfinished):
+        scores[step] = measure(pruned)
     for name, values in scores.items():
         report.setdefault(name, {}).update(summarized(values, None if name == "dense" else scores["dense"]))
     _measure_speed(model, pruned, recipe, examples, report)
@@ -83,6 +89,7 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
         inputs=examples.collate([examples.held_out[0]]),
         files={
             REPORT: json.dumps(report, indent=2) + "\n",
+            PLAN_FILE: plan_to_json(plan, bound, recipe.dms.layout),
             "README.md": model_card(
                 report, recipe.hub.repo_id or output.name, base_metadata(recipe.model.path, recipe.model.revision)
             ),
@@ -118,8 +125,12 @@ def dense_model(recipe: Recipe, examples: Examples, folder: Path) -> PreTrainedM
 
 def search(
     model: PreTrainedModel, recipe: Recipe, examples: Examples, report: dict[str, Any], arguments: Any
-) -> PreTrainedModel:
-    """Search and cut; the model keeps its gates, the report gets sizes, costs and the course of the search."""
+) -> tuple[PreTrainedModel, Plan]:
+    """Search and cut; the model keeps its gates, the report gets sizes, costs and the course of the search.
+
+    Returns:
+        The pruned model, and which units of the dense one it holds.
+    """
     trainer = DMSTrainer(
         model=model,
         args=arguments,
@@ -132,22 +143,40 @@ def search(
     pruned = trainer.prune()
     report |= sizes_and_costs(model, recipe.data.sequence_length)
     report["search"] = [logs for logs in trainer.state.log_history if "task_loss" in logs]
-    return pruned
+    return pruned, plan_of(model)
 
 
-def recover_(pruned: PreTrainedModel, recipe: Recipe, examples: Examples, folder: Path) -> None:
-    """Retrain the pruned model, in place, with the dense one as teacher if asked.
+def recover_(
+    pruned: PreTrainedModel, searched: PreTrainedModel, plan: Plan, recipe: Recipe, examples: Examples, folder: Path
+) -> Iterator[str]:
+    """Repair and retrain the pruned model, in place, as far as the recipe asks for it.
 
     Args:
         pruned: what the search ended in.
+        searched: the model of the search, without gates.
+        plan: which units of it the pruned one holds.
         recipe: how.
-        examples: what to train on.
+        examples: what to repair and train on.
         folder: where the checkpoints of the fine-tuning are and those of the retraining go.
+
+    Yields:
+        What the model is after each step: repaired, recovered.
     """
-    distillation = recipe.recover.distillation
-    teacher = None if distillation is None else dense_model(recipe, examples, folder)
-    print("Retraining the pruned model ...", flush=True)
-    train_(pruned, training_arguments(recipe, "recover", folder / "recover"), examples, teacher, distillation)
+    repair, distillation = recipe.recover.repair, recipe.recover.distillation
+    dense = searched  # as long as its weights did not train
+    if recipe.dms.pipeline != "p-" and (repair or distillation):
+        dense = dense_model(recipe, examples, folder).to(pruned.device).eval()
+    if repair is not None:
+        print("Repairing the pruned model ...", flush=True)
+        rows = DataLoader(evenly_spaced(examples.train, repair.examples), 4, collate_fn=examples.collate)
+        batches = [{name: tensor.to(pruned.device) for name, tensor in batch.items()} for batch in rows]
+        repair_(pruned, dense, plan, batches, ridge=repair.ridge)
+        yield "repaired"
+    if recipe.recover.train:
+        print("Retraining the pruned model ...", flush=True)
+        teacher = dense if distillation else None
+        train_(pruned, training_arguments(recipe, "recover", folder / "recover"), examples, teacher, distillation)
+        yield "recovered"
 
 
 def score(model: PreTrainedModel, recipe: Recipe, examples: Examples) -> Tensor:

@@ -98,9 +98,27 @@ class DistillationConfig:
 
 
 @dataclass
-class RecoverConfig:
-    """The `recover` section: what is done to the pruned model after the cut."""
+class RepairConfig:
+    """The `recover.repair` section: least squares on the maps that write into the residual stream, see repair.py."""
 
+    examples: int = field(default=64, metadata={"help": "Examples of the training data to repair on, evenly spaced."})
+    ridge: float = field(
+        default=0.01,
+        metadata={"help": "How strongly a weight is held back, relative to the mean square of its inputs."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.examples < 1:
+            raise ValueError(f"recover.repair.examples must be at least 1, got {self.examples}.")
+        if not self.ridge > 0:
+            raise ValueError(f"recover.repair.ridge must be above 0, got {self.ridge}.")
+
+
+@dataclass
+class RecoverConfig:
+    """The `recover` section: what is done to the pruned model after the cut, first repair, then retraining."""
+
+    repair: RepairConfig | None = None
     distillation: DistillationConfig | None = None
     train: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "All other keys: TrainingArguments of a retraining, if there are any."}
@@ -193,22 +211,28 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
             raise ValueError(f"{name} must be a section with keys of TrainingArguments, got {given!r}.")
         sections[name] = _build_recover(given) if name == "recover" else given
     recipe = Recipe(**sections)
+    if recipe.dms.pipeline == "np" and (recipe.recover.repair or recipe.recover.distillation):
+        raise ValueError(
+            "recover.repair and recover.distillation need a dense model that is trained, which pipeline np has not. "
+            "Leave them out, or use pipeline p."
+        )
     if recipe.dms.sequence_length is None:
         recipe.dms = dataclasses.replace(recipe.dms, sequence_length=recipe.data.sequence_length)
     return recipe
 
 
 def _build_recover(given: dict[str, Any]) -> RecoverConfig:
-    training = {key: value for key, value in given.items() if key != "distillation"}
-    distillation = given.get("distillation")
-    if distillation is None:
-        return RecoverConfig(train=training)
-    if not isinstance(distillation, dict):
-        raise ValueError(f"recover.distillation must be a section with keys, got {distillation!r}.")
-    if not training:
+    sections: dict[str, Any] = {}
+    for name, section in (("repair", RepairConfig), ("distillation", DistillationConfig)):
+        values = given.get(name)
+        if values is not None and not isinstance(values, dict):
+            raise ValueError(f"recover.{name} must be a section with keys, or {{}} for its defaults; got {values!r}.")
+        if values is not None:
+            sections[name] = section(**coerce_fields(section, values, f"recover.{name}"))
+    train = {key: value for key, value in given.items() if key not in ("repair", "distillation")}
+    if "distillation" in sections and not train:
         raise ValueError("recover.distillation is part of a retraining: give recover.max_steps too.")
-    values = coerce_fields(DistillationConfig, distillation, "recover.distillation")
-    return RecoverConfig(DistillationConfig(**values), training)
+    return RecoverConfig(**sections, train=train)
 
 
 def coerce_fields(cls: type, given: dict[str, Any], section: str) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def _on(gates: Gates, sizes: Sizes) -> Sizes:
 
 def table(report: dict[str, Any]) -> str:
     """Dense against pruned, for the terminal and the model card (a Markdown table)."""
-    columns = [name for name in ("dense", "pruned", "recovered") if name in report]
+    columns = [name for name in ("dense", "pruned", "repaired", "recovered") if name in report]
     lines = [f"| | {' | '.join(columns)} | {columns[-1]} / dense |", "|---" * (len(columns) + 2) + "|"]
     for key, (words, number) in ROWS.items():
         values = [report[name].get(key, report["pruned"].get(key)) for name in columns]

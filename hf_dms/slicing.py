@@ -62,23 +62,32 @@ def prune(
         )
     gates = gates_of(model)
     bound, config = gates.attachment.bound, gates.attachment.config
-    searched = gates.num_updates > 0
-    if not searched:
+    if gates.num_updates == 0:
         warnings.warn(
             "prune: no search has run on these gates; units are chosen by weight magnitude, at equal ratios.",
             stacklevel=2,
         )
-    with contextlib.nullcontext() if searched else _importance(gates, magnitude_importance(bound, model, gates)):
-        sizes = round_sizes(gates, bound, config, model.config)
-        plan = make_plan(gates, sizes)
-        pruned = cut(model, bound, plan, config.layout)
-        with hard_masked(model, sizes):
-            inputs = inputs if inputs is not None else dummy_inputs(model)
-            check_same(model, pruned, inputs, ("masked", "cut"), output_units(model, bound, plan))
+    plan = plan_of(model)
+    pruned = cut(model, bound, plan, config.layout)
+    sizes = {name: torch.tensor(units) for name, units in plan.sizes.items()}
+    with _ranked(model), hard_masked(model, sizes):
+        inputs = inputs if inputs is not None else dummy_inputs(model)
+        check_same(model, pruned, inputs, ("masked", "cut"), output_units(model, bound, plan))
     return pruned
 
 
 # ---- which units stay ------------------------------------------------------------------------------------------------
+def plan_of(model: PreTrainedModel) -> Plan:
+    """The units that `prune` keeps of a model with gates as they are now.
+
+    Raises:
+        ValueError: the model has no gates, or the target cannot be reached.
+    """
+    gates = gates_of(model)
+    with _ranked(model):
+        return make_plan(gates, round_sizes(gates, gates.attachment.bound, gates.attachment.config, model.config))
+
+
 def make_plan(gates: Gates, sizes: Sizes) -> Plan:
     """The most important units of every row, as many as `sizes` says (per dim `[rows]`)."""
     kept = {}
@@ -108,8 +117,11 @@ def magnitude_importance(bound: BoundSpec, model: nn.Module, gates: Gates) -> di
 
 
 @contextlib.contextmanager
-def _importance(gates: Gates, importance: dict[str, Tensor]) -> Iterator[None]:
-    """Let gates rank their units by another importance for a while."""
+def _ranked(model: PreTrainedModel) -> Iterator[None]:
+    """Let gates that no search has run on rank their units by weight magnitude for a while."""
+    gates = gates_of(model)
+    searched = gates.num_updates > 0
+    importance = {} if searched else magnitude_importance(gates.attachment.bound, model, gates)
     before = {name: gates.raw_importance(name).clone() for name in importance}
     try:
         for name, values in importance.items():

@@ -29,7 +29,10 @@ from transformers import (
 
 import hf_dms.pipeline
 from hf_dms import DMSTrainer
+from hf_dms.archs.llama import LLAMA
 from hf_dms.cli import main
+from hf_dms.plans import load_plan
+from hf_dms.spec import bind
 
 WORDS = [f"w{i}" for i in range(TINY["vocab_size"] - 3)]
 
@@ -162,6 +165,9 @@ def test_a_classifier_killed_in_its_recovery_ends_the_same(classifiers, monkeypa
         ),
         ("recover={distillation: {heat: 2}, max_steps: 1}", "Unknown key recover.distillation.heat"),
         ("recover={distillation: {weight: 1}}", "recover.distillation is part of a retraining"),
+        ("recover={repair: {examples: 0}}", "recover.repair.examples must be at least 1, got 0"),
+        ("recover={repair: {ridge: 0}}", "recover.repair.ridge must be above 0, got 0"),
+        ("recover={repair: true}", "recover.repair must be a section with keys, or {} for its defaults; got True"),
         ("recover={learning_rate: 1e-3}", "recover.max_steps is required"),
         ("model.task=poetry", "model.task must be one of text-generation, text-classification, image-classification"),
         ("data.label_column=mood", "the data has no column 'mood'. It has text, label"),
@@ -205,6 +211,48 @@ def test_recovery_trains_the_cut_model(recipe):
     report = json.loads((out / "dms_report.json").read_text())
     assert code == 0
     assert report["recovered"]["perplexity"] != report["pruned"]["perplexity"]
+
+
+@pytest.mark.parametrize("pipeline", ["p", "p-"])
+def test_repair_comes_before_retraining_and_each_is_measured(recipe, pipeline):
+    options = [
+        "recover.repair={examples: 6}",
+        "recover.max_steps=2",
+        "recover.distillation={}",
+        f"dms.pipeline={pipeline}",
+    ]
+    code, out = recipe(*options, "dms.layout=per_layer")
+    report = json.loads((out / "dms_report.json").read_text())
+    assert code == 0
+    assert len({report[column]["perplexity"] for column in ("dense", "pruned", "repaired", "recovered")}) == 4
+    assert "repaired" in (out / "README.md").read_text()
+
+
+def test_repair_alone_trains_nothing(recipe, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("it was trained")
+
+    monkeypatch.setattr(hf_dms.pipeline, "train_", refuse)
+    code, out = recipe("recover={repair: {}}", "dms.pipeline=p-")
+    assert code == 0
+    assert "recovered" not in json.loads((out / "dms_report.json").read_text())
+
+
+def test_a_random_model_is_nothing_to_repair_towards(recipe, capsys):
+    assert recipe("recover={repair: {}}", "dms.pipeline=np")[0] == 2
+    assert_matches("need a dense model that is trained, which pipeline np has not", capsys.readouterr().err)
+
+
+def test_the_plan_of_the_cut_is_written_beside_it(recipe, dense):
+    _, out = recipe("dms.layout=per_layer")
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    plan, layout = load_plan(out, bind(LLAMA, model))
+    report = json.loads((out / "dms_report.json").read_text())
+    layers = plan.kept["layers"][0].tolist()
+    assert layout == "per_layer"
+    for name in ("kv", "mlp"):
+        kept = [len(row) if layer in layers else 0 for layer, row in enumerate(plan.kept[name])]
+        assert kept == report["sizes"][name]
 
 
 def test_frozen_weights_are_those_of_the_dense_model(recipe, dense):

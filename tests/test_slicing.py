@@ -23,7 +23,7 @@ from hf_dms import DMSConfig, attach_, detach_, prune
 from hf_dms.checkpoint import save_pruned
 from hf_dms.masking import gates_of
 from hf_dms.rounding import round_sizes
-from hf_dms.slicing import axis_indices, cut, magnitude_importance, make_plan
+from hf_dms.slicing import axis_indices, cut, magnitude_importance, make_plan, plan_of
 from hf_dms.verify import check_same, hard_masked, outputs_of
 
 HEADS = (
@@ -312,6 +312,24 @@ def test_prune_without_a_search_keeps_the_largest_weights():
     columns = model.model.layers[0].mlp.down_proj.weight[:, [1, 4]]
     found = pruned.model.layers[0].mlp.down_proj.weight
     assert all(any(torch.equal(column, other) for other in found.T) for column in columns.T)
+
+
+@pytest.mark.filterwarnings("ignore:prune. no search has run")
+@pytest.mark.parametrize("is_searched", [True, False])
+def test_plan_of_is_what_prune_cuts_by(is_searched):
+    model = tiny_llama()
+    if is_searched:
+        searched(model)
+    else:
+        attach_(model, DMSConfig(target=0.7))
+    gates = gates_of(model)
+    before = {name: gates.raw_importance(name).clone() for name in gates.dims}
+    plan = plan_of(model)
+    assert all(torch.equal(gates.raw_importance(name), importance) for name, importance in before.items())
+    assert same_tensors(prune(model), cut(model, gates.attachment.bound, plan, "uniform"))
+    detach_(model)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no gates\. Put them on"):
+        plan_of(model)
 
 
 def test_magnitude_importance_is_the_sum_of_squares_of_all_weights_of_a_unit():
