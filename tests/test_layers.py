@@ -22,6 +22,7 @@ FLOORS = {
         "layouts",
         "plans",
         "slicing",
+        "streaming",
         "layerwise",
         "repair",
         "verify",
@@ -39,6 +40,7 @@ FLOORS = {
         "harness",
         "report",
         "pipeline",
+        "by_plan",
         "cli",
     ],
 }
