@@ -17,10 +17,9 @@ from .checkpoint import check_writable, new_folder
 from .layouts import kept_units
 from .modeling_dms import auto_class_of
 from .recipe import ModelConfig, OutputConfig
-from .report import table, versions
+from .report import REPORT, table, versions
 from .streaming import StreamedCut, prepare_cut, write_cut
 
-REPORT = "dms_report.json"
 PROCESSOR_FILES = (  # what tokenizers and image processors of transformers write
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "spiece*"),
     *("chat_template*", "preprocessor_config.json", "processor_config.json"),

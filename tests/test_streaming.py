@@ -1,6 +1,7 @@
 """A cut from files is the cut in memory, whatever the files look like, and is proved tensor by tensor."""
 
 import json
+import weakref
 
 import huggingface_hub
 import pytest
@@ -22,7 +23,7 @@ from hf_dms.cli import main
 from hf_dms.masking import detach_, gates_of
 from hf_dms.plans import PLAN_FILE, load_plan, plan_to_json
 from hf_dms.recipe import ModelConfig, OutputConfig, cut_options
-from hf_dms.slicing import cut, plan_of
+from hf_dms.slicing import cut, cut_tensor, plan_of
 from hf_dms.spec import bind
 from hf_dms.verify import VerificationError, outputs_of
 
@@ -195,6 +196,22 @@ def test_a_model_of_the_hub_is_found(made, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "model.safetensors").is_file()
     with pytest.raises(ValueError, match=r"model.path: no model can be read from 'user/other'"):
         cut_by_plan(str(tmp_path), ModelConfig("user/other"), OutputConfig(str(tmp_path / "other")))
+
+
+def test_no_more_than_a_shard_is_held(made, tmp_path, monkeypatch):
+    made(tiny_llama(), max_shard_size="3KB")
+    tensors, held = [], []
+
+    def counted(*args):
+        tensors.append(weakref.ref(result := cut_tensor(*args)))
+        held.append(sum(tensor().nbytes for tensor in tensors if tensor() is not None))
+        return result
+
+    monkeypatch.setattr(streaming, "cut_tensor", counted)
+    stream(tmp_path)
+    shards = [sum(t.nbytes for t in load_file(file).values()) for file in (tmp_path / "out").glob("*.safetensors")]
+    assert len(shards) > 5
+    assert max(held) == max(shards)
 
 
 # ---- what is wrong is said, and nothing is left behind ----
