@@ -43,8 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     prune = commands.add_parser("prune", help="search, cut, verify, save and measure, as a recipe says")
-    prune.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with hf_dms")
+    prune.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with hf_dms; none with --plan")
     prune.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
+    prune.add_argument(
+        "--plan", help="cut model.path's files by this plan of a finished search (its folder or file), tensor by tensor"
+    )
     prune.set_defaults(run=_prune)
     validate = commands.add_parser("validate", help="check recipes, the model and the data they name, without running")
     validate.add_argument("recipes", nargs="+", metavar="recipe", help="YAML files, and section.key=value overrides")
@@ -75,8 +78,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _prune(options: argparse.Namespace) -> int:
-    from .recipe import load_recipe
+    from .recipe import cut_options, load_recipe
 
+    if options.plan:
+        model, output = cut_options([options.recipe, *options.overrides])
+        from .by_plan import cut_by_plan
+
+        report = cut_by_plan(options.plan, model, output)
+        print(f"\nSaved to {output.path} ({report['model_class']}).")
+        return 0
     recipe = load_recipe(options.recipe, options.overrides)
     from .pipeline import run  # torch and transformers, once the recipe itself is sound
     from .report import loading_lines

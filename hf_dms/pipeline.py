@@ -27,12 +27,11 @@ from .plans import PLAN_FILE, plan_to_json
 from .preflight import check_recipe, load_model_config, load_processor, model_class, training_arguments
 from .recipe import Recipe
 from .repair import repair_
-from .report import sizes_and_costs, table, versions
+from .report import REPORT, sizes_and_costs, table, versions
 from .retrain import train_, train_or_resume_
 from .slicing import plan_of
 from .trainer import DMSTrainer
 
-REPORT = "dms_report.json"
 SEQUENCES = 64  # held-out sequences that perplexity is measured on, unless the recipe says otherwise
 
 

@@ -192,6 +192,24 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
     return build_recipe(values)
 
 
+def cut_options(overrides: list[str]) -> tuple[ModelConfig, OutputConfig]:
+    """What a cut by a finished plan needs to know: sections model and output of a recipe, without a recipe.
+
+    Args:
+        overrides: `section.key=value` strings: model.path, model.revision, output.path, output.overwrite.
+
+    Raises:
+        ValueError: other keys, values of the wrong type, or no model.path or output.path.
+    """
+    values: dict[str, Any] = {}
+    for override in overrides:
+        _override_(values, override)
+    _check_keys(values, ["model", "output"], "")
+    model, output = _section(values, "model"), _section(values, "output")
+    _check_keys(values["model"], ["path", "revision"], "model.")
+    return model, output
+
+
 def build_recipe(values: dict[str, Any]) -> Recipe:
     """Turn the nested values of a recipe into a `Recipe`.
 
@@ -199,12 +217,7 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
         ValueError: unknown keys, values of the wrong type or out of range.
     """
     _check_keys(values, [field.name for field in dataclasses.fields(Recipe)], "")
-    sections: dict[str, Any] = {}
-    for name, section in SECTIONS.items():
-        given = values.get(name) or {}
-        if not isinstance(given, dict):
-            raise ValueError(f"{name} must be a section with keys, got {given!r}.")
-        sections[name] = section(**coerce_fields(section, given, name))
+    sections: dict[str, Any] = {name: _section(values, name) for name in SECTIONS}
     for name in ("finetune", "train", "recover"):
         given = values.get(name) or {}
         if not isinstance(given, dict):
@@ -219,6 +232,13 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     if recipe.dms.sequence_length is None:
         recipe.dms = dataclasses.replace(recipe.dms, sequence_length=recipe.data.sequence_length)
     return recipe
+
+
+def _section(values: dict[str, Any], name: str) -> Any:
+    given = values.get(name) or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{name} must be a section with keys, got {given!r}.")
+    return SECTIONS[name](**coerce_fields(SECTIONS[name], given, name))
 
 
 def _build_recover(given: dict[str, Any]) -> RecoverConfig:

@@ -22,6 +22,7 @@ from .rounding import round_sizes
 from .slicing import make_plan
 from .tasks import TASKS, Task
 
+REPORT = "dms_report.json"
 ROWS = {  # key of dms_report.json: (words of the table, format)
     "num_params": ("parameters", ",.0f"),
     "macs_per_token": ("MACs per token", ",.0f"),

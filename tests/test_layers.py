@@ -22,6 +22,7 @@ FLOORS = {
         "layouts",
         "plans",
         "slicing",
+        "streaming",
         "layerwise",
         "repair",
         "verify",
@@ -41,6 +42,7 @@ FLOORS = {
         "report",
         "card",
         "pipeline",
+        "by_plan",
         "cli",
     ],
 }
