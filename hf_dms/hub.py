@@ -76,19 +76,24 @@ def push(
 def _reason(error: Exception, repo_id: str) -> str:
     """Why a push failed, in words; an upload wraps what the server or the connection said."""
     cause = error
-    while not isinstance(cause, HfHubHTTPError) and cause.__cause__ is not None:
+    while not isinstance(cause, HTTPError) and cause.__cause__ is not None:
         cause = cause.__cause__
-    status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
+    if isinstance(cause, HfHubHTTPError):
+        return _refusal(cause, repo_id)
+    said = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+    what = "The connection to the Hub broke" if isinstance(cause, HTTPError | ConnectionError) else "Something failed"
+    return f"{what} while pushing to '{repo_id}': {said}"
+
+
+def _refusal(error: HfHubHTTPError, repo_id: str) -> str:
+    status = error.response.status_code
     if status == 401:
         return "The Hub refuses the token (401). Make one with write access and run `hf auth login`, or set HF_TOKEN."
     if status == 403:
         return f"The token may not write to '{repo_id}' (403). It needs write access to that repository or namespace."
     if status == 404:
         return f"The Hub has no '{repo_id}' (404), or the token may not see it. Check the namespace in the id."
-    said = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-    if status is not None:
-        return f"The Hub refuses the push to '{repo_id}': {said}"
-    return f"The connection to the Hub broke while pushing to '{repo_id}': {said.rstrip('.')}."
+    return f"The Hub refuses the push to '{repo_id}' ({status}): {error.server_message or 'it does not say why'}"
 
 
 def push_command(

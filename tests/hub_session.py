@@ -47,6 +47,8 @@ def push_in_vain() -> None:
     step("read token", "push", FOLDER / "stock", "tester/vain", token=READ_TOKEN)
     step("no token", "push", FOLDER / "stock", "tester/vain", token=None)
     step("other namespace", "push", FOLDER / "stock", "somebody/vain")
+    step("no namespace", "push", FOLDER / "stock", "nobody/vain")
+    step("no branch", "push", FOLDER / "stock", "tester/stock", "--revision", "refs/heads")
     with mock.patch("time.sleep"):  # between the attempts of huggingface_hub
         step("dropped", "push", FOLDER / "sharded", "tester/dropped", "--private")
     step("after the drop", "push", FOLDER / "sharded", "tester/dropped", "--private")

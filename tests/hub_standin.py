@@ -67,7 +67,10 @@ class Hub:
     def create_repo(self, body: bytes) -> Answer:
         asked = json.loads(body)
         repo_id = f"{asked.get('organization') or USER}/{asked['name']}"
-        if not repo_id.startswith(f"{USER}/"):
+        owner = repo_id.split("/")[0]
+        if owner not in (USER, "somebody"):
+            return refusal(404, "Namespace not found")
+        if owner != USER:
             return refusal(403, "You don't have the rights to create a model under this namespace")
         place = {"url": f"{self.url}/{repo_id}", "name": repo_id}
         if repo_id in self.repos:
@@ -76,6 +79,8 @@ class Hub:
         return Answer(200, place)
 
     def create_branch(self, body: bytes, repo_id: str, branch: str) -> Answer:
+        if branch.startswith("refs/"):
+            return refusal(400, "Invalid reference for a branch")
         branches = self.repos[repo_id].branches
         if branch in branches:
             return refusal(409, "Reference already exists")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import search_, tiny_llama
 from hub_standin import READ_TOKEN, WRITE_TOKEN, serve
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 from test_pipeline import save_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -121,6 +121,8 @@ def test_weights_of_an_earlier_push_are_replaced(hub, folder):
         ("read token", "The token may not write to 'tester/vain' (403)"),
         ("no token", "Pushing needs a token of the Hub with write access. Run `hf auth login`, or set HF_TOKEN."),
         ("other namespace", "The token may not write to 'somebody/vain' (403)"),
+        ("no namespace", "The Hub has no 'nobody/vain' (404), or the token may not see it"),
+        ("no branch", "The Hub refuses the push to 'tester/stock' (400): Invalid reference for a branch"),
         ("dropped", "The connection to the Hub broke while pushing to 'tester/dropped'"),
         ("broken token", "The token of the Hub holds a space, a line break or another sign that no token has"),
         ("recipe in vain", "The token may not write to 'somebody/smaller' (403)"),
@@ -194,6 +196,15 @@ def test_models_load_by_their_ids_where_hf_dms_is_not_imported(hub, folder):
         with torch.no_grad():
             expected = AutoModelForCausalLM.from_pretrained(folder / local[name]).eval()(IDS).logits
         assert torch.equal(logits, expected), name
+
+
+def test_a_failure_that_is_not_the_connections_is_told_as_such(folder, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(HfApi, "create_repo", fail)
+    with pytest.raises(ValueError, match="Something failed while pushing to 'tester/x': no memory\n"):
+        push(folder / "stock", "tester/x", token="hf_test")
 
 
 # ---- what is refused before anything is sent ----
