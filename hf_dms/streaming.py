@@ -1,8 +1,8 @@
 """A cut that never holds the model: from a checkpoint's safetensors files to new ones, tensor by tensor, by a plan.
 
-Memory is that of one output shard and one tensor: each tensor is read by a mapping of its file of its own, which goes
-with it. The proof is one of tensors: the written files are read back, their names and shapes are those of the class
-that will load them, and every tensor equals the slice of its source. No forward pass is run.
+Memory is that of one output shard, one tensor and its slices: each tensor is read by a mapping of its file of its own,
+which goes with it. The proof is one of tensors: the written files are read back, their names and shapes are those of
+the class that will load them, and every tensor equals the slice of its source. No forward pass is run.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class StreamedCut:
-    """A cut of files, ready to be made or made.
+    """A cut of files, ready to be made.
 
     Attributes:
         dense: the dense model on the meta device.
