@@ -88,17 +88,22 @@ def _prune(options: argparse.Namespace) -> int:
         print(f"\nSaved to {output.path} ({report['model_class']}).")
         return 0
     recipe = load_recipe(options.recipe, options.overrides)
-    from .pipeline import run  # torch and transformers, once the recipe itself is sound
+    from .distributed import MainProcessError, finish, say  # torch and transformers, once the recipe itself is sound
+    from .pipeline import run
     from .report import loading_lines
 
-    report = run(recipe)
+    try:
+        report = run(recipe)
+    except MainProcessError:
+        return 2  # the main process tells
     if report is None:
-        print(f"{recipe.output.path} is finished already. For another run set output.overwrite: true.")
-        return 0
-    if report["sample"]:
-        print(f"\nIt continues:\n    {report['sample']}")
-    print(f"\nSaved to {recipe.output.path} ({report['model_class']}). Load it with\n")
-    print(loading_lines(recipe.task, report["model_class"], recipe.output.path))
+        say(f"{recipe.output.path} is finished already. For another run set output.overwrite: true.")
+    else:
+        if report["sample"]:
+            say(f"\nIt continues:\n    {report['sample']}")
+        say(f"\nSaved to {recipe.output.path} ({report['model_class']}). Load it with\n")
+        say(loading_lines(recipe.task, report["model_class"], recipe.output.path))
+    finish()
     return 0
 
 

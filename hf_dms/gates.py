@@ -9,7 +9,6 @@ Masks travel as logarithms: for y = x·exp(log m), dL/d(log m) = m·dL/dm is exa
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,6 +175,14 @@ class Gates(nn.Module):
                 log_mask.register_hook(_Accumulate(self._taylor, name))
             self.log_masks[name] = log_mask.unbind(0)
 
+    @torch.no_grad()
+    def undecided(self, name: str) -> Tensor:
+        """Share of a dim's units whose soft mask is between 0.05 and 0.95, a scalar: small when masks are sharp."""
+        if self.is_warming_up:
+            return torch.zeros((), device=self.prune_ratio.device)
+        mask = log_soft_topk_mask(self.importance(name), self.ratio(name), self.dims[name].sharpness).exp()
+        return ((mask > 0.05) & (mask < 0.95)).float().mean()
+
     def hard_units(self, name: str) -> Tensor:
         """Units that a hard mask keeps, `[rows]` int64."""
         if self.rounded is not None:
@@ -197,20 +204,32 @@ class Gates(nn.Module):
         """Keep the prune ratios in [0, 1] and within the sizes that are allowed; every training forward does it too."""
         self.prune_ratio.clamp_(self.lower, self.upper)
 
+    def step_terms(self) -> list[Tensor]:
+        """What the backward passes of a step left in this process: Taylor terms of every dim, gradient of the ratios.
+
+        With several processes, average these tensors over them, in place, before `update_importance_` and the
+        optimizer's step; in every process there are equally many, of the same shapes. Nothing else does it: the masks
+        are no parameters, and the ratios belong to no DDP or FSDP group.
+        """
+        if self.prune_ratio.grad is None:
+            self.prune_ratio.grad = torch.zeros_like(self.prune_ratio)
+        for name in self.dims:
+            self._taylor.setdefault(name, torch.zeros_like(self.raw_importance(name)))
+        return [*(self._taylor[name] for name in self.dims), self.prune_ratio.grad]
+
+    def forget_step_(self) -> None:
+        """Drop the Taylor terms since the last update, for a step that is not taken."""
+        self._taylor.clear()
+
     @torch.no_grad()
-    def update_importance_(self, reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+    def update_importance_(self) -> None:
         """Fold the task gradient since the last call into the importance: c ← d·c + (1 - d)·(m·g)² (equation 5).
 
         Call it once per optimizer step, after all backward passes of the step.
-
-        Args:
-            reduce: average of a tensor over processes.
         """
         decay = self.schedule.importance_decay
-        for name in self.dims:
-            if name in self._taylor:
-                term = reduce(self._taylor[name])
-                self.raw_importance(name).mul_(decay).add_(term.square(), alpha=1 - decay)
+        for name, term in self._taylor.items():
+            self.raw_importance(name).mul_(decay).add_(term.square(), alpha=1 - decay)
         self._taylor.clear()
         self.num_updates += 1
 

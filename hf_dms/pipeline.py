@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, set_seed
 from .card import base_metadata, model_card
 from .checkpoint import check_writable, save_pruned
 from .data import Examples, load_examples
+from .distributed import check_launch, make_whole_, on_main, say
 from .evaluate import evenly_spaced, example_scores, seconds_per_batch, summary
 from .hub import push
 from .layouts import Plan
@@ -50,21 +51,22 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     """
     output = Path(recipe.output.path)
     unfinished = output.with_name(output.name + ".unfinished")
-    if (output / REPORT).is_file() and not recipe.output.overwrite:
-        return None
-    check_writable(output, recipe.output.overwrite)
-    check_recipe(recipe)
-    _claim(unfinished, recipe)
     started = time.time()
     arguments = training_arguments(recipe, "train", unfinished / "search")
+    check_launch(arguments)
+    if not on_main(lambda: _may_start(recipe, output, unfinished)):
+        return None
     set_seed(arguments.seed)
     processor = load_processor(recipe)
     examples = load_examples(recipe.data, recipe.task, processor, load_model_config(recipe).label2id)
-    measure = functools.partial(score, recipe=recipe, examples=examples)
+
+    def measure(model: PreTrainedModel) -> Tensor:
+        return on_main(lambda: score(model, recipe, examples))
+
     model = dense_model(recipe, examples, unfinished)
     report: dict[str, Any] = {"recipe": recipe.to_dict(), "seed": arguments.seed, "versions": versions()}
     report["protocol"] = f"{min(len(examples.held_out), _most_examples(recipe))} held-out {examples.unit}"
-    print(f"Measuring the dense model on {report['protocol']} ...", flush=True)
+    say(f"Measuring the dense model on {report['protocol']} ...")
     scores = {"dense": measure(model.to(arguments.device).eval())}
     summarized = functools.partial(summary, recipe.task.metric)
 
@@ -77,28 +79,17 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
         scores[step] = measure(pruned)
     for name, values in scores.items():
         report.setdefault(name, {}).update(summarized(values, None if name == "dense" else scores["dense"]))
-    _measure_speed(model, pruned, recipe, examples, report)
-    report["sample"] = continuation(pruned, processor, recipe)
+    for name, speed in on_main(lambda: _speeds(model, pruned, recipe, examples)).items():
+        report[name].update(speed)
+    report["sample"] = on_main(lambda: continuation(pruned, processor, recipe))
     report["model_class"] = type(pruned).__name__
     report["seconds"] = round(time.time() - started)
-    save_pruned(
-        pruned,
-        output,
-        processor=processor,
-        inputs=examples.collate([examples.held_out[0]]),
-        files={
-            REPORT: json.dumps(report, indent=2) + "\n",
-            PLAN_FILE: plan_to_json(plan, bound, recipe.dms.layout),
-            "README.md": model_card(
-                report, recipe.hub.repo_id or output.name, base_metadata(recipe.model.path, recipe.model.revision)
-            ),
-        },
-        overwrite=recipe.output.overwrite,
-    )
-    shutil.rmtree(unfinished)
-    print("\n" + table(report))
+    kept = plan_to_json(plan, bound, recipe.dms.layout)
+    on_main(lambda: _save(pruned, processor, recipe, examples, report, kept))
+    on_main(lambda: shutil.rmtree(unfinished))
+    say("\n" + table(report))
     if recipe.hub.repo_id:
-        print(f"\nPushed to {push(output, **dataclasses.asdict(recipe.hub))}")
+        say(f"\nPushed to {on_main(lambda: push(output, **dataclasses.asdict(recipe.hub)))}")
     return report
 
 
@@ -117,7 +108,7 @@ def dense_model(recipe: Recipe, examples: Examples, folder: Path) -> PreTrainedM
     finetuned = folder / "finetune"
     model = _load_model(recipe, examples)
     if recipe.finetune:
-        print("Fine-tuning the dense model ...", flush=True)
+        say("Fine-tuning the dense model ...")
         train_(model, training_arguments(recipe, "finetune", finetuned), examples)
     return model
 
@@ -140,6 +131,7 @@ def search(
     train_or_resume_(trainer)
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # measure in the model's own precision
     pruned = trainer.prune()
+    make_whole_(model, arguments.device)
     report |= sizes_and_costs(model, recipe.data.sequence_length)
     report["search"] = [logs for logs in trainer.state.log_history if "task_loss" in logs]
     return pruned, plan_of(model)
@@ -166,13 +158,13 @@ def recover_(
     if recipe.dms.pipeline != "p-" and (repair or distillation):
         dense = dense_model(recipe, examples, folder).to(pruned.device).eval()
     if repair is not None:
-        print("Repairing the pruned model ...", flush=True)
+        say("Repairing the pruned model ...")
         rows = DataLoader(evenly_spaced(examples.train, repair.examples), 4, collate_fn=examples.collate)
         batches = [{name: tensor.to(pruned.device) for name, tensor in batch.items()} for batch in rows]
         repair_(pruned, dense, plan, batches, ridge=repair.ridge)
         yield "repaired"
     if recipe.recover.train:
-        print("Retraining the pruned model ...", flush=True)
+        say("Retraining the pruned model ...")
         teacher = dense if distillation else None
         train_(pruned, training_arguments(recipe, "recover", folder / "recover"), examples, teacher, distillation)
         yield "recovered"
@@ -213,16 +205,37 @@ def _load_model(recipe: Recipe, examples: Examples) -> PreTrainedModel:
     return model
 
 
-def _measure_speed(
-    model: PreTrainedModel, pruned: PreTrainedModel, recipe: Recipe, examples: Examples, report: dict[str, Any]
-) -> None:
-    """Put the speeds of both models into the report: tokens, texts or images per second of one batch."""
+def _speeds(
+    model: PreTrainedModel, pruned: PreTrainedModel, recipe: Recipe, examples: Examples
+) -> dict[str, dict[str, float]]:
+    """Speeds of both models for the report: tokens, texts or images per second of one batch."""
     count = min(recipe.eval.batch_size, len(examples.held_out))
     batch = examples.collate([examples.held_out[i] for i in range(count)])
     amount = batch["input_ids"].numel() if recipe.model.task == "text-generation" else count
     key, _ = recipe.task.speed
-    for name, seconds in zip(("dense", "pruned"), seconds_per_batch([model, pruned], batch)):
-        report[name][key] = amount / seconds
+    seconds = seconds_per_batch([model, pruned], batch)
+    return {name: {key: amount / each} for name, each in zip(("dense", "pruned"), seconds)}
+
+
+def _save(
+    pruned: PreTrainedModel, processor: Any, recipe: Recipe, examples: Examples, report: dict[str, Any], plan: str
+) -> None:
+    """Write the finished folder."""
+    output = Path(recipe.output.path)
+    save_pruned(
+        pruned,
+        output,
+        processor=processor,
+        inputs=examples.collate([examples.held_out[0]]),
+        files={
+            REPORT: json.dumps(report, indent=2) + "\n",
+            PLAN_FILE: plan,
+            "README.md": model_card(
+                report, recipe.hub.repo_id or output.name, base_metadata(recipe.model.path, recipe.model.revision)
+            ),
+        },
+        overwrite=recipe.output.overwrite,
+    )
 
 
 def continuation(model: PreTrainedModel, tokenizer: Any, recipe: Recipe) -> str:
@@ -242,6 +255,16 @@ def _scores_on_soft_masks(model: PreTrainedModel, measure: Any) -> Tensor:
         return measure(model)
     finally:
         model.dms_gates.eval()
+
+
+def _may_start(recipe: Recipe, output: Path, unfinished: Path) -> bool:
+    """Check a recipe and claim its folder; False if the result is there already."""
+    if (output / REPORT).is_file() and not recipe.output.overwrite:
+        return False
+    check_writable(output, recipe.output.overwrite)
+    check_recipe(recipe)
+    _claim(unfinished, recipe)
+    return True
 
 
 def _claim(unfinished: Path, recipe: Recipe) -> None:

@@ -13,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from .data import Examples
+from .distributed import make_whole_
 from .recipe import DistillationConfig
 from .trainer import ExactCheckpointsMixin, SearchProgress, loss_is_summed_over_micro_batches
 
@@ -48,7 +49,9 @@ def train_(
     train_or_resume_(trainer)
     if use_cache is not None:
         model.config.use_cache = use_cache  # the Trainer switches it off for training
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    make_whole_(model, arguments.device)
+    model.eval()
 
 
 class DistillationTrainer(ExactCheckpointsMixin, Trainer):

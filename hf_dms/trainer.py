@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCall
 
 from .checkpoint import has_other_names, load_search_state_, load_weights_, save_pruned, save_search_state
 from .config import DMSConfig
+from .distributed import average_, check_launch, check_plugin, leave_gates_out_, whole, without_ddp_for_frozen
 from .gates import Gates
 from .hub import push
 from .masking import attach_, gates_of
@@ -65,13 +66,18 @@ class DMSMixin(ExactCheckpointsMixin):
         super().__init__(*args, **kwargs)
         self._use_cache = use_cache  # the Trainer switches it off for training
         check_training_arguments(self.args)
+        check_plugin(self.accelerator)
         self.dms_config = dms_config
         attach_(self.model, dms_config)
+        leave_gates_out_(self.model, self.gates, self.accelerator)
         if dms_config.pipeline == "p-":
             self.model.requires_grad_(False)
             self.gates.prune_ratio.requires_grad_(True)
-        self._task_loss = torch.tensor(0.0, device=self.args.device)
-        self._steps_in_task_loss = 0
+        self._step_loss = torch.zeros((), device=self.args.device)
+        self._grad_norm = torch.zeros((), device=self.args.device)
+        self._task_loss = torch.zeros((), device=self.args.device)
+        self._gate_grad_norm = torch.zeros((), device=self.args.device)
+        self._steps_since_log = 0
         self.add_callback(_GateCallback(self))
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -105,7 +111,7 @@ class DMSMixin(ExactCheckpointsMixin):
             VerificationError: the cut model does not compute what the masked one does.
         """
         with _without_autocast(self._unwrapped(), self.accelerator) as model:
-            pruned = prune(model, inputs=self.example_inputs())
+            pruned = prune(whole(model), inputs=self.example_inputs())
         if self._use_cache is not None:
             pruned.config.use_cache = self._use_cache
         return pruned
@@ -147,7 +153,7 @@ class DMSMixin(ExactCheckpointsMixin):
         if model.training:
             share = 1 / self.current_gradient_accumulation_steps
             scaled = loss_is_summed_over_micro_batches(self, num_items_in_batch)
-            self._task_loss += loss.detach() * (1.0 if scaled else share)
+            self._step_loss += loss.detach() * (1.0 if scaled else share)
             loss = loss + self.gates.resource_loss(self.progress).to(loss.device) * (share if scaled else 1.0)
         return (loss, outputs) if return_outputs else loss
 
@@ -162,13 +168,38 @@ class DMSMixin(ExactCheckpointsMixin):
             )
         return optimizer
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any):
+        with without_ddp_for_frozen(self.model, self.gates, self.accelerator):
+            return super()._prepare_for_training(*args, **kwargs)
+
     def _clip_grad_norm(self, model):
+        with self._gate_gradient_apart():
+            return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        with self._gate_gradient_apart():
+            norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._grad_norm = torch.as_tensor(0.0 if norm is None else norm, device=self.args.device)
+        return norm
+
+    @contextlib.contextmanager
+    def _gate_gradient_apart(self) -> Iterator[None]:
         gate = self.gates.prune_ratio
         grad, gate.grad = gate.grad, None
         try:
-            return super()._clip_grad_norm(model)
+            yield
         finally:
             gate.grad = grad
+
+    def _finish_backward_(self) -> None:
+        """After the backward passes of a step, before the optimizer's: what all processes must agree on."""
+        gates = self.gates
+        average_([*gates.step_terms(), self._step_loss], self.accelerator)
+        gates.update_importance_()
+        self._task_loss += self._step_loss
+        self._gate_grad_norm += gates.prune_ratio.grad.norm()
+        self._steps_since_log += 1
+        self._step_loss.zero_()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -178,7 +209,7 @@ class DMSMixin(ExactCheckpointsMixin):
         super().log(logs, *args, **kwargs)
 
     def _search_logs(self) -> dict[str, float]:
-        gates, steps = self.gates, max(self._steps_in_task_loss, 1)
+        gates, steps = self.gates, max(self._steps_since_log, 1)
         logs = {
             "task_loss": float(self._task_loss) / steps,
             "resource_loss": float(gates.resource_loss(self.progress).detach()),
@@ -186,7 +217,8 @@ class DMSMixin(ExactCheckpointsMixin):
             "target": gates.target(self.progress),
         }
         self._task_loss.zero_()
-        self._steps_in_task_loss = 0
+        self._gate_grad_norm.zero_()
+        self._steps_since_log = 0
         return logs | {f"kept/{name}": float(gates.hard_units(name).float().mean()) for name in gates.dims}
 
     def _determine_best_metric(self, metrics, trial) -> bool:
@@ -194,8 +226,8 @@ class DMSMixin(ExactCheckpointsMixin):
             return False  # only a model that meets the target can be the best one
         return super()._determine_best_metric(metrics, trial)
 
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        super()._save(output_dir, state_dict=state_dict)
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        super().save_model(output_dir, *args, **kwargs)
         if self.args.should_save:
             save_search_state(self._unwrapped(), self.args.output_dir if output_dir is None else output_dir)
 
@@ -231,8 +263,9 @@ def check_training_arguments(arguments: TrainingArguments) -> None:
     """Check that a search can run with these arguments.
 
     Raises:
-        ValueError: they ask for something that spoils the importance.
+        ValueError: they ask for something that spoils the importance, or the launch cannot work.
     """
+    check_launch(arguments)
     if arguments.fp16:
         raise ValueError("fp16=True scales the loss, and with it the importance. Use bf16=True.")
     if arguments.gradient_checkpointing and (arguments.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
@@ -249,13 +282,13 @@ class _GateCallback(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-        trainer = self.trainer
-        trainer.gates.update_importance_(lambda tensor: trainer.accelerator.reduce(tensor, reduction="mean"))
-        trainer._steps_in_task_loss += 1
-        for group in trainer.optimizer.param_groups:
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        for group in self.trainer.optimizer.param_groups:
             if group.get("gates"):
-                group["lr"] = trainer.gate_learning_rate
+                group["lr"] = self.trainer.gate_learning_rate
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self.trainer._finish_backward_()
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         self.trainer.gates.clamp_ratios_()

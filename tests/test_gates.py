@@ -201,8 +201,32 @@ def test_importance_takes_the_average_over_processes():
     model, gates = gated(search=False)
     backward(model, token_batch())
     twin = copy.deepcopy(gates._taylor)
-    gates.update_importance_(reduce=lambda tensor: tensor / 2)
+    for term in gates.step_terms():
+        term /= 2
+    gates.update_importance_()
     assert torch.allclose(gates.raw_importance("mlp"), 0.01 * (twin["mlp"] / 2).square())
+
+
+def test_every_process_has_the_same_terms_to_average_even_without_a_backward_pass():
+    _, gates = gated()
+    shapes = [gates.raw_importance(name).shape for name in gates.dims] + [gates.prune_ratio.shape]
+    assert [term.shape for term in gates.step_terms()] == shapes
+
+
+def test_a_step_that_is_not_taken_leaves_no_trace_in_the_importance():
+    model, gates = gated(search=False)
+    backward(model, token_batch())
+    gates.forget_step_()
+    gates.update_importance_()
+    assert not any(gates.raw_importance(name).any() for name in DIMS)
+
+
+def test_undecided_units_are_those_between_open_and_closed():
+    model, gates = gated(search=False, sharpness=1.0)
+    assert gates.undecided("mlp") == 0  # warming up: all open
+    search_(model, ratios=(0.5, 0.5))
+    # sigmoid of -2.5, -1.5, ... 2.5 is between 0.05 and 0.95, that of ±3.5 is not: 6 of 20
+    assert float(gates.undecided("mlp")) == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("warming_up", [False, True])

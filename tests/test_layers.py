@@ -30,6 +30,7 @@ FLOORS = {
         "modeling_dms",
     ],
     "surface": [
+        "distributed",
         "hub",
         "trainer",
         "tasks",
