@@ -1,4 +1,5 @@
-"""The command line: `hf-dms prune RECIPE`, `hf-dms validate RECIPE...`, `hf-dms eval PATH`, `hf-dms archs`.
+"""The command line: `hf-dms prune RECIPE`, `hf-dms validate RECIPE...`, `hf-dms eval PATH`,
+`hf-dms push PATH REPO`, `hf-dms archs`.
 
 Nothing heavy is imported before a command runs, so that `hf-dms --help` answers at once.
 """
@@ -42,8 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     prune = commands.add_parser("prune", help="search, cut, verify, save and measure, as a recipe says")
-    prune.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with hf_dms")
+    prune.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with hf_dms; none with --plan")
     prune.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
+    prune.add_argument(
+        "--plan", help="cut model.path's files by this plan of a finished search (its folder or file), tensor by tensor"
+    )
     prune.set_defaults(run=_prune)
     validate = commands.add_parser("validate", help="check recipes, the model and the data they name, without running")
     validate.add_argument("recipes", nargs="+", metavar="recipe", help="YAML files, and section.key=value overrides")
@@ -60,6 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--examples", type=int, help="at most so many of the data, evenly spaced; default: all")
     evaluate.add_argument("--batch-size", type=int, default=8)
     evaluate.set_defaults(run=_eval)
+    push = commands.add_parser("push", help="push the folder of a pruned model to the Hub")
+    push.add_argument("path", help="folder that prune wrote")
+    push.add_argument("repo", help="namespace/name on the Hub; made if it is not there")
+    push.add_argument("--private", action="store_true", default=None, help="if it is made, make it private")
+    push.add_argument("--revision", help="branch to push to; default: main")
+    push.add_argument("--message", help="of the commit")
+    push.set_defaults(run=_push)
     archs = commands.add_parser("archs", help="the supported architectures and their dims")
     archs.add_argument("name", nargs="?", help="one of them, in full")
     archs.set_defaults(run=_archs)
@@ -67,8 +78,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _prune(options: argparse.Namespace) -> int:
-    from .recipe import load_recipe
+    from .recipe import cut_options, load_recipe
 
+    if options.plan:
+        model, output = cut_options([options.recipe, *options.overrides])
+        from .by_plan import cut_by_plan
+
+        report = cut_by_plan(options.plan, model, output)
+        print(f"\nSaved to {output.path} ({report['model_class']}).")
+        return 0
     recipe = load_recipe(options.recipe, options.overrides)
     from .distributed import MainProcessError, finish, say  # torch and transformers, once the recipe itself is sound
     from .pipeline import run
@@ -124,6 +142,14 @@ def _eval(options: argparse.Namespace) -> int:
             data = whole_file(options.data, sequence_length=length, **columns)
             for row in measure_files(paths, data, options.examples, options.batch_size):
                 print(json.dumps(row), flush=True)
+    return 0
+
+
+def _push(options: argparse.Namespace) -> int:
+    from .hub import push
+
+    place = {"private": options.private, "revision": options.revision}
+    print(f"Pushed to {push(options.path, options.repo, **place, commit_message=options.message)}")
     return 0
 
 

@@ -100,7 +100,7 @@ def leave_gates_out_(model: nn.Module, gates: Gates, accelerator: Accelerator) -
 
 @contextlib.contextmanager
 def without_ddp_for_frozen(model: nn.Module, gates: Gates, accelerator: Accelerator) -> Iterator[None]:
-    """Let accelerate prepare a model without DDP where the gates alone are trained: DDP needs parameters."""
+    """Let accelerate prepare a model without DDP where the gates alone train: DDP needs a parameter of its own."""
     ddp = accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if ddp and not any(p.requires_grad for p in model.parameters() if p is not gates.prune_ratio):
         prepare = functools.partial(accelerator.prepare_model, evaluation_mode=True)

@@ -92,7 +92,7 @@ def dms_model_class(stock: Any) -> Any:
         "__doc__": f"`{stock.__name__}` with layers that differ in width.",
         "__annotations__": {"config": config_class},
         "config_class": config_class,
-        "_auto_class": _auto_class_of(stock),
+        "_auto_class": auto_class_of(stock),
     }
     return type(f"Dms{stock.__name__}", (stock,), namespace)
 
@@ -160,7 +160,7 @@ def _is_of_transformers(stock: Any) -> bool:
     return getattr(transformers, stock.__name__, None) is stock
 
 
-def _auto_class_of(stock: Any) -> str | None:
+def auto_class_of(stock: Any) -> str | None:
     """The Auto class under which this file travels with a checkpoint."""
     if not _is_of_transformers(stock):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -15,22 +16,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, set_seed
 
+from .card import base_metadata, model_card
 from .checkpoint import check_writable, save_pruned
 from .data import Examples, load_examples
 from .distributed import check_launch, make_whole_, on_main, say
 from .evaluate import evenly_spaced, example_scores, seconds_per_batch, summary
+from .hub import push
 from .layouts import Plan
 from .masking import detach_, gates_of
 from .plans import PLAN_FILE, plan_to_json
 from .preflight import check_recipe, load_model_config, load_processor, model_class, training_arguments
 from .recipe import Recipe
 from .repair import repair_
-from .report import model_card, sizes_and_costs, table, versions
+from .report import REPORT, sizes_and_costs, table, versions
 from .retrain import train_, train_or_resume_
 from .slicing import plan_of
 from .trainer import DMSTrainer
 
-REPORT = "dms_report.json"
 SEQUENCES = 64  # held-out sequences that perplexity is measured on, unless the recipe says otherwise
 
 
@@ -44,7 +46,8 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
         The content of `dms_report.json`; None if the result was there already.
 
     Raises:
-        ValueError: something is wrong with the recipe; nothing has been written.
+        ValueError: something is wrong with the recipe, and nothing has been written; or the finished result, which is
+            in output.path, could not be pushed.
     """
     output = Path(recipe.output.path)
     unfinished = output.with_name(output.name + ".unfinished")
@@ -85,6 +88,8 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     on_main(lambda: _save(pruned, processor, recipe, examples, report, kept))
     on_main(lambda: shutil.rmtree(unfinished))
     say("\n" + table(report))
+    if recipe.hub.repo_id:
+        say(f"\nPushed to {on_main(lambda: push(output, **dataclasses.asdict(recipe.hub)))}")
     return report
 
 
@@ -215,6 +220,7 @@ def _speeds(
 def _save(
     pruned: PreTrainedModel, processor: Any, recipe: Recipe, examples: Examples, report: dict[str, Any], plan: str
 ) -> None:
+    """Write the finished folder."""
     output = Path(recipe.output.path)
     save_pruned(
         pruned,
@@ -224,7 +230,9 @@ def _save(
         files={
             REPORT: json.dumps(report, indent=2) + "\n",
             PLAN_FILE: plan,
-            "README.md": model_card(report, recipe.model.path, output.name),
+            "README.md": model_card(
+                report, recipe.hub.repo_id or output.name, base_metadata(recipe.model.path, recipe.model.revision)
+            ),
         },
         overwrite=recipe.output.overwrite,
     )

@@ -11,6 +11,7 @@ from transformers import AutoConfig, TrainingArguments
 
 from .archs import spec_for
 from .data import load_examples
+from .hub import check_repo_id, check_token
 from .recipe import Recipe, coerce_fields
 from .request import build_gates
 from .rounding import check_target
@@ -35,6 +36,9 @@ def training_arguments(recipe: Recipe, section: str, output_dir: Path) -> Any:
         given = shared | (recipe.finetune if section == "finetune" else recipe.recover.train)
     if "output_dir" in given:
         raise ValueError(f"{section}.output_dir: the output folder is output.path.")
+    for key in ("push_to_hub", "hub_token"):
+        if key in given:  # a recipe is written into what is pushed, and a training checkpoint is not the result
+            raise ValueError(f"{section}.{key}: give hub.repo_id, and the token by `hf auth login` or HF_TOKEN.")
     defaults = {"logging_steps": 10, "report_to": "none", "save_total_limit": 1}
     accelerated = torch.accelerator.is_available()
     defaults |= {"dataloader_pin_memory": accelerated, "use_cpu": not accelerated}  # without use_cpu bf16 needs a GPU
@@ -94,6 +98,9 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         ValueError: the first thing that is wrong.
     """
+    if recipe.hub.repo_id is not None:
+        check_repo_id(recipe.hub.repo_id)
+        check_token()
     unfinished = Path(recipe.output.path + ".unfinished")
     check_training_arguments(training_arguments(recipe, "train", unfinished))
     for section, values in (("finetune", recipe.finetune), ("recover", recipe.recover.train)):

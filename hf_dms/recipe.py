@@ -1,6 +1,6 @@
 """A recipe: one YAML, one experiment. Reading it, checking it, and saying what is wrong with it.
 
-Sections: model, data, finetune, dms (`DMSConfig`), train, recover, eval, output; finetune, train and recover take
+Sections: model, data, finetune, dms (`DMSConfig`), train, recover, eval, output, hub; finetune, train and recover take
 `TrainingArguments` by their own names.
 preflight.py checks it against the model and the data.
 """
@@ -67,6 +67,21 @@ class OutputConfig:
 
 
 @dataclass
+class HubConfig:
+    """The `hub` section of a recipe: where the result is pushed to when it is saved."""
+
+    repo_id: str | None = field(default=None, metadata={"help": "namespace/name on the Hub. Default: no push."})
+    private: bool | None = field(
+        default=None, metadata={"help": "Whether a repository that is made is private. Default: the account's."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch to push to. Default: main."})
+
+    def __post_init__(self) -> None:
+        if self.repo_id is None and (self.private is not None or self.revision is not None):
+            raise ValueError("hub.repo_id is required in a hub section: where to push to, namespace/name.")
+
+
+@dataclass
 class DistillationConfig:
     """The `recover.distillation` section: the dense model teaches the pruned one (Hinton et al., arXiv 1503.02531)."""
 
@@ -122,6 +137,7 @@ class Recipe:
     train: dict[str, Any] = field(default_factory=dict)
     recover: RecoverConfig = field(default_factory=RecoverConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
 
     @property
     def task(self) -> Task:
@@ -132,7 +148,14 @@ class Recipe:
         return dataclasses.asdict(self) | {"dms": self.dms.to_dict()}
 
 
-SECTIONS = {"model": ModelConfig, "data": DataConfig, "dms": DMSConfig, "output": OutputConfig, "eval": EvalConfig}
+SECTIONS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "dms": DMSConfig,
+    "output": OutputConfig,
+    "eval": EvalConfig,
+    "hub": HubConfig,
+}
 
 
 def packaged_recipes() -> Path:
@@ -169,6 +192,24 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
     return build_recipe(values)
 
 
+def cut_options(overrides: list[str]) -> tuple[ModelConfig, OutputConfig]:
+    """What a cut by a finished plan needs to know: sections model and output of a recipe, without a recipe.
+
+    Args:
+        overrides: `section.key=value` strings: model.path, model.revision, output.path, output.overwrite.
+
+    Raises:
+        ValueError: other keys, values of the wrong type, or no model.path or output.path.
+    """
+    values: dict[str, Any] = {}
+    for override in overrides:
+        _override_(values, override)
+    _check_keys(values, ["model", "output"], "")
+    model, output = _section(values, "model"), _section(values, "output")
+    _check_keys(values["model"], ["path", "revision"], "model.")
+    return model, output
+
+
 def build_recipe(values: dict[str, Any]) -> Recipe:
     """Turn the nested values of a recipe into a `Recipe`.
 
@@ -176,12 +217,7 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
         ValueError: unknown keys, values of the wrong type or out of range.
     """
     _check_keys(values, [field.name for field in dataclasses.fields(Recipe)], "")
-    sections: dict[str, Any] = {}
-    for name, section in SECTIONS.items():
-        given = values.get(name) or {}
-        if not isinstance(given, dict):
-            raise ValueError(f"{name} must be a section with keys, got {given!r}.")
-        sections[name] = section(**coerce_fields(section, given, name))
+    sections: dict[str, Any] = {name: _section(values, name) for name in SECTIONS}
     for name in ("finetune", "train", "recover"):
         given = values.get(name) or {}
         if not isinstance(given, dict):
@@ -196,6 +232,13 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     if recipe.dms.sequence_length is None:
         recipe.dms = dataclasses.replace(recipe.dms, sequence_length=recipe.data.sequence_length)
     return recipe
+
+
+def _section(values: dict[str, Any], name: str) -> Any:
+    given = values.get(name) or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{name} must be a section with keys, got {given!r}.")
+    return SECTIONS[name](**coerce_fields(SECTIONS[name], given, name))
 
 
 def _build_recover(given: dict[str, Any]) -> RecoverConfig:

@@ -1,4 +1,4 @@
-"""What a prune came to: the numbers of `dms_report.json`, a table for the terminal, and the model card."""
+"""What a prune came to: the numbers of `dms_report.json`, and a table for the terminal and the model card."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from . import __version__
-from .config import RESOURCES, DMSConfig
+from .config import RESOURCES
 from .costs import build_cost
 from .gates import Gates
 from .layouts import kept_units, written_sizes
@@ -22,6 +22,7 @@ from .rounding import round_sizes
 from .slicing import make_plan
 from .tasks import TASKS, Task
 
+REPORT = "dms_report.json"
 ROWS = {  # key of dms_report.json: (words of the table, format)
     "num_params": ("parameters", ",.0f"),
     "macs_per_token": ("MACs per token", ",.0f"),
@@ -116,37 +117,3 @@ def loading_lines(task: Task, model_class: str, path: str) -> str:
             f'processor = {task.processor_class}.from_pretrained("{path}")',
         ]
     )
-
-
-def model_card(report: dict[str, Any], base: str, name: str) -> str:
-    """The README.md of a pruned model."""
-    config = DMSConfig(**report["recipe"]["dms"])
-    task = TASKS[report["recipe"]["model"]["task"]]
-    metadata = f"---\nlibrary_name: transformers\npipeline_tag: {task.name}\ntags:\n- dms\n- pruned\n---"
-    sizes = "\n".join(f"| {dim} | {', '.join(map(str, values))} |" for dim, values in report["sizes"].items())
-    return f"""{metadata}
-
-# {name}
-
-`{base}` made smaller with [hf_dms](https://arxiv.org/abs/2405.07194) (Differentiable Model Scaling):
-{config.target:g} of its {config.resource} ({config.resource_scope}) kept,
-layout {config.layout}, pipeline `{config.pipeline}`.
-
-{table(report)}
-
-{task.metric.capitalize()}: {report["protocol"]}.
-
-## Load it
-
-```python
-{loading_lines(task, report["model_class"], name)}
-```
-
-## Sizes, per layer of the dense model
-
-| dim | units kept |
-|---|---|
-{sizes}
-
-The recipe, versions and seed are in `dms_report.json`.
-"""

@@ -146,27 +146,57 @@ def cut(model: PreTrainedModel, bound: BoundSpec, plan: Plan, layout: str) -> Pr
     cls, config = pruned_class_and_config(model, bound, plan, layout)
     with initialization.no_init_weights():
         pruned = cls._from_config(config, dtype=model.dtype, attn_implementation=model.config._attn_implementation)
-    kept_layers = kept_units(plan, bound.depth, None, bound.num_layers).tolist()
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    prefix = f"{pruned.base_model_prefix}." if bound.prefix else ""  # MistralForQuestionAnswering's is not Llama's
+    parameters, sources = dict(model.named_parameters(remove_duplicate=False)), source_names(pruned, bound, plan)
     for name, parameter in pruned.named_parameters():
-        source = bound.prefix + name.removeprefix(prefix) if name.startswith(prefix) else name
-        if (position := _layer_position(source, bound.layers_path)) is not None:
-            head, tail = f"{bound.layers_path}.{position}.", f"{bound.layers_path}.{kept_layers[position]}."
-            source = tail + source.removeprefix(head)
-        tensor = slice_tensor(parameters[source].detach(), bound, source, plan)
-        if layout == "padded":
-            tensor = pad_tensor(tensor, parameter.shape, bound, source)
-        if tensor.shape != parameter.shape:
-            raise VerificationError(
-                f"cut: {name} is {tuple(parameter.shape)} in the new model, cut {tuple(tensor.shape)}."
-            )
-        parameter.data = tensor.clone()
+        source = parameters[sources[name]].detach()
+        parameter.data = cut_tensor(source, parameter.shape, bound, sources[name], plan, layout).clone()
     pruned.to(model.device)  # buffers
     pruned.tie_weights()
     if model.can_generate():
         pruned.generation_config = copy.deepcopy(model.generation_config)
     return pruned.eval()
+
+
+def source_names(pruned: PreTrainedModel, bound: BoundSpec, plan: Plan) -> dict[str, str]:
+    """Name of every parameter of a cut model (tied ones under each of their names), and its name in the dense one.
+
+    Args:
+        pruned: the cut model; the meta device will do.
+        bound: the dense model's architecture.
+        plan: which units of it stay.
+    """
+    kept_layers = kept_units(plan, bound.depth, None, bound.num_layers).tolist()
+    prefix = f"{pruned.base_model_prefix}." if bound.prefix else ""  # MistralForQuestionAnswering's is not Llama's
+    sources = {}
+    for name, _ in pruned.named_parameters(remove_duplicate=False):
+        source = bound.prefix + name.removeprefix(prefix) if name.startswith(prefix) else name
+        if (position := _layer_position(source, bound.layers_path)) is not None:
+            head, tail = f"{bound.layers_path}.{position}.", f"{bound.layers_path}.{kept_layers[position]}."
+            source = tail + source.removeprefix(head)
+        sources[name] = source
+    return sources
+
+
+def cut_tensor(tensor: Tensor, shape: torch.Size, bound: BoundSpec, name: str, plan: Plan, layout: str) -> Tensor:
+    """What becomes of a parameter in the cut model.
+
+    Args:
+        tensor: the whole parameter.
+        shape: that of the parameter in the cut model.
+        bound: the architecture it belongs to.
+        name: its name in the dense model.
+        plan: which units stay.
+        layout: uniform, per_layer or padded.
+
+    Raises:
+        VerificationError: it does not get the shape that it must have.
+    """
+    tensor = slice_tensor(tensor, bound, name, plan)
+    if layout == "padded":
+        tensor = pad_tensor(tensor, shape, bound, name)
+    if tensor.shape != shape:
+        raise VerificationError(f"cut: {name} is {tuple(shape)} in the new model, cut {tuple(tensor.shape)}.")
+    return tensor
 
 
 def slice_tensor(tensor: Tensor, bound: BoundSpec, name: str, plan: Plan) -> Tensor:

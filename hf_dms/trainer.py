@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
-from .checkpoint import has_other_names, load_search_state_, load_weights_, save_search_state
+from .checkpoint import has_other_names, load_search_state_, load_weights_, save_pruned, save_search_state
 from .config import DMSConfig
 from .distributed import average_, check_launch, check_plugin, leave_gates_out_, whole, without_ddp_for_frozen
 from .gates import Gates
+from .hub import push
 from .masking import attach_, gates_of
 from .slicing import prune
 
@@ -123,6 +125,29 @@ class DMSMixin(ExactCheckpointsMixin):
         if self._use_cache is not None:
             pruned.config.use_cache = self._use_cache
         return pruned
+
+    def push_to_hub(self, commit_message: str | None = None, **options: Any) -> str | None:
+        """Prune, save the result as `pruned` in `args.output_dir`, and push it to `args.hub_model_id`.
+
+        Args:
+            commit_message: of the commit.
+            options: private, revision, token of `hf_dms.hub.push`; the defaults are the arguments'.
+
+        Returns:
+            The URL of the model; None in processes that do not push.
+        """
+        pruned, inputs = self.prune(), self.example_inputs()
+        if not self.is_world_process_zero():
+            return None
+        folder = Path(self.args.output_dir, "pruned")
+        save_pruned(pruned, folder, processor=self.processing_class, inputs=inputs, overwrite=True)
+        defaults = {name: getattr(self.args, f"hub_{name}") for name in ("revision", "token")}
+        options = {"private": self.args.hub_private_repo} | defaults | options
+        repo_id = self.args.hub_model_id or Path(self.args.output_dir).name
+        return push(folder, repo_id, commit_message=commit_message, **options)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Training checkpoints stay local: what is pushed is the pruned model."""
 
     def example_inputs(self) -> dict[str, Tensor] | None:
         """One example of the evaluation data, else the training data, as tensors for a forward pass."""

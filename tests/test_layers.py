@@ -22,6 +22,7 @@ FLOORS = {
         "layouts",
         "plans",
         "slicing",
+        "streaming",
         "layerwise",
         "repair",
         "verify",
@@ -30,6 +31,7 @@ FLOORS = {
     ],
     "surface": [
         "distributed",
+        "hub",
         "trainer",
         "tasks",
         "recipe",
@@ -39,7 +41,9 @@ FLOORS = {
         "evaluate",
         "harness",
         "report",
+        "card",
         "pipeline",
+        "by_plan",
         "cli",
     ],
 }
