@@ -159,13 +159,14 @@ class DMSMixin(ExactCheckpointsMixin):
 
     # ---- Trainer's hooks ---------------------------------------------------------------------------------------------
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        loss = result[0] if return_outputs else result
         if model.training:
             share = 1 / self.current_gradient_accumulation_steps
             scaled = loss_is_summed_over_micro_batches(self, num_items_in_batch)
             self._step_loss += loss.detach() * (1.0 if scaled else share)
             loss = loss + self.gates.resource_loss(self.progress).to(loss.device) * (share if scaled else 1.0)
-        return (loss, outputs) if return_outputs else loss
+        return (loss, *result[1:]) if return_outputs else loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
