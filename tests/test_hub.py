@@ -195,7 +195,8 @@ def test_models_load_by_their_ids_where_hf_dms_is_not_imported(hub, folder):
     for name, logits in load_file(folder / "logits.safetensors").items():
         with torch.no_grad():
             expected = AutoModelForCausalLM.from_pretrained(folder / local[name]).eval()(IDS).logits
-        assert torch.equal(logits, expected), name
+        # another process may sum with another number of threads
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_a_failure_that_is_not_the_connections_is_told_as_such(folder, monkeypatch):
