@@ -7,7 +7,6 @@ Nothing here knows about shapes.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -227,11 +226,13 @@ class DMSMixin(ExactCheckpointsMixin):
             for parameter in group["params"]:
                 parameter.grad = None  # optimizers pass over parameters without a gradient: no decay, no momentum
         if self.is_deepspeed_enabled or self._skipped_in_a_row >= self.dms_config.max_nonfinite_steps:
+            kept = "The last checkpoint, the weights, ratios and importance hold nothing of them."
+            if self.is_deepspeed_enabled:
+                kept = "DeepSpeed has stepped by itself; the last checkpoint holds nothing of it."
             raise NonFiniteError(
                 f"{self._skipped_in_a_row} steps in a row, up to step {self.state.global_step + 1}, had a loss or "
-                f"gradients that are not finite ({found}). Weights, ratios and importance are those before them, and "
-                "so is the last checkpoint. Lower the learning rate, look at the data, or train in float32; "
-                "dms.max_nonfinite_steps says how many are passed over (none with DeepSpeed, which steps by itself)."
+                f"gradients that are not finite ({found}). {kept} Lower the learning rate, look at the data, or train "
+                "in float32; dms.max_nonfinite_steps says how many are passed over."
             )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -244,13 +245,14 @@ class DMSMixin(ExactCheckpointsMixin):
     def _search_logs(self) -> dict[str, float]:
         gates, steps = self.gates, max(self._steps_since_log, 1)
         logs = {
-            "task_loss": float(self._task_loss) / steps if self._steps_since_log else math.nan,
             "resource_loss": float(gates.resource_loss(self.progress).detach()),
             "resource": float(gates.resource().detach()),
             "target": gates.target(self.progress),
             "gate_grad_norm": float(self._gate_grad_norm) / steps,
             "skipped_steps": self.skipped_steps,
         }
+        if self._steps_since_log:  # all of them may have been skipped
+            logs["task_loss"] = float(self._task_loss) / steps
         self._task_loss.zero_()
         self._gate_grad_norm.zero_()
         self._steps_since_log = 0

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import Tokens, search_, tiny_llama, token_batch
+from conftest import Tokens, relative_difference, search_, tiny_llama, token_batch
 from laws import tiny
 from safetensors import safe_open
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, ViTForImageClassification
@@ -249,8 +249,8 @@ def test_a_step_on_bad_data_is_skipped_counted_and_leaves_no_trace(tmp_path):
     assert sorted(watch.changed) == [False] * 3 + [True] * 3  # two batches an epoch, one of them bad
     assert trainer.gates.num_updates == 3
     assert trainer.skipped_steps == logged(trainer, "skipped_steps")[-1] == 3
-    losses = logged(trainer, "task_loss")
-    assert [loss == loss for loss in losses] == watch.changed
+    entries = [entry for entry in trainer.state.log_history if "resource" in entry]
+    assert ["task_loss" in entry for entry in entries] == watch.changed
     state = trainer.model.state_dict() | trainer.gates.search_state()
     assert all(tensor.isfinite().all() for tensor in state.values())
 
@@ -404,7 +404,39 @@ def test_no_model_is_the_best_while_none_meets_the_target(tmp_path):
     assert trainer.state.best_model_checkpoint is None
 
 
-# ---- precision and files ----
+# ---- compiling, precision and files ----
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about torch
+def test_compiling_changes_nothing(tmp_path):
+    """Kernels may sum in another order: 2e-7 of a value, seen after six steps."""
+    options = dict(optim="sgd", max_steps=6)
+    plain = trained(tmp_path / "plain", **options)
+    compiled = trained(tmp_path / "compiled", **options, torch_compile=True, torch_compile_backend="aot_eager")
+    assert isinstance(compiled.model_wrapped, torch._dynamo.OptimizedModule)
+    assert torch.allclose(compiled.gates.prune_ratio, plain.gates.prune_ratio, atol=1e-5)
+    assert float(plain.gates.prune_ratio.detach().max()) > 0.1
+    for name in plain.gates.dims:
+        assert relative_difference(compiled.gates.raw_importance(name), plain.gates.raw_importance(name)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {"bf16": True}),
+        (torch.float32, {"bf16": True, "activation_checkpointing": True}),
+        (torch.float32, {"bf16": True, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}),
+        (torch.bfloat16, {}),
+    ],
+)
+def test_half_precision_gives_nearly_the_same_ratios(dtype, options, tmp_path):
+    """bf16 rounds to 2^-8 of a value: ratios of 0.12 differ by 0.002 after ten steps. Ranks that flip drive longer
+    searches of so small a model apart."""
+    exact = trained(tmp_path / "exact", max_steps=10, learning_rate=1e-4)
+    half = trained(tmp_path / "half", model=tiny_llama(dtype=dtype), max_steps=10, learning_rate=1e-4, **options)
+    assert half.gates.prune_ratio.dtype == torch.float32
+    assert float(exact.gates.prune_ratio.detach().min()) > 0.1
+    assert torch.allclose(half.gates.prune_ratio, exact.gates.prune_ratio, atol=0.01)
+
+
 def test_a_search_in_mixed_precision_is_cut_in_the_models_own_and_goes_on_in_mixed(tmp_path):
     trainer = trained(tmp_path, bf16=True)
     pruned = trainer.prune()
