@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCardData, snapshot_download
 
+from .card import is_hub_id, shown
 from .checkpoint import check_writable, new_folder
-from .layouts import kept_units
 from .modeling_dms import auto_class_of
 from .recipe import ModelConfig, OutputConfig
-from .report import REPORT, table, versions
+from .report import REPORT, loading_lines, sizes_by_layer, sizes_table, table, versions
 from .streaming import StreamedCut, prepare_cut, write_cut
 
 PROCESSOR_FILES = (  # what tokenizers and image processors of transformers write
@@ -73,16 +73,11 @@ def _local(model: ModelConfig) -> Path:
 
 
 def _report(job: StreamedCut, counts: dict[str, int], model: ModelConfig) -> dict[str, Any]:
-    layers = kept_units(job.plan, job.bound.depth, None, job.bound.num_layers).tolist()
-    sizes = {
-        name: [units if len(rows) == 1 or layer in layers else 0 for layer, units in enumerate(rows)]
-        for name, rows in job.plan.sizes.items()
-    }
     report: dict[str, Any] = {"dense": {"num_params": counts["dense"]}, "pruned": {"num_params": counts["pruned"]}}
     if job.layout == "padded":
         report["dense"]["kept_num_params"], report["pruned"]["kept_num_params"] = counts["dense"], counts["kept"]
     return report | {
-        "sizes": sizes,
+        "sizes": sizes_by_layer(job.plan, job.bound),
         "layout": job.layout,
         "model": {"path": model.path, "revision": model.revision},
         "model_class": type(job.pruned).__name__,
@@ -94,19 +89,17 @@ def _report(job: StreamedCut, counts: dict[str, int], model: ModelConfig) -> dic
 
 def _card(job: StreamedCut, report: dict[str, Any], name: str) -> str:
     """The README.md of the result."""
-    auto, per_layer = auto_class_of(type(job.dense)), report["model_class"].startswith("Dms")
-    extra = ", trust_remote_code=True)  # or `import hf_dms` first" if per_layer else ")"
-    sizes = "\n".join(f"| {dim} | {', '.join(map(str, values))} |" for dim, values in report["sizes"].items())
+    auto, path = str(auto_class_of(type(job.dense))), report["model"]["path"]
+    metadata = ModelCardData(
+        base_model=path if is_hub_id(path) else None, library_name="transformers", tags=["dms", "pruned"]
+    )
     return f"""---
-library_name: transformers
-tags:
-- dms
-- pruned
+{metadata.to_yaml()}
 ---
 
 # {name}
 
-`{report["model"]["path"]}` cut with [hf_dms](https://arxiv.org/abs/2405.07194) (Differentiable Model Scaling)
+`{shown(path)}` cut with [hf_dms](https://arxiv.org/abs/2405.07194) (Differentiable Model Scaling)
 by the plan of a finished search, `dms_plan.json`; layout {job.layout}. Every tensor was read back and equals the slice
 of its source. Nothing was trained or measured after the cut.
 
@@ -115,13 +108,10 @@ of its source. Nothing was trained or measured after the cut.
 ## Load it
 
 ```python
-from transformers import {auto}
-model = {auto}.from_pretrained("{name}"{extra}
+{loading_lines(auto, None, report["model_class"], name)}
 ```
 
 ## Sizes, per layer of the dense model
 
-| dim | units kept |
-|---|---|
-{sizes}
+{sizes_table(report["sizes"])}
 """

@@ -15,7 +15,7 @@ from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import validate_repo_id
 
 from .config import DMSConfig
-from .report import loading_lines, table
+from .report import loading_lines, sizes_table, table
 from .tasks import TASKS
 
 INHERITED = ("language", "license", "license_name", "license_link")  # of the base model's card, as they are there
@@ -31,7 +31,6 @@ def model_card(report: dict[str, Any], name: str, base: dict[str, Any] | None = 
     """
     recipe = report["recipe"]
     config, task = DMSConfig(**recipe["dms"]), TASKS[recipe["model"]["task"]]
-    sizes = "\n".join(f"| {dim} | {', '.join(map(str, values))} |" for dim, values in report["sizes"].items())
     text = f"""---
 {card_data(report, name, base or {}).to_yaml()}
 ---
@@ -49,14 +48,12 @@ Scaling): {config.target:g} of its {config.resource} ({config.resource_scope}) k
 ## Load it
 
 ```python
-{loading_lines(task, report["model_class"], name)}
+{loading_lines(task.model_class, task.processor_class, report["model_class"], name)}
 ```
 
 ## Sizes, per layer of the dense model
 
-| dim | units kept |
-|---|---|
-{sizes}
+{sizes_table(report["sizes"])}
 
 The recipe, versions and seed are in `dms_report.json`.
 """

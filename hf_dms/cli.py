@@ -28,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
     register()
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         return options.run(options)
     except ValueError as error:
@@ -102,7 +103,8 @@ def _prune(options: argparse.Namespace) -> int:
         if report["sample"]:
             say(f"\nIt continues:\n    {report['sample']}")
         say(f"\nSaved to {recipe.output.path} ({report['model_class']}). Load it with\n")
-        say(loading_lines(recipe.task, report["model_class"], recipe.output.path))
+        task = recipe.task
+        say(loading_lines(task.model_class, task.processor_class, report["model_class"], recipe.output.path))
     finish()
     return 0
 
@@ -112,7 +114,6 @@ def _validate(options: argparse.Namespace) -> int:
     from .recipe import load_recipe
 
     overrides = [word for word in options.recipes if "=" in word]
-
     wrong = 0
     for path in options.recipes:
         if path in overrides:

@@ -98,8 +98,7 @@ def load_examples(config: DataConfig, task: Task, processor: Any, label_ids: dic
     if task.name == "text-generation":
         train, held_out = (as_dataset(sequences) for sequences in load_sequences(config, processor))
         return Examples(train, held_out, default_data_collator, (), f"sequences of {config.sequence_length} tokens")
-    column = config.text_column if task.name == "text-classification" else config.image_column
-    train, held_out = _load_labelled(config, column)
+    train, held_out = _load_labelled(config, "text_column" if task.name == "text-classification" else "image_column")
     labels = _labels(config, train, held_out, label_ids or {})
     prepare = _prepare_texts if task.name == "text-classification" else _prepare_images
     train, held_out = (prepare(rows, config, processor, labels) for rows in (train, held_out))
@@ -151,12 +150,11 @@ def as_dataset(sequences: Tensor) -> list[dict[str, Tensor]]:
 
 
 # ---- texts and images with labels ------------------------------------------------------------------------------------
-def _load_labelled(config: DataConfig, column: str) -> tuple[Any, Any]:
+def _load_labelled(config: DataConfig, input_column: str) -> tuple[Any, Any]:
     """Rows to train on and rows held out, with their columns checked."""
     train = _load(config, config.path, config.split)
-    for name, key in ((column, "text_column" if column == config.text_column else "image_column"),
-                      (config.label_column, "label_column")):  # fmt: skip
-        _check_column(train, name, key)
+    for key in (input_column, "label_column"):
+        _check_column(train, config, key)
     if isinstance(config.held_out, str):
         return train, _load(config, *_held_out_source(config))
     parts = train.train_test_split(test_size=config.held_out, seed=0)
@@ -167,7 +165,7 @@ def _labels(config: DataConfig, train: Any, held_out: Any, label_ids: dict[str, 
     """Names of the classes, in the model's order if it knows them all, else in the data's."""
     feature = train.features[config.label_column]
     names = list(getattr(feature, "names", None) or sorted({str(value) for value in train[config.label_column]}))
-    unknown = set(_label_names(config, held_out)) - set(names)
+    unknown = set(_label_names(held_out.features[config.label_column], held_out[config.label_column])) - set(names)
     if unknown:
         raise ValueError(
             f"data.held_out: label '{min(unknown)}' is not among those of data.path: {', '.join(names[:20])}."
@@ -175,28 +173,29 @@ def _labels(config: DataConfig, train: Any, held_out: Any, label_ids: dict[str, 
     return tuple(sorted(label_ids, key=lambda name: label_ids[name])) if set(names) <= set(label_ids) else tuple(names)
 
 
-def _label_names(config: DataConfig, rows: Any) -> list[str]:
-    names = getattr(rows.features[config.label_column], "names", None)
-    return [names[value] if names else str(value) for value in rows[config.label_column]]
+def _label_names(feature: Any, values: Any) -> list[str]:
+    """Names of labels, which are in the feature of a column or the values themselves."""
+    names = getattr(feature, "names", None)
+    return [names[value] if names else str(value) for value in values]
 
 
 def _prepare_texts(rows: Any, config: DataConfig, tokenizer: Any, labels: tuple[str, ...]) -> list[dict[str, Any]]:
     ids = {name: i for i, name in enumerate(labels)}
     texts = [_text(value, tokenizer) for value in rows[config.text_column]]
     encoded = tokenizer(texts, truncation=True, max_length=config.sequence_length)
-    numbers = [ids[name] for name in _label_names(config, rows)]
+    numbers = [ids[name] for name in _label_names(rows.features[config.label_column], rows[config.label_column])]
     return [{key: encoded[key][i] for key in encoded} | {"labels": label} for i, label in enumerate(numbers)]
 
 
 def _prepare_images(rows: Any, config: DataConfig, processor: Any, labels: tuple[str, ...]) -> Any:
     """A dataset that decodes and resizes its images when they are asked for."""
     ids = {name: i for i, name in enumerate(labels)}
-    names = getattr(rows.features[config.label_column], "names", None)
+    feature = rows.features[config.label_column]
 
     def prepare(batch: dict[str, list]) -> dict[str, Any]:
         images = [image.convert("RGB") for image in batch[config.image_column]]
         pixels = processor(images, return_tensors="pt")["pixel_values"]
-        numbers = [ids[names[value] if names else str(value)] for value in batch[config.label_column]]
+        numbers = [ids[name] for name in _label_names(feature, batch[config.label_column])]
         return {"pixel_values": list(pixels), "labels": numbers}
 
     return rows.with_transform(prepare)
@@ -210,7 +209,8 @@ def _held_out_source(config: DataConfig) -> tuple[str, str]:
     return (held_out, "train") if is_path else (config.path, held_out)
 
 
-def _check_column(dataset: Any, name: str, key: str) -> None:
+def _check_column(dataset: Any, config: DataConfig, key: str) -> None:
+    name = getattr(config, key)
     if name not in dataset.column_names:
         raise ValueError(f"data.{key}: the data has no column '{name}'. It has {', '.join(dataset.column_names)}.")
 
@@ -218,7 +218,6 @@ def _check_column(dataset: Any, name: str, key: str) -> None:
 def _load(config: DataConfig, path: str, split: str) -> Any:
     import datasets
 
-    datasets.disable_progress_bars()
     if Path(path).is_dir():
         return datasets.load_dataset("imagefolder", data_dir=path, split=split)
     builder = BUILDERS.get(Path(path).suffix)
@@ -231,7 +230,7 @@ def _load(config: DataConfig, path: str, split: str) -> Any:
 
 def _tokens(dataset: Any, config: DataConfig, tokenizer: Any) -> Tensor:
     """All documents of a dataset as one stream of tokens, each followed by the end-of-text token."""
-    _check_column(dataset, config.text_column, "text_column")
+    _check_column(dataset, config, "text_column")
     documents = [_text(value, tokenizer) for value in dataset[config.text_column] if value]
     if not documents:
         raise ValueError(f"data.path: {config.path} has no text in column '{config.text_column}'.")

@@ -29,9 +29,10 @@ from .preflight import check_recipe, load_model_config, load_processor, model_cl
 from .recipe import Recipe
 from .repair import repair_
 from .report import REPORT, sizes_and_costs, table, versions
-from .retrain import train_, train_or_resume_
+from .retrain import train_
 from .slicing import plan_of
 from .trainer import DMSTrainer
+from .training import train_or_resume_
 
 SEQUENCES = 64  # held-out sequences that perplexity is measured on, unless the recipe says otherwise
 
@@ -65,7 +66,7 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
 
     model = dense_model(recipe, examples, unfinished)
     report: dict[str, Any] = {"recipe": recipe.to_dict(), "seed": arguments.seed, "versions": versions()}
-    report["protocol"] = f"{min(len(examples.held_out), _most_examples(recipe))} held-out {examples.unit}"
+    report["protocol"] = f"{len(held_out_examples(recipe, examples))} held-out {examples.unit}"
     say(f"Measuring the dense model on {report['protocol']} ...")
     scores = {"dense": measure(model.to(arguments.device).eval())}
     summarized = functools.partial(summary, recipe.task.metric)
@@ -132,9 +133,10 @@ def search(
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # measure in the model's own precision
     pruned = trainer.prune()
     make_whole_(model, arguments.device)
-    report |= sizes_and_costs(model, recipe.data.sequence_length)
+    plan = plan_of(model)
+    report |= sizes_and_costs(model, plan, recipe.data.sequence_length)
     report["search"] = [logs for logs in trainer.state.log_history if "task_loss" in logs]
-    return pruned, plan_of(model)
+    return pruned, plan
 
 
 def recover_(
@@ -172,13 +174,14 @@ def recover_(
 
 def score(model: PreTrainedModel, recipe: Recipe, examples: Examples) -> Tensor:
     """What each held-out example adds to the metric of the recipe's task, `[examples]`."""
-    held_out = evenly_spaced(examples.held_out, _most_examples(recipe))
+    held_out = held_out_examples(recipe, examples)
     return example_scores(model, recipe.task.metric, held_out, examples.collate, recipe.eval.batch_size)
 
 
-def _most_examples(recipe: Recipe) -> int:
-    default = SEQUENCES if recipe.model.task == "text-generation" else 10**9
-    return default if recipe.eval.examples is None else recipe.eval.examples
+def held_out_examples(recipe: Recipe, examples: Examples) -> Any:
+    """The held-out examples that a recipe measures on."""
+    default = SEQUENCES if recipe.model.task == "text-generation" else None
+    return evenly_spaced(examples.held_out, recipe.eval.examples or default)
 
 
 def _load_model(recipe: Recipe, examples: Examples) -> PreTrainedModel:

@@ -53,6 +53,12 @@ class EvalConfig:
     prompt: str = field(default="", metadata={"help": "Text that the pruned model continues, for the report."})
     new_tokens: int = field(default=40, metadata={"help": "Tokens of that continuation."})
 
+    def __post_init__(self) -> None:
+        for key in ("examples", "batch_size"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"eval.{key} must be at least 1, got {value}.")
+
 
 @dataclass
 class OutputConfig:

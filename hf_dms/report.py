@@ -15,12 +15,11 @@ from . import __version__
 from .config import RESOURCES
 from .costs import build_cost
 from .gates import Gates
-from .layouts import kept_units, written_sizes
+from .layouts import Plan, kept_units, written_sizes
 from .masking import gates_of
 from .resource import Sizes
-from .rounding import round_sizes
-from .slicing import make_plan
-from .tasks import TASKS, Task
+from .spec import BoundSpec
+from .tasks import TASKS
 
 REPORT = "dms_report.json"
 ROWS = {  # key of dms_report.json: (words of the table, format)
@@ -42,27 +41,32 @@ def versions() -> dict[str, str]:
     return {"hf_dms": __version__, "python": platform.python_version()} | named
 
 
-def sizes_and_costs(model: PreTrainedModel, sequence_length: int) -> dict[str, Any]:
+def sizes_by_layer(plan: Plan, bound: BoundSpec) -> dict[str, list[int]]:
+    """Units that a plan keeps of each dim, per layer of the dense model, 0 where the layer is gone."""
+    layers = kept_units(plan, bound.depth, None, bound.num_layers).tolist()
+    return {
+        name: [units if len(rows) == 1 or layer in layers else 0 for layer, units in enumerate(rows)]
+        for name, rows in plan.sizes.items()
+    }
+
+
+def sizes_and_costs(model: PreTrainedModel, plan: Plan, sequence_length: int) -> dict[str, Any]:
     """Exact sizes and costs of the dense model and of the one that `prune` makes of it.
 
     Args:
         model: a model with gates.
+        plan: `plan_of` it.
         sequence_length: tokens per sequence, for the attention scores in the MACs.
 
     Returns:
         `{"dense": {num_params, macs_per_token, kv_bytes_per_token}, "pruned": {...}, "sizes": {dim: [...]}}`, the last
-        per layer of the dense model, 0 where the layer is gone. "pruned" is what is written; for layout padded both
+        as `sizes_by_layer` has it. "pruned" is what is written; for layout padded both
         have also kept_num_params, ...: what is left without the zeros, which is what the target limits.
     """
     gates = gates_of(model)
     bound, config = gates.attachment.bound, gates.attachment.config
-    sizes = round_sizes(gates, bound, config, model.config)
-    plan = make_plan(gates, sizes)
-    layers = set(kept_units(plan, bound.depth, None, bound.num_layers).tolist())
-    result: dict[str, Any] = {"dense": {}, "pruned": {}, "sizes": {}}
-    for name, size in sizes.items():
-        rows = enumerate(size.tolist())
-        result["sizes"][name] = [units if len(size) == 1 or layer in layers else 0 for layer, units in rows]
+    sizes = {name: torch.tensor(units, dtype=torch.float64) for name, units in plan.sizes.items()}
+    result: dict[str, Any] = {"dense": {}, "pruned": {}, "sizes": sizes_by_layer(plan, bound)}
     dense = gates.dense_sizes()
     counts = {("dense", ""): dense, ("pruned", ""): _on(gates, dense | sizes)}
     if config.layout == "padded":
@@ -101,19 +105,24 @@ def _points(measured: dict[str, Any]) -> str:
     return f"{100 * measured['difference']:+.1f} ± {100 * measured['difference_stderr']:.1f} points"
 
 
-def loading_lines(task: Task, model_class: str, path: str) -> str:
+def sizes_table(sizes: dict[str, list[int]]) -> str:
+    """A Markdown table of `sizes_by_layer`."""
+    rows = (f"| {dim} | {', '.join(map(str, units))} |" for dim, units in sizes.items())
+    return "\n".join(["| dim | units kept |", "|---|---|", *rows])
+
+
+def loading_lines(auto: str, processor: str | None, model_class: str, path: str) -> str:
     """The lines of Python that load a result.
 
     Args:
-        task: what it is for.
+        auto: name of the Auto class.
+        processor: name of the Auto class of what prepares its inputs, if that is in the folder.
         model_class: name of its class; that of a per-layer model begins with Dms.
         path: its folder.
     """
     extra = ", trust_remote_code=True)  # or `import hf_dms` first" if model_class.startswith("Dms") else ")"
-    return "\n".join(
-        [
-            f"from transformers import {task.model_class}, {task.processor_class}",
-            f'model = {task.model_class}.from_pretrained("{path}"{extra}',
-            f'processor = {task.processor_class}.from_pretrained("{path}")',
-        ]
-    )
+    lines = [
+        f"from transformers import {', '.join(filter(None, (auto, processor)))}",
+        f'model = {auto}.from_pretrained("{path}"{extra}',
+    ]
+    return "\n".join([*lines, f'processor = {processor}.from_pretrained("{path}")'] if processor else lines)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .data import Examples
 from .distributed import make_whole_
 from .recipe import DistillationConfig
-from .trainer import ExactCheckpointsMixin, SearchProgress, loss_is_summed_over_micro_batches
+from .training import ExactCheckpointsMixin, loss_is_summed_over_micro_batches, show_losses_, train_or_resume_
 
 
 def train_(
@@ -43,9 +40,7 @@ def train_(
         teacher=teacher,
         distillation=distillation,
     )
-    if not arguments.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(SearchProgress())
+    show_losses_(trainer)
     train_or_resume_(trainer)
     if use_cache is not None:
         model.config.use_cache = use_cache  # the Trainer switches it off for training
@@ -102,19 +97,3 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float, labe
     if labels is not None and labels.shape == divergence.shape:
         divergence = divergence[labels != -100]
     return temperature**2 * divergence.mean()
-
-
-def train_or_resume_(trainer: Any) -> None:
-    """Run a Trainer, from the last checkpoint in its folder if there is one; a finished run is only loaded.
-
-    `Trainer.train` would add a step to a run that had reached its last one.
-    """
-    folder = str(trainer.args.output_dir)
-    checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-    if checkpoint is not None:
-        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        if state.global_step >= state.max_steps:
-            trainer._load_from_checkpoint(checkpoint)
-            trainer.state = state
-            return
-    trainer.train(resume_from_checkpoint=checkpoint)

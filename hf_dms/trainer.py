@@ -14,46 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
-from .checkpoint import has_other_names, load_search_state_, load_weights_, save_pruned, save_search_state
+from .checkpoint import load_search_state_, save_pruned, save_search_state
 from .config import DMSConfig
 from .distributed import average_, check_launch, check_plugin, leave_gates_out_, whole, without_ddp_for_frozen
 from .gates import Gates
 from .hub import push
 from .masking import attach_, gates_of
 from .slicing import prune
+from .training import ExactCheckpointsMixin, loss_is_summed_over_micro_batches, show_losses_
 
 logger = logging.get_logger(__name__)
 
 
 class NonFiniteError(ValueError):
     """Too many steps in a row whose loss or gradients were not finite."""
-
-
-class ExactCheckpointsMixin:
-    """Lets a Trainer resume models whose files hold other names than they do, such as ViT.
-
-    `Trainer` passes over names that it does not find with a warning, and goes on with the weights that it has.
-    """
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        loaded = self._unwrapped()
-        if isinstance(loaded, PreTrainedModel) and has_other_names(loaded, resume_from_checkpoint):
-            load_weights_(loaded, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        best, loaded = self.state.best_model_checkpoint, self._unwrapped()
-        if isinstance(loaded, PreTrainedModel) and has_other_names(loaded, best):
-            load_weights_(loaded, best)
-        else:
-            super()._load_best_model()
-
-    def _unwrapped(self) -> Any:
-        return self.accelerator.unwrap_model(self.model)
 
 
 class DMSMixin(ExactCheckpointsMixin):
@@ -88,9 +65,7 @@ class DMSMixin(ExactCheckpointsMixin):
         self._steps_since_log = 0
         self.skipped_steps = self._skipped_in_a_row = 0
         self.add_callback(_GateCallback(self))
-        if not self.args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(SearchProgress())
+        show_losses_(self)
 
     @property
     def gates(self) -> Gates:
@@ -298,15 +273,6 @@ def _without_autocast(model: PreTrainedModel, accelerator: Any) -> Iterator[PreT
         model.__dict__.update(wrapped)
 
 
-def loss_is_summed_over_micro_batches(trainer: Any, num_items_in_batch: Any) -> bool:
-    """Whether the losses of a step's micro-batches add up to its mean, as Trainer.training_step decides it."""
-    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # older Trainers do not have it
-    if scaled is not None:
-        return scaled
-    normalized_by_model = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
-    return normalized_by_model or trainer.compute_loss_func is not None
-
-
 def check_training_arguments(arguments: TrainingArguments) -> None:
     """Check that a search can run with these arguments.
 
@@ -340,13 +306,3 @@ class _GateCallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         self.trainer.gates.clamp_ratios_()
-
-
-class SearchProgress(ProgressCallback):
-    """The Trainer's progress bar, showing loss, resource and target instead of printing every log."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
-            shown = {"loss": logs.get("task_loss", logs["loss"])}  # a retraining has no resource and no target
-            shown |= {name: logs[name] for name in ("resource", "target") if name in logs}
-            self.training_bar.set_postfix_str(", ".join(f"{name} {value:.3f}" for name, value in shown.items()))

@@ -33,6 +33,7 @@ FLOORS = {
         "distributed",
         "hub",
         "trainer",
+        "training",
         "tasks",
         "recipe",
         "preflight",

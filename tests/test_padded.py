@@ -35,7 +35,7 @@ from transformers import (
 from hf_dms import DMSConfig, attach_, detach_, prune
 from hf_dms.archs import spec_for
 from hf_dms.report import sizes_and_costs, table
-from hf_dms.slicing import pad_tensor
+from hf_dms.slicing import pad_tensor, plan_of
 from hf_dms.spec import BoundParam, Dim, bind, parse_axes, with_dims
 
 BERTS = ("bert", "roberta", "distilbert", "electra")
@@ -125,7 +125,7 @@ def test_zeros_stand_behind_the_kept_units_of_their_own_factor():
 def test_the_report_counts_what_is_written_and_what_is_kept_beside_it():
     model = tiny(Qwen2ForCausalLM, attn="eager")
     gates, sizes = searched(model, layout="padded")
-    report, pruned = sizes_and_costs(model, 7), prune(model, inputs=batch_for(model))
+    report, pruned = sizes_and_costs(model, plan_of(model), 7), prune(model, inputs=batch_for(model))
     assert report["pruned"]["num_params"] == pruned.num_parameters()
     assert report["pruned"]["macs_per_token"] == macs_by_the_flop_counter(
         pruned, "model", batch_for(pruned, batch=1), 7
@@ -140,7 +140,7 @@ def test_the_report_counts_what_is_written_and_what_is_kept_beside_it():
     )
     detach_(model)
     searched(model, layout="per_layer")
-    per_layer = sizes_and_costs(model, 7)
+    per_layer = sizes_and_costs(model, plan_of(model), 7)
     assert "without padding" not in table(per_layer)
     for name, count in per_layer["pruned"].items():
         assert report["pruned"][f"kept_{name}"] == count < report["pruned"][name]

@@ -57,6 +57,7 @@ def test_the_data_decides_the_sequence_length_of_the_macs():
         ("data.path", "missing.jsonl", "data.path: there is no file 'missing.jsonl'"),
         ("data.held_out", 2, r"data.held_out must be a share in \(0, 1\)"),
         ("data.sequence_length", 1, "data.sequence_length must be at least 2"),
+        ("eval.examples", 0, "eval.examples must be at least 1, got 0"),
         ("output.overwrite", "perhaps", "output.overwrite must be bool"),
         ("hub.private", True, "hub.repo_id is required in a hub section"),
         ("train", [1], "train must be a section"),

@@ -13,7 +13,8 @@ from hf_dms import DMSConfig, DMSTrainer, detach_
 from hf_dms.checkpoint import load_search_state_
 from hf_dms.masking import gates_of
 from hf_dms.slicing import cut, make_plan
-from hf_dms.trainer import NonFiniteError, SearchProgress, check_training_arguments
+from hf_dms.trainer import NonFiniteError, check_training_arguments
+from hf_dms.training import SearchProgress
 from hf_dms.verify import outputs_of
 
 QUIET = dict(

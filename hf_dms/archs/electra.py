@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ..spec import Dim, with_dims
 from .bert import BERT
+from .roberta import ROBERTA
 
 ELECTRA = replace(
     BERT,
@@ -24,12 +25,7 @@ ELECTRA = replace(
     },
     heads=BERT.heads
     | {
-        "ForSequenceClassification": {
-            "classifier.dense.weight": "pool hidden @ 1",
-            "classifier.dense.bias": "pool",
-            "classifier.out_proj.weight": "label pool @ 1",
-            "classifier.out_proj.bias": "label",
-        },
+        "ForSequenceClassification": ROBERTA.heads["ForSequenceClassification"],
         "ForMaskedLM": {
             "generator_predictions.dense.weight": "embedding hidden",
             "generator_predictions.dense.bias": "embedding",
