@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from .adapters import with_adapters
 from .data import Examples
-from .distributed import make_whole_
+from .distributed import check_plugin, make_whole_
 from .recipe import DistillationConfig
 from .training import ExactCheckpointsMixin, loss_is_summed_over_micro_batches, show_losses_, train_or_resume_
 
@@ -21,30 +22,37 @@ def train_(
     examples: Examples,
     teacher: PreTrainedModel | None = None,
     distillation: DistillationConfig | None = None,
+    lora: Any = None,
 ) -> None:
     """Train a model, in place, or go on from the last checkpoint of an earlier run; it ends in evaluation mode.
 
     Args:
-        model: what is trained; all of its weights are.
+        model: what is trained; all of its weights are, unless there are adapters.
         arguments: the Trainer's.
         examples: what it is trained on.
         teacher: the dense model; its logits are learned too.
         distillation: how much of the teacher.
+        lora: `peft.LoraConfig` of adapters that train in place of the weights, and are merged into them in the end.
     """
+    trained = model if lora is None else with_adapters(model, lora, arguments.seed)
     use_cache = getattr(model.config, "use_cache", None)
     trainer: Any = DistillationTrainer(
-        model=model,
+        model=trained,
         args=arguments,
         train_dataset=examples.train,
         data_collator=examples.collate,
         teacher=teacher,
         distillation=distillation,
     )
+    check_plugin(trainer.accelerator, trained)
     show_losses_(trainer)
     train_or_resume_(trainer)
     if use_cache is not None:
         model.config.use_cache = use_cache  # the Trainer switches it off for training
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    trainer.accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
+    if lora is not None:
+        trained.merge_and_unload()
+        model.requires_grad_(True)
     make_whole_(model, arguments.device)
     model.eval()
 

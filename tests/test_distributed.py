@@ -148,7 +148,7 @@ def test_options_of_fsdp_that_would_harm_the_gates_are_refused(version, efficien
     plugin = SimpleNamespace(fsdp_version=version, cpu_ram_efficient_loading=efficient)
     accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=plugin))
     with pytest.raises(ValueError, match=message):
-        check_plugin(accelerator)
+        check_plugin(accelerator, torch.nn.Linear(1, 1))
 
 
 def start(args):
