@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, set_seed
 from .adapters import with_adapters, with_adapters_of
 from .card import base_metadata, model_card
 from .checkpoint import check_writable, save_pruned
-from .data import Examples, load_examples
+from .data import Examples, load_examples, load_more_examples
 from .distributed import check_launch, make_whole_, on_main, say
 from .evaluate import evenly_spaced, example_scores, seconds_per_batch, summary
 from .hub import push
@@ -86,7 +86,7 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     detach_(searched)
     model = searched if recipe.lora is None else searched.unload()
     scores["pruned"] = measure(pruned)
-    for step in recover_(pruned, model, plan, recipe, examples, unfinished):
+    for step in recover_(pruned, model, plan, recipe, examples, unfinished, processor):
         scores[step] = measure(pruned)
     for name, values in scores.items():
         report.setdefault(name, {}).update(summarized(values, None if name == "dense" else scores["dense"]))
@@ -163,7 +163,13 @@ def search(
 
 
 def recover_(
-    pruned: PreTrainedModel, searched: PreTrainedModel, plan: Plan, recipe: Recipe, examples: Examples, folder: Path
+    pruned: PreTrainedModel,
+    searched: PreTrainedModel,
+    plan: Plan,
+    recipe: Recipe,
+    examples: Examples,
+    folder: Path,
+    processor: Any,
 ) -> Iterator[str]:
     """Repair and retrain the pruned model, in place, as far as the recipe asks for it.
 
@@ -172,8 +178,9 @@ def recover_(
         searched: the model of the search, without gates and adapters.
         plan: which units of it the pruned one holds.
         recipe: how.
-        examples: what to repair and train on.
+        examples: what to repair on, and to train on unless the recipe has other data for that.
         folder: where the checkpoints of the fine-tuning are and those of the retraining go.
+        processor: the tokenizer or image processor.
 
     Yields:
         What the model is after each step: repaired, recovered.
@@ -192,6 +199,8 @@ def recover_(
         say("Retraining the pruned model ...")
         teacher = dense if distillation else None
         arguments, lora = training_arguments(recipe, "recover", folder / "recover"), lora_config(recipe, "recover.lora")
+        if recipe.recover.data is not None:
+            examples = load_more_examples(recipe.recover.data, recipe.task, processor, examples)
         train_(pruned, arguments, examples, teacher, distillation, lora)
         yield "recovered"
 

@@ -12,7 +12,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from .adapters import with_adapters
 from .archs import spec_for
-from .data import load_examples
+from .data import load_examples, load_more_examples
 from .hub import check_repo_id, check_token
 from .recipe import Recipe, coerce_fields
 from .request import build_gates
@@ -157,6 +157,8 @@ def check_recipe(recipe: Recipe) -> None:
             f"Tasks are {', '.join(TASKS)}."
         )
     examples = load_examples(recipe.data, recipe.task, load_processor(recipe), config.label2id)
+    if recipe.recover.data is not None:
+        load_more_examples(recipe.recover.data, recipe.task, load_processor(recipe), examples)
     config = load_model_config(recipe, examples.labels)
     with torch.device("meta"):
         model = auto.from_config(config)

@@ -131,6 +131,9 @@ class RecoverConfig:
 
     repair: RepairConfig | None = None
     distillation: DistillationConfig | None = None
+    data: DataConfig | None = field(
+        default=None, metadata={"help": "What is retrained on, such as instructions; default: what was searched on."}
+    )
     lora: dict[str, Any] | None = field(
         default=None, metadata={"help": "peft.LoraConfig of the retraining; default: all weights train."}
     )
@@ -259,14 +262,14 @@ def _section(values: dict[str, Any], name: str) -> Any:
 
 def _build_recover(given: dict[str, Any]) -> RecoverConfig:
     sections: dict[str, Any] = {}
-    for name, section in (("repair", RepairConfig), ("distillation", DistillationConfig)):
+    for name, section in (("repair", RepairConfig), ("distillation", DistillationConfig), ("data", DataConfig)):
         values = _subsection(given, name, "recover.")
         if values is not None:
             sections[name] = section(**coerce_fields(section, values, f"recover.{name}"))
     lora = _subsection(given, "lora", "recover.")
-    train = {key: value for key, value in given.items() if key not in ("repair", "distillation", "lora")}
-    for name, is_given in (("distillation", "distillation" in sections), ("lora", lora is not None)):
-        if is_given and not train:
+    train = {key: value for key, value in given.items() if key not in ("repair", "distillation", "data", "lora")}
+    for name in ("distillation", "data", "lora"):
+        if given.get(name) is not None and not train:
             raise ValueError(f"recover.{name} is part of a retraining: give recover.max_steps too.")
     return RecoverConfig(**sections, lora=lora, train=train)
 
@@ -362,8 +365,9 @@ def _override_(values: dict[str, Any], override: str) -> None:
 
 def _use_files_beside_the_recipe_(values: dict[str, Any], folder: Path) -> None:
     """Relative data files that stand beside the recipe are meant relative to it."""
-    data = values.get("data")
-    for key in ("path", "held_out"):
-        value = data.get(key) if isinstance(data, dict) else None
-        if isinstance(value, str) and Path(value).suffix in BUILDERS and (folder / value).is_file():
-            data[key] = str(folder / value)
+    recover = values.get("recover")
+    for data in (values.get("data"), recover.get("data") if isinstance(recover, dict) else None):
+        for key in ("path", "held_out") if isinstance(data, dict) else ():
+            value = data.get(key)
+            if isinstance(value, str) and Path(value).suffix in BUILDERS and (folder / value).is_file():
+                data[key] = str(folder / value)
