@@ -1,6 +1,7 @@
-"""What a p- search of Llama-7B needs, or a training of LoRA adapters (`--lora 8`), on a randomly initialised one: speed and memory do not depend on the weights.
+"""What a p- search of Llama-7B needs, on a randomly initialised one: speed and memory do not depend on the weights.
 
     python benchmarks/llama_7b.py [--batch 4] [--tokens 512] [--steps 300]
+    python benchmarks/llama_7b.py --lora 8 --batch 16 --tokens 256    # a training of adapters, without a search
 
 With a GPU the whole model is searched and the peak and the time are measured. Without one, models of one and of two
 such layers are, on the CPU, and what 32 would hold is computed from them; no time is.
