@@ -91,8 +91,10 @@ def test_a_step_that_is_bad_in_one_process_is_skipped_in_all(launched):
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 asks for it
 def test_a_recipe_in_two_processes_ends_as_in_one(recipe, dense, tmp_path, capsys):  # noqa: F811
-    options = ["train.optim=sgd", "train.learning_rate=0.05", "train.logging_steps=1", "recover.max_steps=2"]
+    options = ["train.optim=sgd", "train.learning_rate=0.05", "train.logging_steps=1"]
+    options += ["recover={lora: {r: 2}, max_steps: 2}"]
     assert recipe(*options, "train.per_device_train_batch_size=4")[0] == 0
     printed = capsys.readouterr().out
     both = tmp_path / "both"
