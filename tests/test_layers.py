@@ -32,6 +32,8 @@ FLOORS = {
     "surface": [
         "distributed",
         "hub",
+        "nonfinite",
+        "progress",
         "trainer",
         "training",
         "tasks",

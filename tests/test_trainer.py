@@ -7,14 +7,14 @@ import torch
 from conftest import Tokens, relative_difference, search_, tiny_llama, token_batch
 from laws import tiny
 from safetensors import safe_open
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, ViTForImageClassification
+from transformers import Trainer, TrainerCallback, TrainingArguments, ViTForImageClassification
 
 from hf_dms import DMSConfig, DMSTrainer, detach_
 from hf_dms.checkpoint import load_search_state_
 from hf_dms.masking import gates_of
+from hf_dms.nonfinite import NonFiniteError
 from hf_dms.slicing import cut, make_plan
-from hf_dms.trainer import NonFiniteError, check_training_arguments
-from hf_dms.training import SearchProgress
+from hf_dms.trainer import check_training_arguments
 from hf_dms.verify import outputs_of
 
 QUIET = dict(
@@ -266,7 +266,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_search_with_its_last_checkpoint_in
     watch = WatchSteps(poison_at=4)
     options = dict(save_strategy="steps", save_steps=2, max_steps=12)
     trainer = poisoned_trainer(tmp_path, Images(), watch, max_nonfinite_steps=3, **options)
-    with pytest.raises(NonFiniteError, match=r"3 steps in a row, up to step 7, had .* not finite \(task loss"):
+    with pytest.raises(NonFiniteError, match=r"3 steps in a row, up to step 7, had .* not finite \(loss"):
         trainer.train()
     last = tmp_path / "checkpoint-6"  # saved between two bad steps
     resumed = poisoned_trainer(tmp_path, Images(), WatchSteps(), **options)
@@ -518,19 +518,3 @@ def test_example_inputs_are_those_of_the_evaluation_data(tmp_path):
     assert torch.equal(inputs["input_ids"][0], Tokens(8, seed=1)[0]["input_ids"])
     assert outputs_of(trainer.model, inputs).shape == (1, 8, 33)
     assert gates_of(trainer.model) is trainer.gates
-
-
-@pytest.mark.parametrize(
-    ("logs", "shown"),
-    [
-        ({"loss": 4.0, "task_loss": 3.0, "resource": 0.5, "target": 0.25}, "loss 3.000, resource 0.500, target 0.250"),
-        ({"loss": 4.0, "learning_rate": 0.1}, "loss 4.000"),  # a retraining
-    ],
-)
-def test_the_progress_bar_shows_the_task_loss_and_the_budget_of_a_search(logs, shown):
-    bar = SearchProgress()
-    state = TrainerState(max_steps=3, is_world_process_zero=True)
-    bar.on_train_begin(None, state, None)
-    bar.on_log(None, state, None, logs=logs)
-    assert bar.training_bar.postfix == shown
-    bar.on_train_end(None, state, None)
