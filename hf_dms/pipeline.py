@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, set_seed
+from transformers.utils import logging
 
 from .card import base_metadata, model_card
 from .checkpoint import check_writable, replace_folder, save_pruned
@@ -55,6 +57,8 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     output = Path(recipe.output.path)
     unfinished = output.with_name(output.name + ".unfinished")
     started = time.time()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # in a log file a bar is a line per movement
     arguments = training_arguments(recipe, "train", unfinished / "search")
     check_launch(arguments)
     if not on_main(lambda: _may_start(recipe, output, unfinished)):

@@ -25,13 +25,14 @@ class ExactCheckpointsMixin:
     """Lets a Trainer resume exactly, whenever it was killed.
 
     A checkpoint gets its name when all of its files are there. Each is preceded by a log, since what a Trainer has
-    summed since the last one is in no checkpoint. And models whose files hold other names than they do, such as ViT,
-    get their weights: `Trainer` passes over names that it does not find with a warning, and goes on as it is.
+    summed since the last one is in no checkpoint, and by what happens at the end of an epoch, if it is one: a resumed
+    Trainer would leave that out. And models whose files hold other names than they do, such as ViT, get their weights:
+    `Trainer` passes over names that it does not find with a warning, and goes on as it is.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.add_callback(_LogBeforeSave())
+        self.add_callback(_CheckpointsLast())
         self._saving = False
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -111,10 +112,22 @@ def loss_is_summed_over_micro_batches(trainer: Any, num_items_in_batch: Any) -> 
     return normalized_by_model or trainer.compute_loss_func is not None
 
 
-class _LogBeforeSave(TrainerCallback):
+class _CheckpointsLast(TrainerCallback):
+    """Lets all else that belongs to a step come before its checkpoint: its log, and what happens at an epoch's end."""
+
+    def __init__(self) -> None:
+        self.postponed = False
+
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        epoch_ends = control.should_training_stop or float(state.epoch).is_integer()
+        self.postponed = epoch_ends and control.should_save
         may_save = control.should_save or (control.should_evaluate and args.save_strategy == SaveStrategy.BEST)
         if may_save and args.logging_strategy != IntervalStrategy.NO:
             control.should_log = True
+        control.should_save &= not self.postponed
 
-    on_epoch_end = on_step_end
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        postponed = self.postponed
+        self.on_step_end(args, state, control)
+        control.should_save |= postponed or self.postponed
+        self.postponed = False
