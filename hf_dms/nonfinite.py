@@ -61,7 +61,8 @@ class FiniteStepsMixin:
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             logs["skipped_steps"] = self.skipped_steps
-            logs = {name: value for name, value in logs.items() if math.isfinite(value)}  # JSON has no other numbers
+            bad = [name for name, value in logs.items() if isinstance(value, float) and not math.isfinite(value)]
+            logs = {name: value for name, value in logs.items() if name not in bad}  # JSON has no such numbers
         super().log(logs, *args, **kwargs)
 
     # ---- hooks -------------------------------------------------------------------------------------------------------

@@ -276,8 +276,8 @@ def _scores_on_soft_masks(model: PreTrainedModel, measure: Any) -> Tensor:
 def _may_start(recipe: Recipe, output: Path, unfinished: Path) -> bool:
     """Check a recipe and claim its folder; False if the result is there already."""
     if (output / REPORT).is_file() and not recipe.output.overwrite:
-        if _is_claimed(unfinished, recipe):
-            _tidy(unfinished, output)  # killed when all was saved
+        if _is_claimed(unfinished, recipe) or not unfinished.exists():
+            _tidy(unfinished, output)  # if it was killed when all was saved
         return False
     check_writable(output, recipe.output.overwrite)
     check_recipe(recipe)
