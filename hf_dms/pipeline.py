@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, set_seed
+from transformers.utils import logging
 
 from .adapters import with_adapters, with_adapters_of
 from .card import base_metadata, model_card
-from .checkpoint import check_writable, save_pruned
+from .checkpoint import check_writable, replace_folder, save_pruned
 from .data import Examples, load_examples, load_more_examples
 from .distributed import check_launch, make_whole_, on_main, say
 from .evaluate import evenly_spaced, example_scores, seconds_per_batch, summary
@@ -43,6 +46,7 @@ from .slicing import plan_of, prune
 from .trainer import DMSTrainer
 from .training import train_or_resume_
 
+CLAIM = "recipe.json"  # says whose an unfinished folder is
 SEQUENCES = 64  # held-out sequences that perplexity is measured on, unless the recipe says otherwise
 
 
@@ -62,6 +66,8 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     output = Path(recipe.output.path)
     unfinished = output.with_name(output.name + ".unfinished")
     started = time.time()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # in a log file a bar is a line per movement
     arguments = training_arguments(recipe, "train", unfinished / "search")
     check_launch(arguments)
     if not on_main(lambda: _may_start(recipe, output, unfinished)):
@@ -70,24 +76,25 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     processor = load_processor(recipe)
     examples = load_examples(recipe.data, recipe.task, processor, load_model_config(recipe).label2id)
 
-    def measure(model: PreTrainedModel) -> Tensor:
+    def measure(name: str, model: PreTrainedModel) -> Tensor:
+        say(f"Measuring the {name} model on {report['protocol']} ...")
         return on_main(lambda: score(model, recipe, examples))
 
     model = dense_model(recipe, examples, unfinished)
     report: dict[str, Any] = {"recipe": recipe.to_dict(), "seed": arguments.seed, "versions": versions()}
     report["protocol"] = f"{len(held_out_examples(recipe, examples))} held-out {examples.unit}"
-    say(f"Measuring the dense model on {report['protocol']} ...")
-    scores = {"dense": measure(model.to(arguments.device).eval())}
+    scores = {"dense": measure("dense", model.to(arguments.device).eval())}
     summarized = functools.partial(summary, recipe.task.metric)
 
     searched, pruned, plan = search(model, recipe, examples, report, arguments)
-    report["masks"] = {"soft": summarized(_scores_on_soft_masks(searched, measure), scores["dense"])}
+    soft = _scores_on_soft_masks(searched, functools.partial(measure, "searched"))
+    report["masks"] = {"soft": summarized(soft, scores["dense"])}
     bound = gates_of(searched).attachment.bound
     detach_(searched)
     model = searched if recipe.lora is None else searched.unload()
-    scores["pruned"] = measure(pruned)
+    scores["pruned"] = measure("pruned", pruned)
     for step in recover_(pruned, model, plan, recipe, examples, unfinished, processor):
-        scores[step] = measure(pruned)
+        scores[step] = measure(step, pruned)
     for name, values in scores.items():
         report.setdefault(name, {}).update(summarized(values, None if name == "dense" else scores["dense"]))
     for name, speed in on_main(lambda: _speeds(model, pruned, recipe, examples)).items():
@@ -95,9 +102,10 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     report["sample"] = on_main(lambda: continuation(pruned, processor, recipe))
     report["model_class"] = type(pruned).__name__
     report["seconds"] = round(time.time() - started)
+    say(f"Saving to {output} ...")
     kept = plan_to_json(plan, bound, recipe.dms.layout)
     on_main(lambda: _save(pruned, processor, recipe, examples, report, kept))
-    on_main(lambda: shutil.rmtree(unfinished))
+    on_main(lambda: _tidy(unfinished, output))
     say("\n" + table(report))
     if recipe.hub.repo_id:
         say(f"\nPushed to {on_main(lambda: push(output, **dataclasses.asdict(recipe.hub)))}")
@@ -120,7 +128,8 @@ def dense_model(recipe: Recipe, examples: Examples, folder: Path) -> PreTrainedM
     model = _load_model(recipe, examples)
     if recipe.finetune:
         say("Fine-tuning the dense model ...")
-        train_(model, training_arguments(recipe, "finetune", finetuned), examples)
+        arguments = training_arguments(recipe, "finetune", finetuned)
+        train_(model, arguments, examples, stage="fine-tuning", max_nonfinite_steps=recipe.dms.max_nonfinite_steps)
     return model
 
 
@@ -140,11 +149,13 @@ def search(
         dense.cpu()
         model = _load_model(recipe, examples, **packed)
     model = model if lora is None else with_adapters(model, lora, arguments.seed)
+    say("Searching ...")
     trainer = DMSTrainer(
         model=model,
         args=arguments,
         dms_config=recipe.dms,
         train_dataset=examples.train,
+        eval_dataset=held_out_examples(recipe, examples),
         data_collator=examples.collate,
     )
     train_or_resume_(trainer)
@@ -198,10 +209,19 @@ def recover_(
     if recipe.recover.train:
         say("Retraining the pruned model ...")
         teacher = dense if distillation else None
-        arguments, lora = training_arguments(recipe, "recover", folder / "recover"), lora_config(recipe, "recover.lora")
         if recipe.recover.data is not None:
             examples = load_more_examples(recipe.recover.data, recipe.task, processor, examples)
-        train_(pruned, arguments, examples, teacher, distillation, lora)
+        arguments = training_arguments(recipe, "recover", folder / "recover")
+        train_(
+            pruned,
+            arguments,
+            examples,
+            teacher,
+            distillation,
+            lora=lora_config(recipe, "recover.lora"),
+            stage="retraining",
+            max_nonfinite_steps=recipe.dms.max_nonfinite_steps,
+        )
         yield "recovered"
 
 
@@ -297,6 +317,8 @@ def _scores_on_soft_masks(model: PreTrainedModel, measure: Any) -> Tensor:
 def _may_start(recipe: Recipe, output: Path, unfinished: Path) -> bool:
     """Check a recipe and claim its folder; False if the result is there already."""
     if (output / REPORT).is_file() and not recipe.output.overwrite:
+        if _is_claimed(unfinished, recipe) or not unfinished.exists():
+            _tidy(unfinished, output)  # if it was killed when all was saved
         return False
     check_writable(output, recipe.output.overwrite)
     check_recipe(recipe)
@@ -306,12 +328,28 @@ def _may_start(recipe: Recipe, output: Path, unfinished: Path) -> bool:
 
 def _claim(unfinished: Path, recipe: Recipe) -> None:
     """Make the folder of an unfinished run, or check that an existing one is this recipe's."""
-    mark = unfinished / "recipe.json"
-    content = json.dumps(recipe.to_dict(), indent=2, sort_keys=True) + "\n"
-    if mark.is_file() and mark.read_text() != content:
+    mark = unfinished / CLAIM
+    if mark.is_file() and not _is_claimed(unfinished, recipe):
         raise ValueError(
             f"{unfinished} holds an unfinished run of another recipe. Run that one again to finish it, "
             "choose another output.path, or delete the folder."
         )
     unfinished.mkdir(parents=True, exist_ok=True)
-    mark.write_text(content)
+    mark.with_suffix(".tmp").write_text(_content(recipe))
+    os.replace(mark.with_suffix(".tmp"), mark)
+
+
+def _is_claimed(unfinished: Path, recipe: Recipe) -> bool:
+    mark = unfinished / CLAIM
+    return mark.is_file() and mark.read_text() == _content(recipe)
+
+
+def _content(recipe: Recipe) -> str:
+    return json.dumps(recipe.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def _tidy(unfinished: Path, output: Path) -> None:
+    """Remove the folder of a run that is finished, but for what TensorBoard reads, which goes into the result."""
+    for logs in unfinished.glob("*/runs"):
+        shutil.copytree(logs, output / "runs" / logs.parent.name, dirs_exist_ok=True)
+    replace_folder(unfinished)

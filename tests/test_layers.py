@@ -33,6 +33,8 @@ FLOORS = {
     "surface": [
         "distributed",
         "hub",
+        "nonfinite",
+        "progress",
         "trainer",
         "training",
         "tasks",

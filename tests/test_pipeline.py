@@ -293,6 +293,27 @@ def test_an_interrupted_run_goes_on_where_it_stopped_and_ends_the_same(recipe, m
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_a_run_killed_when_all_was_saved_leaves_nothing_behind(recipe, monkeypatch, capsys):
+    def die(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_dms.pipeline, "_tidy", die)
+        with pytest.raises(KeyboardInterrupt):
+            recipe()
+    out = recipe()[1]
+    assert "is finished already" in capsys.readouterr().out
+    assert (out / "dms_report.json").is_file()
+    assert not out.with_name("out.unfinished").exists()
+
+
+def test_a_recipe_may_ask_for_the_best_model(recipe):
+    options = ["eval_strategy=steps", "eval_steps=2", "save_steps=2", "load_best_model_at_end=true"]
+    code, out = recipe(*(f"train.{option}" for option in options), "dms.target=0.8", "dms.gate_learning_rate=0.1")
+    assert code == 0
+    assert json.loads((out / "dms_report.json").read_text())["search"]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
