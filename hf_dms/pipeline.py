@@ -28,8 +28,9 @@ from .plans import PLAN_FILE, plan_to_json
 from .preflight import check_recipe, load_model_config, load_processor, model_class, training_arguments
 from .recipe import Recipe
 from .repair import repair_
-from .report import REPORT, sizes_and_costs, table, versions
+from .report import REPORT, sizes_and_costs, table, to_json, versions
 from .retrain import train_
+from .samples import add_outputs_, inputs_of
 from .slicing import plan_of
 from .trainer import DMSTrainer
 from .training import train_or_resume_
@@ -69,6 +70,8 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     report["protocol"] = f"{len(held_out_examples(recipe, examples))} held-out {examples.unit}"
     say(f"Measuring the dense model on {report['protocol']} ...")
     scores = {"dense": measure(model.to(arguments.device).eval())}
+    samples = on_main(lambda: inputs_of(processor, recipe, examples))
+    on_main(lambda: add_outputs_(samples, "dense", model, processor, recipe, examples))
     summarized = functools.partial(summary, recipe.task.metric)
 
     pruned, plan = search(model, recipe, examples, report, arguments)
@@ -82,8 +85,9 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
         report.setdefault(name, {}).update(summarized(values, None if name == "dense" else scores["dense"]))
     for name, speed in on_main(lambda: _speeds(model, pruned, recipe, examples)).items():
         report[name].update(speed)
-    report["sample"] = on_main(lambda: continuation(pruned, processor, recipe))
-    report["model_class"] = type(pruned).__name__
+    on_main(lambda: add_outputs_(samples, list(scores)[-1], pruned, processor, recipe, examples))
+    report["samples"] = samples
+    report |= {"layout": recipe.dms.layout, "model_class": type(pruned).__name__}
     report["seconds"] = round(time.time() - started)
     kept = plan_to_json(plan, bound, recipe.dms.layout)
     on_main(lambda: _save(pruned, processor, recipe, examples, report, kept))
@@ -231,7 +235,7 @@ def _save(
         processor=processor,
         inputs=examples.collate([examples.held_out[0]]),
         files={
-            REPORT: json.dumps(report, indent=2) + "\n",
+            REPORT: to_json(report),
             PLAN_FILE: plan,
             "README.md": model_card(
                 report, recipe.hub.repo_id or output.name, base_metadata(recipe.model.path, recipe.model.revision)
@@ -239,15 +243,6 @@ def _save(
         },
         overwrite=recipe.output.overwrite,
     )
-
-
-def continuation(model: PreTrainedModel, tokenizer: Any, recipe: Recipe) -> str:
-    """What the pruned model makes of the recipe's prompt (greedy), prompt included; empty without a prompt."""
-    if recipe.model.task != "text-generation" or not recipe.eval.prompt:
-        return ""
-    inputs = tokenizer(recipe.eval.prompt, return_tensors="pt").to(model.device)
-    tokens = model.generate(**inputs, max_new_tokens=recipe.eval.new_tokens, do_sample=False)
-    return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
 def _scores_on_soft_masks(model: PreTrainedModel, measure: Any) -> Tensor:
