@@ -24,7 +24,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from hf_dms import DMSConfig, attach_, prune
-from hf_dms.archs import SPECS
 from hf_dms.checkpoint import save_pruned
 
 BLOCKS = dict(hidden_size=96, intermediate_size=128, num_hidden_layers=3, num_attention_heads=6)
@@ -40,9 +39,12 @@ MODELS = {  # class: (sizes, dims to prune)
     "GraniteForCausalLM": ({k: v for k, v in DECODER.items() if k != "head_dim"}, ("kv", "mlp", "layers")),
     "GemmaForCausalLM": (DECODER, ("kv", "mlp", "layers")),
     "Gemma2ForCausalLM": (DECODER, ("kv", "mlp", "layers")),
-    "Gemma3ForCausalLM": (DECODER, ("kv", "mlp", "layers")),
+    "Gemma3ForCausalLM": (DECODER | {"query_pre_attn_scalar": 16}, ("kv", "mlp", "layers")),
     "BertForSequenceClassification": (TEXT, ("heads", "mlp", "hidden", "layers")),
     "RobertaForSequenceClassification": (TEXT, ("heads", "mlp", "hidden", "layers")),
+    "XLMRobertaForSequenceClassification": (TEXT, ("heads", "mlp", "hidden", "layers")),
+    "CamembertForSequenceClassification": (TEXT, ("heads", "mlp", "hidden", "layers")),
+    "ElectraForSequenceClassification": (TEXT | {"embedding_size": 48}, ("heads", "mlp", "hidden", "layers")),
     "DistilBertForSequenceClassification": (
         dict(dim=96, hidden_dim=128, n_layers=3, n_heads=6, max_position_embeddings=64),
         ("heads", "mlp", "hidden", "layers"),
@@ -62,7 +64,9 @@ def tokenizer():
     special = ["<unk>", "<s>", "</s>", "<pad>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     text = Path(__file__).with_name("README.md").read_text().splitlines()
-    bpe.train_from_iterator(text, trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet))
+    bpe.train_from_iterator(
+        text, trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
+    )
     names = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
 
@@ -74,8 +78,8 @@ def save(name, layout, folder, processor):
     torch.manual_seed(0)
     vocabulary = {} if name.endswith("ImageClassification") else {"vocab_size": len(processor), **SPECIAL}
     model = cls._from_config(cls.config_class(**sizes, **vocabulary)).eval()
-    if layout == "padded" and "hidden" in dims and ("Bert" in name or "Roberta" in name):
-        dims = tuple(dim for dim in dims if dim != "hidden")
+    tied = {"hidden"} if layout == "padded" and name.endswith("SequenceClassification") else set()
+    dims = tuple(dim for dim in dims if dim not in tied | ({"layers"} if layout != "uniform" else set()))
     attach_(model, DMSConfig(target=0.8, prune=dims, layout=layout, resource_scope="layers", sequence_length=8))
     with torch.no_grad():
         model.dms_gates.prune_ratio.uniform_(0.1, 0.5)
@@ -170,9 +174,9 @@ def main() -> None:
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    processor, known = tokenizer(), {spec.model_type for spec in SPECS}
+    print(json.dumps({"transformers": transformers.__version__, "torch": torch.__version__}), flush=True)
+    processor = tokenizer()
     for name in MODELS:
-        assert getattr(transformers, name).config_class.model_type in known | {"gemma3_text"}
         for layout in LAYOUTS:
             with tempfile.TemporaryDirectory() as folder:
                 pruned, inputs, expected = save(name, layout, Path(folder) / "pruned", processor)

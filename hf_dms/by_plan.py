@@ -5,6 +5,7 @@ Nothing is trained or measured here; the report says what was cut and how that w
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from huggingface_hub import ModelCardData, snapshot_download
 
 from .card import is_hub_id, shown
 from .checkpoint import check_writable, new_folder
+from .html import PAGE, render
 from .modeling_dms import auto_class_of
 from .recipe import ModelConfig, OutputConfig
 from .report import REPORT, loading_lines, shape, sizes_table, table, to_json, versions
@@ -52,6 +54,8 @@ def cut_by_plan(plan: str, model: ModelConfig, output: OutputConfig) -> dict[str
                 shutil.copyfile(file, temporary / file.name)
         report = _report(job, counts, model) | {"seconds": round(time.time() - started)}
         (temporary / REPORT).write_text(to_json(report))
+        page = render(json.loads(to_json(report)), job.pruned.config.to_dict(), Path(output.path).name)
+        (temporary / PAGE).write_text(page)
         (temporary / "README.md").write_text(_card(job, report, Path(output.path).name))
     print(table(report))
     return report

@@ -21,6 +21,7 @@ from .checkpoint import check_writable, save_pruned
 from .data import Examples, load_examples
 from .distributed import check_launch, make_whole_, on_main, say
 from .evaluate import evenly_spaced, example_scores, seconds_per_batch, summary
+from .html import PAGE, render
 from .hub import push
 from .layouts import Plan
 from .masking import detach_, gates_of
@@ -229,6 +230,7 @@ def _save(
 ) -> None:
     """Write the finished folder."""
     output = Path(recipe.output.path)
+    config = pruned.config.to_dict()
     save_pruned(
         pruned,
         output,
@@ -236,6 +238,7 @@ def _save(
         inputs=examples.collate([examples.held_out[0]]),
         files={
             REPORT: to_json(report),
+            PAGE: render(json.loads(to_json(report)), config, recipe.hub.repo_id or output.name),
             PLAN_FILE: plan,
             "README.md": model_card(
                 report, recipe.hub.repo_id or output.name, base_metadata(recipe.model.path, recipe.model.revision)

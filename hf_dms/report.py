@@ -148,22 +148,30 @@ def columns_of(report: dict[str, Any]) -> list[str]:
     return [name for name in ("dense", "pruned", "repaired", "recovered") if name in report]
 
 
+def table_rows(report: dict[str, Any]) -> list[tuple[str, list[str], str]]:
+    """Dense against pruned: (words, what each model of `columns_of` has, the last one against the dense one)."""
+    columns = columns_of(report)
+    rows = []
+    for key, (words, number) in ROWS.items():
+        values = [report[name].get(key, report["pruned"].get(key)) for name in columns]
+        if all(value is not None for value in values):
+            change = _points(report[columns[-1]]) if key == "accuracy" else f"{values[-1] / values[0]:.3f}"
+            rows.append((words, [format(value, number) for value in values], change))
+    return rows
+
+
 def table(report: dict[str, Any]) -> str:
     """Dense against pruned, for the terminal and the model card (a Markdown table)."""
     columns = columns_of(report)
     lines = [f"| | {' | '.join(columns)} | {columns[-1]} / dense |", "|---" * (len(columns) + 2) + "|"]
-    for key, (words, number) in ROWS.items():
-        values = [report[name].get(key, report["pruned"].get(key)) for name in columns]
-        if all(value is not None for value in values):
-            cells = " | ".join(format(value, number) for value in values)
-            change = _points(report[columns[-1]]) if key == "accuracy" else f"{values[-1] / values[0]:.3f}"
-            lines.append(f"| {words} | {cells} | {change} |")
+    lines += [f"| {words} | {' | '.join(cells)} | {change} |" for words, cells, change in table_rows(report)]
     return "\n".join(lines)
 
 
 def _points(measured: dict[str, Any]) -> str:
-    """The paired difference from the dense model, with its standard error, in percentage points."""
-    return f"{100 * measured['difference']:+.1f} ± {100 * measured['difference_stderr']:.1f} points"
+    """The paired difference from the dense model, with its standard error if it has one, in percentage points."""
+    difference, error = measured["difference"], measured["difference_stderr"]
+    return f"{100 * difference:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}") + " points"
 
 
 def sizes_table(sizes: dict[str, list[int]]) -> str:
