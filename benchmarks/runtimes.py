@@ -1,7 +1,7 @@
 """Who can load it: small pruned models of each layout in the runtimes that are installed here.
 
-What it prints is what `hf_dms/compatibility.py` calls run. The models are random and tiny; each is pruned, saved, loaded
-by the runtime, and its outputs are compared with transformers' on the same tokens or pixels.
+What it prints is what `hf_dms/compatibility.py` calls run. The models are random and tiny; each is pruned, saved and
+loaded by the runtime, and its outputs are compared with transformers' on the same tokens or pixels.
 
     python benchmarks/runtimes.py > benchmarks/runtimes.jsonl
     python benchmarks/runtimes.py --llama-cpp path/to/llama.cpp   # with llama-cpp-python, and llama.cpp's converter
@@ -10,6 +10,7 @@ by the runtime, and its outputs are compared with transformers' on the same toke
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -187,7 +188,8 @@ def main() -> None:
                     row = {"runtime": runtime, "version": _version(runtime), "class": name, "layout": layout}
                     row["written"] = type(pruned).__name__
                     try:
-                        difference = function(Path(folder) / "pruned", name, inputs, expected)
+                        with contextlib.redirect_stdout(sys.stderr):
+                            difference = function(Path(folder) / "pruned", name, inputs, expected)
                         row["difference"] = difference / float(expected.abs().max())
                     except Exception as error:
                         row["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"

@@ -1,4 +1,4 @@
-"""Where the lines, bars and labels of the report's pictures are: geometry alone, which `report.html.jinja` draws as SVG.
+"""Where the lines, bars and labels of the report's pictures are: geometry, which `report.html.jinja` draws as SVG.
 
 A chart is 360 units wide, the width of a phone, so that its labels stay legible there.
 """
@@ -86,7 +86,7 @@ def line_chart(
 
 
 def bar_chart(dim: str, kept: list[int], units: int, kept_layers: list[int]) -> Chart:
-    """Units kept of a dim, a bar for each layer of the dense model; a layer that is gone is a mark over its whole height.
+    """Units kept of a dim, a bar for each layer of the dense model; a layer that is gone is marked over its height.
 
     Args:
         dim: its name.
@@ -168,7 +168,7 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
 
 
-# ---- the course of a search, for report.html and for figures.py --------------------------------------------------------
+# ---- the course of a search, for report.html and for figures.py ------------------------------------------------------
 def course(report: dict[str, Any]) -> dict[str, dict[str, Points]]:
     """The course of the search as lines: `loss`, `resource` (share of the dense one, and its target), `kept` (share of
     the dense units of each dim, mean over layers). Empty if the report has no search.

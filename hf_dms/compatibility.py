@@ -1,7 +1,7 @@
 """Who can load a checkpoint: what was run, what was only read in the runtime's source, what cannot work.
 
-`python -m hf_dms.compatibility README.md` renews the README's table; `hf-dms report PATH` prints the rows for a checkpoint.
-What is called run is what `benchmarks/runtimes.py` and the tests ran, on a CPU, on tiny random models.
+`python -m hf_dms.compatibility README.md` renews the README's table; `hf-dms report PATH` prints what applies to a
+checkpoint. What is called run is what `benchmarks/runtimes.py` and the tests ran, on a CPU, on tiny random models.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ ROWS = (
         ("run", "every save reloads the folder and compares outputs"),
         (
             "run",
-            "every save reloads the folder and compares outputs; needs `import hf_dms` first, or `trust_remote_code=True`",
+            "every save reloads the folder and compares outputs; needs `import hf_dms`, or `trust_remote_code=True`",
         ),
     ),
     Row(
@@ -253,7 +253,7 @@ def _for_sizes(verdict: Verdict, config: dict[str, Any], layout: str) -> Verdict
     heads, hidden, head_dim = (config.get(key) for key in ("num_attention_heads", "hidden_size", "head_dim"))
     remedy = HEAD_SIZE.get((verdict.runtime, config["model_type"]))
     if remedy and head_dim and heads * head_dim != hidden:
-        words = f"it takes hidden_size / num_attention_heads for the head size, {hidden} / {heads}, not {head_dim}: {remedy}"
+        words = f"it takes hidden_size / heads for the head size, {hidden} / {heads} instead of {head_dim}: {remedy}"
         return replace(verdict, status="no", words=words)
     if _out_of_order(verdict.runtime, config):
         words = (

@@ -1,7 +1,7 @@
 """`report.html`: one file that opens offline and shows a prune, made from the content of `dms_report.json`.
 
-Jinja2 fills `report.html.jinja` and escapes every value; `charts.py` says where lines and bars go. No script, no font, no
-picture is fetched, and the page's own content policy forbids it.
+Jinja2 fills `report.html.jinja` and escapes every value; `charts.py` says where lines and bars go. The page has no
+script and fetches nothing, and its own content policy forbids both.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from .plans import PLAN_FILE, plan_to_json
 from .preflight import check_recipe, load_model_config, load_processor, model_class, training_arguments
 from .recipe import Recipe
 from .repair import repair_
-from .report import REPORT, sizes_and_costs, table, to_json, versions
+from .report import REPORT, as_written, sizes_and_costs, table, to_json, versions
 from .retrain import train_
 from .samples import add_outputs_, inputs_of
 from .slicing import plan_of
@@ -91,12 +91,14 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     report |= {"layout": recipe.dms.layout, "model_class": type(pruned).__name__}
     report["seconds"] = round(time.time() - started)
     kept = plan_to_json(plan, bound, recipe.dms.layout)
-    on_main(lambda: _save(pruned, processor, recipe, examples, report, kept))
+    written = as_written(report)
+    card = on_main(lambda: _card(report, recipe))
+    on_main(lambda: _save(pruned, processor, recipe, examples, written, {PLAN_FILE: kept, "README.md": card}))
     on_main(lambda: shutil.rmtree(unfinished))
-    say("\n" + table(report))
+    say("\n" + table(written))
     if recipe.hub.repo_id:
         say(f"\nPushed to {on_main(lambda: push(output, **dataclasses.asdict(recipe.hub)))}")
-    return report
+    return written
 
 
 # ---- the steps -------------------------------------------------------------------------------------------------------
@@ -226,26 +228,29 @@ def _speeds(
 
 
 def _save(
-    pruned: PreTrainedModel, processor: Any, recipe: Recipe, examples: Examples, report: dict[str, Any], plan: str
+    pruned: PreTrainedModel,
+    processor: Any,
+    recipe: Recipe,
+    examples: Examples,
+    report: dict[str, Any],
+    files: dict[str, str],
 ) -> None:
     """Write the finished folder."""
     output = Path(recipe.output.path)
-    config = pruned.config.to_dict()
+    page = render(report, pruned.config.to_dict(), recipe.hub.repo_id or output.name)
     save_pruned(
         pruned,
         output,
         processor=processor,
         inputs=examples.collate([examples.held_out[0]]),
-        files={
-            REPORT: to_json(report),
-            PAGE: render(json.loads(to_json(report)), config, recipe.hub.repo_id or output.name),
-            PLAN_FILE: plan,
-            "README.md": model_card(
-                report, recipe.hub.repo_id or output.name, base_metadata(recipe.model.path, recipe.model.revision)
-            ),
-        },
+        files={REPORT: to_json(report), PAGE: page} | files,
         overwrite=recipe.output.overwrite,
     )
+
+
+def _card(report: dict[str, Any], recipe: Recipe) -> str:
+    base = base_metadata(recipe.model.path, recipe.model.revision)
+    return model_card(report, recipe.hub.repo_id or Path(recipe.output.path).name, base)
 
 
 def _scores_on_soft_masks(model: PreTrainedModel, measure: Any) -> Tensor:

@@ -57,8 +57,8 @@ class EvalConfig:
     samples: int = field(
         default=4,
         metadata={
-            "help": "Held-out examples of a classifier that the report shows with both models' predictions; 0 keeps the "
-            "data out of the report."
+            "help": "Held-out examples of a classifier that the report shows, with both models' predictions; 0 "
+            "keeps the data out of it."
         },
     )
 

@@ -77,9 +77,9 @@ def sizes_and_costs(model: PreTrainedModel, plan: Plan, sequence_length: int) ->
         sequence_length: tokens per sequence, for the attention scores in the MACs.
 
     Returns:
-        `{"dense": {num_params, macs_per_token, kv_bytes_per_token}, "pruned": {...}}` and what `shape` returns. "pruned"
-        is what is written; for layout padded both have also kept_num_params, ...: what is left without the zeros, which
-        is what the target limits.
+        `{"dense": {num_params, macs_per_token, kv_bytes_per_token}, "pruned": {...}}` and what `shape` returns.
+        "pruned" is what is written; for layout padded both have also kept_num_params, ...: what is left without the
+        zeros, which is what the target limits.
     """
     gates = gates_of(model)
     bound, config = gates.attachment.bound, gates.attachment.config
@@ -106,15 +106,20 @@ def _on(gates: Gates, sizes: Sizes) -> Sizes:
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------
-def to_json(report: dict[str, Any]) -> str:
-    """A report as the text of `dms_report.json`: strict JSON (numbers that are not finite are null), without this
-    machine's folders, since it is pushed with the model.
+def as_written(report: dict[str, Any]) -> dict[str, Any]:
+    """A report as `dms_report.json` has it: numbers that are not finite are None, as JSON has none such, and this
+    machine's folders are left out, since the file is pushed with the model.
     """
     report = {"format": FORMAT} | report
     for section in ("model", "recipe"):
         if section in report:
             report[section] = without_local_paths(report[section])
-    return json.dumps(_finite(report), indent=2, allow_nan=False) + "\n"
+    return _finite(report)
+
+
+def to_json(written: dict[str, Any]) -> str:
+    """The text of `dms_report.json`, of what `as_written` returned."""
+    return json.dumps(written, indent=2, allow_nan=False) + "\n"
 
 
 def without_local_paths(values: Any, key: str = "") -> Any:
