@@ -5,7 +5,6 @@ Nothing is trained or measured here; the report says what was cut and how that w
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -15,9 +14,10 @@ from huggingface_hub import ModelCardData, snapshot_download
 
 from .card import is_hub_id, shown
 from .checkpoint import check_writable, new_folder
+from .html import PAGE, render
 from .modeling_dms import auto_class_of
 from .recipe import ModelConfig, OutputConfig
-from .report import REPORT, loading_lines, sizes_by_layer, sizes_table, table, versions
+from .report import REPORT, as_written, loading_lines, shape, sizes_table, table, to_json, versions
 from .streaming import StreamedCut, prepare_cut, write_cut
 
 PROCESSOR_FILES = (  # what tokenizers and image processors of transformers write
@@ -51,8 +51,10 @@ def cut_by_plan(plan: str, model: ModelConfig, output: OutputConfig) -> dict[str
         for pattern in PROCESSOR_FILES:
             for file in filter(Path.is_file, folder.glob(pattern)):
                 shutil.copyfile(file, temporary / file.name)
-        report = _report(job, counts, model) | {"seconds": round(time.time() - started)}
-        (temporary / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+        report = as_written(_report(job, counts, model) | {"seconds": round(time.time() - started)})
+        (temporary / REPORT).write_text(to_json(report))
+        page = render(report, job.pruned.config.to_dict(), Path(output.path).name)
+        (temporary / PAGE).write_text(page, encoding="utf-8")
         (temporary / "README.md").write_text(_card(job, report, Path(output.path).name))
     print(table(report))
     return report
@@ -77,7 +79,7 @@ def _report(job: StreamedCut, counts: dict[str, int], model: ModelConfig) -> dic
     if job.layout == "padded":
         report["dense"]["kept_num_params"], report["pruned"]["kept_num_params"] = counts["dense"], counts["kept"]
     return report | {
-        "sizes": sizes_by_layer(job.plan, job.bound),
+        **shape(job.plan, job.bound),
         "layout": job.layout,
         "model": {"path": model.path, "revision": model.revision},
         "model_class": type(job.pruned).__name__,

@@ -117,7 +117,7 @@ def save_pruned(
         if processor is not None:
             processor.save_pretrained(temporary)
         for name, content in (files or {}).items():
-            (temporary / name).write_text(content)
+            (temporary / name).write_text(content, encoding="utf-8")
         reloaded: Any = type(pruned).from_pretrained(temporary, dtype=pruned.dtype)
         reloaded.to(pruned.device)
         reloaded.set_attn_implementation(pruned.config._attn_implementation)

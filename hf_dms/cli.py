@@ -1,5 +1,5 @@
 """The command line: `hf-dms prune RECIPE`, `hf-dms validate RECIPE...`, `hf-dms eval PATH`,
-`hf-dms push PATH REPO`, `hf-dms archs`.
+`hf-dms report PATH`, `hf-dms push PATH REPO`, `hf-dms archs`.
 
 Nothing heavy is imported before a command runs, so that `hf-dms --help` answers at once.
 """
@@ -65,6 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--examples", type=int, help="at most so many of the data, evenly spaced; default: all")
     evaluate.add_argument("--batch-size", type=int, default=8)
     evaluate.set_defaults(run=_eval)
+    report = commands.add_parser("report", help="what a prune came to, and which runtimes load a saved model")
+    report.add_argument("path", help="folder of a model; for one that hf_dms did not prune, the runtimes alone")
+    report.add_argument("--html", metavar="FILE", help="write the page here; default: report.html in the folder")
+    report.add_argument("--figures", metavar="DIR", help="write the pictures as PNG files for a paper, with matplotlib")
+    report.set_defaults(run=_report)
     push = commands.add_parser("push", help="push the folder of a pruned model to the Hub")
     push.add_argument("path", help="folder that prune wrote")
     push.add_argument("repo", help="namespace/name on the Hub; made if it is not there")
@@ -100,8 +105,8 @@ def _prune(options: argparse.Namespace) -> int:
     if report is None:
         say(f"{recipe.output.path} is finished already. For another run set output.overwrite: true.")
     else:
-        if report["sample"]:
-            say(f"\nIt continues:\n    {report['sample']}")
+        if recipe.model.task == "text-generation" and report["samples"]:
+            say(f"\nIt continues:\n    {list(report['samples'][0]['outputs'].values())[-1]}")
         say(f"\nSaved to {recipe.output.path} ({report['model_class']}). Load it with\n")
         task = recipe.task
         say(loading_lines(task.model_class, task.processor_class, report["model_class"], recipe.output.path))
@@ -143,6 +148,13 @@ def _eval(options: argparse.Namespace) -> int:
             data = whole_file(options.data, sequence_length=length, **columns)
             for row in measure_files(paths, data, options.examples, options.batch_size):
                 print(json.dumps(row), flush=True)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from .html import show
+
+    print(show(options.path, options.html, options.figures))
     return 0
 
 

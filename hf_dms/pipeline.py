@@ -25,6 +25,7 @@ from .checkpoint import check_writable, replace_folder, save_pruned
 from .data import Examples, load_examples, load_more_examples
 from .distributed import check_launch, make_whole_, on_main, say
 from .evaluate import evenly_spaced, example_scores, seconds_per_batch, summary
+from .html import PAGE, render
 from .hub import push
 from .layouts import Plan
 from .masking import copy_search_, detach_, gates_of
@@ -40,8 +41,9 @@ from .preflight import (
 )
 from .recipe import Recipe
 from .repair import repair_
-from .report import REPORT, sizes_and_costs, table, versions
+from .report import REPORT, as_written, sizes_and_costs, table, to_json, versions
 from .retrain import train_
+from .samples import add_outputs_, inputs_of
 from .slicing import plan_of, prune
 from .trainer import DMSTrainer
 from .training import train_or_resume_
@@ -84,6 +86,8 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     report: dict[str, Any] = {"recipe": recipe.to_dict(), "seed": arguments.seed, "versions": versions()}
     report["protocol"] = f"{len(held_out_examples(recipe, examples))} held-out {examples.unit}"
     scores = {"dense": measure("dense", model.to(arguments.device).eval())}
+    samples = on_main(lambda: inputs_of(processor, recipe, examples))
+    on_main(lambda: add_outputs_(samples, "dense", model, processor, recipe, examples))
     summarized = functools.partial(summary, recipe.task.metric)
 
     searched, pruned, plan = search(model, recipe, examples, report, arguments)
@@ -99,17 +103,20 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
         report.setdefault(name, {}).update(summarized(values, None if name == "dense" else scores["dense"]))
     for name, speed in on_main(lambda: _speeds(model, pruned, recipe, examples)).items():
         report[name].update(speed)
-    report["sample"] = on_main(lambda: continuation(pruned, processor, recipe))
-    report["model_class"] = type(pruned).__name__
+    on_main(lambda: add_outputs_(samples, list(scores)[-1], pruned, processor, recipe, examples))
+    report["samples"] = samples
+    report |= {"layout": recipe.dms.layout, "model_class": type(pruned).__name__}
     report["seconds"] = round(time.time() - started)
     say(f"Saving to {output} ...")
     kept = plan_to_json(plan, bound, recipe.dms.layout)
-    on_main(lambda: _save(pruned, processor, recipe, examples, report, kept))
+    written = as_written(report)
+    card = on_main(lambda: _card(report, recipe))
+    on_main(lambda: _save(pruned, processor, recipe, examples, written, {PLAN_FILE: kept, "README.md": card}))
     on_main(lambda: _tidy(unfinished, output))
-    say("\n" + table(report))
+    say("\n" + table(written))
     if recipe.hub.repo_id:
         say(f"\nPushed to {on_main(lambda: push(output, **dataclasses.asdict(recipe.hub)))}")
-    return report
+    return written
 
 
 # ---- the steps -------------------------------------------------------------------------------------------------------
@@ -275,33 +282,29 @@ def _speeds(
 
 
 def _save(
-    pruned: PreTrainedModel, processor: Any, recipe: Recipe, examples: Examples, report: dict[str, Any], plan: str
+    pruned: PreTrainedModel,
+    processor: Any,
+    recipe: Recipe,
+    examples: Examples,
+    report: dict[str, Any],
+    files: dict[str, str],
 ) -> None:
     """Write the finished folder."""
     output = Path(recipe.output.path)
+    page = render(report, pruned.config.to_dict(), recipe.hub.repo_id or output.name)
     save_pruned(
         pruned,
         output,
         processor=processor,
         inputs=examples.collate([examples.held_out[0]]),
-        files={
-            REPORT: json.dumps(report, indent=2) + "\n",
-            PLAN_FILE: plan,
-            "README.md": model_card(
-                report, recipe.hub.repo_id or output.name, base_metadata(recipe.model.path, recipe.model.revision)
-            ),
-        },
+        files={REPORT: to_json(report), PAGE: page} | files,
         overwrite=recipe.output.overwrite,
     )
 
 
-def continuation(model: PreTrainedModel, tokenizer: Any, recipe: Recipe) -> str:
-    """What the pruned model makes of the recipe's prompt (greedy), prompt included; empty without a prompt."""
-    if recipe.model.task != "text-generation" or not recipe.eval.prompt:
-        return ""
-    inputs = tokenizer(recipe.eval.prompt, return_tensors="pt").to(model.device)
-    tokens = model.generate(**inputs, max_new_tokens=recipe.eval.new_tokens, do_sample=False)
-    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+def _card(report: dict[str, Any], recipe: Recipe) -> str:
+    base = base_metadata(recipe.model.path, recipe.model.revision)
+    return model_card(report, recipe.hub.repo_id or Path(recipe.output.path).name, base)
 
 
 def _scores_on_soft_masks(model: PreTrainedModel, measure: Any) -> Tensor:

@@ -55,10 +55,21 @@ class EvalConfig:
         metadata={"help": "Held-out examples to measure on, at most. Default: 64 for text-generation, otherwise all."},
     )
     batch_size: int = field(default=4, metadata={"help": "Examples per forward pass."})
-    prompt: str = field(default="", metadata={"help": "Text that the pruned model continues, for the report."})
-    new_tokens: int = field(default=40, metadata={"help": "Tokens of that continuation."})
+    prompt: str | list[str] = field(
+        default="", metadata={"help": "Text or texts that the dense and the pruned model continue, for the report."}
+    )
+    new_tokens: int = field(default=40, metadata={"help": "Tokens of such a continuation."})
+    samples: int = field(
+        default=4,
+        metadata={
+            "help": "Held-out examples of a classifier that the report shows, with both models' predictions; 0 "
+            "keeps the data out of it."
+        },
+    )
 
     def __post_init__(self) -> None:
+        if self.samples < 0:
+            raise ValueError(f"eval.samples must be at least 0, got {self.samples}.")
         for key in ("examples", "batch_size"):
             value = getattr(self, key)
             if value is not None and value < 1:

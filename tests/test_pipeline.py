@@ -10,6 +10,7 @@ from conftest import TINY
 from datasets import ClassLabel, Dataset, Features, Image
 from laws import IMAGE, TEXT
 from PIL import Image as Picture
+from schema import mistakes
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -131,6 +132,29 @@ def test_a_classifier_is_fine_tuned_pruned_and_recovered(classifiers, model, res
     printed = capsys.readouterr().out
     assert "held-out accuracy" in printed
     assert f"{auto.__name__}.from_pretrained" in printed
+    assert_a_report_for_people_and_programs(out, report)
+    assert len(report["samples"]) == 4
+    for sample in report["samples"]:
+        assert {sample["label"], *sample["outputs"].values()} <= set(pruned.config.id2label.values())
+        assert list(sample["outputs"]) == list(sample["probabilities"]) == ["dense", "recovered"]
+        assert all(0.5 <= probability <= 1 for probability in sample["probabilities"].values())
+        assert sample["input"].startswith("w" if model == "bert" else "data:image/png;base64,")
+
+
+def assert_a_report_for_people_and_programs(out, report):
+    assert mistakes(report) == []
+    page = (out / "report.html").read_text()
+    assert all(f"{report['pruned'][key]:,}" in page for key in ("num_params", "macs_per_token"))
+    folder = str(out.parent)
+    assert folder not in page + json.dumps(report) + (out / "README.md").read_text()
+
+
+def test_no_held_out_example_is_in_the_report_if_none_is_wanted(classifiers, capsys):
+    options = ("finetune.max_steps=1", "train.max_steps=3", "recover=null")
+    _, out = classifiers("bert", "eval.samples=0", *options)
+    assert json.loads((out / "dms_report.json").read_text())["samples"] == []
+    assert classifiers("bert", "eval.samples=-1", *options)[0] == 2
+    assert_matches("eval.samples must be at least 0, got -1", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("model", ["bert", "vit"])
@@ -193,6 +217,20 @@ def test_each_pipeline_and_layout_ends_in_a_folder_that_meets_the_budget(recipe,
     printed = capsys.readouterr().out
     assert "held-out perplexity" in printed
     assert "from_pretrained" in printed
+    assert_a_report_for_people_and_programs(out, report)
+    (sample,) = report["samples"]
+    assert sample["input"] == "w1 w2"
+    assert {text[:5] for text in sample["outputs"].values()} == {"w1 w2"}
+    assert list(sample["outputs"]) == ["dense", "pruned"]
+    assert sample["outputs"]["pruned"] in printed
+
+
+def test_several_prompts_are_continued_by_both_models(recipe):
+    code, out = recipe("eval.prompt=[w3, w4 w5]", "dms.pipeline=p-")
+    assert code == 0
+    samples = json.loads((out / "dms_report.json").read_text())["samples"]
+    assert [sample["input"] for sample in samples] == ["w3", "w4 w5"]
+    assert all(set(sample["outputs"]) == {"dense", "pruned"} for sample in samples)
 
 
 def test_a_padded_model_is_stock_and_told_with_and_without_its_zeros(recipe):

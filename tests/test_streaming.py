@@ -10,6 +10,7 @@ import transformers
 from conftest import search_, tiny_llama, token_batch
 from laws import tiny
 from safetensors.torch import load_file, save_file
+from schema import mistakes
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -176,6 +177,9 @@ def test_what_else_is_in_the_folder(made, tmp_path):
     assert transformers.AutoTokenizer.from_pretrained(out)("b")["input_ids"] == [1]
     assert (out / PLAN_FILE).read_text() == (tmp_path / PLAN_FILE).read_text()
     assert json.loads((out / "dms_report.json").read_text()) == report
+    assert mistakes(report) == []
+    assert report["model"]["path"] == ".../dense"
+    assert f"{report['pruned']['num_params']:,}" in (out / "report.html").read_text()
     assert report["proof"] == "tensors"
     assert len(report["sizes"]["mlp"]) == 3
     assert "DmsLlamaForCausalLM" not in (card := (out / "README.md").read_text())
