@@ -1,5 +1,5 @@
 """The command line: `hf-dms prune RECIPE`, `hf-dms validate RECIPE...`, `hf-dms eval PATH`,
-`hf-dms push PATH REPO`, `hf-dms archs`.
+`hf-dms bench PATH`, `hf-dms push PATH REPO`, `hf-dms archs`.
 
 Nothing heavy is imported before a command runs, so that `hf-dms --help` answers at once.
 """
@@ -65,6 +65,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--examples", type=int, help="at most so many of the data, evenly spaced; default: all")
     evaluate.add_argument("--batch-size", type=int, default=8)
     evaluate.set_defaults(run=_eval)
+    bench = commands.add_parser("bench", help="measure how fast a saved model is, beside what its MACs promise")
+    bench.add_argument("path", help="folder or Hub id of a model, of any layout")
+    bench.add_argument("--baseline", help="another one to measure beside it, in turns, such as the dense model")
+    bench.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 32])
+    bench.add_argument("--sequence-length", type=int, default=512, help="tokens of a prompt or text")
+    bench.add_argument("--new-tokens", type=int, default=32, help="tokens decoded after it; 0 for none")
+    bench.add_argument("--repeats", type=int, default=5, help="timed runs of each model")
+    bench.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto")
+    bench.add_argument("--device", help="default: an accelerator if there is one, else cpu")
+    bench.add_argument("--json", help="file for all numbers")
+    bench.set_defaults(run=_bench)
     push = commands.add_parser("push", help="push the folder of a pruned model to the Hub")
     push.add_argument("path", help="folder that prune wrote")
     push.add_argument("repo", help="namespace/name on the Hub; made if it is not there")
@@ -143,6 +154,19 @@ def _eval(options: argparse.Namespace) -> int:
             data = whole_file(options.data, sequence_length=length, **columns)
             for row in measure_files(paths, data, options.examples, options.batch_size):
                 print(json.dumps(row), flush=True)
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler logs on stderr
+    from .bench import bench, table
+
+    names = ("path", "baseline", "sequence_length", "new_tokens", "repeats", "dtype", "device")
+    result = bench(**{name: getattr(options, name) for name in names}, batch_sizes=tuple(options.batch_sizes))
+    print(table(result))
+    if options.json:
+        with open(options.json, "w") as file:
+            file.write(json.dumps(result, indent=2) + "\n")
     return 0
 
 

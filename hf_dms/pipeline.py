@@ -20,7 +20,7 @@ from .card import base_metadata, model_card
 from .checkpoint import check_writable, save_pruned
 from .data import Examples, load_examples
 from .distributed import check_launch, make_whole_, on_main, say
-from .evaluate import evenly_spaced, example_scores, seconds_per_batch, summary
+from .evaluate import evenly_spaced, example_scores, summary
 from .hub import push
 from .layouts import Plan
 from .masking import detach_, gates_of
@@ -31,6 +31,7 @@ from .repair import repair_
 from .report import REPORT, sizes_and_costs, table, versions
 from .retrain import train_
 from .slicing import plan_of
+from .speed import seconds_per_batch
 from .trainer import DMSTrainer
 from .training import train_or_resume_
 
