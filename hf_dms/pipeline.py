@@ -24,7 +24,7 @@ from .card import base_metadata, model_card
 from .checkpoint import check_writable, replace_folder, save_pruned
 from .data import Examples, load_examples, load_more_examples
 from .distributed import check_launch, make_whole_, on_main, say
-from .evaluate import evenly_spaced, example_scores, seconds_per_batch, summary
+from .evaluate import evenly_spaced, example_scores, summary
 from .html import PAGE, render
 from .hub import push
 from .layouts import Plan
@@ -45,6 +45,7 @@ from .report import REPORT, as_written, sizes_and_costs, table, to_json, version
 from .retrain import train_
 from .samples import add_outputs_, inputs_of
 from .slicing import plan_of, prune
+from .speed import seconds_per_batch
 from .trainer import DMSTrainer
 from .training import train_or_resume_
 
