@@ -19,21 +19,30 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
+from .adapters import with_adapters, with_adapters_of
 from .card import base_metadata, model_card
 from .checkpoint import check_writable, replace_folder, save_pruned
-from .data import Examples, load_examples
+from .data import Examples, load_examples, load_more_examples
 from .distributed import check_launch, make_whole_, on_main, say
 from .evaluate import evenly_spaced, example_scores, seconds_per_batch, summary
 from .hub import push
 from .layouts import Plan
-from .masking import detach_, gates_of
+from .masking import copy_search_, detach_, gates_of
 from .plans import PLAN_FILE, plan_to_json
-from .preflight import check_recipe, load_model_config, load_processor, model_class, training_arguments
+from .preflight import (
+    check_recipe,
+    load_model_config,
+    load_processor,
+    lora_config,
+    model_class,
+    packing,
+    training_arguments,
+)
 from .recipe import Recipe
 from .repair import repair_
 from .report import REPORT, sizes_and_costs, table, versions
 from .retrain import train_
-from .slicing import plan_of
+from .slicing import plan_of, prune
 from .trainer import DMSTrainer
 from .training import train_or_resume_
 
@@ -77,13 +86,14 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     scores = {"dense": measure("dense", model.to(arguments.device).eval())}
     summarized = functools.partial(summary, recipe.task.metric)
 
-    pruned, plan = search(model, recipe, examples, report, arguments)
-    soft = _scores_on_soft_masks(model, functools.partial(measure, "searched"))
+    searched, pruned, plan = search(model, recipe, examples, report, arguments)
+    soft = _scores_on_soft_masks(searched, functools.partial(measure, "searched"))
     report["masks"] = {"soft": summarized(soft, scores["dense"])}
-    bound = gates_of(model).attachment.bound
-    detach_(model)
+    bound = gates_of(searched).attachment.bound
+    detach_(searched)
+    model = searched if recipe.lora is None else searched.unload()
     scores["pruned"] = measure("pruned", pruned)
-    for step in recover_(pruned, model, plan, recipe, examples, unfinished):
+    for step in recover_(pruned, model, plan, recipe, examples, unfinished, processor):
         scores[step] = measure(step, pruned)
     for name, values in scores.items():
         report.setdefault(name, {}).update(summarized(values, None if name == "dense" else scores["dense"]))
@@ -124,14 +134,22 @@ def dense_model(recipe: Recipe, examples: Examples, folder: Path) -> PreTrainedM
 
 
 def search(
-    model: PreTrainedModel, recipe: Recipe, examples: Examples, report: dict[str, Any], arguments: Any
-) -> tuple[PreTrainedModel, Plan]:
-    """Search and cut; the model keeps its gates, the report gets sizes, costs and the course of the search.
+    dense: PreTrainedModel, recipe: Recipe, examples: Examples, report: dict[str, Any], arguments: Any
+) -> tuple[Any, PreTrainedModel, Plan]:
+    """Search and cut; the report gets sizes, costs and the course of the search.
 
     Returns:
-        The pruned model, and which units of the dense one it holds.
+        The dense model with the gates of the search, and its adapters if the recipe has some; the pruned model; which
+        units of the dense one it holds.
     """
     say("Searching ...")
+    lora = lora_config(recipe, "lora")
+    model: Any = dense
+    if recipe.model.quantization is not None:
+        packed = {"quantization_config": packing(recipe, dense.dtype), "device_map": {"": arguments.device}}
+        dense.cpu()
+        model = _load_model(recipe, examples, **packed)
+    model = model if lora is None else with_adapters(model, lora, arguments.seed)
     trainer = DMSTrainer(
         model=model,
         args=arguments,
@@ -142,33 +160,45 @@ def search(
     )
     train_or_resume_(trainer)
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # measure in the model's own precision
-    pruned = trainer.prune()
+    if recipe.model.quantization is not None:
+        whole = dense.to(arguments.device) if lora is None else with_adapters_of(model, dense.to(arguments.device))
+        copy_search_(model, whole)
+        model, pruned = whole, prune(whole, inputs=trainer.example_inputs())
+    else:
+        pruned = trainer.prune()
     make_whole_(model, arguments.device)
     plan = plan_of(model)
     report |= sizes_and_costs(model, plan, recipe.data.sequence_length)
     report["search"] = [logs for logs in trainer.state.log_history if "task_loss" in logs]
-    return pruned, plan
+    return model, pruned, plan
 
 
 def recover_(
-    pruned: PreTrainedModel, searched: PreTrainedModel, plan: Plan, recipe: Recipe, examples: Examples, folder: Path
+    pruned: PreTrainedModel,
+    searched: PreTrainedModel,
+    plan: Plan,
+    recipe: Recipe,
+    examples: Examples,
+    folder: Path,
+    processor: Any,
 ) -> Iterator[str]:
     """Repair and retrain the pruned model, in place, as far as the recipe asks for it.
 
     Args:
         pruned: what the search ended in.
-        searched: the model of the search, without gates.
+        searched: the model of the search, without gates and adapters.
         plan: which units of it the pruned one holds.
         recipe: how.
-        examples: what to repair and train on.
+        examples: what to repair on, and to train on unless the recipe has other data for that.
         folder: where the checkpoints of the fine-tuning are and those of the retraining go.
+        processor: the tokenizer or image processor.
 
     Yields:
         What the model is after each step: repaired, recovered.
     """
     repair, distillation = recipe.recover.repair, recipe.recover.distillation
     dense = searched  # as long as its weights did not train
-    if recipe.dms.pipeline != "p-" and (repair or distillation):
+    if recipe.dms.pipeline != "p-" and recipe.lora is None and (repair or distillation):
         dense = dense_model(recipe, examples, folder).to(pruned.device).eval()
     if repair is not None:
         say("Repairing the pruned model ...")
@@ -179,9 +209,11 @@ def recover_(
     if recipe.recover.train:
         say("Retraining the pruned model ...")
         teacher = dense if distillation else None
-        arguments = training_arguments(recipe, "recover", folder / "recover")
+        arguments, lora = training_arguments(recipe, "recover", folder / "recover"), lora_config(recipe, "recover.lora")
+        if recipe.recover.data is not None:
+            examples = load_more_examples(recipe.recover.data, recipe.task, processor, examples)
         options = {"stage": "retraining", "max_nonfinite_steps": recipe.dms.max_nonfinite_steps}
-        train_(pruned, arguments, examples, teacher, distillation, **options)
+        train_(pruned, arguments, examples, teacher, distillation, lora, **options)
         yield "recovered"
 
 
@@ -197,7 +229,7 @@ def held_out_examples(recipe: Recipe, examples: Examples) -> Any:
     return evenly_spaced(examples.held_out, recipe.eval.examples or default)
 
 
-def _load_model(recipe: Recipe, examples: Examples) -> PreTrainedModel:
+def _load_model(recipe: Recipe, examples: Examples, **packed: Any) -> PreTrainedModel:
     dtype = recipe.model.dtype if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
     config = load_model_config(recipe, examples.labels)
     if recipe.dms.pipeline == "np":
@@ -211,6 +243,7 @@ def _load_model(recipe: Recipe, examples: Examples) -> PreTrainedModel:
         dtype=dtype,
         attn_implementation=recipe.model.attn_implementation,
         output_loading_info=True,
+        **packed,
     )
     if loading["missing_keys"] and not recipe.finetune:
         raise ValueError(
@@ -266,11 +299,11 @@ def continuation(model: PreTrainedModel, tokenizer: Any, recipe: Recipe) -> str:
 def _scores_on_soft_masks(model: PreTrainedModel, measure: Any) -> Tensor:
     """Scores on the soft masks that the search ended with; what hard masks differ by is the cost of rounding."""
     model.eval()
-    model.dms_gates.train()
+    gates_of(model).train()
     try:
         return measure(model)
     finally:
-        model.dms_gates.eval()
+        gates_of(model).eval()
 
 
 def _may_start(recipe: Recipe, output: Path, unfinished: Path) -> bool:

@@ -12,6 +12,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from . import __version__
+from .adapters import base_model_of
 from .config import RESOURCES
 from .costs import build_cost
 from .gates import Gates
@@ -63,6 +64,7 @@ def sizes_and_costs(model: PreTrainedModel, plan: Plan, sequence_length: int) ->
         as `sizes_by_layer` has it. "pruned" is what is written; for layout padded both
         have also kept_num_params, ...: what is left without the zeros, which is what the target limits.
     """
+    model = base_model_of(model)
     gates = gates_of(model)
     bound, config = gates.attachment.bound, gates.attachment.config
     sizes = {name: torch.tensor(units, dtype=torch.float64) for name, units in plan.sizes.items()}

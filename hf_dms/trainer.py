@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
+from .adapters import is_packed, packed_weights_may_stay
 from .checkpoint import load_search_state_, save_pruned, save_search_state
 from .config import DMSConfig
 from .distributed import check_launch, check_plugin, leave_gates_out_, whole, without_ddp_for_frozen
@@ -45,10 +46,11 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
             raise ValueError("DMSTrainer needs model=, not model_init=: the gates belong to one model.")
         model = args[0] if args else kwargs.get("model")
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
-        super().__init__(*args, max_nonfinite_steps=dms_config.max_nonfinite_steps, **kwargs)
+        with packed_weights_may_stay(model if dms_config.pipeline == "p-" else None):
+            super().__init__(*args, max_nonfinite_steps=dms_config.max_nonfinite_steps, **kwargs)
         self._use_cache = use_cache  # the Trainer switches it off for training
         check_training_arguments(self.args)
-        check_plugin(self.accelerator)
+        check_plugin(self.accelerator, self.model)
         self.dms_config = dms_config
         attach_(self.model, dms_config)
         leave_gates_out_(self.model, self.gates, self.accelerator)
@@ -240,12 +242,18 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
             save_search_state(self._unwrapped(), self.args.output_dir if output_dir is None else output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self._weights_are_fixed():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_search_state_(self._unwrapped(), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        if not self._weights_are_fixed():
+            super()._load_best_model()
         load_search_state_(self._unwrapped(), self.state.best_model_checkpoint)
+
+    def _weights_are_fixed(self) -> bool:
+        """Whether weights are packed and nothing but ratios trains: Trainer cannot load such weights, and need not."""
+        return self.dms_config.pipeline == "p-" and any(map(is_packed, self._unwrapped().modules()))
 
 
 @contextlib.contextmanager

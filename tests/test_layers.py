@@ -13,6 +13,7 @@ FLOORS = {
     "surgery": [
         "spec",
         "costs",
+        "adapters",
         "attachable",
         "archs",
         "masked_functions",
