@@ -54,6 +54,8 @@ FLOORS = {
         "html",
         "figures",
         "card",
+        "stages",
+        "unfinished",
         "pipeline",
         "by_plan",
         "cli",

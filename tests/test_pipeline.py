@@ -29,6 +29,7 @@ from transformers import (
 )
 
 import hf_dms.pipeline
+import hf_dms.stages
 from hf_dms import DMSTrainer
 from hf_dms.archs.llama import LLAMA
 from hf_dms.cli import main
@@ -270,7 +271,7 @@ def test_repair_alone_trains_nothing(recipe, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("it was trained")
 
-    monkeypatch.setattr(hf_dms.pipeline, "train_", refuse)
+    monkeypatch.setattr(hf_dms.stages, "train_", refuse)
     code, out = recipe("recover={repair: {}}", "dms.pipeline=p-")
     assert code == 0
     assert "recovered" not in json.loads((out / "dms_report.json").read_text())
@@ -336,7 +337,7 @@ def test_a_run_killed_when_all_was_saved_leaves_nothing_behind(recipe, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(hf_dms.pipeline, "_tidy", die)
+        patch.setattr(hf_dms.pipeline, "tidy", die)
         with pytest.raises(KeyboardInterrupt):
             recipe()
     out = recipe()[1]

@@ -59,7 +59,7 @@ def result(out: Path) -> dict[str, bytes | dict]:
     files = {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*") if file.is_file()}
     files = {name: content for name, content in files.items() if not name.startswith("runs/")}
     report = json.loads(files.pop("dms_report.json"))
-    del files["README.md"]  # it tells the speed
+    del files["README.md"], files["report.html"]  # they tell the speed
     del report["seconds"]
     for column in ("dense", "pruned"):
         del report[column]["tokens_per_second"]
