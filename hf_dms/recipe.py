@@ -125,7 +125,7 @@ class RepairConfig:
 
     examples: int = field(default=64, metadata={"help": "Examples of the training data to repair on, evenly spaced."})
     ridge: float = field(
-        default=0.01,
+        default=0.1,
         metadata={"help": "How strongly a weight is held back, relative to the mean square of its inputs."},
     )
 
