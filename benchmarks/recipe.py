@@ -23,11 +23,11 @@ from hf_dms import detach_
 from hf_dms.archs import spec_for
 from hf_dms.data import load_examples
 from hf_dms.evaluate import summary
-from hf_dms.pipeline import dense_model, recover_, score, search
 from hf_dms.plans import PLAN_FILE, load_plan, plan_to_json
 from hf_dms.preflight import load_model_config, load_processor, model_class, training_arguments
 from hf_dms.recipe import load_recipe
 from hf_dms.spec import bind
+from hf_dms.stages import dense_model, recover_, score, search
 
 HERE = Path(__file__).parent
 
@@ -43,7 +43,8 @@ def main():
     recipe = load_recipe(options.recipe, options.overrides)
     work = Path(recipe.output.path + ".benchmark")
     work.mkdir(parents=True, exist_ok=True)
-    examples = load_examples(recipe.data, recipe.task, load_processor(recipe), load_model_config(recipe).label2id)
+    processor = load_processor(recipe)
+    examples = load_examples(recipe.data, recipe.task, processor, load_model_config(recipe).label2id)
     arguments = training_arguments(recipe, "train", work / "search")
     with torch.device("meta"):
         meta = model_class(recipe).from_config(load_model_config(recipe, examples.labels))
@@ -80,7 +81,7 @@ def main():
         if not folder.is_dir():
             model = dense()
             if strategy == "dms":
-                pruned, plan = search(model, recipe, examples, {}, arguments)
+                model, pruned, plan = search(model, recipe, examples, {}, arguments)
                 detach_(model)
             else:
                 plan = one_shot_plan(model, recipe.dms, "taylor", taylor_batches())
@@ -109,7 +110,7 @@ def main():
         if recipe.finetune and not (folder / "finetune").exists():
             (folder / "finetune").symlink_to((work / "finetune").resolve())
         searched = dense() if recipe.dms.pipeline == "p-" else None
-        for step in recover_(pruned, searched, plan, recipe, examples, folder):
+        for step in recover_(pruned, searched, plan, recipe, examples, folder, processor):
             measured(f"{strategy}-{step}", lambda: pruned)
 
     measured("dense", dense)

@@ -23,7 +23,7 @@ from hf_dms.layouts import Plan
 # Tokens to repair on and ridge, per strategy; None: as cut.
 REPAIRS = {
     "taylor": (None, (16384, 0.01), (16384, 0.001), (16384, 0.1), (65536, 0.01)),
-    "dms": (None, (16384, 0.01), (65536, 0.01)),
+    "dms": (None, (16384, 0.01), (16384, 0.1), (65536, 0.01), (65536, 0.1)),
 }
 
 

@@ -1,6 +1,7 @@
 """A search step against a plain Trainer step of the same model, batch and precision: time and peak memory.
 
     python benchmarks/step_overhead.py [--layers 2] [--shape smollm2] [--batch 2] [--tokens 256] [--dtype float32]
+    python benchmarks/step_overhead.py --layers 2 4 8 --tokens 128 256 512    # how it grows
 
 Both run in one process, in turns, a few steps each, so that a noisy machine treats them alike; the ratio is that of the
 median step times. A step is forward, backward, clipping and AdamW on all weights, all four dims gated, after warm-up.
@@ -10,9 +11,11 @@ profiler does.
 
 import argparse
 import gc
+import itertools
 import time
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -22,6 +25,10 @@ SHAPES = {
     "smollm2": {
         "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
         "vocab_size": 49152, "tie_word_embeddings": True,
+    },
+    "llama-1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "vocab_size": 128256, "tie_word_embeddings": True,
     },
     "llama-7b": {
         "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32,
@@ -51,7 +58,10 @@ def synchronize():
 def make_trainer(options, kind, steps):
     torch.manual_seed(0)
     config = LlamaConfig(num_hidden_layers=options.layers, **SHAPES[options.shape])
-    model = LlamaForCausalLM(config).to(getattr(torch, options.dtype))
+    model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, options.dtype))
+    if options.lora:
+        lora = LoraConfig(r=options.lora, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora)
     tokens = torch.randint(0, config.vocab_size, (64, options.tokens))
     dataset = [{"input_ids": row, "labels": row} for row in tokens]
     arguments = TrainingArguments(
@@ -92,15 +102,21 @@ def peak_bytes(options, kind):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--shape", choices=SHAPES, default="smollm2")
+    parser.add_argument("--layers", type=int, nargs="+", default=[2])
+    parser.add_argument("--shape", choices=SHAPES, nargs="+", default=["smollm2"])
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--frozen", action="store_true", help="freeze the weights in the search (p-)")
-    options = parser.parse_args()
+    parser.add_argument("--lora", type=int, default=0, help="rank of adapters that train in place of the weights")
+    asked = parser.parse_args()
+    for shape, layers, tokens in itertools.product(asked.shape, asked.layers, asked.tokens):
+        compare(argparse.Namespace(**(vars(asked) | {"shape": shape, "layers": layers, "tokens": tokens})))
+
+
+def compare(options):
     seconds = {"plain": [], "search": []}
     for _ in range(options.rounds):
         for kind in seconds:
@@ -112,7 +128,8 @@ def main():
     print(
         f"| {device} | {model} | {options.batch} × {options.tokens} | "
         f"{median['plain']:.3f} s | {median['search']:.3f} s | {median['search'] / median['plain']:.3f} | "
-        f"{peak['plain'] / 2**20:.0f} MiB | {peak['search'] / 2**20:.0f} MiB | {peak['search'] / peak['plain']:.3f} |"
+        f"{peak['plain'] / 2**20:.0f} MiB | {peak['search'] / 2**20:.0f} MiB | {peak['search'] / peak['plain']:.3f} |",
+        flush=True,
     )
 
 

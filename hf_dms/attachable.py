@@ -10,9 +10,11 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import PreTrainedModel, initialization
 
+from .adapters import PACKED, plain_parameters
+
 
 def check_model(model: object, function: str) -> None:
-    """Check that a model is one of transformers' own, without wrappers and adapters.
+    """Check that a model is one of transformers' own, without wrappers (PEFT's apart).
 
     Args:
         model: what a user gave.
@@ -21,13 +23,6 @@ def check_model(model: object, function: str) -> None:
     Raises:
         ValueError: it is something else.
     """
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    if any(type(module).__module__.startswith("peft.") for module in modules):
-        raise ValueError(
-            f"{function}: this {type(model).__name__} has PEFT adapters, which cannot be cut. Merge the adapters "
-            "first, with merge_and_unload() of the PeftModel, and pass the model that it returns. (Adapters put on by "
-            "model.add_adapter: save them, load them with PeftModel.from_pretrained(base_model, folder), then merge.)"
-        )
     if isinstance(model, PreTrainedModel):
         return
     inner = extract_model_from_parallel(model, keep_torch_compile=False) if isinstance(model, nn.Module) else model
@@ -44,15 +39,20 @@ def check_attachable(model: PreTrainedModel) -> None:
     Raises:
         ValueError: they are not, or something does.
     """
-    if getattr(model, "is_quantized", False):
-        raise ValueError("This model is quantised: packed weights cannot be cut. Load it without quantisation.")
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
+    if getattr(model, "is_quantized", False) and method != "bitsandbytes":
+        raise ValueError(
+            f"This model is quantised by {method or 'an unknown method'}, whose weights cannot be cut. Load it without "
+            "quantisation, or in 8 or 4 bits by bitsandbytes."
+        )
+    for name, parameter, _ in plain_parameters(model):
         if parameter.device.type == "meta":
             raise ValueError(
                 f"Parameter '{name}' is on the meta device and has no weights: the model was never loaded, or a "
                 "device_map offloads that part. Load it with from_pretrained, on one device."
             )
-        if type(parameter) is not nn.Parameter or parameter.numel() == 0:
+        packed = type(parameter).__name__ in PACKED
+        if (type(parameter) is not nn.Parameter and not packed) or parameter.numel() == 0:
             kind = type(parameter).__name__ if parameter.numel() else "tensor without elements"
             raise ValueError(
                 f"Parameter '{name}' is a {kind}, not a whole plain tensor: the model is sharded (FSDP, tensor "
@@ -105,8 +105,7 @@ def check_as_built(model: PreTrainedModel) -> None:
 def _shapes_and_owners(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape of every parameter by name, and the first name of the tensor."""
     owners: dict[int, str] = {}
-    parameters = model.named_parameters(remove_duplicate=False)
-    return {name: (tuple(p.shape), owners.setdefault(id(p), name)) for name, p in parameters}
+    return {name: (shape, owners.setdefault(id(p), name)) for name, p, shape in plain_parameters(model)}
 
 
 def _told(shape_and_owner: tuple[tuple[int, ...], str] | None, name: str) -> str:

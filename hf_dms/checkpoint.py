@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,20 +133,25 @@ def new_folder(folder: str | os.PathLike, overwrite: bool = False) -> Iterator[P
     """
     target = Path(folder)
     check_writable(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    temporary = target.with_name(f".{target.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    temporary.mkdir(parents=True)
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-        if target.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}.replaced.", dir=target.parent))
-            target.rename(replaced / target.name)
-            temporary.rename(target)
-            shutil.rmtree(replaced)
-        else:
-            temporary.rename(target)
+        replace_folder(target, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(folder: Path, new: Path | None = None) -> None:
+    """Remove a folder, if it is there, and give its name to another one: a kill leaves no part of it under its name."""
+    removed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)  # what an earlier kill left
+    if folder.exists():
+        folder.rename(removed)
+    if new is not None:
+        new.rename(folder)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def check_writable(folder: str | os.PathLike, overwrite: bool) -> None:
@@ -159,9 +163,3 @@ def check_writable(folder: str | os.PathLike, overwrite: bool) -> None:
     target = Path(folder)
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
         raise ValueError(f"{target} exists and is not empty. Choose another output.path or set output.overwrite: true.")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

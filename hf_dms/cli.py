@@ -1,5 +1,5 @@
 """The command line: `hf-dms prune RECIPE`, `hf-dms validate RECIPE...`, `hf-dms eval PATH`,
-`hf-dms report PATH`, `hf-dms push PATH REPO`, `hf-dms archs`.
+`hf-dms bench PATH`, `hf-dms report PATH`, `hf-dms push PATH REPO`, `hf-dms archs`.
 
 Nothing heavy is imported before a command runs, so that `hf-dms --help` answers at once.
 """
@@ -65,6 +65,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--examples", type=int, help="at most so many of the data, evenly spaced; default: all")
     evaluate.add_argument("--batch-size", type=int, default=8)
     evaluate.set_defaults(run=_eval)
+    bench = commands.add_parser("bench", help="measure how fast a saved model is, beside what its MACs promise")
+    bench.add_argument("path", help="folder or Hub id of a model, of any layout")
+    bench.add_argument("--baseline", help="another one to measure beside it, in turns, such as the dense model")
+    bench.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 32])
+    bench.add_argument("--sequence-length", type=int, default=512, help="tokens of a prompt or text")
+    bench.add_argument("--new-tokens", type=int, default=32, help="tokens decoded after it; 0 for none")
+    bench.add_argument("--repeats", type=int, default=5, help="timed runs of each model")
+    bench.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto")
+    bench.add_argument("--device", help="default: an accelerator if there is one, else cpu")
+    bench.add_argument("--json", help="file for all numbers")
+    bench.set_defaults(run=_bench)
     report = commands.add_parser("report", help="what a prune came to, and which runtimes load a saved model")
     report.add_argument("path", help="folder of a model; for one that hf_dms did not prune, the runtimes alone")
     report.add_argument("--html", metavar="FILE", help="write the page here; default: report.html in the folder")
@@ -155,6 +166,19 @@ def _report(options: argparse.Namespace) -> int:
     from .html import show
 
     print(show(options.path, options.html, options.figures))
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler logs on stderr
+    from .bench import bench, table
+
+    names = ("path", "baseline", "sequence_length", "new_tokens", "repeats", "dtype", "device")
+    result = bench(**{name: getattr(options, name) for name in names}, batch_sizes=tuple(options.batch_sizes))
+    print(table(result))
+    if options.json:
+        with open(options.json, "w") as file:
+            file.write(json.dumps(result, indent=2) + "\n")
     return 0
 
 

@@ -88,8 +88,8 @@ class DMSConfig:
     )
     max_nonfinite_steps: int = _option(
         10,
-        "Steps in a row whose loss or gradients are not finite, before the search stops. Each is skipped: weights, "
-        "ratios and importance stay.",
+        "Steps in a row whose loss or gradients are not finite, before the search, or the training before or after it, "
+        "stops. Each is skipped: weights, ratios and importance stay.",
     )
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+from .adapters import plain_module, submodule
 from .resource import Cost, Monomial
 from .spec import BoundSpec, flat
 
@@ -51,7 +52,7 @@ def _mac_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):
         raise ValueError("resource macs needs dms.sequence_length: the number of tokens per sequence.")
     for name, param in bound.params.items():
         module_path, _, leaf = name.rpartition(".")
-        if leaf == "weight" and isinstance(model.get_submodule(module_path), (nn.Linear, nn.Conv2d)):
+        if leaf == "weight" and isinstance(plain_module(submodule(model, module_path)), (nn.Linear, nn.Conv2d)):
             share = 1.0 if param.positions is None else param.positions / sequence_length
             yield flat(param.axes), share, param.layer
     for layer in range(bound.num_layers):

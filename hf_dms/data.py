@@ -35,6 +35,10 @@ class DataConfig:
     text_column: str = field(
         default="text", metadata={"help": "Column with the text, or with chat messages (the chat template is applied)."}
     )
+    template: str | None = field(
+        default=None,
+        metadata={"help": "Text of a row in place of text_column, its columns in braces: 'Q: {question} A: {answer}'."},
+    )
     image_column: str = field(default="image", metadata={"help": "Column with the image, for image-classification."})
     label_column: str = field(default="label", metadata={"help": "Column with the label, a name or a number."})
     sequence_length: int = field(
@@ -107,6 +111,24 @@ def load_examples(config: DataConfig, task: Task, processor: Any, label_ids: dic
     return Examples(train, held_out, default_data_collator, labels, "images")
 
 
+def load_more_examples(config: DataConfig, task: Task, processor: Any, examples: Examples) -> Examples:
+    """Examples from another source, of the same classes.
+
+    Args:
+        config: where they are.
+        task: what for.
+        processor: the model's tokenizer or image processor.
+        examples: those of the first source.
+
+    Raises:
+        ValueError: as for `load_examples`, or there are other labels.
+    """
+    more = load_examples(config, task, processor, {label: i for i, label in enumerate(examples.labels)})
+    if more.labels != examples.labels:
+        raise ValueError(f"recover.data has labels {', '.join(more.labels)}; data has {', '.join(examples.labels)}.")
+    return more
+
+
 def load_sequences(config: DataConfig, tokenizer: Any) -> tuple[Tensor, Tensor]:
     """Packed token sequences to search on and to evaluate on.
 
@@ -153,7 +175,9 @@ def as_dataset(sequences: Tensor) -> list[dict[str, Tensor]]:
 def _load_labelled(config: DataConfig, input_column: str) -> tuple[Any, Any]:
     """Rows to train on and rows held out, with their columns checked."""
     train = _load(config, config.path, config.split)
-    for key in (input_column, "label_column"):
+    for key in (
+        ("label_column",) if config.template and input_column == "text_column" else (input_column, "label_column")
+    ):
         _check_column(train, config, key)
     if isinstance(config.held_out, str):
         return train, _load(config, *_held_out_source(config))
@@ -181,7 +205,7 @@ def _label_names(feature: Any, values: Any) -> list[str]:
 
 def _prepare_texts(rows: Any, config: DataConfig, tokenizer: Any, labels: tuple[str, ...]) -> list[dict[str, Any]]:
     ids = {name: i for i, name in enumerate(labels)}
-    texts = [_text(value, tokenizer) for value in rows[config.text_column]]
+    texts = [_text(value, tokenizer) for value in _texts(rows, config)]
     encoded = tokenizer(texts, truncation=True, max_length=config.sequence_length)
     numbers = [ids[name] for name in _label_names(rows.features[config.label_column], rows[config.label_column])]
     return [{key: encoded[key][i] for key in encoded} | {"labels": label} for i, label in enumerate(numbers)]
@@ -230,13 +254,26 @@ def _load(config: DataConfig, path: str, split: str) -> Any:
 
 def _tokens(dataset: Any, config: DataConfig, tokenizer: Any) -> Tensor:
     """All documents of a dataset as one stream of tokens, each followed by the end-of-text token."""
-    _check_column(dataset, config, "text_column")
-    documents = [_text(value, tokenizer) for value in dataset[config.text_column] if value]
+    documents = [_text(value, tokenizer) for value in _texts(dataset, config) if value]
     if not documents:
         raise ValueError(f"data.path: {config.path} has no text in column '{config.text_column}'.")
     encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
     end: Sequence[int] = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     return torch.tensor([token for document in encoded for token in (*document, *end)])
+
+
+def _texts(dataset: Any, config: DataConfig) -> Any:
+    """The text or the chat of every row."""
+    if config.template is None:
+        _check_column(dataset, config, "text_column")
+        return dataset[config.text_column]
+    try:
+        return [config.template.format(**row) for row in dataset]
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"data.template: {config.template!r} cannot be filled ({type(error).__name__}: {error}). The data has "
+            f"columns {', '.join(dataset.column_names)}; write braces that are meant as such twice."
+        ) from error
 
 
 def _text(value: Any, tokenizer: Any) -> str:

@@ -22,8 +22,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, TrainingArguments
 
+from .adapters import base_model_of, is_packed
 from .gates import Gates
-from .masking import attach_, gates_of, has_gates
+from .masking import copy_search_, has_gates
 
 
 class MainProcessError(ValueError):
@@ -58,14 +59,19 @@ def check_launch(arguments: TrainingArguments) -> None:
         )
 
 
-def check_plugin(accelerator: Accelerator) -> None:
+def check_plugin(accelerator: Accelerator, model: nn.Module) -> None:
     """Check the options of accelerate's FSDP.
 
     Raises:
-        ValueError: FSDP 1, or loading that would empty the gates.
+        ValueError: FSDP 1, loading that would empty the gates, or a model with adapters or packed weights.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         return
+    if base_model_of(model) is not model or any(map(is_packed, model.modules())):
+        raise ValueError(
+            "FSDP with adapters or packed weights is not supported: no process holds what is to be merged. Use DDP "
+            "(recipes/accelerate/ddp.yaml): with LoRA, gradients and optimizer state are small."
+        )
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise ValueError(
@@ -139,8 +145,7 @@ def whole(model: PreTrainedModel) -> PreTrainedModel:
              model.state_dict().items()}  # fmt: skip
     found.load_state_dict(state)
     if has_gates(model):
-        attach_(found, gates_of(model).attachment.config)
-        gates_of(found).load_search_state_(gates_of(model).search_state())
+        copy_search_(model, found)
     return found.train(model.training)
 
 

@@ -1,4 +1,4 @@
-"""How good and how fast a model is: perplexity or accuracy on held-out examples, and speed.
+"""How good a model is: perplexity or accuracy on held-out examples.
 
 A measure is a mean over examples, so that two models can be compared example by example.
 """
@@ -6,7 +6,6 @@ A measure is a mean over examples, so that two models can be compared example by
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -101,28 +100,6 @@ def perplexity(model: PreTrainedModel, sequences: Tensor, batch_size: int = 4) -
     """
     examples = [{"input_ids": row} for row in sequences]
     return math.exp(float(example_scores(model, "perplexity", examples, default_collate, batch_size).mean()))
-
-
-@torch.no_grad()
-def seconds_per_batch(models: list[PreTrainedModel], inputs: Mapping[str, Tensor], repeats: int = 5) -> list[float]:
-    """Median time of a forward pass, run in turns so that a noisy machine treats all models alike.
-
-    Args:
-        models: a language model computes the logits of the last position only, as in prefilling.
-        inputs: keyword arguments of a forward pass.
-        repeats: timed runs of each, after one that is not timed.
-    """
-    seconds: list[list[float]] = [[] for _ in models]
-    for run in range(repeats + 1):
-        for model, times in zip(models, seconds):
-            batch = {name: tensor.to(model.device) for name, tensor in inputs.items() if name != "labels"}
-            options = {"use_cache": False, "logits_to_keep": 1} if model.can_generate() else {}
-            start = time.perf_counter()
-            logits = model(**batch, **options).logits
-            float(logits.flatten()[0])  # waits for the device
-            if run > 0:
-                times.append(time.perf_counter() - start)
-    return [sorted(times)[len(times) // 2] for times in seconds]
 
 
 def evenly_spaced(examples: Any, count: int | None) -> Any:

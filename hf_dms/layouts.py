@@ -58,7 +58,13 @@ def pruned_class_and_config(
     common = {key: max(values[key] for values in per_layer) for key in per_layer[0]}
     common[_config_key(bound, bound.depth)] = len(kept_layers)
     values = model.config.to_dict() | common
-    for key in ("architectures", "auto_map", "transformers_version", *bound.spec.config_leaves_out):
+    for key in (
+        "architectures",
+        "auto_map",
+        "transformers_version",
+        "quantization_config",
+        *bound.spec.config_leaves_out,
+    ):
         values.pop(key, None)
     for key in bound.spec.config_lists:
         if isinstance(values.get(key), list):

@@ -14,11 +14,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from .adapters import base_model_of, check_adapters, submodule
 from .archs import spec_for
 from .attachable import check_as_built, check_attachable, check_checkpointing, check_model
 from .config import DMSConfig
@@ -46,13 +48,15 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
     `loss + model.dms_gates.resource_loss(progress)`: `model.dms_gates.update_importance_()`, then the optimizer's step.
 
     Args:
-        model: a dense model of a supported architecture.
+        model: a dense model of a supported architecture, or a `PeftModel` of one; adapters must be on it already.
         dms_config: what to prune and how far.
 
     Raises:
         ValueError: the model or the request is one that cannot be served; the model is left untouched.
     """
-    check_model(model, "attach_")
+    check_model(base_model_of(model), "attach_")
+    check_adapters(model)
+    model = base_model_of(model)
     if has_gates(model):
         raise ValueError("This model has gates already. Take them off with hf_dms.detach_(model) first.")
     check_attachable(model)
@@ -66,20 +70,20 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
     hooks = [model.register_forward_pre_hook(functools.partial(_compute_masks, gates))]
     for name in gates.dims:
         if name == bound.depth:
-            for layer, module in enumerate(model.get_submodule(bound.layers_path).children()):
+            for layer, module in enumerate(submodule(model, bound.layers_path).children()):
                 hook = functools.partial(_gate_residual, gates, name, layer)
                 hooks.append(module.register_forward_hook(hook, with_kwargs=True))
         elif paths := list(norms(bound, name)):
             for path in paths:
-                norm = model.get_submodule(path)
+                norm = submodule(model, path)
                 norm.forward = functools.partial(_masked_norm_forward, norm, gates, name)
             for path in unnormed(bound, name):
                 hook = functools.partial(_mask_output, gates, name)
-                hooks.append(model.get_submodule(path).register_forward_hook(hook))
+                hooks.append(submodule(model, path).register_forward_hook(hook))
         else:
             for path, row, shape in masked_inputs(bound, name):
                 hook = functools.partial(_mask_input, gates, name, row, shape)
-                hooks.append(model.get_submodule(path).register_forward_pre_hook(hook))
+                hooks.append(submodule(model, path).register_forward_pre_hook(hook))
     gates.attachment = Attachment(bound, dms_config, hooks)
 
 
@@ -89,7 +93,7 @@ def detach_(model: PreTrainedModel) -> None:
     Raises:
         ValueError: the model has no gates.
     """
-    gates = gates_of(model)
+    gates, model = gates_of(model), base_model_of(model)
     for hook in gates.attachment.hooks:
         hook.remove()
     for module in model.modules():
@@ -99,9 +103,20 @@ def detach_(model: PreTrainedModel) -> None:
     del model.dms_gates
 
 
+def copy_search_(searched: nn.Module, model: Any) -> None:
+    """Put gates on a model, in place, as they are on another of the same sizes.
+
+    Args:
+        searched: a model with gates.
+        model: one without.
+    """
+    attach_(model, gates_of(searched).attachment.config)
+    gates_of(model).load_search_state_(gates_of(searched).search_state())
+
+
 def has_gates(model: nn.Module) -> bool:
     """Whether a model has gates."""
-    return "dms_gates" in model._modules
+    return "dms_gates" in base_model_of(model)._modules
 
 
 def gates_of(model: nn.Module) -> Gates:
@@ -112,7 +127,7 @@ def gates_of(model: nn.Module) -> Gates:
     """
     if not has_gates(model):
         raise ValueError(f"{type(model).__name__} has no gates. Put them on with hf_dms.attach_(model, dms_config).")
-    gates = model._modules["dms_gates"]
+    gates = base_model_of(model)._modules["dms_gates"]
     assert isinstance(gates, Gates)
     return gates
 

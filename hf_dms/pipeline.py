@@ -4,39 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import shutil
+import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, set_seed
+from transformers.utils import logging
 
 from .card import base_metadata, model_card
-from .checkpoint import check_writable, save_pruned
+from .checkpoint import save_pruned
 from .data import Examples, load_examples
-from .distributed import check_launch, make_whole_, on_main, say
-from .evaluate import evenly_spaced, example_scores, seconds_per_batch, summary
+from .distributed import check_launch, on_main, say
+from .evaluate import summary
 from .html import PAGE, render
 from .hub import push
-from .layouts import Plan
 from .masking import detach_, gates_of
 from .plans import PLAN_FILE, plan_to_json
-from .preflight import check_recipe, load_model_config, load_processor, model_class, training_arguments
+from .preflight import load_model_config, load_processor, training_arguments
 from .recipe import Recipe
-from .repair import repair_
-from .report import REPORT, as_written, sizes_and_costs, table, to_json, versions
-from .retrain import train_
+from .report import REPORT, as_written, table, to_json, versions
 from .samples import add_outputs_, inputs_of
-from .slicing import plan_of
-from .trainer import DMSTrainer
-from .training import train_or_resume_
-
-SEQUENCES = 64  # held-out sequences that perplexity is measured on, unless the recipe says otherwise
+from .stages import dense_model, held_out_examples, recover_, score, scores_on_soft_masks, search, speeds
+from .unfinished import may_start, tidy
 
 
 def run(recipe: Recipe) -> dict[str, Any] | None:
@@ -55,176 +46,57 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     output = Path(recipe.output.path)
     unfinished = output.with_name(output.name + ".unfinished")
     started = time.time()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # in a log file a bar is a line per movement
     arguments = training_arguments(recipe, "train", unfinished / "search")
     check_launch(arguments)
-    if not on_main(lambda: _may_start(recipe, output, unfinished)):
+    if not on_main(lambda: may_start(recipe, output, unfinished)):
         return None
     set_seed(arguments.seed)
     processor = load_processor(recipe)
     examples = load_examples(recipe.data, recipe.task, processor, load_model_config(recipe).label2id)
 
-    def measure(model: PreTrainedModel) -> Tensor:
+    def measure(name: str, model: PreTrainedModel) -> Tensor:
+        say(f"Measuring the {name} model on {report['protocol']} ...")
         return on_main(lambda: score(model, recipe, examples))
 
     model = dense_model(recipe, examples, unfinished)
     report: dict[str, Any] = {"recipe": recipe.to_dict(), "seed": arguments.seed, "versions": versions()}
     report["protocol"] = f"{len(held_out_examples(recipe, examples))} held-out {examples.unit}"
-    say(f"Measuring the dense model on {report['protocol']} ...")
-    scores = {"dense": measure(model.to(arguments.device).eval())}
-    samples = on_main(lambda: inputs_of(processor, recipe, examples))
-    on_main(lambda: add_outputs_(samples, "dense", model, processor, recipe, examples))
+    scores = {"dense": measure("dense", model.to(arguments.device).eval())}
+
+    def ask(samples: list, name: str, model: PreTrainedModel) -> list:
+        return on_main(lambda: add_outputs_(samples, name, model, processor, recipe, examples))
+
+    samples = ask(inputs_of(processor, recipe, examples), "dense", model)
     summarized = functools.partial(summary, recipe.task.metric)
 
-    pruned, plan = search(model, recipe, examples, report, arguments)
-    report["masks"] = {"soft": summarized(_scores_on_soft_masks(model, measure), scores["dense"])}
-    bound = gates_of(model).attachment.bound
-    detach_(model)
-    scores["pruned"] = measure(pruned)
-    for step in recover_(pruned, model, plan, recipe, examples, unfinished):
-        scores[step] = measure(pruned)
+    searched, pruned, plan = search(model, recipe, examples, report, arguments)
+    soft = scores_on_soft_masks(searched, functools.partial(measure, "searched"))
+    report["masks"] = {"soft": summarized(soft, scores["dense"])}
+    bound = gates_of(searched).attachment.bound
+    detach_(searched)
+    model = searched if recipe.lora is None else searched.unload()
+    scores["pruned"] = measure("pruned", pruned)
+    for step in recover_(pruned, model, plan, recipe, examples, unfinished, processor):
+        scores[step] = measure(step, pruned)
     for name, values in scores.items():
         report.setdefault(name, {}).update(summarized(values, None if name == "dense" else scores["dense"]))
-    for name, speed in on_main(lambda: _speeds(model, pruned, recipe, examples)).items():
+    for name, speed in on_main(lambda: speeds(model, pruned, recipe, examples)).items():
         report[name].update(speed)
-    on_main(lambda: add_outputs_(samples, list(scores)[-1], pruned, processor, recipe, examples))
-    report["samples"] = samples
+    report["samples"] = ask(samples, list(scores)[-1], pruned)
     report |= {"layout": recipe.dms.layout, "model_class": type(pruned).__name__}
     report["seconds"] = round(time.time() - started)
+    say(f"Saving to {output} ...")
     kept = plan_to_json(plan, bound, recipe.dms.layout)
     written = as_written(report)
     card = on_main(lambda: _card(report, recipe))
     on_main(lambda: _save(pruned, processor, recipe, examples, written, {PLAN_FILE: kept, "README.md": card}))
-    on_main(lambda: shutil.rmtree(unfinished))
+    on_main(lambda: tidy(unfinished, output))
     say("\n" + table(written))
     if recipe.hub.repo_id:
         say(f"\nPushed to {on_main(lambda: push(output, **dataclasses.asdict(recipe.hub)))}")
     return written
-
-
-# ---- the steps -------------------------------------------------------------------------------------------------------
-def dense_model(recipe: Recipe, examples: Examples, folder: Path) -> PreTrainedModel:
-    """The dense model of a recipe: loaded (or randomly initialised for pipeline np), and fine-tuned if asked.
-
-    Args:
-        recipe: which one.
-        examples: what to fine-tune on, and the names of its classes.
-        folder: where the checkpoints of a fine-tuning are, or go.
-
-    Raises:
-        ValueError: the checkpoint lacks weights of the model, and the recipe does not train them.
-    """
-    finetuned = folder / "finetune"
-    model = _load_model(recipe, examples)
-    if recipe.finetune:
-        say("Fine-tuning the dense model ...")
-        train_(model, training_arguments(recipe, "finetune", finetuned), examples)
-    return model
-
-
-def search(
-    model: PreTrainedModel, recipe: Recipe, examples: Examples, report: dict[str, Any], arguments: Any
-) -> tuple[PreTrainedModel, Plan]:
-    """Search and cut; the model keeps its gates, the report gets sizes, costs and the course of the search.
-
-    Returns:
-        The pruned model, and which units of the dense one it holds.
-    """
-    trainer = DMSTrainer(
-        model=model,
-        args=arguments,
-        dms_config=recipe.dms,
-        train_dataset=examples.train,
-        data_collator=examples.collate,
-    )
-    train_or_resume_(trainer)
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # measure in the model's own precision
-    pruned = trainer.prune()
-    make_whole_(model, arguments.device)
-    plan = plan_of(model)
-    report |= sizes_and_costs(model, plan, recipe.data.sequence_length)
-    report["search"] = [logs for logs in trainer.state.log_history if "task_loss" in logs]
-    return pruned, plan
-
-
-def recover_(
-    pruned: PreTrainedModel, searched: PreTrainedModel, plan: Plan, recipe: Recipe, examples: Examples, folder: Path
-) -> Iterator[str]:
-    """Repair and retrain the pruned model, in place, as far as the recipe asks for it.
-
-    Args:
-        pruned: what the search ended in.
-        searched: the model of the search, without gates.
-        plan: which units of it the pruned one holds.
-        recipe: how.
-        examples: what to repair and train on.
-        folder: where the checkpoints of the fine-tuning are and those of the retraining go.
-
-    Yields:
-        What the model is after each step: repaired, recovered.
-    """
-    repair, distillation = recipe.recover.repair, recipe.recover.distillation
-    dense = searched  # as long as its weights did not train
-    if recipe.dms.pipeline != "p-" and (repair or distillation):
-        dense = dense_model(recipe, examples, folder).to(pruned.device).eval()
-    if repair is not None:
-        say("Repairing the pruned model ...")
-        rows = DataLoader(evenly_spaced(examples.train, repair.examples), 4, collate_fn=examples.collate)
-        batches = [{name: tensor.to(pruned.device) for name, tensor in batch.items()} for batch in rows]
-        repair_(pruned, dense, plan, batches, ridge=repair.ridge)
-        yield "repaired"
-    if recipe.recover.train:
-        say("Retraining the pruned model ...")
-        teacher = dense if distillation else None
-        train_(pruned, training_arguments(recipe, "recover", folder / "recover"), examples, teacher, distillation)
-        yield "recovered"
-
-
-def score(model: PreTrainedModel, recipe: Recipe, examples: Examples) -> Tensor:
-    """What each held-out example adds to the metric of the recipe's task, `[examples]`."""
-    held_out = held_out_examples(recipe, examples)
-    return example_scores(model, recipe.task.metric, held_out, examples.collate, recipe.eval.batch_size)
-
-
-def held_out_examples(recipe: Recipe, examples: Examples) -> Any:
-    """The held-out examples that a recipe measures on."""
-    default = SEQUENCES if recipe.model.task == "text-generation" else None
-    return evenly_spaced(examples.held_out, recipe.eval.examples or default)
-
-
-def _load_model(recipe: Recipe, examples: Examples) -> PreTrainedModel:
-    dtype = recipe.model.dtype if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
-    config = load_model_config(recipe, examples.labels)
-    if recipe.dms.pipeline == "np":
-        dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
-        options = {"attn_implementation": recipe.model.attn_implementation} if recipe.model.attn_implementation else {}
-        return model_class(recipe).from_config(config, dtype=dtype, **options)
-    model, loading = model_class(recipe).from_pretrained(
-        recipe.model.path,
-        config=config,
-        revision=recipe.model.revision,
-        dtype=dtype,
-        attn_implementation=recipe.model.attn_implementation,
-        output_loading_info=True,
-    )
-    if loading["missing_keys"] and not recipe.finetune:
-        raise ValueError(
-            f"model.path: '{recipe.model.path}' has no weights for {', '.join(sorted(loading['missing_keys']))}, which "
-            "would be random. Add a finetune section (finetune.max_steps or finetune.num_train_epochs) to train them "
-            "before the search."
-        )
-    return model
-
-
-def _speeds(
-    model: PreTrainedModel, pruned: PreTrainedModel, recipe: Recipe, examples: Examples
-) -> dict[str, dict[str, float]]:
-    """Speeds of both models for the report: tokens, texts or images per second of one batch."""
-    count = min(recipe.eval.batch_size, len(examples.held_out))
-    batch = examples.collate([examples.held_out[i] for i in range(count)])
-    amount = batch["input_ids"].numel() if recipe.model.task == "text-generation" else count
-    key, _ = recipe.task.speed
-    seconds = seconds_per_batch([model, pruned], batch)
-    return {name: {key: amount / each} for name, each in zip(("dense", "pruned"), seconds)}
 
 
 def _save(
@@ -251,36 +123,3 @@ def _save(
 def _card(report: dict[str, Any], recipe: Recipe) -> str:
     base = base_metadata(recipe.model.path, recipe.model.revision)
     return model_card(report, recipe.hub.repo_id or Path(recipe.output.path).name, base)
-
-
-def _scores_on_soft_masks(model: PreTrainedModel, measure: Any) -> Tensor:
-    """Scores on the soft masks that the search ended with; what hard masks differ by is the cost of rounding."""
-    model.eval()
-    model.dms_gates.train()
-    try:
-        return measure(model)
-    finally:
-        model.dms_gates.eval()
-
-
-def _may_start(recipe: Recipe, output: Path, unfinished: Path) -> bool:
-    """Check a recipe and claim its folder; False if the result is there already."""
-    if (output / REPORT).is_file() and not recipe.output.overwrite:
-        return False
-    check_writable(output, recipe.output.overwrite)
-    check_recipe(recipe)
-    _claim(unfinished, recipe)
-    return True
-
-
-def _claim(unfinished: Path, recipe: Recipe) -> None:
-    """Make the folder of an unfinished run, or check that an existing one is this recipe's."""
-    mark = unfinished / "recipe.json"
-    content = json.dumps(recipe.to_dict(), indent=2, sort_keys=True) + "\n"
-    if mark.is_file() and mark.read_text() != content:
-        raise ValueError(
-            f"{unfinished} holds an unfinished run of another recipe. Run that one again to finish it, "
-            "choose another output.path, or delete the folder."
-        )
-    unfinished.mkdir(parents=True, exist_ok=True)
-    mark.write_text(content)

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, TrainingArguments
+from transformers import AutoConfig, BitsAndBytesConfig, TrainingArguments
+from transformers.utils import is_bitsandbytes_available
 
+from .adapters import with_adapters
 from .archs import spec_for
-from .data import load_examples
+from .data import load_examples, load_more_examples
 from .hub import check_repo_id, check_token
 from .recipe import Recipe, coerce_fields
 from .request import build_gates
@@ -50,6 +52,44 @@ def training_arguments(recipe: Recipe, section: str, output_dir: Path) -> Any:
         return TrainingArguments(output_dir=str(output_dir), **values)
     except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"{section}: {error}") from error
+
+
+def lora_config(recipe: Recipe, section: str) -> Any:
+    """The `peft.LoraConfig` of the search ("lora") or of the retraining ("recover.lora"), None without such a section.
+
+    All linear maps but the head are adapted unless target_modules says otherwise.
+
+    Raises:
+        ValueError: unknown keys or bad values, or PEFT is missing.
+    """
+    given = recipe.lora if section == "lora" else recipe.recover.lora
+    if given is None:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError(f"{section} needs PEFT: pip install 'hf_dms[peft]'.") from error
+    values = {"target_modules": "all-linear", "task_type": recipe.task.peft} | coerce_fields(LoraConfig, given, section)
+    try:
+        return LoraConfig(**values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{section}: {error}") from error
+
+
+def packing(recipe: Recipe, dtype: torch.dtype) -> Any:
+    """The `BitsAndBytesConfig` of model.quantization.
+
+    Args:
+        dtype: what packed maps compute in.
+
+    Raises:
+        ValueError: bitsandbytes is missing.
+    """
+    if not is_bitsandbytes_available():
+        raise ValueError("model.quantization needs bitsandbytes: pip install 'hf_dms[quantization]'.")
+    if recipe.model.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def load_model_config(recipe: Recipe, labels: tuple[str, ...] = ()) -> Any:
@@ -106,6 +146,8 @@ def check_recipe(recipe: Recipe) -> None:
     for section, values in (("finetune", recipe.finetune), ("recover", recipe.recover.train)):
         if values:
             training_arguments(recipe, section, unfinished)
+    if recipe.model.quantization:
+        packing(recipe, torch.float32)
     config = load_model_config(recipe)
     spec = spec_for(config)
     auto = model_class(recipe)
@@ -115,9 +157,19 @@ def check_recipe(recipe: Recipe) -> None:
             f"Tasks are {', '.join(TASKS)}."
         )
     examples = load_examples(recipe.data, recipe.task, load_processor(recipe), config.label2id)
+    if recipe.recover.data is not None:
+        load_more_examples(recipe.recover.data, recipe.task, load_processor(recipe), examples)
     config = load_model_config(recipe, examples.labels)
     with torch.device("meta"):
         model = auto.from_config(config)
     bound = bind(spec, model)
     gates = build_gates(bound, model, recipe.dms, device=torch.device("cpu"))
     check_target(gates, bound, recipe.dms, config)
+    for section in ("lora", "recover.lora"):
+        if (lora := lora_config(recipe, section)) is not None:
+            with torch.device("meta"):
+                model = auto.from_config(config)
+                try:
+                    with_adapters(model, lora, seed=0)
+                except ValueError as error:
+                    raise ValueError(f"{section}: {error}") from error

@@ -1,7 +1,7 @@
 """A recipe: one YAML, one experiment. Reading it, checking it, and saying what is wrong with it.
 
-Sections: model, data, finetune, dms (`DMSConfig`), train, recover, eval, output, hub; finetune, train and recover take
-`TrainingArguments` by their own names.
+Sections: model, data, finetune, dms (`DMSConfig`), train, lora, recover, eval, output, hub; finetune, train and recover
+take `TrainingArguments` by their own names, lora and recover.lora `peft.LoraConfig`.
 preflight.py checks it against the model and the data.
 """
 
@@ -31,6 +31,9 @@ class ModelConfig:
     dtype: str = field(default="auto", metadata={"help": "auto (the checkpoint's), float32, bfloat16 or float16."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2, ..."})
+    quantization: str | None = field(
+        default=None, metadata={"help": "8bit or 4bit (bitsandbytes): search on packed weights, cut the whole ones."}
+    )
 
     def __post_init__(self) -> None:
         if self.path is None:
@@ -39,6 +42,8 @@ class ModelConfig:
             raise ValueError(f"model.task must be one of {', '.join(TASKS)}; got {self.task!r}.")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"model.dtype must be auto, float32, bfloat16 or float16; got {self.dtype!r}.")
+        if self.quantization not in (None, "8bit", "4bit"):
+            raise ValueError(f"model.quantization must be 8bit or 4bit, or be left out; got {self.quantization!r}.")
 
 
 @dataclass
@@ -120,7 +125,7 @@ class RepairConfig:
 
     examples: int = field(default=64, metadata={"help": "Examples of the training data to repair on, evenly spaced."})
     ridge: float = field(
-        default=0.01,
+        default=0.1,
         metadata={"help": "How strongly a weight is held back, relative to the mean square of its inputs."},
     )
 
@@ -137,6 +142,12 @@ class RecoverConfig:
 
     repair: RepairConfig | None = None
     distillation: DistillationConfig | None = None
+    data: DataConfig | None = field(
+        default=None, metadata={"help": "What is retrained on, such as instructions; default: what was searched on."}
+    )
+    lora: dict[str, Any] | None = field(
+        default=None, metadata={"help": "peft.LoraConfig of the retraining; default: all weights train."}
+    )
     train: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "All other keys: TrainingArguments of a retraining, if there are any."}
     )
@@ -152,6 +163,7 @@ class Recipe:
     output: OutputConfig
     finetune: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] | None = None
     recover: RecoverConfig = field(default_factory=RecoverConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     hub: HubConfig = field(default_factory=HubConfig)
@@ -240,7 +252,8 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
         if not isinstance(given, dict):
             raise ValueError(f"{name} must be a section with keys of TrainingArguments, got {given!r}.")
         sections[name] = _build_recover(given) if name == "recover" else given
-    recipe = Recipe(**sections)
+    recipe = Recipe(**sections, lora=_subsection(values, "lora", ""))
+    _check_trained_weights(recipe)
     if recipe.dms.pipeline == "np" and (recipe.recover.repair or recipe.recover.distillation):
         raise ValueError(
             "recover.repair and recover.distillation need a dense model that is trained, which pipeline np has not. "
@@ -260,16 +273,44 @@ def _section(values: dict[str, Any], name: str) -> Any:
 
 def _build_recover(given: dict[str, Any]) -> RecoverConfig:
     sections: dict[str, Any] = {}
-    for name, section in (("repair", RepairConfig), ("distillation", DistillationConfig)):
-        values = given.get(name)
-        if values is not None and not isinstance(values, dict):
-            raise ValueError(f"recover.{name} must be a section with keys, or {{}} for its defaults; got {values!r}.")
+    for name, section in (("repair", RepairConfig), ("distillation", DistillationConfig), ("data", DataConfig)):
+        values = _subsection(given, name, "recover.")
         if values is not None:
             sections[name] = section(**coerce_fields(section, values, f"recover.{name}"))
-    train = {key: value for key, value in given.items() if key not in ("repair", "distillation")}
-    if "distillation" in sections and not train:
-        raise ValueError("recover.distillation is part of a retraining: give recover.max_steps too.")
-    return RecoverConfig(**sections, train=train)
+    lora = _subsection(given, "lora", "recover.")
+    train = {key: value for key, value in given.items() if key not in ("repair", "distillation", "data", "lora")}
+    for name in ("distillation", "data", "lora"):
+        if given.get(name) is not None and not train:
+            raise ValueError(f"recover.{name} is part of a retraining: give recover.max_steps too.")
+    return RecoverConfig(**sections, lora=lora, train=train)
+
+
+def _subsection(given: dict[str, Any], name: str, prefix: str) -> dict[str, Any] | None:
+    values = given.get(name)
+    if values is not None and not isinstance(values, dict):
+        raise ValueError(f"{prefix}{name} must be a section with keys, or {{}} for its defaults; got {values!r}.")
+    return values
+
+
+def _check_trained_weights(recipe: Recipe) -> None:
+    """Check that what trains in a search can train."""
+    pipeline, quantization = recipe.dms.pipeline, recipe.model.quantization
+    if recipe.lora is not None and pipeline != "p":
+        raise ValueError(
+            f"lora trains beside pretrained weights that are frozen, and dms.pipeline is {pipeline}: say pipeline p."
+        )
+    if quantization is not None and (pipeline == "np" or (pipeline == "p" and recipe.lora is None)):
+        raise ValueError(
+            f"model.quantization: weights in {quantization} cannot train, which dms.pipeline {pipeline} asks for. "
+            "Say pipeline p-, or add a lora section."
+        )
+    if quantization is not None and recipe.finetune:
+        raise ValueError("model.quantization packs the weights of model.path, not fine-tuned ones: leave one out.")
+    if recipe.recover.lora is not None and recipe.dms.layout == "padded":
+        raise ValueError(
+            "recover.lora with dms.layout padded: adapters would fill the zeros. Say layout per_layer, or retrain all "
+            "weights, which leaves the zeros as they are."
+        )
 
 
 def coerce_fields(cls: type, given: dict[str, Any], section: str) -> dict[str, Any]:
@@ -335,8 +376,9 @@ def _override_(values: dict[str, Any], override: str) -> None:
 
 def _use_files_beside_the_recipe_(values: dict[str, Any], folder: Path) -> None:
     """Relative data files that stand beside the recipe are meant relative to it."""
-    data = values.get("data")
-    for key in ("path", "held_out"):
-        value = data.get(key) if isinstance(data, dict) else None
-        if isinstance(value, str) and Path(value).suffix in BUILDERS and (folder / value).is_file():
-            data[key] = str(folder / value)
+    recover = values.get("recover")
+    for data in (values.get("data"), recover.get("data") if isinstance(recover, dict) else None):
+        for key in ("path", "held_out") if isinstance(data, dict) else ():
+            value = data.get(key)
+            if isinstance(value, str) and Path(value).suffix in BUILDERS and (folder / value).is_file():
+                data[key] = str(folder / value)

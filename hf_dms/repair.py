@@ -39,7 +39,7 @@ def repair_(
     plan: Plan,
     batches: Iterable[Mapping[str, Tensor]],
     *,
-    ridge: float = 0.01,
+    ridge: float = 0.1,
 ) -> None:
     """Bring the residual stream of a cut model back to the dense one's, in place.
 

@@ -15,6 +15,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from . import __version__
+from .adapters import base_model_of
 from .config import RESOURCES
 from .costs import build_cost
 from .gates import Gates
@@ -81,6 +82,7 @@ def sizes_and_costs(model: PreTrainedModel, plan: Plan, sequence_length: int) ->
         "pruned" is what is written; for layout padded both have also kept_num_params, ...: what is left without the
         zeros, which is what the target limits.
     """
+    model = base_model_of(model)
     gates = gates_of(model)
     bound, config = gates.attachment.bound, gates.attachment.config
     sizes = {name: torch.tensor(units, dtype=torch.float64) for name, units in plan.sizes.items()}

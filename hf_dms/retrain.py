@@ -9,10 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from .adapters import with_adapters
+from .config import DMSConfig
 from .data import Examples
-from .distributed import make_whole_
+from .distributed import check_plugin, make_whole_
+from .nonfinite import FiniteStepsMixin
+from .progress import show_progress_
 from .recipe import DistillationConfig
-from .training import ExactCheckpointsMixin, loss_is_summed_over_micro_batches, show_losses_, train_or_resume_
+from .training import ExactCheckpointsMixin, loss_is_summed_over_micro_batches, train_or_resume_
 
 
 def train_(
@@ -21,35 +25,51 @@ def train_(
     examples: Examples,
     teacher: PreTrainedModel | None = None,
     distillation: DistillationConfig | None = None,
+    *,
+    lora: Any = None,
+    stage: str = "training",
+    max_nonfinite_steps: int = DMSConfig.max_nonfinite_steps,
 ) -> None:
     """Train a model, in place, or go on from the last checkpoint of an earlier run; it ends in evaluation mode.
 
     Args:
-        model: what is trained; all of its weights are.
+        model: what is trained; all of its weights are, unless there are adapters.
         arguments: the Trainer's.
         examples: what it is trained on.
         teacher: the dense model; its logits are learned too.
         distillation: how much of the teacher.
+        lora: `peft.LoraConfig` of adapters that train in place of the weights, and are merged into them in the end.
+        stage: what its progress calls it.
+        max_nonfinite_steps: steps in a row whose loss or gradients are not finite, before it stops.
+
+    Raises:
+        NonFiniteError: there were so many.
     """
+    trained = model if lora is None else with_adapters(model, lora, arguments.seed)
     use_cache = getattr(model.config, "use_cache", None)
     trainer: Any = DistillationTrainer(
-        model=model,
+        model=trained,
         args=arguments,
         train_dataset=examples.train,
         data_collator=examples.collate,
         teacher=teacher,
         distillation=distillation,
+        max_nonfinite_steps=max_nonfinite_steps,
     )
-    show_losses_(trainer)
+    check_plugin(trainer.accelerator, trained)
+    show_progress_(trainer, stage)
     train_or_resume_(trainer)
     if use_cache is not None:
         model.config.use_cache = use_cache  # the Trainer switches it off for training
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    trainer.accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
+    if lora is not None:
+        trained.merge_and_unload()
+        model.requires_grad_(True)
     make_whole_(model, arguments.device)
     model.eval()
 
 
-class DistillationTrainer(ExactCheckpointsMixin, Trainer):
+class DistillationTrainer(FiniteStepsMixin, ExactCheckpointsMixin, Trainer):
     """A Trainer whose loss is (1 - w)·loss + w·T²·KL(teacher / T ‖ student / T) where there is a teacher.
 
     Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, section 2.

@@ -25,7 +25,7 @@ THUMBNAIL = 64  # pixels, the longer side of a picture that is shown
 @torch.no_grad()
 def add_outputs_(
     samples: list[dict[str, Any]], name: str, model: PreTrainedModel, processor: Any, recipe: Recipe, examples: Examples
-) -> None:
+) -> list[dict[str, Any]]:
     """Add what a model makes of each sample, in place.
 
     Args:
@@ -35,6 +35,9 @@ def add_outputs_(
         processor: its tokenizer or image processor.
         recipe: which samples, and how many new tokens.
         examples: where a classifier's samples are from.
+
+    Returns:
+        The samples, for processes that do not run the model.
     """
     if recipe.model.task == "text-generation":
         for sample in samples:
@@ -47,6 +50,7 @@ def add_outputs_(
         for sample, probability, number in zip(samples, probabilities.tolist(), classes.tolist()):
             sample["outputs"][name] = examples.labels[number]
             sample["probabilities"][name] = round(probability, 4)
+    return samples
 
 
 def inputs_of(processor: Any, recipe: Recipe, examples: Examples) -> list[dict[str, Any]]:

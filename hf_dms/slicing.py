@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
 
+from .adapters import base_model_of, check_adapters, exact_packed_maps, plain_weight
 from .attachable import check_model
 from .config import DMSConfig
 from .gates import Gates
@@ -35,6 +36,7 @@ def prune(
 
     Args:
         model: a model with gates (after a search), or, with `dms_config`, one without. It is left as it was.
+            Active adapters of PEFT are merged into the cut model, weights packed by bitsandbytes are unpacked in it.
         dms_config: for a model without gates: equal ratios for all dims, units chosen by weight magnitude.
         inputs: keyword arguments of one forward pass, on which the cut model is compared with the masked one.
             Default: transformers' dummy inputs.
@@ -46,7 +48,9 @@ def prune(
         ValueError: the model or the request is one that cannot be served.
         VerificationError: the cut model does not compute what the masked one does.
     """
-    check_model(model, "prune")
+    check_model(base_model_of(model), "prune")
+    check_adapters(model)
+    model = base_model_of(model)
     if not has_gates(model):
         if dms_config is None:
             raise ValueError("prune needs a model with gates (hf_dms.attach_), or a dms_config.")
@@ -70,7 +74,7 @@ def prune(
     plan = plan_of(model)
     pruned = cut(model, bound, plan, config.layout)
     sizes = {name: torch.tensor(units) for name, units in plan.sizes.items()}
-    with _ranked(model), hard_masked(model, sizes):
+    with _ranked(model), hard_masked(model, sizes), exact_packed_maps(model):
         inputs = inputs if inputs is not None else dummy_inputs(model)
         check_same(model, pruned, inputs, ("masked", "cut"), output_units(model, bound, plan))
     return pruned
@@ -83,6 +87,7 @@ def plan_of(model: PreTrainedModel) -> Plan:
     Raises:
         ValueError: the model has no gates, or the target cannot be reached.
     """
+    model = base_model_of(model)
     gates = gates_of(model)
     with _ranked(model):
         return make_plan(gates, round_sizes(gates, gates.attachment.bound, gates.attachment.config, model.config))
@@ -101,11 +106,10 @@ def make_plan(gates: Gates, sizes: Sizes) -> Plan:
 def magnitude_importance(bound: BoundSpec, model: nn.Module, gates: Gates) -> dict[str, Tensor]:
     """Sum of squares of all weights that go with a unit, `[rows, units]` per gated dim."""
     importance = {name: torch.zeros(dim.rows, dim.units) for name, dim in gates.dims.items()}
-    for name, parameter in model.named_parameters():
-        param = bound.params.get(name)
-        if param is None:
+    for name, param in bound.params.items():
+        if name in bound.tied:
             continue
-        squares = parameter.detach().float().square().cpu()
+        squares = plain_weight(model, name).float().square().cpu()
         if param.layer is not None and bound.depth in importance:
             importance[bound.depth][0, param.layer] += squares.sum()
         for place, axis in enumerate(param.axes):
@@ -146,10 +150,12 @@ def cut(model: PreTrainedModel, bound: BoundSpec, plan: Plan, layout: str) -> Pr
     cls, config = pruned_class_and_config(model, bound, plan, layout)
     with initialization.no_init_weights():
         pruned = cls._from_config(config, dtype=model.dtype, attn_implementation=model.config._attn_implementation)
-    parameters, sources = dict(model.named_parameters(remove_duplicate=False)), source_names(pruned, bound, plan)
+    sources = source_names(pruned, bound, plan)
     for name, parameter in pruned.named_parameters():
-        source = parameters[sources[name]].detach()
-        parameter.data = cut_tensor(source, parameter.shape, bound, sources[name], plan, layout).clone()
+        source = plain_weight(model, sources[name])
+        parameter.data = cut_tensor(source, parameter.shape, bound, sources[name], plan, layout).to(
+            model.dtype, copy=True
+        )
     pruned.to(model.device)  # buffers
     pruned.tie_weights()
     if model.can_generate():

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from .adapters import plain_parameters
 from .resource import Monomial
 
 Axes = tuple[tuple[str, ...], ...]
@@ -224,21 +225,19 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
     params: dict[str, BoundParam] = {}
     owners: dict[int, str] = {}
     tied = set()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name.startswith("dms_gates."):
-            continue
+    for name, parameter, shape in plain_parameters(model):
         matches = [(m, text) for regex, text in lines if (m := regex.fullmatch(name.removeprefix(prefix)))]
         if len(matches) != 1:
             raise ValueError(
-                f"{spec.model_type}: parameter '{name}' {tuple(parameter.shape)} matches {len(matches)} lines of the "
+                f"{spec.model_type}: parameter '{name}' {shape} matches {len(matches)} lines of the "
                 f"description of a {type(model).__name__}, expected 1. Add or correct its line in the ArchSpec."
             )
         match, text = matches[0]
         axes = parse_axes(text)
         expected = tuple(prod(sizes[factor] for factor in axis) for axis in axes)
-        if tuple(parameter.shape) != expected:
+        if shape != expected:
             raise ValueError(
-                f"{spec.model_type}: parameter '{name}' has shape {tuple(parameter.shape)}, but its description "
+                f"{spec.model_type}: parameter '{name}' has shape {shape}, but its description "
                 f"'{text}' means {expected}. Correct it in the ArchSpec."
             )
         layer = match.groupdict().get("i")

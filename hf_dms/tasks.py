@@ -18,6 +18,7 @@ class Task:
         processor_class: name of the Auto class of what prepares the inputs.
         metric: perplexity or accuracy, of held-out examples.
         speed: what is counted per second, a key of `dms_report.json` and its words.
+        peft: PEFT's name of the task; it decides whether a fresh head trains whole beside adapters.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Task:
     processor_class: str
     metric: str
     speed: tuple[str, str]
+    peft: str | None
 
 
 TASKS = {
@@ -36,6 +38,7 @@ TASKS = {
             "AutoTokenizer",
             "perplexity",
             ("tokens_per_second", "prefill tokens/s"),
+            "CAUSAL_LM",
         ),
         Task(
             "text-classification",
@@ -43,6 +46,7 @@ TASKS = {
             "AutoTokenizer",
             "accuracy",
             ("texts_per_second", "texts/s"),
+            "SEQ_CLS",
         ),
         Task(
             "image-classification",
@@ -50,6 +54,7 @@ TASKS = {
             "AutoImageProcessor",
             "accuracy",
             ("images_per_second", "images/s"),
+            None,
         ),
     )
 }

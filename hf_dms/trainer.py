@@ -13,27 +13,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
+from .adapters import is_packed, packed_weights_may_stay
 from .checkpoint import load_search_state_, save_pruned, save_search_state
 from .config import DMSConfig
-from .distributed import average_, check_launch, check_plugin, leave_gates_out_, whole, without_ddp_for_frozen
+from .distributed import check_launch, check_plugin, leave_gates_out_, whole, without_ddp_for_frozen
 from .gates import Gates
 from .hub import push
 from .masking import attach_, gates_of
+from .nonfinite import FiniteStepsMixin
+from .progress import show_progress_
 from .slicing import prune
-from .training import ExactCheckpointsMixin, loss_is_summed_over_micro_batches, show_losses_
+from .training import ExactCheckpointsMixin, loss_is_summed_over_micro_batches
 
 logger = logging.get_logger(__name__)
 
 
-class NonFiniteError(ValueError):
-    """Too many steps in a row whose loss or gradients were not finite."""
-
-
-class DMSMixin(ExactCheckpointsMixin):
+class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
     """What a DMS search adds to a Trainer.
 
     Args:
@@ -48,24 +46,23 @@ class DMSMixin(ExactCheckpointsMixin):
             raise ValueError("DMSTrainer needs model=, not model_init=: the gates belong to one model.")
         model = args[0] if args else kwargs.get("model")
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
-        super().__init__(*args, **kwargs)
+        with packed_weights_may_stay(model if dms_config.pipeline == "p-" else None):
+            super().__init__(*args, max_nonfinite_steps=dms_config.max_nonfinite_steps, **kwargs)
         self._use_cache = use_cache  # the Trainer switches it off for training
         check_training_arguments(self.args)
-        check_plugin(self.accelerator)
+        check_plugin(self.accelerator, self.model)
         self.dms_config = dms_config
         attach_(self.model, dms_config)
         leave_gates_out_(self.model, self.gates, self.accelerator)
         if dms_config.pipeline == "p-":
             self.model.requires_grad_(False)
             self.gates.prune_ratio.requires_grad_(True)
-        self._step_loss = torch.zeros((), device=self.args.device)
-        self._grad_norm = torch.zeros((), device=self.args.device)
+        self._step_task_loss = torch.zeros((), device=self.args.device)
         self._task_loss = torch.zeros((), device=self.args.device)
         self._gate_grad_norm = torch.zeros((), device=self.args.device)
         self._steps_since_log = 0
-        self.skipped_steps = self._skipped_in_a_row = 0
         self.add_callback(_GateCallback(self))
-        show_losses_(self)
+        show_progress_(self, "search")
 
     @property
     def gates(self) -> Gates:
@@ -138,7 +135,7 @@ class DMSMixin(ExactCheckpointsMixin):
         if model.training:
             share = 1 / self.current_gradient_accumulation_steps
             scaled = loss_is_summed_over_micro_batches(self, num_items_in_batch)
-            self._step_loss += loss.detach() * (1.0 if scaled else share)
+            self._step_task_loss += loss.detach() * (1.0 if scaled else share)
             loss = loss + self.gates.resource_loss(self.progress).to(loss.device) * (share if scaled else 1.0)
         return (loss, *result[1:]) if return_outputs else loss
 
@@ -163,10 +160,7 @@ class DMSMixin(ExactCheckpointsMixin):
 
     def _get_grad_norm(self, model, grad_norm=None):
         with self._gate_gradient_apart():
-            norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self._grad_norm = torch.as_tensor(0.0 if norm is None else norm, device=self.args.device).float()
-        return norm
+            return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     @contextlib.contextmanager
     def _gate_gradient_apart(self) -> Iterator[None]:
@@ -177,38 +171,19 @@ class DMSMixin(ExactCheckpointsMixin):
         finally:
             gate.grad = grad
 
-    def _finish_backward_(self) -> None:
-        """After the backward passes of a step, before the optimizer's: what all processes must agree on."""
-        gates = self.gates
-        if average_([*gates.step_terms(), self._step_loss, self._grad_norm], self.accelerator):
-            gates.update_importance_()
-            self._task_loss += self._step_loss
-            self._gate_grad_norm += gates.prune_ratio.grad.norm()
-            self._steps_since_log += 1
-            self._skipped_in_a_row = 0
-        else:
-            self._skip_step_()
-        self._step_loss.zero_()
+    def _step_tensors(self) -> list[Tensor]:
+        return [*self.gates.step_terms(), self._step_task_loss]
 
-    def _skip_step_(self) -> None:
-        """Take nothing of a step whose loss or gradients are not finite, and stop after too many of them."""
-        self.skipped_steps += 1
-        self._skipped_in_a_row += 1
-        found = f"task loss {float(self._step_loss):g}, norm of the gradients {float(self._grad_norm):g}"
-        logger.warning(f"Step {self.state.global_step + 1} is skipped: {found}.")
+    def _take_step_(self) -> None:
+        self.gates.update_importance_()
+        self._task_loss += self._step_task_loss
+        self._gate_grad_norm += self.gates.prune_ratio.grad.norm()
+        self._steps_since_log += 1
+        self._step_task_loss.zero_()
+
+    def _forget_step_(self) -> None:
         self.gates.forget_step_()
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None  # optimizers pass over parameters without a gradient: no decay, no momentum
-        if self.is_deepspeed_enabled or self._skipped_in_a_row >= self.dms_config.max_nonfinite_steps:
-            kept = "The last checkpoint, the weights, ratios and importance hold nothing of them."
-            if self.is_deepspeed_enabled:
-                kept = "DeepSpeed has stepped by itself; the last checkpoint holds nothing of it."
-            raise NonFiniteError(
-                f"{self._skipped_in_a_row} steps in a row, up to step {self.state.global_step + 1}, had a loss or "
-                f"gradients that are not finite ({found}). {kept} Lower the learning rate, look at the data, or train "
-                "in float32; dms.max_nonfinite_steps says how many are passed over."
-            )
+        self._step_task_loss.zero_()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -224,7 +199,6 @@ class DMSMixin(ExactCheckpointsMixin):
             "resource": float(gates.resource().detach()),
             "target": gates.target(self.progress),
             "gate_grad_norm": float(self._gate_grad_norm) / steps,
-            "skipped_steps": self.skipped_steps,
         }
         if self._steps_since_log:  # all of them may have been skipped
             logs["task_loss"] = float(self._task_loss) / steps
@@ -244,10 +218,23 @@ class DMSMixin(ExactCheckpointsMixin):
             logs[f"undecided/{name}"] = float(gates.undecided(name))
         return logs
 
+    @property
+    def _meets_target(self) -> bool:
+        """Whether the hard-masked model can be the best one, or one that early stopping looks at."""
+        return bool(self.gates.resource(self.gates.hard_sizes()) <= self.dms_config.target * (1 + 1e-3))
+
     def _determine_best_metric(self, metrics, trial) -> bool:
-        if self.gates.resource(self.gates.hard_sizes()) > self.dms_config.target * (1 + 1e-3):
-            return False  # only a model that meets the target can be the best one
-        return super()._determine_best_metric(metrics, trial)
+        return self._meets_target and super()._determine_best_metric(metrics, trial)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        callbacks = self.callback_handler.callbacks
+        if not self._meets_target:
+            seeing = [callback for callback in callbacks if not isinstance(callback, EarlyStoppingCallback)]
+            self.callback_handler.callbacks = seeing
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self.callback_handler.callbacks = callbacks
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         super().save_model(output_dir, *args, **kwargs)
@@ -255,12 +242,18 @@ class DMSMixin(ExactCheckpointsMixin):
             save_search_state(self._unwrapped(), self.args.output_dir if output_dir is None else output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self._weights_are_fixed():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_search_state_(self._unwrapped(), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        if not self._weights_are_fixed():
+            super()._load_best_model()
         load_search_state_(self._unwrapped(), self.state.best_model_checkpoint)
+
+    def _weights_are_fixed(self) -> bool:
+        """Whether weights are packed and nothing but ratios trains: Trainer cannot load such weights, and need not."""
+        return self.dms_config.pipeline == "p-" and any(map(is_packed, self._unwrapped().modules()))
 
 
 @contextlib.contextmanager
@@ -291,18 +284,20 @@ class DMSTrainer(DMSMixin, Trainer):
 
 
 class _GateCallback(TrainerCallback):
-    """Moves importance once per optimizer step and keeps the gates' rate constant under any scheduler."""
+    """Keeps the gates' rate constant under any scheduler, and the ratios in their range."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        if args.load_best_model_at_end and state.best_model_checkpoint is None:
+            target = self.trainer.dms_config.target
+            logger.warning(f"No checkpoint meets the target {target:g}, so none is the best one: the last model stays.")
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         for group in self.trainer.optimizer.param_groups:
             if group.get("gates"):
                 group["lr"] = self.trainer.gate_learning_rate
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-        self.trainer._finish_backward_()
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         self.trainer.gates.clamp_ratios_()

@@ -2,21 +2,68 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, ProgressCallback, TrainerState
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    IntervalStrategy,
+    SaveStrategy,
+    rotate_checkpoints,
+    sort_checkpoints,
+)
 
-from .checkpoint import has_other_names, load_weights_
+from .checkpoint import has_other_names, load_weights_, replace_folder
+
+SAVING = "saving"  # where checkpoints are written, in the folder where they will be
 
 
 class ExactCheckpointsMixin:
-    """Lets a Trainer resume models whose files hold other names than they do, such as ViT.
+    """Lets a Trainer resume exactly, whenever it was killed.
 
-    `Trainer` passes over names that it does not find with a warning, and goes on with the weights that it has.
+    A checkpoint gets its name when all of its files are there. Each is preceded by a log, since what a Trainer has
+    summed since the last one is in no checkpoint, and by what happens at the end of an epoch, if it is one: a resumed
+    Trainer would leave that out. And models whose files hold other names than they do, such as ViT, get their weights:
+    `Trainer` passes over names that it does not find with a warning, and goes on as it is.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(_CheckpointsLast())
+        self._saving = False
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder, SAVING)) if self._saving else folder
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(folder / SAVING, ignore_errors=True)  # of a run that was killed
+        self.accelerator.wait_for_everyone()
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = False
+        self._name_best_checkpoint_(folder, name)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(str(folder / SAVING / name / TRAINER_STATE_NAME))
+            replace_folder(folder / name, folder / SAVING / name)
+            (folder / SAVING).rmdir()
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(str(folder), limit, best, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
+    def _name_best_checkpoint_(self, folder: Path, saved: str) -> None:
+        """What Trainer writes down of the best checkpoint, with the name that the one in writing will have."""
+        best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if self.state.best_global_step and (best == saved or (folder / best).is_dir()):
+            self.state.best_model_checkpoint = str(folder / best)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         loaded = self._unwrapped()
@@ -41,15 +88,19 @@ def train_or_resume_(trainer: Any) -> None:
 
     `Trainer.train` would add a step to a run that had reached its last one.
     """
-    folder = str(trainer.args.output_dir)
-    checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-    if checkpoint is not None:
-        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    checkpoints = sort_checkpoints(str(trainer.args.output_dir))
+    # one without it was being removed when the run was killed: at the end, all but the best go if only one may stay
+    checkpoints = [folder for folder in checkpoints if Path(folder, TRAINER_STATE_NAME).is_file()]
+    if checkpoints:
+        state = TrainerState.load_from_json(str(Path(checkpoints[-1], TRAINER_STATE_NAME)))
         if state.global_step >= state.max_steps:
-            trainer._load_from_checkpoint(checkpoint)
             trainer.state = state
+            if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                trainer._load_best_model()
+            else:
+                trainer._load_from_checkpoint(checkpoints[-1])
             return
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoints[-1] if checkpoints else None)
 
 
 def loss_is_summed_over_micro_batches(trainer: Any, num_items_in_batch: Any) -> bool:
@@ -61,18 +112,22 @@ def loss_is_summed_over_micro_batches(trainer: Any, num_items_in_batch: Any) -> 
     return normalized_by_model or trainer.compute_loss_func is not None
 
 
-class SearchProgress(ProgressCallback):
-    """The Trainer's progress bar, showing loss, resource and target instead of printing every log."""
+class _CheckpointsLast(TrainerCallback):
+    """Lets all else that belongs to a step come before its checkpoint: its log, and what happens at an epoch's end."""
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
-            shown = {"loss": logs.get("task_loss", logs["loss"])}  # a retraining has no resource and no target
-            shown |= {name: logs[name] for name in ("resource", "target") if name in logs}
-            self.training_bar.set_postfix_str(", ".join(f"{name} {value:.3f}" for name, value in shown.items()))
+    def __init__(self) -> None:
+        self.postponed = False
 
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        epoch_ends = control.should_training_stop or float(state.epoch).is_integer()
+        self.postponed = epoch_ends and control.should_save
+        may_save = control.should_save or (control.should_evaluate and args.save_strategy == SaveStrategy.BEST)
+        if may_save and args.logging_strategy != IntervalStrategy.NO:
+            control.should_log = True
+        control.should_save &= not self.postponed
 
-def show_losses_(trainer: Any) -> None:
-    """Let a Trainer's progress bar show what `SearchProgress` says, if it has one."""
-    if not trainer.args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(SearchProgress())
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        postponed = self.postponed
+        self.on_step_end(args, state, control)
+        control.should_save |= postponed or self.postponed
+        self.postponed = False

@@ -125,6 +125,15 @@ def test_the_old_folder_stays_until_the_new_one_is_complete(tmp_path):
     assert contents(tmp_path) == {"new.txt": b"new"}
 
 
+def test_what_a_kill_left_of_a_result_is_gone_with_the_next(tmp_path):
+    for name in (".out.writing", ".out.removed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("")
+    with new_folder(tmp_path / "out") as temporary:
+        assert not list(temporary.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 # ---- the state of a search ----
 def searching(seed=0, **options):
     model = tiny_llama()

@@ -91,8 +91,10 @@ def test_a_step_that_is_bad_in_one_process_is_skipped_in_all(launched):
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 asks for it
 def test_a_recipe_in_two_processes_ends_as_in_one(recipe, dense, tmp_path, capsys):  # noqa: F811
-    options = ["train.optim=sgd", "train.learning_rate=0.05", "train.logging_steps=1", "recover.max_steps=2"]
+    options = ["train.optim=sgd", "train.learning_rate=0.05", "train.logging_steps=1"]
+    options += ["recover={lora: {r: 2}, max_steps: 2}"]
     assert recipe(*options, "train.per_device_train_batch_size=4")[0] == 0
     printed = capsys.readouterr().out
     both = tmp_path / "both"
@@ -148,7 +150,7 @@ def test_options_of_fsdp_that_would_harm_the_gates_are_refused(version, efficien
     plugin = SimpleNamespace(fsdp_version=version, cpu_ram_efficient_loading=efficient)
     accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=plugin))
     with pytest.raises(ValueError, match=message):
-        check_plugin(accelerator)
+        check_plugin(accelerator, torch.nn.Linear(1, 1))
 
 
 def start(args):

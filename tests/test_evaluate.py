@@ -9,7 +9,7 @@ from laws import batch_for, tiny
 from torch.utils.data import default_collate
 from transformers import BertForSequenceClassification, ViTForImageClassification
 
-from hf_dms.evaluate import evenly_spaced, example_scores, perplexity, seconds_per_batch, summary
+from hf_dms.evaluate import evenly_spaced, example_scores, perplexity, summary
 
 
 def test_perplexity_is_exp_of_the_mean_loss_whatever_the_batch_size():
@@ -63,12 +63,3 @@ def test_examples_of_a_dataset_are_spread_over_all():
     spread = evenly_spaced([{"labels": i} for i in range(10)], 4)
     assert [example["labels"] for example in spread] == [0, 3, 6, 9]
     assert len(evenly_spaced([1, 2, 3], None)) == 3
-
-
-@pytest.mark.parametrize("make", [tiny_llama, lambda **sizes: tiny(ViTForImageClassification, **sizes)])
-def test_speed_is_measured_for_each_model(make):
-    models = [make(), make(num_hidden_layers=1)]
-    inputs = batch_for(models[0]) | {"labels": torch.zeros(2, dtype=torch.long)}
-    seconds = seconds_per_batch(models, inputs, repeats=1)
-    assert len(seconds) == 2
-    assert min(seconds) > 0

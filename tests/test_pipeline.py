@@ -29,6 +29,7 @@ from transformers import (
 )
 
 import hf_dms.pipeline
+import hf_dms.stages
 from hf_dms import DMSTrainer
 from hf_dms.archs.llama import LLAMA
 from hf_dms.cli import main
@@ -270,7 +271,7 @@ def test_repair_alone_trains_nothing(recipe, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("it was trained")
 
-    monkeypatch.setattr(hf_dms.pipeline, "train_", refuse)
+    monkeypatch.setattr(hf_dms.stages, "train_", refuse)
     code, out = recipe("recover={repair: {}}", "dms.pipeline=p-")
     assert code == 0
     assert "recovered" not in json.loads((out / "dms_report.json").read_text())
@@ -329,6 +330,27 @@ def test_an_interrupted_run_goes_on_where_it_stopped_and_ends_the_same(recipe, m
     assert recipe(*train)[0] == 0
     resumed = AutoModelForCausalLM.from_pretrained(out).state_dict()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_run_killed_when_all_was_saved_leaves_nothing_behind(recipe, monkeypatch, capsys):
+    def die(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_dms.pipeline, "tidy", die)
+        with pytest.raises(KeyboardInterrupt):
+            recipe()
+    out = recipe()[1]
+    assert "is finished already" in capsys.readouterr().out
+    assert (out / "dms_report.json").is_file()
+    assert not out.with_name("out.unfinished").exists()
+
+
+def test_a_recipe_may_ask_for_the_best_model(recipe):
+    options = ["eval_strategy=steps", "eval_steps=2", "save_steps=2", "load_best_model_at_end=true"]
+    code, out = recipe(*(f"train.{option}" for option in options), "dms.target=0.8", "dms.gate_learning_rate=0.1")
+    assert code == 0
+    assert json.loads((out / "dms_report.json").read_text())["search"]
 
 
 @pytest.mark.parametrize(
@@ -407,7 +429,9 @@ def assert_matches(pattern: str, text: str) -> None:
 
 
 @pytest.mark.slow
-def test_llama_7b_recipe_runs_at_a_twentieth_of_the_size(tmp_path, capsys):
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 asks for it
+@pytest.mark.parametrize("pruned", [20, 50])
+def test_llama_7b_recipes_run_at_a_twentieth_of_the_size(pruned, tmp_path, capsys):
     config = LlamaConfig(
         vocab_size=32000, hidden_size=832, intermediate_size=2236, num_hidden_layers=32, num_attention_heads=32,
         head_dim=26,
@@ -419,11 +443,100 @@ def test_llama_7b_recipe_runs_at_a_twentieth_of_the_size(tmp_path, capsys):
     assert 300e6 < sum(parameter.numel() for parameter in model.parameters()) < 360e6
     overrides = ["train.max_steps=6", "dms.warmup_steps=1", "data.sequence_length=32", "eval.examples=2"]
     overrides += [f"model.path={tmp_path / 'llama'}", f"output.path={tmp_path / 'out'}"]
-    assert main(["prune", "llama-7b.yaml", *overrides]) == 0
+    rows = [{"instruction": f"w{i} w3", "input": "w4", "output": "w5 w6"} for i in range(40)]
+    (tmp_path / "instructions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides += [f"recover.data.path={tmp_path / 'instructions.jsonl'}", "recover.data.held_out=0.2"]
+    overrides += ["recover.data.sequence_length=32", "recover.max_steps=1", "recover.per_device_train_batch_size=2"]
+    assert main(["prune", f"llama-7b-{pruned}.yaml", *overrides, "recover.repair.examples=4"]) == 0
     report = json.loads((tmp_path / "out" / "dms_report.json").read_text())
     assert AutoTokenizer.from_pretrained(tmp_path / "out") is not None
     layers = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n)
     cut = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert cut.dtype == torch.bfloat16
-    assert sum(p.numel() for n, p in cut.named_parameters() if ".layers." in n) <= 0.8 * layers
+    assert sum(p.numel() for n, p in cut.named_parameters() if ".layers." in n) <= (1 - pruned / 100) * layers
     assert report["model_class"] == "DmsLlamaForCausalLM"
+    assert {"repaired", "recovered"} <= set(report)
+
+
+# ---- adapters and packed weights ----
+peft_warns = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
+LORA = "lora={r: 2, lora_dropout: 0.1}"
+
+
+@peft_warns
+def test_a_search_and_a_retraining_with_adapters_end_in_a_plain_model(recipe, dense):
+    options = ["recover={repair: {examples: 2}, lora: {r: 2}, max_steps: 3, distillation: {}}", "dms.layout=per_layer"]
+    code, output = recipe(LORA, *options)
+    assert code == 0
+    report = json.loads((output / "dms_report.json").read_text())
+    assert {"pruned", "repaired", "recovered"} <= set(report)
+    assert report["recovered"]["perplexity"] != report["repaired"]["perplexity"]
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert not any("lora" in name for name in model.state_dict())
+    frozen = AutoModelForCausalLM.from_pretrained(dense)
+    kept = load_plan(output / "dms_plan.json", bind(LLAMA, frozen))[0].kept
+    embedding = frozen.model.embed_tokens.weight.index_select(1, kept["hidden"][0])
+    assert torch.equal(model.model.embed_tokens.weight, embedding)  # all-linear adapts no embedding
+
+
+def test_a_model_is_retrained_on_other_data_by_a_template(recipe, tmp_path):
+    rows = [{"question": f"w{i % 9}", "answer": f"w{i % 7} w1"} for i in range(60)]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template = "template: '{question} w2 {answer}'"
+    data = f"recover.data={{path: answers.jsonl, {template}, sequence_length: 12, held_out: 0.2}}"
+    code, output = recipe(data, "recover.max_steps=3", "recover.learning_rate=0.01")
+    assert code == 0
+    other = json.loads((output / "dms_report.json").read_text())["recovered"]
+    code, output = recipe("recover.max_steps=3", "recover.learning_rate=0.01", "output.overwrite=true")
+    assert code == 0
+    assert json.loads((output / "dms_report.json").read_text())["recovered"]["perplexity"] != other["perplexity"]
+
+
+@peft_warns
+def test_a_search_on_packed_weights_cuts_the_whole_ones(recipe, dense):
+    pytest.importorskip("bitsandbytes")
+    for options in (["dms.pipeline=p-"], [LORA]):
+        code, output = recipe("model.quantization=4bit", "output.overwrite=true", "dms.layout=per_layer", *options)
+        assert code == 0
+        model, frozen = AutoModelForCausalLM.from_pretrained(output), AutoModelForCausalLM.from_pretrained(dense)
+        kept = load_plan(output / "dms_plan.json", bind(LLAMA, frozen))[0].kept
+        weight = frozen.model.layers[kept["layers"][0][0]].self_attn.q_proj.weight
+        found = model.model.layers[0].self_attn.q_proj.weight
+        same = torch.isin(found, weight).all()  # numbers of the model at model.path, not roundings of them
+        assert same == (options != [LORA])
+
+
+@peft_warns
+@pytest.mark.parametrize("model", ["bert", "vit"])
+def test_a_classifier_is_searched_with_adapters(classifiers, model):
+    code, _ = classifiers(model, LORA, "recover.lora={r: 2}")
+    assert code == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["lora={}", "dms.pipeline=p-"],
+            "lora trains beside pretrained weights that are frozen, and dms.pipeline is p-",
+        ),
+        (["lora={rank: 2}"], "Unknown key lora.rank."),
+        (["lora=3"], "lora must be a section with keys, or {} for its defaults; got 3"),
+        (["recover.lora={}"], "recover.lora is part of a retraining: give recover.max_steps too"),
+        (["recover={lora: {r: -1}, max_steps: 2}"], "recover.lora: `r` should be a positive integer"),
+        (["recover={lora: {}, max_steps: 2}", "dms.layout=padded"], "adapters would fill the zeros"),
+        (["recover.data={path: text.jsonl}"], "recover.data is part of a retraining: give recover.max_steps too"),
+        (
+            ["data.template='{tekst}'"],
+            "data.template: '{tekst}' cannot be filled (KeyError: 'tekst'). The data has columns",
+        ),
+        (["model.quantization=2bit"], "model.quantization must be 8bit or 4bit, or be left out; got '2bit'"),
+        (["model.quantization=4bit"], "weights in 4bit cannot train, which dms.pipeline p asks for"),
+        (["model.quantization=4bit", "dms.pipeline=p-", "finetune.max_steps=1"], "leave one out"),
+    ],
+)
+def test_adapters_and_packed_weights_that_cannot_be_had_are_refused(recipe, capsys, overrides, message):
+    code, output = recipe(*overrides)
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert not output.exists()

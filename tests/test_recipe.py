@@ -103,7 +103,7 @@ def test_data_beside_a_recipe_is_found_from_anywhere(tmp_path, monkeypatch):
 
 
 def test_a_missing_recipe_lists_those_that_come_with_hf_dms():
-    with pytest.raises(ValueError, match=r"no recipe 'nothing\.yaml'.*llama-7b.yaml.*quickstart.yaml"):
+    with pytest.raises(ValueError, match=r"no recipe 'nothing\.yaml'.*llama-7b-20.yaml.*quickstart.yaml"):
         load_recipe("nothing.yaml")
 
 

@@ -1,18 +1,20 @@
 """Ordinary training, with and without a teacher; a finished run is not trained further."""
 
 import copy
+import json
 
 import pytest
 import torch
 from conftest import Tokens, tiny_llama
 from laws import tiny
-from test_trainer import Images, arguments, bit_equal, weights
+from test_trainer import Images, Poisoned, arguments, bit_equal, logged, stories, weights
 from torch.nn import functional as F
 from transformers import ViTForImageClassification, default_data_collator
 
 from hf_dms.data import Examples
+from hf_dms.nonfinite import NonFiniteError
 from hf_dms.recipe import DistillationConfig
-from hf_dms.retrain import distillation_loss, train_
+from hf_dms.retrain import DistillationTrainer, distillation_loss, train_
 
 
 def examples(data=None):
@@ -80,3 +82,46 @@ def test_the_cache_setting_survives_a_training(tmp_path):
     model = tiny_llama()
     train_(model, arguments(tmp_path, max_steps=1), examples())
     assert model.config.use_cache
+
+
+def test_a_training_resumes_bit_for_bit_with_its_log(tmp_path):
+    """One log spans a checkpoint, which is in the middle of an epoch."""
+    found = []
+    for resume in (None, str(tmp_path / "checkpoint-3")):
+        args = arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=3, logging_steps=4)
+        model = tiny_llama(seed=1 if resume else 0, attention_dropout=0.1)
+        trainer = DistillationTrainer(
+            model=model, args=args, train_dataset=Tokens(), teacher=tiny_llama(seed=2),
+            distillation=DistillationConfig(0.5), max_nonfinite_steps=3,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        found.append((weights(model), stories(trainer)))
+    assert bit_equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
+# ---- losses and gradients that are not finite ----
+def on_poisoned(folder, data, **options):
+    args = arguments(folder, **options)
+    model = tiny(ViTForImageClassification)
+    return DistillationTrainer(model=model, args=args, train_dataset=data, max_nonfinite_steps=10)
+
+
+def test_a_bad_step_of_a_training_changes_nothing_and_is_counted(tmp_path):
+    trainer = on_poisoned(tmp_path, Poisoned([5]), max_steps=2, weight_decay=0.1, logging_nan_inf_filter=True)
+    before = weights(trainer.model)
+    trainer.train()
+    assert trainer.skipped_steps == logged(trainer, "skipped_steps")[-1] == 1
+    after = weights(trainer.model)
+    assert all(tensor.isfinite().all() for tensor in after.values())
+    assert not bit_equal(before, after)
+    json.dumps(trainer.state.log_history, allow_nan=False)
+
+
+def test_too_many_bad_steps_end_a_training_with_its_last_checkpoint_intact(tmp_path):
+    args = arguments(tmp_path, max_steps=9, save_strategy="steps", save_steps=2)
+    model, bad = tiny(ViTForImageClassification), Poisoned(range(16))
+    with pytest.raises(NonFiniteError, match=r"3 steps in a row, up to step 3, had .* not finite \(loss nan"):
+        train_(model, args, examples(bad), max_nonfinite_steps=3)
+    saved = ViTForImageClassification.from_pretrained(tmp_path / "checkpoint-2")
+    assert bit_equal(weights(saved), weights(tiny(ViTForImageClassification)))

@@ -1,20 +1,29 @@
 """The search as a Trainer: what it adds, and what it must not change."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import Tokens, relative_difference, search_, tiny_llama, token_batch
 from laws import tiny
 from safetensors import safe_open
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, ViTForImageClassification
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTForImageClassification,
+)
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_dms import DMSConfig, DMSTrainer, detach_
 from hf_dms.checkpoint import load_search_state_
 from hf_dms.masking import gates_of
+from hf_dms.nonfinite import NonFiniteError
 from hf_dms.slicing import cut, make_plan
-from hf_dms.trainer import NonFiniteError, check_training_arguments
-from hf_dms.training import SearchProgress
+from hf_dms.trainer import check_training_arguments
+from hf_dms.training import train_or_resume_
 from hf_dms.verify import outputs_of
 
 QUIET = dict(
@@ -266,7 +275,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_search_with_its_last_checkpoint_in
     watch = WatchSteps(poison_at=4)
     options = dict(save_strategy="steps", save_steps=2, max_steps=12)
     trainer = poisoned_trainer(tmp_path, Images(), watch, max_nonfinite_steps=3, **options)
-    with pytest.raises(NonFiniteError, match=r"3 steps in a row, up to step 7, had .* not finite \(task loss"):
+    with pytest.raises(NonFiniteError, match=r"3 steps in a row, up to step 7, had .* not finite \(loss"):
         trainer.train()
     last = tmp_path / "checkpoint-6"  # saved between two bad steps
     resumed = poisoned_trainer(tmp_path, Images(), WatchSteps(), **options)
@@ -357,14 +366,84 @@ def test_checkpoints_hold_the_search_beside_model_files_without_gates(tmp_path):
     assert summary["hard_resource"] == float(trainer.gates.resource(trainer.gates.hard_sizes()))
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}])
-def test_resume_equals_uninterrupted_bit_for_bit(options, tmp_path):
-    whole = trained(tmp_path, **SAVING, **options)
-    resumed = trained(tmp_path, **SAVING, **options, model=tiny_llama(seed=9), resume=str(tmp_path / "checkpoint-4"))
-    assert resumed.state.global_step == 8
+def stories(trainer):
+    """The log of a search and of its evaluations, without what depends on the clock."""
+    entries = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
+    return [{name: value for name, value in entry.items() if "second" not in name and "runtime" not in name}
+            for entry in entries]  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpoint", [4, 6])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+        {"logging_steps": 5},  # a log that spans a checkpoint
+        {"max_steps": -1, "num_train_epochs": 2.5, "eval_strategy": "epoch"},
+    ],
+)
+def test_resume_equals_uninterrupted_bit_for_bit(options, checkpoint, tmp_path):
+    """Four steps are an epoch: one checkpoint is at its end, the other in the middle."""
+    options = SAVING | {"save_steps": 2} | options
+    model = dict(attention_dropout=0.1)
+    whole = trained(tmp_path, **options, model=tiny_llama(**model))
+    resume = str(tmp_path / f"checkpoint-{checkpoint}")
+    resumed = trained(tmp_path, **options, model=tiny_llama(seed=9, **model), resume=resume)
+    assert resumed.state.global_step == whole.state.global_step == (10 if "num_train_epochs" in options else 8)
     assert bit_equal(weights(resumed.model), weights(whole.model))
     assert bit_equal(resumed.gates.search_state(), whole.gates.search_state())
-    assert logged(resumed, "task_loss")[4:] == logged(whole, "task_loss")[4:]
+    assert stories(resumed) == stories(whole)
+    assert logged(resumed, "task_loss")
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_skipped_steps_are_counted_on_after_a_resume(restore, tmp_path):
+    options = dict(save_strategy="steps", save_steps=2, max_steps=8, logging_nan_inf_filter=True)
+    options["restore_callback_states_from_checkpoint"] = restore  # Trainer replaces callbacks if so
+    found = []
+    for resume in (None, str(tmp_path / "checkpoint-4")):
+        trainer = poisoned_trainer(tmp_path, Poisoned([5]), WatchSteps(), **options)
+        trainer.train(resume_from_checkpoint=resume)
+        found.append((trainer.skipped_steps, stories(trainer)))
+    assert found[0][0] == 4
+    assert found[1] == found[0]
+
+
+def die_in_the_middle(number):
+    """A `torch.save` that writes half a file when it is called for the n-th time, and is killed."""
+    save, calls = torch.save, iter(range(1, 1000))
+
+    def torch_save(content, file, *args, **kwargs):
+        if next(calls) == number:
+            Path(file).write_bytes(b"PK half a file")
+            raise KeyboardInterrupt
+        save(content, file, *args, **kwargs)
+
+    return torch_save
+
+
+@pytest.mark.parametrize("limit", [None, 1])
+@pytest.mark.parametrize("number", [5, 6, 7, 8])  # of four files per checkpoint
+def test_a_kill_while_saving_leaves_the_checkpoint_before_as_the_last(number, limit, tmp_path, monkeypatch):
+    options = SAVING | {"save_total_limit": limit}
+    whole = trained(tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", die_in_the_middle(number))
+        with pytest.raises(KeyboardInterrupt):
+            trained(tmp_path / "killed", **options)
+    assert get_last_checkpoint(str(tmp_path / "killed")) == str(tmp_path / "killed" / "checkpoint-4")
+    resumed = trained(tmp_path / "killed", **options, resume=True)
+    assert bit_equal(weights(resumed.model), weights(whole.model))
+    assert stories(resumed) == stories(whole)
+    kept = {path.name for path in (tmp_path / "killed").iterdir()}
+    assert kept == ({"checkpoint-8"} if limit else {"checkpoint-4", "checkpoint-8"})
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_no_more_checkpoints_stay_than_the_limit_says(limit, tmp_path):
+    trained(tmp_path, save_strategy="epoch", max_steps=10, save_total_limit=limit)
+    assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in (8, 10)[-limit:]}
 
 
 def test_resume_from_a_checkpoint_without_a_search_is_an_error(tmp_path):
@@ -375,11 +454,11 @@ def test_resume_from_a_checkpoint_without_a_search_is_an_error(tmp_path):
         trained(tmp_path, **SAVING, resume=str(tmp_path / "checkpoint-4"))
 
 
-def best_of(folder, metric, greater, target):
-    options = dict(save_strategy="steps", save_steps=3, eval_strategy="steps", eval_steps=3, max_steps=18)
+def best_of(folder, metric, greater, target, callbacks=(), resume=None, **options):
+    steps = dict(save_strategy="steps", save_steps=3, eval_strategy="steps", eval_steps=3, max_steps=18)
     best = dict(load_best_model_at_end=True, metric_for_best_model=metric, greater_is_better=greater)
     config = dict(target=target, gate_learning_rate=0.08, resource_weight=20.0)
-    return trained(folder, config, **options, **best)
+    return trained(folder, config, callbacks=callbacks, resume=resume, **steps | best | options)
 
 
 def test_the_best_model_is_one_that_meets_the_target(tmp_path):
@@ -399,10 +478,59 @@ def test_the_best_model_is_one_that_meets_the_target(tmp_path):
     assert bit_equal(trainer.gates.search_state(), twin.gates.search_state())
 
 
-def test_no_model_is_the_best_while_none_meets_the_target(tmp_path):
+def test_the_best_model_is_kept_beside_the_last_and_found_again(tmp_path):
+    trainer = best_of(tmp_path, "resource", True, 0.7, save_total_limit=1)
+    best = Path(trainer.state.best_model_checkpoint)
+    assert [path.name for path in tmp_path.iterdir()] == [best.name]
+    again = DMSTrainer(
+        model=tiny_llama(seed=4), dms_config=trainer.dms_config, args=trainer.args, train_dataset=Tokens(),
+        eval_dataset=Tokens(8, seed=1),
+    )  # fmt: skip
+    train_or_resume_(again)
+    assert again.state.best_model_checkpoint == str(best)
+    assert bit_equal(weights(again.model), weights(trainer.model))
+    assert bit_equal(again.gates.search_state(), trainer.gates.search_state())
+
+
+def test_a_finished_run_is_loaded_with_its_best_model(tmp_path):
+    trainer = best_of(tmp_path, "resource", True, 0.7)
+    assert trainer.state.best_global_step < 18
+    again = DMSTrainer(
+        model=tiny_llama(seed=4), dms_config=trainer.dms_config, args=trainer.args, eval_dataset=Tokens(8, seed=1)
+    )
+    train_or_resume_(again)
+    assert bit_equal(weights(again.model), weights(trainer.model))
+    assert bit_equal(again.gates.search_state(), trainer.gates.search_state())
+
+
+def test_early_stopping_looks_only_at_models_that_meet_the_target(tmp_path):
+    """A lower resource is worse by this measure, so that each evaluation is worse than the one before."""
+    trainer = best_of(tmp_path, "resource", True, 0.7, callbacks=[EarlyStoppingCallback(1)], max_steps=30)
+    evaluated = [entry for entry in trainer.state.log_history if "eval_resource" in entry]
+    meets = [entry["eval_resource"] <= 0.7 for entry in evaluated]
+    assert meets == [False, False, True, True]  # a patience of 1 would have ended with the second
+    assert trainer.state.best_global_step == evaluated[2]["step"]
+    assert trainer.state.global_step == evaluated[3]["step"] < 30
+
+
+def test_a_model_that_rises_above_the_target_again_costs_no_patience(tmp_path):
+    stopping = EarlyStoppingCallback(3)
+    trainer = best_of(tmp_path, "resource", True, 0.7, callbacks=[stopping], max_steps=9)
+    assert trainer.state.best_metric < 0.7
+    counts = []
+    for ratio in (0.0, 1.0, 0.0):
+        trainer.gates.prune_ratio.data.fill_(ratio)
+        trainer.gates.clamp_ratios_()
+        trainer.evaluate()
+        counts.append(stopping.early_stopping_patience_counter)
+    assert counts == [0, 1, 1]
+
+
+def test_no_model_is_the_best_while_none_meets_the_target(tmp_path, caplog, monkeypatch):
     options = dict(save_strategy="steps", save_steps=3, eval_strategy="steps", eval_steps=3, max_steps=3)
     trainer = trained(tmp_path, **options, load_best_model_at_end=True)
     assert trainer.state.best_model_checkpoint is None
+    assert "No checkpoint meets the target 0.6, so none is the best one" in caplog.text
 
 
 # ---- compiling, precision and files ----
@@ -518,19 +646,3 @@ def test_example_inputs_are_those_of_the_evaluation_data(tmp_path):
     assert torch.equal(inputs["input_ids"][0], Tokens(8, seed=1)[0]["input_ids"])
     assert outputs_of(trainer.model, inputs).shape == (1, 8, 33)
     assert gates_of(trainer.model) is trainer.gates
-
-
-@pytest.mark.parametrize(
-    ("logs", "shown"),
-    [
-        ({"loss": 4.0, "task_loss": 3.0, "resource": 0.5, "target": 0.25}, "loss 3.000, resource 0.500, target 0.250"),
-        ({"loss": 4.0, "learning_rate": 0.1}, "loss 4.000"),  # a retraining
-    ],
-)
-def test_the_progress_bar_shows_the_task_loss_and_the_budget_of_a_search(logs, shown):
-    bar = SearchProgress()
-    state = TrainerState(max_steps=3, is_world_process_zero=True)
-    bar.on_train_begin(None, state, None)
-    bar.on_log(None, state, None, logs=logs)
-    assert bar.training_bar.postfix == shown
-    bar.on_train_end(None, state, None)

@@ -80,3 +80,19 @@ def test_a_search_on_chats_is_evaluated_cut_and_resumed(chats, tokenizer, tmp_pa
     assert bit_equal(again.gates.search_state(), whole.gates.search_state())
     assert TINY["vocab_size"] == pruned.config.vocab_size
     assert all(torch.isfinite(tensor).all() for tensor in pruned.state_dict().values())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 asks for it
+def test_a_search_beside_the_adapters_that_sft_puts_on(chats, tokenizer, tmp_path):
+    peft = pytest.importorskip("peft")
+    trainer = DMSSFTTrainer(
+        model=tiny_llama(), dms_config=dms(), args=arguments(tmp_path), train_dataset=chats,
+        processing_class=tokenizer, peft_config=peft.LoraConfig(r=2, target_modules="all-linear"),
+    )  # fmt: skip
+    trainer.train()
+    pruned = trainer.prune()
+    assert type(pruned).__name__ == "DmsLlamaForCausalLM"
+    assert not any("lora" in name for name in pruned.state_dict())
+    adapters = [p for name, p in trainer.model.named_parameters() if "lora_B" in name]
+    assert adapters
+    assert all(p.abs().max() > 0 for p in adapters)

@@ -1,0 +1,47 @@
+"""What a p- search of Llama-7B needs, on a randomly initialised one: speed and memory do not depend on the weights.
+
+    python benchmarks/llama_7b.py [--batch 4] [--tokens 512] [--steps 300]
+    python benchmarks/llama_7b.py --lora 8 --batch 16 --tokens 256    # a training of adapters, without a search
+
+With a GPU the whole model is searched and the peak and the time are measured. Without one, models of one and of two
+such layers are, on the CPU, and what 32 would hold is computed from them; no time is.
+"""
+
+import argparse
+import time
+
+import torch
+from step_overhead import make_trainer, peak_bytes
+
+DEPTH = 32
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--lora", type=int, default=0, help="train adapters of this rank, without a search")
+    options = parser.parse_args()
+    options.shape, options.dtype, options.frozen = "llama-7b", "bfloat16", True
+    kind = "plain" if options.lora else "search"
+    setting = f"{kind}, {options.batch} × {options.tokens} tokens"
+    if torch.cuda.is_available():
+        options.layers = DEPTH
+        trainer, start = make_trainer(options, kind, options.steps), time.time()
+        trainer.train()
+        peak, seconds = torch.cuda.max_memory_allocated() / 1e9, time.time() - start
+        device = torch.cuda.get_device_name()
+        print(f"{device}, {setting}: peak {peak:.1f} GB, {options.steps} steps in {seconds:.0f} s (measured)")
+        return
+    peaks = []
+    for options.layers in (1, 2):
+        peaks.append(peak_bytes(options, kind) / 1e9)
+        print(f"{options.layers} layers, {setting}: peak {peaks[-1]:.2f} GB (measured on a CPU)", flush=True)
+    whole = peaks[0] + (DEPTH - 1) * (peaks[1] - peaks[0])
+    print(f"{DEPTH} layers, {setting}: peak {whole:.1f} GB (computed)")
+
+
+if __name__ == "__main__":
+    main()

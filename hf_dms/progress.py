@@ -1,0 +1,86 @@
+"""Progress of a training: a bar in a terminal, lines in a log file. Both name the stage and the time that is left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+from transformers import PrinterCallback, ProgressCallback
+
+SHOWN = ("resource", "target", "eval_loss", "eval_resource")  # of what a search or a training logs, beside the loss
+
+
+def show_progress_(trainer: Any, stage: str) -> None:
+    """Let a Trainer show its progress as `ProgressBar` or `ProgressLines` do, in place of its own bar or printer.
+
+    Args:
+        trainer: a Trainer; one without either (as in a notebook) is left as it is.
+        stage: what it is doing, in a word: search, retraining.
+    """
+    if trainer.pop_callback(ProgressCallback) or trainer.pop_callback(PrinterCallback):
+        bar = sys.stderr.isatty() and not trainer.args.disable_tqdm
+        trainer.add_callback(ProgressBar(stage) if bar else ProgressLines(stage))
+
+
+class ProgressBar(ProgressCallback):
+    """The Trainer's progress bar, showing loss, resource and target instead of printing every log."""
+
+    def __init__(self, stage: str) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description_str(self.stage)
+            self.training_bar.initial = self.training_bar.n = state.global_step  # a resumed run has done these before
+            self.current_step = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if self.training_bar is not None and "learning_rate" in logs:
+            self.training_bar.set_postfix_str(_numbers(logs))
+
+
+class ProgressLines(PrinterCallback):
+    """One line per log, evaluation and checkpoint: stage, step, time left, loss, resource and target.
+
+    The time left is that of the steps to come at the mean pace of this process, evaluations and checkpoints included.
+    """
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.began, self.first_step = time.monotonic(), state.global_step
+        resumed = f", going on after step {state.global_step}" if state.global_step else ""
+        self._print(state, f"{state.max_steps} steps{resumed}")
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if "learning_rate" in logs:
+            elapsed, done = time.monotonic() - self.began, state.global_step - self.first_step
+            left = elapsed / max(done, 1) * (state.max_steps - state.global_step)
+            self._print(state, f"{_at(state)}, {timedelta(seconds=round(left))} left: {_numbers(logs)}")
+        elif "eval_loss" in logs:
+            self._print(state, f"{_at(state)}, evaluated: {_numbers(logs)}")
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        self._print(state, f"{_at(state)}, checkpoint saved")
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self._print(state, f"{_at(state)}, done in {timedelta(seconds=round(time.monotonic() - self.began))}")
+
+    def _print(self, state, text: str) -> None:
+        if state.is_world_process_zero:
+            print(f"{self.stage}: {text}", flush=True)
+
+
+def _at(state) -> str:
+    return f"step {state.global_step} of {state.max_steps} ({100 * state.global_step // max(state.max_steps, 1)} %)"
+
+
+def _numbers(logs: dict[str, float]) -> str:
+    """Loss (that of the task, if there is one of its own), resource and target of a log."""
+    shown = {"loss": logs.get("task_loss", logs.get("loss"))} | {name: logs.get(name) for name in SHOWN}
+    return ", ".join(f"{name} {value:.3f}" for name, value in shown.items() if value is not None)
