@@ -55,7 +55,7 @@ Scaling): {config.target:g} of its {config.resource} ({config.resource_scope}) k
 
 {sizes_table(report["sizes"])}
 
-The recipe, versions and seed are in `dms_report.json`.
+The recipe, versions and seed are in `dms_report.json`; `report.html` shows it all, offline.
 """
     return str(ModelCard(text))
 

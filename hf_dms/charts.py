@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 WIDTH, HEIGHT = 360, 200
-LEFT, RIGHT, TOP, BOTTOM = 46, 8, 10, 34  # margins that hold the labels
+LEFT, RIGHT, TOP, BOTTOM = 54, 8, 10, 34  # margins that hold the labels
 
 Points = list[tuple[float, float]]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2
 
+from . import charts
 from .charts import Chart, bar_chart, course, kept_ranges, line_chart
 from .compatibility import STATUSES, layout_of, verdicts
 from .harness import ENDINGS
@@ -26,6 +27,9 @@ TEMPLATES = jinja2.Environment(
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
+)
+TEMPLATES.globals.update(
+    {name: getattr(charts, name) for name in ("WIDTH", "HEIGHT", "LEFT", "RIGHT", "TOP", "BOTTOM")}
 )
 
 

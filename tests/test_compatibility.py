@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 import transformers
-from conftest import search_, tiny_llama
-from laws import tiny
+from conftest import tiny_llama
 
-from hf_dms import DMSConfig, attach_, prune
 from hf_dms.archs import ARCHS, SPECS
 from hf_dms.compatibility import END, PATTERNS, ROWS, STATUSES, renewed, table, verdicts
 
@@ -93,16 +91,6 @@ def test_layers_whose_order_a_runtime_takes_for_granted_are_told(runtime, cls):
     assert told(runtime, tail).status != "no"
     first_dropped = config | {key: config[key][1:]}
     assert "wrong outputs, no error" in told(runtime, first_dropped).words
-
-
-def test_a_pruned_gemma_that_lost_a_layer_is_told():
-    model = tiny(transformers.Gemma2ForCausalLM)
-    attach_(model, DMSConfig(target=0.7, prune=("layers",), resource_scope="layers"))
-    search_(model)
-    config = prune(model).config.to_dict()
-    full = [(layer + 1) % 2 == 0 for layer in range(2)]
-    in_order = [kind == "full_attention" for kind in config["layer_types"]] == full
-    assert (told("llama.cpp", config).status == "no") != in_order
 
 
 def test_per_layer_folders_are_told_by_what_differs():
