@@ -10,10 +10,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -220,23 +219,30 @@ def peak_bytes(path: str, auto: str, dtype: str, device: str, run: Run) -> int |
         memory allocated there. None where the system does not tell.
 
     Raises:
-        ValueError: the process was ended, as for want of memory.
+        ValueError: the process failed, or was ended for want of memory.
     """
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_load_and_run, args=(sender, path, auto, dtype, device, run))
+    process.start()
+    sender.close()  # so that the end of the process is the end of the pipe
     try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(_load_and_run, path, auto, dtype, device, run).result()
-    except BrokenProcessPool:
+        return receiver.recv()
+    except EOFError:
+        process.join()
         raise ValueError(
-            f"The process that loaded {path} and ran it at batch size {run.batch_size} was ended by the system, most "
-            "likely for want of memory. Give smaller --batch-sizes or a smaller --sequence-length."
+            f"The process that loaded {path} and ran it at batch size {run.batch_size} ended with exit code "
+            f"{process.exitcode}. Its error is above; if there is none, the system ended it, most likely for want of "
+            "memory. Give smaller --batch-sizes or a smaller --sequence-length."
         ) from None
 
 
-def _load_and_run(path: str, auto: str, dtype: str, device: str, run: Run) -> int | None:
+def _load_and_run(sender: Connection, path: str, auto: str, dtype: str, device: str, run: Run) -> None:
     register()  # per-layer models
     model = load_model(path, auto, dtype, device)
     run_with(timed, model, inputs_for(model, run), run.new_tokens)
-    return torch.cuda.max_memory_allocated(device) if model.device.type == "cuda" else _peak_resident_bytes()
+    on_cuda = model.device.type == "cuda"
+    sender.send(torch.cuda.max_memory_allocated(device) if on_cuda else _peak_resident_bytes())
 
 
 def _peak_resident_bytes() -> int | None:

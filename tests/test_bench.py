@@ -336,9 +336,9 @@ class Deadly:
     """Ends the process that it is sent to."""
 
     def __reduce__(self):
-        return os._exit, (1,)
+        return os._exit, (3,)
 
 
 def test_a_process_that_the_system_ends_is_told():
-    with pytest.raises(ValueError, match="ran it at batch size 8 was ended by the system, most likely for want of mem"):
+    with pytest.raises(ValueError, match="ran it at batch size 8 ended with exit code 3"):
         peak_bytes(Deadly(), CAUSAL, "auto", "cpu", Run(8, 1))
