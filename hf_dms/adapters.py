@@ -25,22 +25,22 @@ def base_model_of(model: Any) -> Any:
     return model.get_base_model() if _is(model, "PeftModel") else model
 
 
-def plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, tuple[int, ...]]]:
+def plain_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter, tuple[int, ...]]]:
     """Every parameter of a model under the name and with the shape that it has without adapters and packing.
 
     Tied ones come under each of their names; gates are left out.
+
+    Args:
+        module: the model, or a part of it.
+        prefix: of the names.
     """
-    return _plain_parameters(model, "")
-
-
-def _plain_parameters(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Parameter, tuple[int, ...]]]:
     module = plain_module(module)
     for name, parameter in module._parameters.items():
         if parameter is not None:
             yield prefix + name, parameter, _shape(module, name, parameter)
     for name, child in module._modules.items():
         if child is not None and prefix + name != "dms_gates":
-            yield from _plain_parameters(child, f"{prefix}{name}.")
+            yield from plain_parameters(child, f"{prefix}{name}.")
 
 
 def plain_module(module: nn.Module) -> nn.Module:
@@ -50,6 +50,11 @@ def plain_module(module: nn.Module) -> nn.Module:
         active = wrapper.active_adapters[:1] if not wrapper.disable_adapters else []
         return wrapper.modules_to_save[active[0]] if active else wrapper.original_module
     return module.get_base_layer() if _is(module, "BaseTunerLayer") else module  # type: ignore[operator]
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Paths and layers of PEFT that stand in the place of a model's own."""
+    return ((path, module) for path, module in model.named_modules() if _is(module, "BaseTunerLayer"))
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
@@ -151,13 +156,16 @@ def exact_packed_maps(model: nn.Module) -> Iterator[None]:
     8-bit maps round their inputs too, which the cut model, whose weights are not packed, does not.
     """
     packed: list[Any] = [module for module in model.modules() if is_packed(module)]
+    before = [module.__dict__.get("forward") for module in packed]  # accelerate may have put one there
     for module in packed:
         module.forward = functools.partial(_multiply_by_unpacked, module)
     try:
         yield
     finally:
-        for module in packed:
+        for module, forward in zip(packed, before):
             del module.forward
+            if forward is not None:
+                module.forward = forward
 
 
 def _multiply_by_unpacked(module: Any, x: Tensor) -> Tensor:
@@ -188,8 +196,8 @@ def check_adapters(model: nn.Module) -> None:
             raise ValueError(
                 f"'{path}' is a {type(module).__name__} of PEFT, which the cut cannot follow. Leave it out."
             )
-        if _is(module, "BaseTunerLayer"):
-            _check_layer(path, module, owners)
+    for path, layer in adapted_layers(model):
+        _check_layer(path, layer, owners)
 
 
 def _check_layer(path: str, layer: Any, owners: dict[int, list[str]]) -> None:

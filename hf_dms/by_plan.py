@@ -16,8 +16,8 @@ from .card import is_hub_id, shown
 from .checkpoint import check_writable, new_folder
 from .html import PAGE, render
 from .modeling_dms import auto_class_of
-from .recipe import ModelConfig, OutputConfig
 from .report import REPORT, as_written, loading_lines, shape, sizes_table, table, to_json, versions
+from .sections import ModelConfig, OutputConfig
 from .streaming import StreamedCut, prepare_cut, write_cut
 
 PROCESSOR_FILES = (  # what tokenizers and image processors of transformers write

@@ -125,7 +125,10 @@ def load_more_examples(config: DataConfig, task: Task, processor: Any, examples:
     """
     more = load_examples(config, task, processor, {label: i for i, label in enumerate(examples.labels)})
     if more.labels != examples.labels:
-        raise ValueError(f"recover.data has labels {', '.join(more.labels)}; data has {', '.join(examples.labels)}.")
+        raise ValueError(
+            f"data.label_column: the labels are {', '.join(more.labels)}; the model has those of the first source, "
+            f"{', '.join(examples.labels)}. Give data with these, or some of them."
+        )
     return more
 
 
@@ -175,10 +178,9 @@ def as_dataset(sequences: Tensor) -> list[dict[str, Tensor]]:
 def _load_labelled(config: DataConfig, input_column: str) -> tuple[Any, Any]:
     """Rows to train on and rows held out, with their columns checked."""
     train = _load(config, config.path, config.split)
-    for key in (
-        ("label_column",) if config.template and input_column == "text_column" else (input_column, "label_column")
-    ):
-        _check_column(train, config, key)
+    _check_column(train, config, "label_column")
+    if config.template is None or input_column != "text_column":
+        _check_column(train, config, input_column)
     if isinstance(config.held_out, str):
         return train, _load(config, *_held_out_source(config))
     parts = train.train_test_split(test_size=config.held_out, seed=0)
@@ -269,7 +271,7 @@ def _texts(dataset: Any, config: DataConfig) -> Any:
         return dataset[config.text_column]
     try:
         return [config.template.format(**row) for row in dataset]
-    except (KeyError, IndexError, ValueError) as error:
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"data.template: {config.template!r} cannot be filled ({type(error).__name__}: {error}). The data has "
             f"columns {', '.join(dataset.column_names)}; write braces that are meant as such twice."

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from .adapters import base_model_of, check_adapters, submodule
+from .adapters import adapted_layers, base_model_of, check_adapters, submodule
 from .archs import spec_for
 from .attachable import check_as_built, check_attachable, check_checkpointing, check_model
 from .config import DMSConfig
@@ -101,6 +101,21 @@ def detach_(model: PreTrainedModel) -> None:
         if isinstance(forward, functools.partial) and forward.func is _masked_norm_forward:
             del module.forward
     del model.dms_gates
+
+
+def check_gates_outside(model: nn.Module) -> None:
+    """Check that the adapters of a model with gates were on it before the gates.
+
+    Raises:
+        ValueError: a mask lies inside an adapted layer, whose adapters read what is not masked.
+    """
+    for path, layer in adapted_layers(model):
+        for hook in layer.get_base_layer()._forward_pre_hooks.values():
+            if getattr(hook, "func", None) is _mask_input:
+                raise ValueError(
+                    f"'{path}' was adapted after attach_, so that its adapters read what no mask has touched. Take the "
+                    "gates off with hf_dms.detach_(model), and attach them again before the search."
+                )
 
 
 def copy_search_(searched: nn.Module, model: Any) -> None:

@@ -55,43 +55,10 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     set_seed(arguments.seed)
     processor = load_processor(recipe)
     examples = load_examples(recipe.data, recipe.task, processor, load_model_config(recipe).label2id)
-
-    def measure(name: str, model: PreTrainedModel) -> Tensor:
-        say(f"Measuring the {name} model on {report['protocol']} ...")
-        return on_main(lambda: score(model, recipe, examples))
-
-    model = dense_model(recipe, examples, unfinished)
-    report: dict[str, Any] = {"recipe": recipe.to_dict(), "seed": arguments.seed, "versions": versions()}
-    report["protocol"] = f"{len(held_out_examples(recipe, examples))} held-out {examples.unit}"
-    scores = {"dense": measure("dense", model.to(arguments.device).eval())}
-
-    def ask(samples: list, name: str, model: PreTrainedModel) -> list:
-        return on_main(lambda: add_outputs_(samples, name, model, processor, recipe, examples))
-
-    samples = ask(inputs_of(processor, recipe, examples), "dense", model)
-    summarized = functools.partial(summary, recipe.task.metric)
-
-    searched, pruned, plan = search(model, recipe, examples, report, arguments)
-    soft = scores_on_soft_masks(searched, functools.partial(measure, "searched"))
-    report["masks"] = {"soft": summarized(soft, scores["dense"])}
-    bound = gates_of(searched).attachment.bound
-    detach_(searched)
-    model = searched if recipe.lora is None else searched.unload()
-    scores["pruned"] = measure("pruned", pruned)
-    for step in recover_(pruned, model, plan, recipe, examples, unfinished, processor):
-        scores[step] = measure(step, pruned)
-    for name, values in scores.items():
-        report.setdefault(name, {}).update(summarized(values, None if name == "dense" else scores["dense"]))
-    for name, speed in on_main(lambda: speeds(model, pruned, recipe, examples)).items():
-        report[name].update(speed)
-    report["samples"] = ask(samples, list(scores)[-1], pruned)
-    report |= {"layout": recipe.dms.layout, "model_class": type(pruned).__name__}
-    report["seconds"] = round(time.time() - started)
+    report, pruned, plan = _experiment(recipe, processor, examples, arguments, unfinished)
     say(f"Saving to {output} ...")
-    kept = plan_to_json(plan, bound, recipe.dms.layout)
-    written = as_written(report)
-    card = on_main(lambda: _card(report, recipe))
-    on_main(lambda: _save(pruned, processor, recipe, examples, written, {PLAN_FILE: kept, "README.md": card}))
+    report["seconds"] = round(time.time() - started)
+    written = on_main(lambda: _save(pruned, processor, recipe, examples, report, plan))
     on_main(lambda: tidy(unfinished, output))
     say("\n" + table(written))
     if recipe.hub.repo_id:
@@ -99,27 +66,68 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     return written
 
 
+def _experiment(
+    recipe: Recipe, processor: Any, examples: Examples, arguments: Any, folder: Path
+) -> tuple[dict[str, Any], PreTrainedModel, str]:
+    """All stages, the model measured after each.
+
+    Args:
+        recipe: what to do.
+        processor: the tokenizer or image processor.
+        examples: what to train and measure on.
+        arguments: `TrainingArguments` of the search.
+        folder: where checkpoints are, or go.
+
+    Returns:
+        The report, without the time that it took; the pruned model; the content of `dms_plan.json`.
+    """
+    report: dict[str, Any] = {"recipe": recipe.to_dict(), "seed": arguments.seed, "versions": versions()}
+    report["protocol"] = f"{len(held_out_examples(recipe, examples))} held-out {examples.unit}"
+    report["samples"] = inputs_of(processor, recipe, examples)
+
+    def measure(name: str, model: PreTrainedModel) -> Tensor:
+        say(f"Measuring the {name} model on {report['protocol']} ...")
+        return on_main(lambda: score(model, recipe, examples))
+
+    def ask_(name: str, model: PreTrainedModel) -> None:
+        samples = report["samples"]
+        report["samples"] = on_main(lambda: add_outputs_(samples, name, model, processor, recipe, examples))
+
+    dense = dense_model(recipe, examples, folder).to(arguments.device).eval()
+    scores = {"dense": measure("dense", dense)}
+    ask_("dense", dense)
+    searched, pruned, plan = search(dense, recipe, examples, report, arguments)
+    soft = scores_on_soft_masks(searched, functools.partial(measure, "searched"))
+    kept = plan_to_json(plan, gates_of(searched).attachment.bound, recipe.dms.layout)
+    detach_(searched)
+    dense = searched if recipe.lora is None else searched.unload()  # as FSDP or bitsandbytes left it
+    scores["pruned"] = measure("pruned", pruned)
+    for step in recover_(pruned, dense, plan, recipe, examples, folder, processor):
+        scores[step] = measure(step, pruned)
+    ask_(list(scores)[-1], pruned)
+    summarized = functools.partial(summary, recipe.task.metric)
+    report["masks"] = {"soft": summarized(soft, scores["dense"])}
+    for name, values in scores.items():
+        report.setdefault(name, {}).update(summarized(values, None if name == "dense" else scores["dense"]))
+    for name, speed in on_main(lambda: speeds(dense, pruned, recipe, examples)).items():
+        report[name].update(speed)
+    return report | {"layout": recipe.dms.layout, "model_class": type(pruned).__name__}, pruned, kept
+
+
 def _save(
-    pruned: PreTrainedModel,
-    processor: Any,
-    recipe: Recipe,
-    examples: Examples,
-    report: dict[str, Any],
-    files: dict[str, str],
-) -> None:
-    """Write the finished folder."""
-    output = Path(recipe.output.path)
-    page = render(report, pruned.config.to_dict(), recipe.hub.repo_id or output.name)
+    pruned: PreTrainedModel, processor: Any, recipe: Recipe, examples: Examples, report: dict[str, Any], plan: str
+) -> dict[str, Any]:
+    """Write the finished folder; returns the content of `dms_report.json`."""
+    output, written = Path(recipe.output.path), as_written(report)
+    name = recipe.hub.repo_id or output.name
+    card = model_card(report, name, base_metadata(recipe.model.path, recipe.model.revision))
+    page = render(written, pruned.config.to_dict(), name)
     save_pruned(
         pruned,
         output,
         processor=processor,
         inputs=examples.collate([examples.held_out[0]]),
-        files={REPORT: to_json(report), PAGE: page} | files,
+        files={REPORT: to_json(written), PAGE: page, PLAN_FILE: plan, "README.md": card},
         overwrite=recipe.output.overwrite,
     )
-
-
-def _card(report: dict[str, Any], recipe: Recipe) -> str:
-    base = base_metadata(recipe.model.path, recipe.model.revision)
-    return model_card(report, recipe.hub.repo_id or Path(recipe.output.path).name, base)
+    return written

@@ -14,7 +14,7 @@ from .adapters import with_adapters
 from .archs import spec_for
 from .data import load_examples, load_more_examples
 from .hub import check_repo_id, check_token
-from .recipe import Recipe, coerce_fields
+from .recipe import Recipe, coerce_fields, saying_where
 from .request import build_gates
 from .rounding import check_target
 from .spec import bind
@@ -158,7 +158,8 @@ def check_recipe(recipe: Recipe) -> None:
         )
     examples = load_examples(recipe.data, recipe.task, load_processor(recipe), config.label2id)
     if recipe.recover.data is not None:
-        load_more_examples(recipe.recover.data, recipe.task, load_processor(recipe), examples)
+        with saying_where("recover."):
+            load_more_examples(recipe.recover.data, recipe.task, load_processor(recipe), examples)
     config = load_model_config(recipe, examples.labels)
     with torch.device("meta"):
         model = auto.from_config(config)

@@ -7,10 +7,12 @@ preflight.py checks it against the model and the data.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,138 +21,16 @@ import yaml
 
 from .config import DMSConfig
 from .data import BUILDERS, DataConfig
+from .sections import (
+    DistillationConfig,
+    EvalConfig,
+    HubConfig,
+    ModelConfig,
+    OutputConfig,
+    RecoverConfig,
+    RepairConfig,
+)
 from .tasks import TASKS, Task
-
-
-@dataclass
-class ModelConfig:
-    """The `model` section of a recipe."""
-
-    path: str = field(default=None, metadata={"help": "Folder or Hub id of the dense model. Required."})
-    task: str = field(default="text-generation", metadata={"help": f"What it is for: {', '.join(TASKS)}."})
-    dtype: str = field(default="auto", metadata={"help": "auto (the checkpoint's), float32, bfloat16 or float16."})
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2, ..."})
-    quantization: str | None = field(
-        default=None, metadata={"help": "8bit or 4bit (bitsandbytes): search on packed weights, cut the whole ones."}
-    )
-
-    def __post_init__(self) -> None:
-        if self.path is None:
-            raise ValueError("model.path is required: the folder or Hub id of the dense model.")
-        if self.task not in TASKS:
-            raise ValueError(f"model.task must be one of {', '.join(TASKS)}; got {self.task!r}.")
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(f"model.dtype must be auto, float32, bfloat16 or float16; got {self.dtype!r}.")
-        if self.quantization not in (None, "8bit", "4bit"):
-            raise ValueError(f"model.quantization must be 8bit or 4bit, or be left out; got {self.quantization!r}.")
-
-
-@dataclass
-class EvalConfig:
-    """The `eval` section of a recipe."""
-
-    examples: int | None = field(
-        default=None,
-        metadata={"help": "Held-out examples to measure on, at most. Default: 64 for text-generation, otherwise all."},
-    )
-    batch_size: int = field(default=4, metadata={"help": "Examples per forward pass."})
-    prompt: str | list[str] = field(
-        default="", metadata={"help": "Text or texts that the dense and the pruned model continue, for the report."}
-    )
-    new_tokens: int = field(default=40, metadata={"help": "Tokens of such a continuation."})
-    samples: int = field(
-        default=4,
-        metadata={
-            "help": "Held-out examples of a classifier that the report shows, with both models' predictions; 0 "
-            "keeps the data out of it."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        if self.samples < 0:
-            raise ValueError(f"eval.samples must be at least 0, got {self.samples}.")
-        for key in ("examples", "batch_size"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ValueError(f"eval.{key} must be at least 1, got {value}.")
-
-
-@dataclass
-class OutputConfig:
-    """The `output` section of a recipe."""
-
-    path: str = field(default=None, metadata={"help": "Folder of the pruned model. Required."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace an existing folder."})
-
-    def __post_init__(self) -> None:
-        if self.path is None:
-            raise ValueError("output.path is required: the folder to write the pruned model to.")
-
-
-@dataclass
-class HubConfig:
-    """The `hub` section of a recipe: where the result is pushed to when it is saved."""
-
-    repo_id: str | None = field(default=None, metadata={"help": "namespace/name on the Hub. Default: no push."})
-    private: bool | None = field(
-        default=None, metadata={"help": "Whether a repository that is made is private. Default: the account's."}
-    )
-    revision: str | None = field(default=None, metadata={"help": "Branch to push to. Default: main."})
-
-    def __post_init__(self) -> None:
-        if self.repo_id is None and (self.private is not None or self.revision is not None):
-            raise ValueError("hub.repo_id is required in a hub section: where to push to, namespace/name.")
-
-
-@dataclass
-class DistillationConfig:
-    """The `recover.distillation` section: the dense model teaches the pruned one (Hinton et al., arXiv 1503.02531)."""
-
-    weight: float = field(
-        default=0.5, metadata={"help": "Share of the teacher in the loss, the rest is the labels', in (0, 1]."}
-    )
-    temperature: float = field(default=2.0, metadata={"help": "What both models' logits are divided by."})
-
-    def __post_init__(self) -> None:
-        if not 0 < self.weight <= 1:
-            raise ValueError(f"recover.distillation.weight must be in (0, 1], got {self.weight}.")
-        if not self.temperature > 0:
-            raise ValueError(f"recover.distillation.temperature must be above 0, got {self.temperature}.")
-
-
-@dataclass
-class RepairConfig:
-    """The `recover.repair` section: least squares on the maps that write into the residual stream, see repair.py."""
-
-    examples: int = field(default=64, metadata={"help": "Examples of the training data to repair on, evenly spaced."})
-    ridge: float = field(
-        default=0.1,
-        metadata={"help": "How strongly a weight is held back, relative to the mean square of its inputs."},
-    )
-
-    def __post_init__(self) -> None:
-        if self.examples < 1:
-            raise ValueError(f"recover.repair.examples must be at least 1, got {self.examples}.")
-        if not self.ridge > 0:
-            raise ValueError(f"recover.repair.ridge must be above 0, got {self.ridge}.")
-
-
-@dataclass
-class RecoverConfig:
-    """The `recover` section: what is done to the pruned model after the cut, first repair, then retraining."""
-
-    repair: RepairConfig | None = None
-    distillation: DistillationConfig | None = None
-    data: DataConfig | None = field(
-        default=None, metadata={"help": "What is retrained on, such as instructions; default: what was searched on."}
-    )
-    lora: dict[str, Any] | None = field(
-        default=None, metadata={"help": "peft.LoraConfig of the retraining; default: all weights train."}
-    )
-    train: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "All other keys: TrainingArguments of a retraining, if there are any."}
-    )
 
 
 @dataclass
@@ -276,13 +156,24 @@ def _build_recover(given: dict[str, Any]) -> RecoverConfig:
     for name, section in (("repair", RepairConfig), ("distillation", DistillationConfig), ("data", DataConfig)):
         values = _subsection(given, name, "recover.")
         if values is not None:
-            sections[name] = section(**coerce_fields(section, values, f"recover.{name}"))
+            values = coerce_fields(section, values, f"recover.{name}")
+            with saying_where("recover.") if section is DataConfig else contextlib.nullcontext():
+                sections[name] = section(**values)
     lora = _subsection(given, "lora", "recover.")
     train = {key: value for key, value in given.items() if key not in ("repair", "distillation", "data", "lora")}
     for name in ("distillation", "data", "lora"):
         if given.get(name) is not None and not train:
             raise ValueError(f"recover.{name} is part of a retraining: give recover.max_steps too.")
     return RecoverConfig(**sections, lora=lora, train=train)
+
+
+@contextlib.contextmanager
+def saying_where(prefix: str) -> Iterator[None]:
+    """Let errors that begin with `data.` say whose data: put a prefix before them."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from error
 
 
 def _subsection(given: dict[str, Any], name: str, prefix: str) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from .data import Examples
 from .distributed import check_plugin, make_whole_
 from .nonfinite import FiniteStepsMixin
 from .progress import show_progress_
-from .recipe import DistillationConfig
+from .sections import DistillationConfig
 from .training import ExactCheckpointsMixin, loss_is_summed_over_micro_batches, train_or_resume_
 
 

@@ -21,7 +21,7 @@ from .attachable import check_model
 from .config import DMSConfig
 from .gates import Gates
 from .layouts import Plan, kept_units, pruned_class_and_config
-from .masking import attach_, detach_, gates_of, has_gates
+from .masking import attach_, check_gates_outside, detach_, gates_of, has_gates
 from .resource import Sizes
 from .rounding import round_sizes
 from .spec import BoundSpec
@@ -64,6 +64,7 @@ def prune(
             "prune got a dms_config for a model that has gates, which have a request of their own. Leave it out, or "
             "take the gates off with hf_dms.detach_(model) first."
         )
+    check_gates_outside(model)
     gates = gates_of(model)
     bound, config = gates.attachment.bound, gates.attachment.config
     if gates.num_updates == 0:

@@ -31,7 +31,7 @@ CONFIG = DMSConfig(target=0.6, layout="per_layer")
 SOME = ["q_proj", "down_proj"]
 METHODS = {
     "lora": lambda: peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.5),
-    "lora with biases": lambda: peft.LoraConfig(r=2, target_modules=SOME, init_lora_weights=False, use_rslora=True),
+    "rank-stabilised lora": lambda: peft.LoraConfig(r=2, target_modules=SOME, init_lora_weights=False, use_rslora=True),
     "dora": lambda: peft.LoraConfig(r=2, target_modules="all-linear", use_dora=True, init_lora_weights=False),
     "loha": lambda: peft.LoHaConfig(r=2, target_modules=SOME, init_weights=False),
     "ia3": lambda: peft.IA3Config(target_modules=SOME, feedforward_modules=["down_proj"], init_ia3_weights=False),
@@ -215,3 +215,12 @@ def test_adapters_of_tied_weights_are_refused():
 def test_dora_on_packed_weights_is_refused(tmp_path):
     model = packed_llama(tmp_path, 4)
     untouched(peft.get_peft_model(model, METHODS["dora"]()), r"on packed weights, which takes plain LoRA")
+
+
+def test_adapters_put_on_after_the_gates_are_refused_by_the_cut():
+    model = tiny_llama()
+    attach_(model, CONFIG)
+    search_(model)
+    model = adapted(model=model)
+    with pytest.raises(ValueError, match=r"o_proj' was adapted after attach_.* attach them again before the search"):
+        prune(model)

@@ -38,6 +38,7 @@ FLOORS = {
         "trainer",
         "training",
         "tasks",
+        "sections",
         "recipe",
         "preflight",
         "data",

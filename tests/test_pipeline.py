@@ -530,6 +530,15 @@ def test_a_classifier_is_searched_with_adapters(classifiers, model):
             ["data.template='{tekst}'"],
             "data.template: '{tekst}' cannot be filled (KeyError: 'tekst'). The data has columns",
         ),
+        (
+            ["recover={data: {path: nothing.jsonl}, max_steps: 1}"],
+            "recover.data.path: there is no file 'nothing.jsonl'",
+        ),
+        (
+            ["recover={data: {path: text.jsonl, text_column: tekst}, max_steps: 1}"],
+            "recover.data.text_column: the data has no column 'tekst'. It has text.",
+        ),
+        (["data.template='{text.x}'"], "data.template: '{text.x}' cannot be filled (AttributeError"),
         (["model.quantization=2bit"], "model.quantization must be 8bit or 4bit, or be left out; got '2bit'"),
         (["model.quantization=4bit"], "weights in 4bit cannot train, which dms.pipeline p asks for"),
         (["model.quantization=4bit", "dms.pipeline=p-", "finetune.max_steps=1"], "leave one out"),
@@ -539,4 +548,13 @@ def test_adapters_and_packed_weights_that_cannot_be_had_are_refused(recipe, caps
     code, output = recipe(*overrides)
     assert code == 2
     assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_data_of_a_retraining_has_the_labels_of_the_model(classifiers, tmp_path, capsys):
+    rows = [{"text": f"w{i}", "label": ["no", "maybe"][i % 2]} for i in range(20)]
+    (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, output = classifiers("bert", "recover.data={path: others.jsonl, held_out: 0.25}")
+    assert code == 2
+    assert "recover.data.label_column: the labels are maybe, no; the model has" in capsys.readouterr().err
     assert not output.exists()

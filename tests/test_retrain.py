@@ -13,8 +13,8 @@ from transformers import ViTForImageClassification, default_data_collator
 
 from hf_dms.data import Examples
 from hf_dms.nonfinite import NonFiniteError
-from hf_dms.recipe import DistillationConfig
 from hf_dms.retrain import DistillationTrainer, distillation_loss, train_
+from hf_dms.sections import DistillationConfig
 
 
 def examples(data=None):

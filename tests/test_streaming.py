@@ -23,7 +23,8 @@ from hf_dms.checkpoint import save_pruned
 from hf_dms.cli import main
 from hf_dms.masking import detach_, gates_of
 from hf_dms.plans import PLAN_FILE, load_plan, plan_to_json
-from hf_dms.recipe import ModelConfig, OutputConfig, cut_options
+from hf_dms.recipe import cut_options
+from hf_dms.sections import ModelConfig, OutputConfig
 from hf_dms.slicing import cut, cut_tensor, plan_of
 from hf_dms.spec import bind
 from hf_dms.verify import VerificationError, outputs_of
