@@ -96,7 +96,7 @@ def tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
     for metric, number in (("perplexity", ".2f"), ("accuracy", ".1%")):
         if last.get(metric) is not None and dense.get(metric) is not None:
             found.append((metric, f"{dense[metric]:{number}} → {last[metric]:{number}}"))
-    for _, (key, words) in ((task.name, task.speed) for task in TASKS.values()):
+    for key, words in (task.speed for task in TASKS.values()):
         if pruned.get(key) and dense.get(key):
             found.append((words, f"× {pruned[key] / dense[key]:.2f}"))
     return found
