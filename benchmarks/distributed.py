@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
 
 from hf_dms import DMSConfig, DMSTrainer
-from hf_dms.distributed import finish, is_main
+from hf_dms.training.distributed import finish, is_main
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "accelerate"
 

@@ -20,14 +20,14 @@ from torch.utils.data import DataLoader
 from transformers import set_seed
 
 from hf_dms import detach_
-from hf_dms.archs import spec_for
-from hf_dms.data import load_examples
-from hf_dms.evaluate import summary
-from hf_dms.plans import PLAN_FILE, load_plan, plan_to_json
-from hf_dms.preflight import load_model_config, load_processor, model_class, training_arguments
-from hf_dms.recipe import load_recipe
-from hf_dms.spec import bind
-from hf_dms.stages import dense_model, recover_, score, search
+from hf_dms.archs.registry import spec_for
+from hf_dms.archs.spec import bind
+from hf_dms.cut.plan import PLAN_FILE, load_plan, plan_to_json
+from hf_dms.experiment.prepare import load_model_config, load_processor, model_class, training_arguments
+from hf_dms.experiment.recipe import load_recipe
+from hf_dms.experiment.stages import dense_model, recover_, score, search
+from hf_dms.tasks.data import load_examples
+from hf_dms.tasks.evaluate import summary
 
 HERE = Path(__file__).parent
 

@@ -1,6 +1,6 @@
 """Who can load it: small pruned models of each layout in the runtimes that are installed here.
 
-What it prints is what `hf_dms/compatibility.py` calls run. The models are random and tiny; each is pruned, saved and
+What it prints is what `hf_dms/report/runtimes.py` calls run. The models are random and tiny; each is pruned, saved and
 loaded by the runtime, and its outputs are compared with transformers' on the same tokens or pixels.
 
     python benchmarks/runtimes.py > benchmarks/runtimes.jsonl
@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from hf_dms import DMSConfig, attach_, prune
-from hf_dms.checkpoint import save_pruned
+from hf_dms.checkpoint.save import save_pruned
 
 BLOCKS = dict(hidden_size=96, intermediate_size=128, num_hidden_layers=3, num_attention_heads=6)
 DECODER = BLOCKS | dict(num_key_value_heads=3, head_dim=16, max_position_embeddings=64)

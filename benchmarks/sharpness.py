@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_dms import DMSConfig, attach_, detach_
-from hf_dms.data import DataConfig, load_sequences
-from hf_dms.masking import gates_of
+from hf_dms.gating.attach import gates_of
+from hf_dms.tasks.data import DataConfig, load_sequences
 
 DATA = Path(__file__).parent.parent / "recipes" / "data" / "sotu_train.jsonl"
 

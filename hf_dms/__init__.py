@@ -10,34 +10,34 @@ After `import hf_dms`, transformers' Auto classes load checkpoints whose layers 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ._register import register_unless_command_line
+from .cut.register import register_unless_command_line
 
 if TYPE_CHECKING:
-    from ._register import register_arch as register_arch
-    from .checkpoint import save_pruned as save_pruned
+    from .checkpoint.save import save_pruned as save_pruned
     from .config import DMSConfig as DMSConfig
-    from .masking import attach_ as attach_
-    from .masking import detach_ as detach_
-    from .repair import repair_ as repair_
-    from .slicing import plan_of as plan_of
-    from .slicing import prune as prune
-    from .trainer import DMSMixin as DMSMixin
-    from .trainer import DMSTrainer as DMSTrainer
+    from .cut.register import register_arch as register_arch
+    from .cut.slicing import plan_of as plan_of
+    from .cut.slicing import prune as prune
+    from .gating.attach import attach_ as attach_
+    from .gating.attach import detach_ as detach_
+    from .refit.repair import repair_ as repair_
+    from .training.trainer import DMSMixin as DMSMixin
+    from .training.trainer import DMSTrainer as DMSTrainer
 
 __version__ = "0.1.0"
 
 # Loaded when first used (PEP 562): `hf-dms --help` must not wait for torch.
 _HOMES = {
     "DMSConfig": "config",
-    "DMSMixin": "trainer",
-    "DMSTrainer": "trainer",
-    "attach_": "masking",
-    "detach_": "masking",
-    "plan_of": "slicing",
-    "prune": "slicing",
-    "register_arch": "_register",
-    "repair_": "repair",
-    "save_pruned": "checkpoint",
+    "DMSMixin": "training.trainer",
+    "DMSTrainer": "training.trainer",
+    "attach_": "gating.attach",
+    "detach_": "gating.attach",
+    "plan_of": "cut.slicing",
+    "prune": "cut.slicing",
+    "register_arch": "cut.register",
+    "repair_": "refit.repair",
+    "save_pruned": "checkpoint.save",
 }
 __all__ = [*_HOMES]
 

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 
-from ._register import register
+from .cut.register import register
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -95,19 +95,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _prune(options: argparse.Namespace) -> int:
-    from .recipe import cut_options, load_recipe
+    from .experiment.recipe import cut_options, load_recipe
 
     if options.plan:
         model, output = cut_options([options.recipe, *options.overrides])
-        from .by_plan import cut_by_plan
+        from .experiment.cut_files import cut_by_plan
 
         report = cut_by_plan(options.plan, model, output)
         print(f"\nSaved to {output.path} ({report['model_class']}).")
         return 0
     recipe = load_recipe(options.recipe, options.overrides)
-    from .distributed import MainProcessError, finish, say  # torch and transformers, once the recipe itself is sound
-    from .pipeline import run
-    from .report import loading_lines
+    from .experiment.run import run
+    from .report.numbers import loading_lines
+    from .training.distributed import (  # torch and transformers, once the recipe itself is sound
+        MainProcessError,
+        finish,
+        say,
+    )
 
     try:
         report = run(recipe)
@@ -126,8 +130,8 @@ def _prune(options: argparse.Namespace) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from .preflight import check_recipe
-    from .recipe import load_recipe
+    from .experiment.prepare import check_recipe
+    from .experiment.recipe import load_recipe
 
     overrides = [word for word in options.recipes if "=" in word]
     wrong = 0
@@ -144,7 +148,7 @@ def _validate(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from .harness import measure_files, run_lm_eval, task_of, whole_file
+    from .experiment.eval_command import measure_files, run_lm_eval, task_of, whole_file
 
     if not options.tasks and not options.data:
         raise ValueError("eval needs --tasks (of lm-evaluation-harness) or --data (a file).")
@@ -163,7 +167,7 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from .html import show
+    from .report.page import show
 
     print(show(options.path, options.html, options.figures))
     return 0
@@ -171,7 +175,7 @@ def _report(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler logs on stderr
-    from .bench import bench, table
+    from .measure.bench import bench, table
 
     names = ("path", "baseline", "sequence_length", "new_tokens", "repeats", "dtype", "device")
     result = bench(**{name: getattr(options, name) for name in names}, batch_sizes=tuple(options.batch_sizes))
@@ -183,7 +187,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _push(options: argparse.Namespace) -> int:
-    from .hub import push
+    from .checkpoint.hub import push
 
     place = {"private": options.private, "revision": options.revision}
     print(f"Pushed to {push(options.path, options.repo, **place, commit_message=options.message)}")
@@ -191,7 +195,7 @@ def _push(options: argparse.Namespace) -> int:
 
 
 def _archs(options: argparse.Namespace) -> int:
-    from .archs import ARCHS
+    from .archs.registry import ARCHS
 
     if options.name is not None and options.name not in ARCHS:
         raise ValueError(f"There is no architecture '{options.name}'. Supported: {', '.join(sorted(ARCHS))}.")

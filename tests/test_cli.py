@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from hf_dms.archs import ARCHS
+from hf_dms.archs.registry import ARCHS
 from hf_dms.cli import main
 
 

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from conftest import relative_difference, search_, tiny_llama, token_batch
+from helpers.tiny import relative_difference, search_, tiny_llama, token_batch
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_dms import DMSConfig, attach_
-from hf_dms.masking import gates_of
+from hf_dms.gating.attach import gates_of
 from hf_dms.resource import scheduled_target
 from hf_dms.topk import hard_topk_mask, soft_topk_mask
 

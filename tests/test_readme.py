@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Tokens, tiny_llama
+from arch_table import END, heads, renewed, stock_limits
+from helpers.tiny import Tokens, tiny_llama
 from transformers import AutoModelForCausalLM, default_data_collator
 
 from hf_dms.archs.bert import BERT
 from hf_dms.archs.llama import LLAMA
-from hf_dms.archs.table import END, heads, renewed, stock_limits
-from hf_dms.verify import outputs_of
+from hf_dms.cut.verify import outputs_of
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -41,7 +41,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
 # ---- the table of architectures ----
 def test_the_table_of_architectures_is_that_of_the_descriptions():
     assert README.count(END) == 1
-    command = "python -m hf_dms.archs.table README.md"
+    command = "python tools/arch_table.py README.md"
     assert renewed(README) == README, f"the README's table of architectures is out of date. Run {command}"
 
 

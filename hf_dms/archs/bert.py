@@ -4,7 +4,7 @@ Every value of the residual stream is the output of a norm, so norms alone decid
 beside `BertLayer`.
 """
 
-from ..spec import ArchSpec, Dim
+from .spec import ArchSpec, Dim
 
 
 def head_size(config) -> int:

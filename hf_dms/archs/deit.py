@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ..spec import Dim, with_dims
+from .spec import Dim, with_dims
 from .vit import VIT, num_patches
 
 DEIT = replace(

@@ -6,7 +6,7 @@ Its config has the MLP's width as a whole multiple of the hidden size. Read it b
 
 from dataclasses import replace
 
-from ..spec import Dim, with_dims
+from .spec import Dim, with_dims
 from .vit import VIT
 
 DINOV2 = replace(

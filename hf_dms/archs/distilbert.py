@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from ..spec import Dim, with_dims
 from .bert import BERT
+from .spec import Dim, with_dims
 
 DISTILBERT = replace(
     BERT,

@@ -5,9 +5,9 @@ Where that is not the hidden size, a projection takes them there, and the first 
 
 from dataclasses import replace
 
-from ..spec import Dim, with_dims
 from .bert import BERT
 from .roberta import ROBERTA
+from .spec import Dim, with_dims
 
 ELECTRA = replace(
     BERT,

@@ -5,8 +5,8 @@ With the hidden size fixed no norm is masked, so it does not matter that theirs 
 
 from dataclasses import replace
 
-from ..spec import Dim, with_dims
 from .llama import LLAMA
+from .spec import Dim, with_dims
 
 GEMMA = replace(
     LLAMA,

@@ -3,7 +3,7 @@
 The description that the others are variations of; read it beside `LlamaDecoderLayer`.
 """
 
-from ..spec import ArchSpec, Dim
+from .spec import ArchSpec, Dim
 
 LLAMA = ArchSpec(
     model_type="llama",

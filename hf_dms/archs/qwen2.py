@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from ..spec import Dim, with_dims
 from .llama import LLAMA
+from .spec import Dim, with_dims
 from .vit import head_size
 
 QWEN2 = replace(

@@ -4,7 +4,7 @@ Read it beside `ViTLayer`. The stock class honours a `head_dim` in the config, s
 other.
 """
 
-from ..spec import ArchSpec, Dim
+from .spec import ArchSpec, Dim
 
 
 def head_size(config) -> int:

@@ -1,0 +1,69 @@
+"""What a bound model costs, as a polynomial of its dims: parameters, multiply-accumulates, key-value bytes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+from ..resource import Cost, Monomial
+from .plain_view import plain_module, submodule
+from .spec import BoundSpec, flat
+
+
+def build_cost(bound: BoundSpec, model: nn.Module, resource: str, scope: str, sequence_length: int | None) -> Cost:
+    """The cost of a bound model as a polynomial of its dims.
+
+    params: every parameter, tied ones once. macs: multiply-accumulates per token, that is those of a sequence divided
+    by its length, of all `nn.Linear` and convolutions and of the attention scores over the full square of the sequence
+    (embedding lookups, norms, activations and rotary embeddings are not counted). A sequence has `sequence_length`
+    tokens, or as many as the architecture says (an image). kv_bytes: bytes of keys and values per token in the model's
+    dtype.
+
+    Raises:
+        ValueError: kv_bytes of a model without a cache, macs without a sequence length.
+    """
+    terms = {"params": _param_terms, "macs": _mac_terms, "kv_bytes": _cache_terms}[resource](
+        bound, model, sequence_length
+    )
+    outside: dict[Monomial, float] = defaultdict(float)
+    layered: dict[Monomial, Tensor] = defaultdict(lambda: torch.zeros(bound.num_layers, dtype=torch.float64))
+    for factors, coefficient, layer in terms:
+        monomial, number = bound.monomial(factors)
+        if layer is None:
+            outside[monomial] += coefficient * number
+        else:
+            layered[monomial][layer] += coefficient * number
+    cost = Cost(dict(outside), dict(layered))
+    return cost.layers_only() if scope == "layers" else cost
+
+
+def _param_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):
+    for name, param in bound.params.items():
+        if name not in bound.tied:
+            yield flat(param.axes), 1.0, param.layer
+
+
+def _mac_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):
+    if bound.spec.tokens:
+        sequence_length = bound.product(bound.spec.tokens)
+    if sequence_length is None:
+        raise ValueError("resource macs needs dms.sequence_length: the number of tokens per sequence.")
+    for name, param in bound.params.items():
+        module_path, _, leaf = name.rpartition(".")
+        if leaf == "weight" and isinstance(plain_module(submodule(model, module_path)), (nn.Linear, nn.Conv2d)):
+            share = 1.0 if param.positions is None else param.positions / sequence_length
+            yield flat(param.axes), share, param.layer
+    for layer in range(bound.num_layers):
+        yield tuple(bound.spec.attention.split()), 2.0 * sequence_length, layer
+
+
+def _cache_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):
+    if bound.spec.cache is None:
+        raise ValueError(
+            f"resource kv_bytes: {bound.spec.model_type} keeps no key-value cache. Use resource: params or macs."
+        )
+    bytes_per_number = next(model.parameters()).dtype.itemsize
+    for layer in range(bound.num_layers):
+        yield tuple(bound.spec.cache.split()), 2.0 * bytes_per_number, layer

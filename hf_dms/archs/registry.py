@@ -1,0 +1,52 @@
+"""The architectures that hf_dms knows, one description each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .bert import BERT
+from .deit import DEIT
+from .dinov2 import DINOV2
+from .distilbert import DISTILBERT
+from .electra import ELECTRA
+from .gemma import GEMMA, GEMMA2, GEMMA3
+from .granite import GRANITE
+from .llama import LLAMA
+from .mistral import MISTRAL
+from .qwen2 import QWEN2
+from .qwen3 import QWEN3
+from .roberta import ROBERTA
+from .smollm3 import SMOLLM3
+from .spec import ArchSpec
+from .vit import VIT
+from .xlm_roberta import CAMEMBERT, XLM_ROBERTA
+
+SPECS = (
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GRANITE, GEMMA, GEMMA2, GEMMA3),
+    *(BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, ELECTRA),
+    *(VIT, DEIT, DINOV2),
+)
+ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in SPECS}
+
+
+def spec_for(config: Any) -> ArchSpec:
+    """The description of a model's architecture.
+
+    Args:
+        config: the model's `PreTrainedConfig`.
+
+    Raises:
+        ValueError: the architecture is not supported, or was pruned per layer already.
+    """
+    model_type = config.model_type
+    if model_type in ARCHS:
+        return ARCHS[model_type]
+    if model_type.startswith("dms_"):
+        raise ValueError(
+            f"model type '{model_type}' was pruned by hf_dms before, with a layout that differs from layer to layer. "
+            "Prune the dense model again with a smaller target."
+        )
+    raise ValueError(
+        f"model type '{model_type}' is not supported. Supported: {', '.join(sorted(ARCHS))}. "
+        "To add one, see docs/new_architecture.md."
+    )

@@ -1,0 +1,1 @@
+"""On disk and on the Hub: folders written whole or not at all."""

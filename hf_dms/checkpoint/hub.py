@@ -1,0 +1,155 @@
+"""Pushing a pruned model's folder to the Hub: `hf-dms push PATH REPO`, and the `hub` section of a recipe.
+
+huggingface_hub does the work; here are the checks before it and words for what can go wrong. Nothing local is changed,
+and the token is shown nowhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .save import STATE_JSON
+
+STALE = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "model-*.safetensors"]  # weights of an earlier push
+
+
+def push(
+    path: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Push the folder of a pruned model; weights of an earlier push that it does not have are removed.
+
+    What has arrived already is not sent again, so a push that was cut off goes on when it is repeated.
+
+    Args:
+        path: a folder that `save_pruned` or `hf-dms prune` wrote.
+        repo_id: `name` or `namespace/name`; made if it is not there.
+        private: whether a repository that is made is private. Default: the account's.
+        revision: branch to push to; made if it is not there. Default: main.
+        commit_message: default `Pruned with hf_dms`.
+        token: default: the one that `hf auth login` or HF_TOKEN has left.
+
+    Returns:
+        The URL of the model.
+
+    Raises:
+        ValueError: the folder holds no complete pruned model; the id is not valid; no token, or one that the Hub
+            refuses or that may not write there; the connection broke.
+    """
+    check_complete(path)
+    check_repo_id(repo_id)
+    check_token(token)
+    api = HfApi(token=token)
+    try:
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(url.repo_id, branch=revision, exist_ok=True)
+        api.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=path,
+            revision=revision,
+            commit_message=commit_message or "Pruned with hf_dms",
+            delete_patterns=STALE,
+        )
+    except (OSError, HTTPError, RuntimeError, ValueError) as error:
+        again = push_command(path, repo_id, private, revision, commit_message)
+        message = f"{_reason(error, repo_id)}\n{path} is as it was. To push it again: {again}"
+        # The cause is left out of tracebacks: an error of the HTTP library can show the header that holds the token.
+        raise ValueError(message.replace(token or get_token() or "\0", "<token>")) from None
+    return str(url) if revision is None else f"{url}/tree/{revision}"
+
+
+def _reason(error: Exception, repo_id: str) -> str:
+    """Why a push failed, in words; an upload wraps what the server or the connection said."""
+    cause = error
+    while not isinstance(cause, HTTPError) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, HfHubHTTPError):
+        return _refusal(cause, repo_id)
+    said = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+    what = "The connection to the Hub broke" if isinstance(cause, HTTPError | ConnectionError) else "Something failed"
+    return f"{what} while pushing to '{repo_id}': {said}"
+
+
+def _refusal(error: HfHubHTTPError, repo_id: str) -> str:
+    status = error.response.status_code
+    if status == 401:
+        return "The Hub refuses the token (401). Make one with write access and run `hf auth login`, or set HF_TOKEN."
+    if status == 403:
+        return f"The token may not write to '{repo_id}' (403). It needs write access to that repository or namespace."
+    if status == 404:
+        return f"The Hub has no '{repo_id}' (404), or the token may not see it. Check the namespace in the id."
+    return f"The Hub refuses the push to '{repo_id}' ({status}): {error.server_message or 'it does not say why'}"
+
+
+def push_command(
+    path: str | os.PathLike,
+    repo_id: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+) -> str:
+    """The command line that pushes a folder."""
+    words = ["hf-dms", "push", str(path), repo_id]
+    words += ["--private"] if private else []
+    words += ["--revision", revision] if revision else []
+    words += ["--message", commit_message] if commit_message else []
+    return shlex.join(words)
+
+
+def check_complete(path: str | os.PathLike) -> None:
+    """Check that a folder holds a whole pruned model.
+
+    Raises:
+        ValueError: it has no config or not all weights, or it is a checkpoint of a search.
+    """
+    folder = Path(path)
+    if (folder / STATE_JSON).is_file():
+        raise ValueError(f"{path} is a checkpoint of a search, not a pruned model. Save what `prune` returns.")
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {SAFE_WEIGHTS_NAME}
+    missing = [name for name in ["config.json", *sorted(shards)] if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{path} is not the folder of a complete model: it has no {', '.join(missing)}. "
+            "Give the folder that `hf-dms prune` or `save_pruned` wrote."
+        )
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Check the name of a repository.
+
+    Raises:
+        ValueError: the Hub has no such names.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"'{repo_id}' cannot be a repository on the Hub; expected namespace/name. {error}") from None
+
+
+def check_token(token: str | None = None) -> None:
+    """Check that there is a token to push with.
+
+    Raises:
+        ValueError: there is none, or what is given cannot be one.
+    """
+    token = token or get_token()
+    if not token:
+        raise ValueError("Pushing needs a token of the Hub with write access. Run `hf auth login`, or set HF_TOKEN.")
+    if not re.fullmatch("[!-~]+", token):  # the HTTP library would show it in its error
+        raise ValueError("The token of the Hub holds a space, a line break or another sign that no token has.")

@@ -1,0 +1,307 @@
+"""A cut that never holds the model: from a checkpoint's safetensors files to new ones, tensor by tensor, by a plan.
+
+Memory is that of one output shard, one tensor and its slices: each tensor is read by a mapping of its file of its own,
+which goes with it. The proof is one of tensors: the written files are read back, their names and shapes are those of
+the class that will load them, and every tensor equals the slice of its source. No forward pass is run.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, initialization
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..archs.registry import spec_for
+from ..archs.spec import BoundSpec, bind
+from ..cut.formats import Plan, pruned_class_and_config
+from ..cut.plan import PLAN_FILE, load_plan, plan_to_json
+from ..cut.slicing import cut_tensor, slice_tensor, source_names
+from ..cut.verify import VerificationError
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file.
+
+    Attributes:
+        file: the safetensors file.
+        key: its name there.
+        shape: its shape.
+    """
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StreamedCut:
+    """A cut of files, ready to be made.
+
+    Attributes:
+        dense: the dense model on the meta device.
+        pruned: the cut one on the meta device.
+        bound: the dense model's architecture.
+        plan: which units stay.
+        layout: uniform, per_layer or padded.
+        tensors: the dense model's tensors by the name that the model has for them.
+        left_out: names in the files that the model has no parameters for, as `from_pretrained` would leave them out.
+    """
+
+    dense: PreTrainedModel
+    pruned: PreTrainedModel
+    bound: BoundSpec
+    plan: Plan
+    layout: str
+    tensors: dict[str, Stored]
+    left_out: list[str]
+
+
+def prepare_cut(folder: Path, plan_path: str | Path) -> StreamedCut:
+    """Find out what a cut would be, from a checkpoint's config and the headers of its files.
+
+    Args:
+        folder: of the dense checkpoint.
+        plan_path: `dms_plan.json`, or the folder that it is in.
+
+    Raises:
+        ValueError: the checkpoint is not one that can be cut from its files, or the plan is another model's.
+    """
+    files = weight_files(folder)
+    dense = _dense_on_meta(folder, files[0])
+    bound = bind(spec_for(dense.config), dense)
+    plan, layout = load_plan(plan_path, bound)
+    tensors, left_out = stored_tensors(files, dense)
+    if wrong := _first_mismatch(tensors, dense):
+        raise ValueError(f"{folder}: {wrong} Is config.json that of the weights?")
+    cls, config = pruned_class_and_config(dense, bound, plan, layout)
+    return StreamedCut(dense, _on_meta(cls, config, dense.dtype), bound, plan, layout, tensors, left_out)
+
+
+def write_cut(job: StreamedCut, folder: Path, target: Path) -> dict[str, int]:
+    """Write the cut model: weights, config, generation config, plan, and the model file of a per-layer one.
+
+    Args:
+        job: what `prepare_cut` found.
+        folder: of the dense checkpoint.
+        target: an empty folder, which is no result before this ends well (`checkpoint.new_folder`).
+
+    Returns:
+        Parameters, tied ones once, of the dense files, the written ones, and of what is in these without padding:
+        `{"dense": ..., "pruned": ..., "kept": ...}`.
+
+    Raises:
+        VerificationError: what was written is not what it should be.
+    """
+    _write_all_but_weights(job, folder, target)
+    written, unknown = stored_tensors(_write_weights(job, target), job.pruned)
+    wrong = f"'{unknown[0]}' has no parameter." if unknown else _first_mismatch(written, job.pruned)
+    if wrong:
+        raise VerificationError(f"The written files are not what {type(job.pruned).__name__} loads: {wrong}")
+    return {"dense": _count(job.tensors, job.dense), "pruned": _count(written, job.pruned), "kept": _count_kept(job)}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint.
+
+    Raises:
+        ValueError: it has none, or not all that its index names.
+    """
+    single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        kinds = sorted(
+            {file.suffix for file in folder.glob("*") if file.suffix in (".bin", ".h5", ".msgpack", ".gguf")}
+        )
+        raise ValueError(
+            f"{folder} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}"
+            + (f", only {', '.join(kinds)} files, which cannot be read tensor by tensor" if kinds else "")
+            + ". Save it as safetensors first: from_pretrained(...).save_pretrained(folder)."
+        )
+    files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{folder} lacks {file.name}, which {index.name} names. Download or copy it again.")
+    return files
+
+
+def stored_tensors(files: Iterable[Path], model: PreTrainedModel) -> tuple[dict[str, Stored], list[str]]:
+    """What safetensors files hold for a model, by the model's names, from their headers.
+
+    Files of some architectures (ViT) have other names than the model; transformers' own mapping renames them.
+
+    Returns:
+        The tensors, and names of those that the model has no parameters for.
+
+    Raises:
+        ValueError: transformers would make a parameter of several tensors, or several of one.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    mapping: Any = get_model_conversion_mapping(model)
+    renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
+    converters = [step for step in mapping if not isinstance(step, WeightRenaming)]
+    tensors, others = {}, []
+    for file in files:
+        with safe_open(file, "pt") as content:
+            for key in content.keys():  # noqa: SIM118 (it is no dict)
+                name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
+                if converter is not None:
+                    raise ValueError(
+                        f"{file} holds '{key}', which transformers puts together or takes apart when it loads it. "
+                        "This cannot be cut from files: load the model and use hf_dms.prune."
+                    )
+                if name in parameters:
+                    tensors[name] = Stored(file, key, tuple(content.get_slice(key).get_shape()))
+                else:
+                    others.append(key)
+    return tensors, others
+
+
+def _dense_on_meta(folder: Path, file: Path) -> PreTrainedModel:
+    """The model of a folder without its weights."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"No config can be read from {folder}. {str(error).strip().splitlines()[0]}") from error
+    spec_for(config)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{folder} is quantised: packed weights cannot be cut. Take the checkpoint before that.")
+    name = (config.architectures or [None])[0]
+    cls: Any = getattr(transformers, name or "", None)
+    if cls is None:
+        raise ValueError(
+            f"{folder}/config.json: architectures is {config.architectures}, expected the name of a model class of "
+            "transformers first, such as LlamaForCausalLM. Save the model with save_pretrained, which writes it."
+        )
+    if config.dtype is None:  # from_pretrained goes by the first tensor too
+        with safe_open(file, "pt") as content:
+            config.dtype = content.get_tensor(next(iter(content.keys()))).dtype
+    return _on_meta(cls, config, config.dtype)
+
+
+def _on_meta(cls: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    with torch.device("meta"), initialization.no_init_weights():
+        model = cls._from_config(copy.deepcopy(config), dtype=dtype)
+    model.tie_weights()
+    return model
+
+
+def _first_mismatch(tensors: dict[str, Stored], model: PreTrainedModel) -> str | None:
+    """What is wrong first with the tensors of a model: one of another shape, or one that is not there."""
+    for names in _tied_names(model):
+        shape = tuple(model.get_parameter(names[0]).shape)
+        for name in names:
+            if name in tensors and tensors[name].shape != shape:
+                return f"'{name}' has shape {tensors[name].shape} in {tensors[name].file.name}, expected {shape}."
+        if not any(name in tensors for name in names):
+            return f"there are no weights for '{names[0]}'."
+    return None
+
+
+def _count(tensors: dict[str, Stored], model: PreTrainedModel) -> int:
+    """Parameters in files, tied ones once."""
+    stored = (next(tensors[name] for name in names if name in tensors) for names in _tied_names(model))
+    return sum(prod(tensor.shape) for tensor in stored)
+
+
+def _count_kept(job: StreamedCut) -> int:
+    """Parameters of the cut model without what pads it, tied ones once."""
+    sources = source_names(job.pruned, job.bound, job.plan)
+    kept = (sources[names[0]] for names in _tied_names(job.pruned))
+    return sum(slice_tensor(job.dense.get_parameter(name), job.bound, name, job.plan).numel() for name in kept)
+
+
+def _tied_names(model: PreTrainedModel) -> list[list[str]]:
+    """All names of each parameter of a model."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return list(names.values())
+
+
+def _read(stored: Stored) -> Tensor:
+    """A tensor, on a mapping of the file that is its own: pages of the file leave memory with it."""
+    with safe_open(stored.file, "pt") as content:
+        return content.get_tensor(stored.key)
+
+
+def _cut(job: StreamedCut, source: str, name: str) -> Tensor:
+    shape = job.pruned.get_parameter(name).shape
+    return cut_tensor(_read(job.tensors[source]), shape, job.bound, source, job.plan, job.layout).contiguous()
+
+
+def _write_shard(job: StreamedCut, names: dict[str, str], file: Path) -> None:
+    """Cut tensors (name in the dense model → in the cut one) into a file, and prove it.
+
+    Raises:
+        VerificationError: a tensor that is read back is not the slice of its source.
+    """
+    keys, tensors = {}, {}
+    for source, name in names.items():
+        tensor = _cut(job, source, name)
+        (keys[source],) = revert_weight_conversion(job.pruned, {name: tensor})
+        tensors[keys[source]] = tensor
+    save_file(tensors, file, metadata={"format": "pt"})
+    del tensors, tensor
+    for source, name in names.items():
+        expected = _cut(job, source, name)
+        found = _read(Stored(file, keys[source], tuple(expected.shape)))
+        same_kind = (found.shape, found.dtype) == (expected.shape, expected.dtype)
+        if not same_kind or not torch.equal(_bytes(found), _bytes(expected)):
+            raise VerificationError(f"'{name}' was written, but what is read back is not the slice of '{source}'.")
+
+
+def _write_all_but_weights(job: StreamedCut, folder: Path, target: Path) -> None:
+    if job.pruned.can_generate() and (folder / GENERATION_CONFIG_NAME).is_file():
+        job.pruned.generation_config = GenerationConfig.from_pretrained(folder)
+    job.pruned.save_pretrained(target, state_dict={})
+    (target / PLAN_FILE).write_text(plan_to_json(job.plan, job.bound, job.layout))
+
+
+def _write_weights(job: StreamedCut, target: Path) -> list[Path]:
+    """One file for each of the dense model's of which something stays."""
+    pruned_names = {source: name for name, source in source_names(job.pruned, job.bound, job.plan).items()}
+    by_file: dict[Path, dict[str, str]] = {}
+    for source, stored in job.tensors.items():
+        if source in pruned_names:
+            by_file.setdefault(stored.file, {})[source] = pruned_names[source]
+    shards = [target / f"{number}.{SAFE_WEIGHTS_NAME}" for number in range(len(by_file))]
+    for shard, names in zip(shards, by_file.values()):
+        _write_shard(job, names, shard)
+    return _name_shards(shards)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.flatten().view(torch.uint8)  # a NaN equals itself too
+
+
+def _name_shards(shards: list[Path]) -> list[Path]:
+    """Give files their final names, with an index beside them if there are several."""
+    if len(shards) == 1:
+        return [shards[0].rename(shards[0].with_name(SAFE_WEIGHTS_NAME))]
+    stem, suffix = SAFE_WEIGHTS_NAME.split(".")
+    named, weight_map, size = [], {}, 0
+    for number, shard in enumerate(shards, 1):
+        named.append(shard.rename(shard.with_name(f"{stem}-{number:05}-of-{len(shards):05}.{suffix}")))
+        with safe_open(named[-1], "pt") as content:
+            for key in content.keys():  # noqa: SIM118 (it is no dict)
+                weight_map[key] = named[-1].name
+                size += content.get_tensor(key).nbytes
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    shards[0].with_name(SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return named

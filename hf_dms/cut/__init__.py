@@ -1,0 +1,1 @@
+"""The smaller model: which units stay, the slices, the class and config, the proof."""

@@ -1,0 +1,177 @@
+"""What is written: the class and the config of a cut model.
+
+The stock ones if all layers are equal or padded to the widest (or another stock class with the same tensors and fewer
+limits), the per-layer ones of modeling_dms.py otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..archs.spec import ArchSpec, BoundSpec, parse_axes
+from ..gating.rounding import has_alternative
+from . import modeling_dms
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which units stay.
+
+    Attributes:
+        kept: per pruned dim one sorted index tensor per row (layer of the dense model, or the whole model).
+    """
+
+    kept: dict[str, tuple[Tensor, ...]]
+
+    @property
+    def sizes(self) -> dict[str, list[int]]:
+        """Units kept per pruned dim and row."""
+        return {name: [len(row) for row in rows] for name, rows in self.kept.items()}
+
+
+def kept_units(plan: Plan, name: str, layer: int | None, units: int) -> Tensor:
+    """Units of a dim that stay in a layer (of the dense model); all of them if the dim is not pruned."""
+    if name not in plan.kept:
+        return torch.arange(units)
+    rows = plan.kept[name]
+    return rows[layer if layer is not None and len(rows) > 1 else 0]
+
+
+def pruned_class_and_config(
+    model: PreTrainedModel, bound: BoundSpec, plan: Plan, layout: str
+) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """The class and config of the cut model: the stock ones if all layers are equal, the per-layer ones otherwise.
+
+    Raises:
+        ValueError: no stock config can express the sizes, and the layout asks for one.
+    """
+    kept_layers = kept_units(plan, bound.depth, None, bound.num_layers).tolist()
+    sizes = written_sizes(bound, plan, layout, model.config)
+    per_layer = [config_values(bound, layer_sizes) for layer_sizes in sizes]
+    common = {key: max(values[key] for values in per_layer) for key in per_layer[0]}
+    common[_config_key(bound, bound.depth)] = len(kept_layers)
+    values = model.config.to_dict() | common
+    for key in (
+        "architectures",
+        "auto_map",
+        "transformers_version",
+        "quantization_config",
+        *bound.spec.config_leaves_out,
+    ):
+        values.pop(key, None)
+    for key in bound.spec.config_lists:
+        if isinstance(values.get(key), list):
+            values[key] = [values[key][layer] for layer in kept_layers]
+    cls: Any = type(model)
+    stock: Any = type(model.config)
+    overrides = {
+        index: {key: value for key, value in layer_values.items() if value != common[key]}
+        for index, layer_values in enumerate(per_layer)
+    }
+    overrides = {index: layer_values for index, layer_values in overrides.items() if layer_values}
+    within_limits = _within_stock_limits(bound.spec, sizes[0])
+    stock_can = within_limits or has_alternative(bound, model.config)
+    if overrides or (layout == "per_layer" and not stock_can):
+        config_class = modeling_dms.dms_config_class(stock)
+        values |= {"model_type": config_class.model_type, "dms_layers": layer_description(bound)}
+        values |= {"per_layer_config": overrides, "auto_map": modeling_dms.auto_map(stock)}
+        return modeling_dms.dms_model_class(cls), config_class.from_dict(values)
+    if within_limits:
+        values |= {key: values[over] // values[under] for key, (over, under) in bound.spec.config_ratios.items()}
+        return cls, stock.from_dict(values)
+    if not stock_can:
+        raise ValueError(f"{stock.__name__} cannot express the sizes {common}. Use layout: per_layer.")
+    return _alternative_class_and_config(cls, stock, bound, values)
+
+
+def written_sizes(bound: BoundSpec, plan: Plan, layout: str, model_config: Any) -> list[dict[str, int]]:
+    """Units of every dim in each layer of the cut model: those that stay, and for layout padded the zeros beside them.
+
+    Args:
+        bound: the architecture.
+        plan: which units stay.
+        layout: uniform, per_layer or padded.
+        model_config: the dense model's config.
+    """
+    kept_layers = kept_units(plan, bound.depth, None, bound.num_layers).tolist()
+    layers = [
+        {name: len(kept_units(plan, name, layer, units)) for name, units in bound.sizes.items()}
+        for layer in kept_layers
+    ]
+    return layers if layout != "padded" else [_padded(bound, layers, model_config)] * len(layers)
+
+
+def _padded(bound: BoundSpec, layers: list[dict[str, int]], model_config: Any) -> dict[str, int]:
+    """The smallest sizes that hold every layer and that a stock config has, if there are any."""
+    sizes = {name: max(layer[name] for layer in layers) for name in bound.sizes}
+    if has_alternative(bound, model_config):
+        return sizes
+    for name in sizes:
+        if bound.spec.dim(name).scope == "layer":
+            # The dense size fits the dense hidden size, and another multiple of a divisor is never further away.
+            wider = range(sizes[name], sizes[name] + bound.sizes[name] + 1)
+            allowed = (size for size in wider if _within_stock_limits(bound.spec, sizes | {name: size}, name))
+            sizes[name] = next(allowed, sizes[name])
+    return sizes
+
+
+def config_values(bound: BoundSpec, sizes: dict[str, int]) -> dict[str, int]:
+    """What the config says of a layer of these sizes: attribute → size."""
+    products = bound.spec.config.items()
+    return {key: _product(sizes, product) for key, product in products if product != bound.depth}
+
+
+def _product(sizes: dict[str, int], product: str) -> int:
+    return prod(sizes[factor] for factor in product.split())
+
+
+def layer_description(bound: BoundSpec) -> dict[str, Any]:
+    """What modeling_dms.py must know to build a layer from its sizes: the part of the description inside a layer."""
+    spec, inside = bound.spec, f"{bound.spec.layers}.{{i}}."
+    axes = {
+        pattern.removeprefix(inside): axes
+        for pattern, axes in spec.params.items()
+        if pattern.startswith(inside) and bound.prefix + pattern.replace("{i}", "0") in bound.params
+    }
+    used = {factor for text in axes.values() for axis in parse_axes(text) for factor in axis}
+    recorded = {product: key for key, product in spec.config.items()}
+    dims = {dim.name: recorded.get(dim.name, dim.size) for dim in spec.dims if dim.name in used}
+    return {
+        "path": spec.layers,
+        "dims": {name: str(bound.sizes[name]) if callable(size) else size for name, size in dims.items()},
+        "axes": axes,
+        "attributes": {pattern.removeprefix(inside): product for pattern, product in spec.attributes.items()},
+        "build_with": spec.build_with,
+    }
+
+
+def _config_key(bound: BoundSpec, product: str) -> str:
+    return next(key for key, value in bound.spec.config.items() if value == product)
+
+
+def _within_stock_limits(spec: ArchSpec, sizes: dict[str, int], name: str | None = None) -> bool:
+    """Whether the stock config can express the sizes of equal layers; only its limits on one dim, if that is named."""
+
+    def concerned(limit: tuple[str, str]) -> bool:
+        return name is None or name in " ".join(limit).split()
+
+    divide, equal = filter(concerned, spec.must_divide), filter(concerned, spec.must_equal)
+    return all(_product(sizes, multiple) % _product(sizes, divisor) == 0 for divisor, multiple in divide) and all(
+        _product(sizes, product) == _product(sizes, whole) for product, whole in equal
+    )
+
+
+def _alternative_class_and_config(cls: Any, stock: Any, bound: BoundSpec, values: dict[str, Any]) -> tuple[Any, Any]:
+    """The same model as another stock class that has fewer limits (Llama as Mistral)."""
+    config_class = transformers.CONFIG_MAPPING[str(bound.spec.alternative)]
+    old, new = (config.__name__.removesuffix("Config") for config in (stock, config_class))
+    drop = {"model_type", "pretraining_tp", *bound.spec.alternative_needs}
+    values = {key: value for key, value in values.items() if key not in drop} | bound.spec.alternative_overrides
+    return getattr(transformers, cls.__name__.replace(old, new)), config_class.from_dict(values)

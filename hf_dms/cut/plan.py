@@ -1,0 +1,87 @@
+"""The plan of a cut as a small JSON file that people and other tools can read: which units stay, per dim and layer."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..archs.spec import BoundSpec
+from .formats import Plan
+
+PLAN_FILE = "dms_plan.json"
+FORMAT = 1
+
+
+def plan_to_json(plan: Plan, bound: BoundSpec, layout: str) -> str:
+    """A plan as JSON text.
+
+    `kept` holds, per pruned dim, one list of indices into the dense model's units per layer, or one list in all for a
+    dim that the whole model shares; `units` how many the dense model has. Layers that go are in it too: `kept.layers`
+    says which stay.
+
+    Args:
+        plan: which units stay.
+        bound: the dense model's architecture.
+        layout: what is written, uniform, per_layer or padded.
+    """
+    kept = {name: [row.tolist() for row in rows] for name, rows in plan.kept.items()}
+    units = {name: bound.sizes[name] for name in kept}
+    head = {"format": FORMAT, "model_type": bound.spec.model_type, "layout": layout, "units": units}
+    lines = [f'  "{key}": {json.dumps(value)}' for key, value in head.items()]
+    dims = [f'    "{name}": [\n      ' + ",\n      ".join(map(str, rows)) + "\n    ]" for name, rows in kept.items()]
+    return "{\n" + ",\n".join(lines) + ',\n  "kept": {\n' + ",\n".join(dims) + "\n  }\n}\n"
+
+
+def load_plan(path: str | os.PathLike, bound: BoundSpec) -> tuple[Plan, str]:
+    """Read a plan for a dense model.
+
+    Args:
+        path: the file, or a folder with `dms_plan.json` in it.
+        bound: the dense model's architecture.
+
+    Returns:
+        The plan and its layout.
+
+    Raises:
+        ValueError: there is none, or it is one of another model; the first thing that does not fit is named.
+    """
+    file = Path(path)
+    file = file / PLAN_FILE if file.is_dir() else file
+    if not file.is_file():
+        raise ValueError(f"There is no plan '{file}'. A finished `hf-dms prune` leaves one in its output.path.")
+    try:
+        content = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    _check(content, bound, file)
+    kept = {name: tuple(torch.tensor(row, dtype=torch.long) for row in rows) for name, rows in content["kept"].items()}
+    return Plan(kept), content["layout"]
+
+
+def _check(content: Any, bound: BoundSpec, file: Path) -> None:
+    missing = [key for key in ("format", "model_type", "layout", "units", "kept") if key not in content]
+    if missing:
+        raise ValueError(f"{file} is no plan of hf_dms: it has no '{missing[0]}'.")
+    if content["format"] > FORMAT:
+        raise ValueError(f"{file} has format {content['format']}, this hf_dms knows up to {FORMAT}. Update hf_dms.")
+    if content["model_type"] != bound.spec.model_type:
+        raise ValueError(f"{file} is for a {content['model_type']} model, this one is a {bound.spec.model_type}.")
+    for name, rows in content["kept"].items():
+        if name not in bound.spec.prunable and not any(dim.name == name for dim in bound.spec.dims):
+            raise ValueError(f"{file}: {bound.spec.model_type} has no dim '{name}'.")
+        units = bound.sizes[name]
+        if content["units"].get(name) != units or len(rows) != bound.rows(name):
+            raise ValueError(
+                f"{file} is for {len(rows)} × {content['units'].get(name)} units of {name}, this model has "
+                f"{bound.rows(name)} × {units}. It belongs to another model."
+            )
+        for row in rows:
+            if not row or sorted(set(row)) != row or row[0] < 0 or row[-1] >= units:
+                raise ValueError(
+                    f"{file}: kept.{name} must hold ascending indices from 0 to {units - 1}, each once and at least "
+                    f"one; got {row[:5]}."
+                )

@@ -1,0 +1,53 @@
+"""Make transformers' Auto classes know the per-layer classes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..archs.spec import ArchSpec
+
+
+def register_unless_command_line() -> None:
+    """Register now, except in the `hf-dms` command, which does it when a command runs.
+
+    It takes transformers' config classes, seconds of import time that `hf-dms --help` should not wait for.
+    """
+    if Path(sys.argv[0] if sys.argv else "").stem != "hf-dms":
+        register()
+
+
+def register() -> None:
+    """Register every architecture that hf_dms comes with."""
+    from ..archs.registry import SPECS
+
+    for spec in SPECS:
+        register_arch(spec)
+
+
+def register_arch(spec: ArchSpec) -> None:
+    """Support an architecture: its description, and its per-layer config, which registers its models when first made.
+
+    Args:
+        spec: its description. transformers' Auto classes must know its config class and its model classes.
+
+    Raises:
+        ValueError: AutoConfig does not know its model type, or the description names a dim that it lacks.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    from ..archs.registry import ARCHS
+    from ..archs.spec import check_spec
+    from .modeling_dms import dms_config_class
+
+    check_spec(spec)
+    if spec.model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"AutoConfig does not know model type '{spec.model_type}'. "
+            f"Call AutoConfig.register('{spec.model_type}', YourConfig) first."
+        )
+    config_class = dms_config_class(CONFIG_MAPPING[spec.model_type])
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    ARCHS[spec.model_type] = spec

@@ -1,0 +1,1 @@
+"""Recipes: one YAML, one experiment, from checks to the finished folder."""

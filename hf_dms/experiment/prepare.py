@@ -1,0 +1,176 @@
+"""What can be known to be wrong with a recipe before any weight is loaded, and what a recipe's sections mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, BitsAndBytesConfig, TrainingArguments
+from transformers.utils import is_bitsandbytes_available
+
+from ..archs.plain_view import with_adapters
+from ..archs.registry import spec_for
+from ..archs.spec import bind
+from ..checkpoint.hub import check_repo_id, check_token
+from ..gating.gates_for import build_gates
+from ..gating.rounding import check_target
+from ..tasks.data import load_examples, load_more_examples
+from ..tasks.task import TASKS
+from ..training.trainer import check_training_arguments
+from .recipe import Recipe, coerce_fields, saying_where
+
+
+def training_arguments(recipe: Recipe, section: str, output_dir: Path) -> Any:
+    """The `TrainingArguments` of the search, or of the training before or after it.
+
+    Args:
+        section: train, finetune or recover (which take over the values of train, but for its length).
+        output_dir: where checkpoints go.
+
+    Raises:
+        ValueError: unknown keys or bad values.
+    """
+    given = recipe.train
+    if section != "train":
+        shared = {key: value for key, value in given.items() if key not in ("max_steps", "num_train_epochs")}
+        given = shared | (recipe.finetune if section == "finetune" else recipe.recover.train)
+    if "output_dir" in given:
+        raise ValueError(f"{section}.output_dir: the output folder is output.path.")
+    for key in ("push_to_hub", "hub_token"):
+        if key in given:  # a recipe is written into what is pushed, and a training checkpoint is not the result
+            raise ValueError(f"{section}.{key}: give hub.repo_id, and the token by `hf auth login` or HF_TOKEN.")
+    defaults = {"logging_steps": 10, "report_to": "none", "save_total_limit": 1}
+    accelerated = torch.accelerator.is_available()
+    defaults |= {"dataloader_pin_memory": accelerated, "use_cpu": not accelerated}  # without use_cpu bf16 needs a GPU
+    defaults |= {"remove_unused_columns": recipe.model.task != "image-classification"}  # images are decoded on demand
+    values = defaults | coerce_fields(TrainingArguments, given, section)
+    if values.get("max_steps", -1) <= 0 and "num_train_epochs" not in values:
+        raise ValueError(f"{section}.max_steps is required (or {section}.num_train_epochs): how long it runs.")
+    try:
+        return TrainingArguments(output_dir=str(output_dir), **values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ValueError(f"{section}: {error}") from error
+
+
+def lora_config(recipe: Recipe, section: str) -> Any:
+    """The `peft.LoraConfig` of the search ("lora") or of the retraining ("recover.lora"), None without such a section.
+
+    All linear maps but the head are adapted unless target_modules says otherwise.
+
+    Raises:
+        ValueError: unknown keys or bad values, or PEFT is missing.
+    """
+    given = recipe.lora if section == "lora" else recipe.recover.lora
+    if given is None:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError(f"{section} needs PEFT: pip install 'hf_dms[peft]'.") from error
+    values = {"target_modules": "all-linear", "task_type": recipe.task.peft} | coerce_fields(LoraConfig, given, section)
+    try:
+        return LoraConfig(**values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{section}: {error}") from error
+
+
+def packing(recipe: Recipe, dtype: torch.dtype) -> Any:
+    """The `BitsAndBytesConfig` of model.quantization.
+
+    Args:
+        dtype: what packed maps compute in.
+
+    Raises:
+        ValueError: bitsandbytes is missing.
+    """
+    if not is_bitsandbytes_available():
+        raise ValueError("model.quantization needs bitsandbytes: pip install 'hf_dms[quantization]'.")
+    if recipe.model.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def load_model_config(recipe: Recipe, labels: tuple[str, ...] = ()) -> Any:
+    """The dense model's config.
+
+    Args:
+        recipe: where the model is.
+        labels: names of the classes of its head, if it has one.
+
+    Raises:
+        ValueError: there is none at model.path.
+    """
+    named = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    try:
+        config = AutoConfig.from_pretrained(recipe.model.path, revision=recipe.model.revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model.path: no model can be read from '{recipe.model.path}'. {reason}") from error
+    if labels:
+        config.update(named)
+    return config
+
+
+def model_class(recipe: Recipe) -> Any:
+    """transformers' Auto class of the recipe's task."""
+    return getattr(transformers, recipe.task.model_class)
+
+
+def load_processor(recipe: Recipe) -> Any:
+    """The tokenizer or image processor of the dense model.
+
+    Raises:
+        ValueError: there is none at model.path.
+    """
+    kind = recipe.task.processor_class
+    try:
+        return getattr(transformers, kind).from_pretrained(recipe.model.path, revision=recipe.model.revision)
+    except (OSError, ValueError) as error:
+        what = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}[kind]
+        raise ValueError(f"model.path: '{recipe.model.path}' has no {what} that can be read. {error}") from error
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Check a recipe against the model and the data, without loading weights.
+
+    Raises:
+        ValueError: the first thing that is wrong.
+    """
+    if recipe.hub.repo_id is not None:
+        check_repo_id(recipe.hub.repo_id)
+        check_token()
+    unfinished = Path(recipe.output.path + ".unfinished")
+    check_training_arguments(training_arguments(recipe, "train", unfinished))
+    for section, values in (("finetune", recipe.finetune), ("recover", recipe.recover.train)):
+        if values:
+            training_arguments(recipe, section, unfinished)
+    if recipe.model.quantization:
+        packing(recipe, torch.float32)
+    config = load_model_config(recipe)
+    spec = spec_for(config)
+    auto = model_class(recipe)
+    if type(config) not in auto._model_mapping or (recipe.model.task == "text-generation" and spec.cache is None):
+        raise ValueError(
+            f"model.task: there is no {recipe.model.task} model of type '{config.model_type}'. "
+            f"Tasks are {', '.join(TASKS)}."
+        )
+    examples = load_examples(recipe.data, recipe.task, load_processor(recipe), config.label2id)
+    if recipe.recover.data is not None:
+        with saying_where("recover."):
+            load_more_examples(recipe.recover.data, recipe.task, load_processor(recipe), examples)
+    config = load_model_config(recipe, examples.labels)
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    bound = bind(spec, model)
+    gates = build_gates(bound, model, recipe.dms, device=torch.device("cpu"))
+    check_target(gates, bound, recipe.dms, config)
+    for section in ("lora", "recover.lora"):
+        if (lora := lora_config(recipe, section)) is not None:
+            with torch.device("meta"):
+                model = auto.from_config(config)
+                try:
+                    with_adapters(model, lora, seed=0)
+                except ValueError as error:
+                    raise ValueError(f"{section}: {error}") from error

@@ -1,0 +1,267 @@
+"""A recipe: one YAML, one experiment. Reading it, checking it, and saying what is wrong with it.
+
+Sections: model, data, finetune, dms (`DMSConfig`), train, lora, recover, eval, output, hub; finetune, train and recover
+take `TrainingArguments` by their own names, lora and recover.lora `peft.LoraConfig`.
+preflight.py checks it against the model and the data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config import DMSConfig
+from ..tasks.data import BUILDERS, DataConfig
+from ..tasks.task import TASKS, Task
+from .sections import DistillationConfig, EvalConfig, HubConfig, ModelConfig, OutputConfig, RecoverConfig, RepairConfig
+
+
+@dataclass
+class Recipe:
+    """One experiment."""
+
+    model: ModelConfig
+    data: DataConfig
+    dms: DMSConfig
+    output: OutputConfig
+    finetune: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] | None = None
+    recover: RecoverConfig = field(default_factory=RecoverConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.model.task]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole recipe as plain values."""
+        return dataclasses.asdict(self) | {"dms": self.dms.to_dict()}
+
+
+SECTIONS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "dms": DMSConfig,
+    "output": OutputConfig,
+    "eval": EvalConfig,
+    "hub": HubConfig,
+}
+
+
+def packaged_recipes() -> Path:
+    """The folder of the recipes that come with hf_dms, installed or in the source tree."""
+    here = Path(__file__).parents[1]
+    return here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
+
+
+def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: a YAML file, or the name of a recipe that comes with hf_dms.
+        overrides: `section.key=value` strings, values in YAML.
+
+    Raises:
+        ValueError: anything that is wrong with it; the message says where and what to write instead.
+    """
+    file = Path(path)
+    if not file.is_file() and (packaged_recipes() / path).is_file():
+        file = packaged_recipes() / path
+    if not file.is_file():
+        names = ", ".join(sorted(recipe.name for recipe in packaged_recipes().glob("*.yaml")))
+        raise ValueError(f"There is no recipe '{path}'. Recipes that come with hf_dms: {names}.")
+    try:
+        values = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold sections (model, data, dms, ...), got {type(values).__name__}.")
+    for override in overrides or []:
+        _override_(values, override)
+    _use_files_beside_the_recipe_(values, file.parent)
+    return build_recipe(values)
+
+
+def cut_options(overrides: list[str]) -> tuple[ModelConfig, OutputConfig]:
+    """What a cut by a finished plan needs to know: sections model and output of a recipe, without a recipe.
+
+    Args:
+        overrides: `section.key=value` strings: model.path, model.revision, output.path, output.overwrite.
+
+    Raises:
+        ValueError: other keys, values of the wrong type, or no model.path or output.path.
+    """
+    values: dict[str, Any] = {}
+    for override in overrides:
+        _override_(values, override)
+    _check_keys(values, ["model", "output"], "")
+    model, output = _section(values, "model"), _section(values, "output")
+    _check_keys(values["model"], ["path", "revision"], "model.")
+    return model, output
+
+
+def build_recipe(values: dict[str, Any]) -> Recipe:
+    """Turn the nested values of a recipe into a `Recipe`.
+
+    Raises:
+        ValueError: unknown keys, values of the wrong type or out of range.
+    """
+    _check_keys(values, [field.name for field in dataclasses.fields(Recipe)], "")
+    sections: dict[str, Any] = {name: _section(values, name) for name in SECTIONS}
+    for name in ("finetune", "train", "recover"):
+        given = values.get(name) or {}
+        if not isinstance(given, dict):
+            raise ValueError(f"{name} must be a section with keys of TrainingArguments, got {given!r}.")
+        sections[name] = _build_recover(given) if name == "recover" else given
+    recipe = Recipe(**sections, lora=_subsection(values, "lora", ""))
+    _check_trained_weights(recipe)
+    if recipe.dms.pipeline == "np" and (recipe.recover.repair or recipe.recover.distillation):
+        raise ValueError(
+            "recover.repair and recover.distillation need a dense model that is trained, which pipeline np has not. "
+            "Leave them out, or use pipeline p."
+        )
+    if recipe.dms.sequence_length is None:
+        recipe.dms = dataclasses.replace(recipe.dms, sequence_length=recipe.data.sequence_length)
+    return recipe
+
+
+def _section(values: dict[str, Any], name: str) -> Any:
+    given = values.get(name) or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{name} must be a section with keys, got {given!r}.")
+    return SECTIONS[name](**coerce_fields(SECTIONS[name], given, name))
+
+
+def _build_recover(given: dict[str, Any]) -> RecoverConfig:
+    sections: dict[str, Any] = {}
+    for name, section in (("repair", RepairConfig), ("distillation", DistillationConfig), ("data", DataConfig)):
+        values = _subsection(given, name, "recover.")
+        if values is not None:
+            values = coerce_fields(section, values, f"recover.{name}")
+            with saying_where("recover.") if section is DataConfig else contextlib.nullcontext():
+                sections[name] = section(**values)
+    lora = _subsection(given, "lora", "recover.")
+    train = {key: value for key, value in given.items() if key not in ("repair", "distillation", "data", "lora")}
+    for name in ("distillation", "data", "lora"):
+        if given.get(name) is not None and not train:
+            raise ValueError(f"recover.{name} is part of a retraining: give recover.max_steps too.")
+    return RecoverConfig(**sections, lora=lora, train=train)
+
+
+@contextlib.contextmanager
+def saying_where(prefix: str) -> Iterator[None]:
+    """Let errors that begin with `data.` say whose data: put a prefix before them."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from error
+
+
+def _subsection(given: dict[str, Any], name: str, prefix: str) -> dict[str, Any] | None:
+    values = given.get(name)
+    if values is not None and not isinstance(values, dict):
+        raise ValueError(f"{prefix}{name} must be a section with keys, or {{}} for its defaults; got {values!r}.")
+    return values
+
+
+def _check_trained_weights(recipe: Recipe) -> None:
+    """Check that what trains in a search can train."""
+    pipeline, quantization = recipe.dms.pipeline, recipe.model.quantization
+    if recipe.lora is not None and pipeline != "p":
+        raise ValueError(
+            f"lora trains beside pretrained weights that are frozen, and dms.pipeline is {pipeline}: say pipeline p."
+        )
+    if quantization is not None and (pipeline == "np" or (pipeline == "p" and recipe.lora is None)):
+        raise ValueError(
+            f"model.quantization: weights in {quantization} cannot train, which dms.pipeline {pipeline} asks for. "
+            "Say pipeline p-, or add a lora section."
+        )
+    if quantization is not None and recipe.finetune:
+        raise ValueError("model.quantization packs the weights of model.path, not fine-tuned ones: leave one out.")
+    if recipe.recover.lora is not None and recipe.dms.layout == "padded":
+        raise ValueError(
+            "recover.lora with dms.layout padded: adapters would fill the zeros. Say layout per_layer, or retrain all "
+            "weights, which leaves the zeros as they are."
+        )
+
+
+def coerce_fields(cls: type, given: dict[str, Any], section: str) -> dict[str, Any]:
+    """The values of a section, in the types that its dataclass declares.
+
+    PyYAML reads `1e-4` as a string; a value that the field's type can hold is converted.
+
+    Raises:
+        ValueError: a key that the dataclass lacks, or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    _check_keys(given, [field.name for field in dataclasses.fields(cls) if field.init], f"{section}.")
+    return {key: _coerce(value, hints[key], f"{section}.{key}") for key, value in given.items()}
+
+
+def _coerce(value: Any, hint: Any, name: str) -> Any:
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    kinds = [typing.get_origin(kind) or kind for kind in (typing.get_args(hint) if union else (hint,))]
+    kinds = [kind for kind in kinds if isinstance(kind, type)]
+    if value is None or not kinds or (isinstance(value, bool) and bool in kinds):
+        return value
+    if any(isinstance(value, kind) for kind in kinds) and not isinstance(value, bool):
+        return value
+    if float in kinds and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    if int in kinds and isinstance(value, str) and value.lstrip("-").isdigit():
+        return int(value)
+    if tuple in kinds and isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, str) and any(issubclass(kind, str) for kind in kinds):
+        return value
+    if not any(kind in (int, float, bool, str, dict, list, tuple) for kind in kinds):
+        return value  # an enum or a class that TrainingArguments checks itself
+    expected = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
+    raise ValueError(f"{name} must be {expected}, got {value!r}.")
+
+
+def _check_keys(given: dict[str, Any], known: list[str], prefix: str) -> None:
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" Did you mean {prefix}{near[0]}?" if near else f" Known keys: {', '.join(sorted(known))}."
+            raise ValueError(f"Unknown key {prefix}{key}.{hint}")
+
+
+def _override_(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ValueError(f"An override is section.key=value, got '{override}'.")
+    *sections, key = path.split(".")
+    for section in sections:
+        inner = values.get(section)
+        if inner is None:
+            inner = values[section] = {}
+        if not isinstance(inner, dict):
+            raise ValueError(f"Override '{override}': {section} is not a section.")
+        values = inner
+    values[key] = yaml.safe_load(text)
+
+
+def _use_files_beside_the_recipe_(values: dict[str, Any], folder: Path) -> None:
+    """Relative data files that stand beside the recipe are meant relative to it."""
+    recover = values.get("recover")
+    for data in (values.get("data"), recover.get("data") if isinstance(recover, dict) else None):
+        for key in ("path", "held_out") if isinstance(data, dict) else ():
+            value = data.get(key)
+            if isinstance(value, str) and Path(value).suffix in BUILDERS and (folder / value).is_file():
+                data[key] = str(folder / value)

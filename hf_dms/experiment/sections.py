@@ -1,0 +1,140 @@
+"""The sections of a recipe, their keys, defaults and ranges; but `data` is data.py's, and `dms` config.py's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..tasks.data import DataConfig
+from ..tasks.task import TASKS
+
+
+@dataclass
+class ModelConfig:
+    """The `model` section of a recipe."""
+
+    path: str = field(default=None, metadata={"help": "Folder or Hub id of the dense model. Required."})
+    task: str = field(default="text-generation", metadata={"help": f"What it is for: {', '.join(TASKS)}."})
+    dtype: str = field(default="auto", metadata={"help": "auto (the checkpoint's), float32, bfloat16 or float16."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2, ..."})
+    quantization: str | None = field(
+        default=None, metadata={"help": "8bit or 4bit (bitsandbytes): search on packed weights, cut the whole ones."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.path is None:
+            raise ValueError("model.path is required: the folder or Hub id of the dense model.")
+        if self.task not in TASKS:
+            raise ValueError(f"model.task must be one of {', '.join(TASKS)}; got {self.task!r}.")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"model.dtype must be auto, float32, bfloat16 or float16; got {self.dtype!r}.")
+        if self.quantization not in (None, "8bit", "4bit"):
+            raise ValueError(f"model.quantization must be 8bit or 4bit, or be left out; got {self.quantization!r}.")
+
+
+@dataclass
+class EvalConfig:
+    """The `eval` section of a recipe."""
+
+    examples: int | None = field(
+        default=None,
+        metadata={"help": "Held-out examples to measure on, at most. Default: 64 for text-generation, otherwise all."},
+    )
+    batch_size: int = field(default=4, metadata={"help": "Examples per forward pass."})
+    prompt: str | list[str] = field(
+        default="", metadata={"help": "Text or texts that the dense and the pruned model continue, for the report."}
+    )
+    new_tokens: int = field(default=40, metadata={"help": "Tokens of such a continuation."})
+    samples: int = field(
+        default=4,
+        metadata={
+            "help": "Held-out examples of a classifier that the report shows, with both models' predictions; 0 "
+            "keeps the data out of it."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.samples < 0:
+            raise ValueError(f"eval.samples must be at least 0, got {self.samples}.")
+        for key in ("examples", "batch_size"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"eval.{key} must be at least 1, got {value}.")
+
+
+@dataclass
+class OutputConfig:
+    """The `output` section of a recipe."""
+
+    path: str = field(default=None, metadata={"help": "Folder of the pruned model. Required."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace an existing folder."})
+
+    def __post_init__(self) -> None:
+        if self.path is None:
+            raise ValueError("output.path is required: the folder to write the pruned model to.")
+
+
+@dataclass
+class HubConfig:
+    """The `hub` section of a recipe: where the result is pushed to when it is saved."""
+
+    repo_id: str | None = field(default=None, metadata={"help": "namespace/name on the Hub. Default: no push."})
+    private: bool | None = field(
+        default=None, metadata={"help": "Whether a repository that is made is private. Default: the account's."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch to push to. Default: main."})
+
+    def __post_init__(self) -> None:
+        if self.repo_id is None and (self.private is not None or self.revision is not None):
+            raise ValueError("hub.repo_id is required in a hub section: where to push to, namespace/name.")
+
+
+@dataclass
+class DistillationConfig:
+    """The `recover.distillation` section: the dense model teaches the pruned one (Hinton et al., arXiv 1503.02531)."""
+
+    weight: float = field(
+        default=0.5, metadata={"help": "Share of the teacher in the loss, the rest is the labels', in (0, 1]."}
+    )
+    temperature: float = field(default=2.0, metadata={"help": "What both models' logits are divided by."})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight <= 1:
+            raise ValueError(f"recover.distillation.weight must be in (0, 1], got {self.weight}.")
+        if not self.temperature > 0:
+            raise ValueError(f"recover.distillation.temperature must be above 0, got {self.temperature}.")
+
+
+@dataclass
+class RepairConfig:
+    """The `recover.repair` section: least squares on the maps that write into the residual stream, see repair.py."""
+
+    examples: int = field(default=64, metadata={"help": "Examples of the training data to repair on, evenly spaced."})
+    ridge: float = field(
+        default=0.1,
+        metadata={"help": "How strongly a weight is held back, relative to the mean square of its inputs."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.examples < 1:
+            raise ValueError(f"recover.repair.examples must be at least 1, got {self.examples}.")
+        if not self.ridge > 0:
+            raise ValueError(f"recover.repair.ridge must be above 0, got {self.ridge}.")
+
+
+@dataclass
+class RecoverConfig:
+    """The `recover` section: what is done to the pruned model after the cut, first repair, then retraining."""
+
+    repair: RepairConfig | None = None
+    distillation: DistillationConfig | None = None
+    data: DataConfig | None = field(
+        default=None, metadata={"help": "What is retrained on, such as instructions; default: what was searched on."}
+    )
+    lora: dict[str, Any] | None = field(
+        default=None, metadata={"help": "peft.LoraConfig of the retraining; default: all weights train."}
+    )
+    train: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "All other keys: TrainingArguments of a retraining, if there are any."}
+    )

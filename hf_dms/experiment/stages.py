@@ -1,0 +1,202 @@
+"""The stages of an experiment: the dense model, search and cut, repair and retraining; and how each is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from ..archs.plain_view import with_adapters, with_adapters_of
+from ..cut.formats import Plan
+from ..cut.slicing import plan_of, prune
+from ..gating.attach import copy_search_, gates_of
+from ..measure.speed import seconds_per_batch
+from ..refit.repair import repair_
+from ..report.numbers import sizes_and_costs
+from ..tasks.data import Examples, load_more_examples
+from ..tasks.evaluate import evenly_spaced, example_scores
+from ..training.distributed import make_whole_, say
+from ..training.exact_resume import train_or_resume_
+from ..training.finetune import train_
+from ..training.trainer import DMSTrainer
+from .prepare import load_model_config, lora_config, model_class, packing, training_arguments
+from .recipe import Recipe
+
+SEQUENCES = 64  # held-out sequences that perplexity is measured on, unless the recipe says otherwise
+
+
+def dense_model(recipe: Recipe, examples: Examples, folder: Path) -> PreTrainedModel:
+    """The dense model of a recipe: loaded (or randomly initialised for pipeline np), and fine-tuned if asked.
+
+    Args:
+        recipe: which one.
+        examples: what to fine-tune on, and the names of its classes.
+        folder: where the checkpoints of a fine-tuning are, or go.
+
+    Raises:
+        ValueError: the checkpoint lacks weights of the model, and the recipe does not train them.
+    """
+    finetuned = folder / "finetune"
+    model = _load_model(recipe, examples)
+    if recipe.finetune:
+        say("Fine-tuning the dense model ...")
+        arguments = training_arguments(recipe, "finetune", finetuned)
+        train_(model, arguments, examples, stage="fine-tuning", max_nonfinite_steps=recipe.dms.max_nonfinite_steps)
+    return model
+
+
+def search(
+    dense: PreTrainedModel, recipe: Recipe, examples: Examples, report: dict[str, Any], arguments: Any
+) -> tuple[Any, PreTrainedModel, Plan]:
+    """Search and cut; the report gets sizes, costs and the course of the search.
+
+    Returns:
+        The dense model with the gates of the search, and its adapters if the recipe has some; the pruned model; which
+        units of the dense one it holds.
+    """
+    lora = lora_config(recipe, "lora")
+    model: Any = dense
+    if recipe.model.quantization is not None:
+        packed = {"quantization_config": packing(recipe, dense.dtype), "device_map": {"": arguments.device}}
+        dense.cpu()
+        model = _load_model(recipe, examples, **packed)
+    model = model if lora is None else with_adapters(model, lora, arguments.seed)
+    say("Searching ...")
+    trainer = DMSTrainer(
+        model=model,
+        args=arguments,
+        dms_config=recipe.dms,
+        train_dataset=examples.train,
+        eval_dataset=held_out_examples(recipe, examples),
+        data_collator=examples.collate,
+    )
+    train_or_resume_(trainer)
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # measure in the model's own precision
+    if recipe.model.quantization is not None:
+        whole = dense.to(arguments.device) if lora is None else with_adapters_of(model, dense.to(arguments.device))
+        copy_search_(model, whole)
+        model, pruned = whole, prune(whole, inputs=trainer.example_inputs())
+    else:
+        pruned = trainer.prune()
+    make_whole_(model, arguments.device)
+    plan = plan_of(model)
+    report |= sizes_and_costs(model, plan, recipe.data.sequence_length)
+    report["search"] = [logs for logs in trainer.state.log_history if "task_loss" in logs]
+    return model, pruned, plan
+
+
+def recover_(
+    pruned: PreTrainedModel,
+    searched: PreTrainedModel,
+    plan: Plan,
+    recipe: Recipe,
+    examples: Examples,
+    folder: Path,
+    processor: Any,
+) -> Iterator[str]:
+    """Repair and retrain the pruned model, in place, as far as the recipe asks for it.
+
+    Args:
+        pruned: what the search ended in.
+        searched: the model of the search, without gates and adapters.
+        plan: which units of it the pruned one holds.
+        recipe: how.
+        examples: what to repair on, and to train on unless the recipe has other data for that.
+        folder: where the checkpoints of the fine-tuning are and those of the retraining go.
+        processor: the tokenizer or image processor.
+
+    Yields:
+        What the model is after each step: repaired, recovered.
+    """
+    repair, distillation = recipe.recover.repair, recipe.recover.distillation
+    dense = searched  # as long as its weights did not train
+    if recipe.dms.pipeline != "p-" and recipe.lora is None and (repair or distillation):
+        dense = dense_model(recipe, examples, folder).to(pruned.device).eval()
+    if repair is not None:
+        say("Repairing the pruned model ...")
+        rows = DataLoader(evenly_spaced(examples.train, repair.examples), 4, collate_fn=examples.collate)
+        batches = [{name: tensor.to(pruned.device) for name, tensor in batch.items()} for batch in rows]
+        repair_(pruned, dense, plan, batches, ridge=repair.ridge)
+        yield "repaired"
+    if recipe.recover.train:
+        say("Retraining the pruned model ...")
+        teacher = dense if distillation else None
+        if recipe.recover.data is not None:
+            examples = load_more_examples(recipe.recover.data, recipe.task, processor, examples)
+        arguments = training_arguments(recipe, "recover", folder / "recover")
+        train_(
+            pruned,
+            arguments,
+            examples,
+            teacher,
+            distillation,
+            lora=lora_config(recipe, "recover.lora"),
+            stage="retraining",
+            max_nonfinite_steps=recipe.dms.max_nonfinite_steps,
+        )
+        yield "recovered"
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+def score(model: PreTrainedModel, recipe: Recipe, examples: Examples) -> Tensor:
+    """What each held-out example adds to the metric of the recipe's task, `[examples]`."""
+    held_out = held_out_examples(recipe, examples)
+    return example_scores(model, recipe.task.metric, held_out, examples.collate, recipe.eval.batch_size)
+
+
+def held_out_examples(recipe: Recipe, examples: Examples) -> Any:
+    """The held-out examples that a recipe measures on."""
+    default = SEQUENCES if recipe.model.task == "text-generation" else None
+    return evenly_spaced(examples.held_out, recipe.eval.examples or default)
+
+
+def scores_on_soft_masks(model: PreTrainedModel, measure: Any) -> Tensor:
+    """Scores on the soft masks that the search ended with; what hard masks differ by is the cost of rounding."""
+    model.eval()
+    gates_of(model).train()
+    try:
+        return measure(model)
+    finally:
+        gates_of(model).eval()
+
+
+def speeds(
+    model: PreTrainedModel, pruned: PreTrainedModel, recipe: Recipe, examples: Examples
+) -> dict[str, dict[str, float]]:
+    """Speeds of both models for the report: tokens, texts or images per second of one batch."""
+    count = min(recipe.eval.batch_size, len(examples.held_out))
+    batch = examples.collate([examples.held_out[i] for i in range(count)])
+    amount = batch["input_ids"].numel() if recipe.model.task == "text-generation" else count
+    key, _ = recipe.task.speed
+    seconds = seconds_per_batch([model, pruned], batch)
+    return {name: {key: amount / each} for name, each in zip(("dense", "pruned"), seconds)}
+
+
+def _load_model(recipe: Recipe, examples: Examples, **packed: Any) -> PreTrainedModel:
+    dtype = recipe.model.dtype if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
+    config = load_model_config(recipe, examples.labels)
+    if recipe.dms.pipeline == "np":
+        dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
+        options = {"attn_implementation": recipe.model.attn_implementation} if recipe.model.attn_implementation else {}
+        return model_class(recipe).from_config(config, dtype=dtype, **options)
+    model, loading = model_class(recipe).from_pretrained(
+        recipe.model.path,
+        config=config,
+        revision=recipe.model.revision,
+        dtype=dtype,
+        attn_implementation=recipe.model.attn_implementation,
+        output_loading_info=True,
+        **packed,
+    )
+    if loading["missing_keys"] and not recipe.finetune:
+        raise ValueError(
+            f"model.path: '{recipe.model.path}' has no weights for {', '.join(sorted(loading['missing_keys']))}, which "
+            "would be random. Add a finetune section (finetune.max_steps or finetune.num_train_epochs) to train them "
+            "before the search."
+        )
+    return model

@@ -1,0 +1,205 @@
+"""Where a gate touches the running model: `attach_` and `detach_`.
+
+- Hidden size: every norm takes its statistics over the kept width and its output is masked. Every read of the residual
+  stream passes a norm, so nothing else needs to know; what a description says is read without one is masked itself.
+- Other widths: the input of every linear map that reads the dim is multiplied by its mask.
+- Depth: x + m·(layer(x) - x), the paper's x + m·f(x) for a residual block.
+
+A hard-masked model computes what the cut model computes. Nothing is wrapped or renamed; each multiplication keeps only
+what its backward needs once (its output, which the next matmul keeps anyway).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from ..archs.plain_view import adapted_layers, base_model_of, check_adapters, submodule
+from ..archs.registry import spec_for
+from ..archs.spec import BoundSpec, bind
+from ..config import DMSConfig
+from ..gates import Gates
+from ..masked_ops import GateResidual, MaskedNorm, MaskUnits
+from .checks import check_as_built, check_attachable, check_checkpointing, check_model
+from .gates_for import build_gates
+from .rounding import check_target
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """Where gates are: the architecture they are bound to, the request, and the hooks that read them."""
+
+    bound: BoundSpec
+    config: DMSConfig
+    hooks: list[RemovableHandle]
+
+
+def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
+    """Put gates on a model, in place; they are `model.dms_gates`.
+
+    In training mode the model then runs on soft masks, in evaluation mode on hard ones. Its parameters keep their names
+    and its state dict its keys. For a training loop of your own, after each backward pass of
+    `loss + model.dms_gates.resource_loss(progress)`: `model.dms_gates.update_importance_()`, then the optimizer's step.
+
+    Args:
+        model: a dense model of a supported architecture, or a `PeftModel` of one; adapters must be on it already.
+        dms_config: what to prune and how far.
+
+    Raises:
+        ValueError: the model or the request is one that cannot be served; the model is left untouched.
+    """
+    check_model(base_model_of(model), "attach_")
+    check_adapters(model)
+    model = base_model_of(model)
+    if has_gates(model):
+        raise ValueError("This model has gates already. Take them off with hf_dms.detach_(model) first.")
+    check_attachable(model)
+    spec = spec_for(model.config)
+    check_as_built(model)
+    bound = bind(spec, model)
+    gates = build_gates(bound, model, dms_config)
+    check_target(gates, bound, dms_config, model.config)
+    gates.train(model.training)
+    model.add_module("dms_gates", gates)
+    hooks = [model.register_forward_pre_hook(functools.partial(_compute_masks, gates))]
+    for name in gates.dims:
+        if name == bound.depth:
+            for layer, module in enumerate(submodule(model, bound.layers_path).children()):
+                hook = functools.partial(_gate_residual, gates, name, layer)
+                hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+        elif paths := list(norms(bound, name)):
+            for path in paths:
+                norm = submodule(model, path)
+                norm.forward = functools.partial(_masked_norm_forward, norm, gates, name)
+            for path in unnormed(bound, name):
+                hook = functools.partial(_mask_output, gates, name)
+                hooks.append(submodule(model, path).register_forward_hook(hook))
+        else:
+            for path, row, shape in masked_inputs(bound, name):
+                hook = functools.partial(_mask_input, gates, name, row, shape)
+                hooks.append(submodule(model, path).register_forward_pre_hook(hook))
+    gates.attachment = Attachment(bound, dms_config, hooks)
+
+
+def detach_(model: PreTrainedModel) -> None:
+    """Take the gates off a model, in place, without a trace.
+
+    Raises:
+        ValueError: the model has no gates.
+    """
+    gates, model = gates_of(model), base_model_of(model)
+    for hook in gates.attachment.hooks:
+        hook.remove()
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, functools.partial) and forward.func is _masked_norm_forward:
+            del module.forward
+    del model.dms_gates
+
+
+def check_gates_outside(model: nn.Module) -> None:
+    """Check that the adapters of a model with gates were on it before the gates.
+
+    Raises:
+        ValueError: a mask lies inside an adapted layer, whose adapters read what is not masked.
+    """
+    for path, layer in adapted_layers(model):
+        for hook in layer.get_base_layer()._forward_pre_hooks.values():
+            if getattr(hook, "func", None) is _mask_input:
+                raise ValueError(
+                    f"'{path}' was adapted after attach_, so that its adapters read what no mask has touched. Take the "
+                    "gates off with hf_dms.detach_(model), and attach them again before the search."
+                )
+
+
+def copy_search_(searched: nn.Module, model: Any) -> None:
+    """Put gates on a model, in place, as they are on another of the same sizes.
+
+    Args:
+        searched: a model with gates.
+        model: one without.
+    """
+    attach_(model, gates_of(searched).attachment.config)
+    gates_of(model).load_search_state_(gates_of(searched).search_state())
+
+
+def has_gates(model: nn.Module) -> bool:
+    """Whether a model has gates."""
+    return "dms_gates" in base_model_of(model)._modules
+
+
+def gates_of(model: nn.Module) -> Gates:
+    """The gates of a model.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    if not has_gates(model):
+        raise ValueError(f"{type(model).__name__} has no gates. Put them on with hf_dms.attach_(model, dms_config).")
+    gates = base_model_of(model)._modules["dms_gates"]
+    assert isinstance(gates, Gates)
+    return gates
+
+
+# ---- where masks go, derived from the description --------------------------------------------------------------------
+def masked_inputs(bound: BoundSpec, name: str) -> Iterator[tuple[str, int, tuple[int, int, int]]]:
+    """Linear maps that read a dim: (module path, row of its gates, (units before, units, after) on their input)."""
+    for parameter, param in bound.params.items():
+        path, _, leaf = parameter.rpartition(".")
+        if leaf == "weight" and len(param.axes) == 2 and name in param.axes[-1]:
+            axis = param.axes[-1]
+            place = axis.index(name)
+            before, after = bound.product(axis[:place]), bound.product(axis[place + 1 :])
+            yield path, (param.layer or 0) if bound.rows(name) > 1 else 0, (before, bound.sizes[name], after)
+
+
+def norms(bound: BoundSpec, name: str) -> Iterator[str]:
+    """Paths of the norms over a dim: the modules whose weight is a vector of it."""
+    for parameter, param in bound.params.items():
+        path, _, leaf = parameter.rpartition(".")
+        if leaf == "weight" and param.axes == ((name,),):
+            yield path
+
+
+def unnormed(bound: BoundSpec, name: str) -> Iterator[str]:
+    """Paths of the modules that write a dim to where it is read without a norm."""
+    for path in bound.spec.unnormed:
+        param = bound.params.get(f"{bound.prefix}{path}.weight")
+        if param is not None and param.axes[0] == (name,):
+            yield bound.prefix + path
+
+
+# ---- what the hooks do -----------------------------------------------------------------------------------------------
+def _compute_masks(gates: Gates, module: nn.Module, args: tuple) -> None:
+    if gates.training:
+        check_checkpointing(module)  # it may have been switched on since
+    gates.compute_masks_()
+
+
+def _mask_input(gates: Gates, name: str, row: int, shape: tuple[int, int, int], module: nn.Module, args: tuple):
+    return (MaskUnits.apply(args[0], gates.log_masks[name][row], shape), *args[1:])
+
+
+def _mask_output(gates: Gates, name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return MaskUnits.apply(output, gates.log_masks[name][0], (1, gates.dims[name].units, 1))
+
+
+def _gate_residual(gates: Gates, name: str, layer: int, module: nn.Module, args: tuple, kwargs: dict, output):
+    before = args[0] if args else kwargs["hidden_states"]
+    log_mask = gates.log_masks[name][0][layer]
+    if isinstance(output, tuple):
+        return (GateResidual.apply(before, output[0], log_mask), *output[1:])
+    return GateResidual.apply(before, output, log_mask)
+
+
+def _masked_norm_forward(norm: nn.Module, gates: Gates, name: str, x: Tensor) -> Tensor:
+    centered = isinstance(norm, nn.LayerNorm)
+    eps = norm.eps if centered else norm.variance_epsilon
+    bias = norm.bias if centered else None
+    return MaskedNorm.apply(x, gates.log_masks[name][0], norm.weight, bias, eps, centered)

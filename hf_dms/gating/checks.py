@@ -1,0 +1,115 @@
+"""Which models can have gates. What is wrong with one is said here, before anything touches it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from transformers import PreTrainedModel, initialization
+
+from ..archs.plain_view import PACKED, plain_parameters
+
+
+def check_model(model: object, function: str) -> None:
+    """Check that a model is one of transformers' own, without wrappers (PEFT's apart).
+
+    Args:
+        model: what a user gave.
+        function: to which function, for the message.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(model, PreTrainedModel):
+        return
+    inner = extract_model_from_parallel(model, keep_torch_compile=False) if isinstance(model, nn.Module) else model
+    inside = f" around a {type(inner).__name__}. Pass the model inside it, and wrap it afterwards."
+    raise ValueError(
+        f"{function} takes a transformers PreTrainedModel, got {type(model).__name__}"
+        + ("." if inner is model else inside)
+    )
+
+
+def check_attachable(model: PreTrainedModel) -> None:
+    """Check that a model's weights are all here, whole, in plain tensors, and that nothing bypasses the gates.
+
+    Raises:
+        ValueError: they are not, or something does.
+    """
+    method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
+    if getattr(model, "is_quantized", False) and method != "bitsandbytes":
+        raise ValueError(
+            f"This model is quantised by {method or 'an unknown method'}, whose weights cannot be cut. Load it without "
+            "quantisation, or in 8 or 4 bits by bitsandbytes."
+        )
+    for name, parameter, _ in plain_parameters(model):
+        if parameter.device.type == "meta":
+            raise ValueError(
+                f"Parameter '{name}' is on the meta device and has no weights: the model was never loaded, or a "
+                "device_map offloads that part. Load it with from_pretrained, on one device."
+            )
+        packed = type(parameter).__name__ in PACKED
+        if (type(parameter) is not nn.Parameter and not packed) or parameter.numel() == 0:
+            kind = type(parameter).__name__ if parameter.numel() else "tensor without elements"
+            raise ValueError(
+                f"Parameter '{name}' is a {kind}, not a whole plain tensor: the model is sharded (FSDP, tensor "
+                "parallel, ZeRO-3) or quantised. Load it on one device, without either."
+            )
+    if getattr(model, "use_kernels", False):
+        raise ValueError("use_kernels=True replaces norms and MLPs by fused kernels that bypass the gates. Set it off.")
+    check_checkpointing(model)
+
+
+def check_checkpointing(model: nn.Module) -> None:
+    """Check that activation checkpointing, if it is on, is not reentrant.
+
+    Reentrant checkpointing runs a backward pass per layer, and the masks of all layers share one graph.
+
+    Raises:
+        ValueError: it is.
+    """
+    for module in model.modules():
+        checkpointing = module.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(checkpointing, functools.partial) and checkpointing.keywords.get("use_reentrant"):
+            raise ValueError(
+                "This model has activation checkpointing with use_reentrant=True, which the gates cannot work with. "
+                "Leave it out: non-reentrant is the default."
+            )
+
+
+def check_as_built(model: PreTrainedModel) -> None:
+    """Check that a model has the parameters that its class and config give it, tied as they tie them.
+
+    The cut model is built from them.
+
+    Raises:
+        ValueError: one is missing, added, of another shape, tied or untied.
+    """
+    with torch.device("meta"), initialization.no_init_weights():
+        built = type(model)._from_config(copy.deepcopy(model.config))
+    built.tie_weights()
+    found, expected = _shapes_and_owners(model), _shapes_and_owners(built)
+    for name in [*found, *expected]:
+        if found.get(name) != expected.get(name):
+            raise ValueError(
+                f"Parameter '{name}' {_told(found.get(name), name)} here, and {_told(expected.get(name), name)} in a "
+                f"{type(model).__name__} built from this model's config. A module was replaced, wrapped or "
+                "quantised, or the parameter resized, tied or untied by hand. Put gates on the model as "
+                "from_pretrained returns it, and change it afterwards."
+            )
+
+
+def _shapes_and_owners(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape of every parameter by name, and the first name of the tensor."""
+    owners: dict[int, str] = {}
+    return {name: (shape, owners.setdefault(id(p), name)) for name, p, shape in plain_parameters(model)}
+
+
+def _told(shape_and_owner: tuple[tuple[int, ...], str] | None, name: str) -> str:
+    if shape_and_owner is None:
+        return "does not exist"
+    shape, owner = shape_and_owner
+    return f"has shape {shape}" + ("" if owner == name else f" and is tied to '{owner}'")

@@ -1,0 +1,181 @@
+"""What a request means for an architecture: its gates, the sizes they may take, and what cannot be served."""
+
+from __future__ import annotations
+
+from math import gcd, lcm
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..archs.costs import build_cost
+from ..archs.spec import BoundSpec
+from ..config import DMSConfig
+from ..gates import GatedDim, Gates, SearchSchedule
+from ..topk import default_sharpness
+from .rounding import has_alternative
+
+
+def build_gates(
+    bound: BoundSpec, model: PreTrainedModel, config: DMSConfig, device: torch.device | None = None
+) -> Gates:
+    """The gates that a request asks for on a bound model, by default on the model's device.
+
+    Raises:
+        ValueError: a dim that the architecture lacks, sizes that cannot be, a resource that it does not have.
+    """
+    check_request(bound, config)
+    if config.layout == "padded":
+        check_padding(bound, config, model.config)
+    depth = bound.depth
+    kept_layers = sorted({layer % bound.num_layers for layer in config.protect.get("layers", ())})
+    dims, leaders = [], gated_dims(bound, config)
+    for name, leader in leaders.items():
+        units, rows = bound.sizes[name], bound.rows(name)
+        low, high, step = size_range(bound, config, leaders, name)
+        whole = kept_layers if rows > 1 else []
+        dims.append(
+            GatedDim(
+                name=name,
+                rows=rows,
+                units=units,
+                sharpness=default_sharpness(units, config.sharpness),
+                shared=config.layout == "uniform" or rows == 1,
+                lowest=tuple(units if row in whole else low for row in range(rows)),
+                highest=tuple(units if row in whole else high for row in range(rows)),
+                protected=tuple(kept_layers) if name == depth else (),
+                step=step,
+                follows=leader,
+            )
+        )
+    fixed_sizes = {name: size for name, size in bound.sizes.items() if name not in {dim.name for dim in dims}}
+    cost = build_cost(bound, model, config.resource, config.resource_scope, config.sequence_length)
+    schedule = SearchSchedule(
+        target=config.target,
+        warmup_steps=config.warmup_steps,
+        importance_decay=config.importance_decay,
+        target_ramp=config.target_ramp,
+        target_schedule=config.target_schedule,
+        resource_weight=config.resource_weight,
+    )
+    return Gates(dims, fixed_sizes, cost, schedule, device=model.device if device is None else device)
+
+
+def dims_to_prune(bound: BoundSpec, config: DMSConfig) -> list[str]:
+    """Names of the dims that a request prunes, in the architecture's order."""
+    wanted = bound.spec.prunable if config.prune is None else config.prune
+    return [n for n in bound.spec.prunable if n in wanted and n not in config.protect.get("dims", ())]
+
+
+def gated_dims(bound: BoundSpec, config: DMSConfig) -> dict[str, str | None]:
+    """Every dim that a request gives gates, and the dim that it follows in size, if any.
+
+    Raises:
+        ValueError: layout uniform, and the stock config needs two dims to be pruned together of which only one is.
+    """
+    names = dims_to_prune(bound, config)
+    leaders: dict[str, str | None] = dict.fromkeys(names)
+    for product, whole in bound.spec.must_equal if config.layout == "uniform" else ():
+        (part,) = [name for name in product.split() if bound.spec.dim(name).scope != "fixed"]
+        if part in names and whole in names:
+            leaders[whole] = part
+        elif part in names or whole in names:
+            layouts = "per_layer" if whole in names else "per_layer or padded"
+            raise ValueError(
+                f"layout uniform: the stock config of {bound.spec.model_type} needs {whole} = "
+                f"{bound.sizes[whole] // bound.sizes[part]}·{part}, so {part} and {whole} can only be pruned together. "
+                f"Prune both, or use layout: {layouts}."
+            )
+    used = {factor for param in bound.params.values() for axis in param.axes for factor in axis}
+    return leaders | {dim.name: dim.follows for dim in bound.spec.dims if dim.follows in names and dim.name in used}
+
+
+def check_padding(bound: BoundSpec, config: DMSConfig, model_config: Any) -> None:
+    """Check that padded layers will have a stock config.
+
+    A layer's widths can be padded, the residual stream cannot: its norms would count the zeros. So where the stock
+    config ties the two together, the residual stream must stay whole; its dense size fits the dense widths.
+
+    Raises:
+        ValueError: layout padded, and a pruned residual stream that the stock config ties to the layers' widths.
+    """
+    spec, pruned = bound.spec, dims_to_prune(bound, config)
+    limits = spec.must_equal + (() if has_alternative(bound, model_config) else spec.must_divide)
+    for product, whole in limits:
+        if whole in pruned and spec.dim(whole).scope == "model":
+            others = ", ".join(name for name in spec.prunable if name != whole)
+            raise ValueError(
+                f"layout padded: the stock config of {spec.model_type} ties {whole} to '{product}', and {whole} cannot "
+                f"be padded. Prune others only, as prune: [{others}], or use layout: per_layer."
+            )
+
+
+def size_range(bound: BoundSpec, config: DMSConfig, leaders: dict[str, str | None], name: str) -> tuple[int, int, int]:
+    """Smallest and largest size of a dim and the step between sizes, such that the dims that follow it keep theirs.
+
+    Raises:
+        ValueError: there is no such size.
+    """
+    step, protect = config.round_to.get(name, 1), config.protect
+    low, high = protect.get("min", {}).get(name, 1), protect.get("max", {}).get(name, bound.sizes[name])
+    if name == bound.depth:
+        low = max(low, len({layer % bound.num_layers for layer in protect.get("layers", ())}))
+    for follower in (follower for follower, leader in leaders.items() if leader == name):
+        factor = bound.sizes[follower] // bound.sizes[name]
+        least, most, its_step = size_range(bound, config, leaders, follower)
+        low, high = max(low, -(-least // factor)), min(high, most // factor)
+        step = lcm(step, its_step // gcd(its_step, factor))
+    low, high = -(-low // step) * step, high // step * step
+    if low > high:
+        together = " and ".join([name, *(follower for follower, leader in leaders.items() if leader == name)])
+        raise ValueError(
+            f"dms.protect and dms.round_to leave no size for {together}: at least {low}, at most {high}. Loosen them"
+            + (", or use layout: per_layer." if together != name else ".")
+        )
+    return low, high, step
+
+
+def check_request(bound: BoundSpec, config: DMSConfig) -> None:
+    """Check a request against an architecture.
+
+    Raises:
+        ValueError: it names a dim that the architecture lacks, or sizes or layers that cannot be.
+    """
+    spec, protect = bound.spec, config.protect
+    named = {
+        "dms.prune": config.prune or (),
+        "dms.round_to": config.round_to,
+        "dms.protect.dims": protect.get("dims", ()),
+        "dms.protect.min": protect.get("min", {}),
+        "dms.protect.max": protect.get("max", {}),
+    }
+    for option, names in named.items():
+        for name in names:
+            if name not in spec.prunable:
+                raise ValueError(
+                    f"{option}: {spec.model_type} has no dim '{name}'. Its dims are {', '.join(spec.prunable)}."
+                )
+    pruned = dims_to_prune(bound, config)
+    if not pruned:
+        raise ValueError("Nothing is left to prune: dms.protect.dims names every dim of dms.prune.")
+    for layer in protect.get("layers", ()):
+        if not isinstance(layer, int) or not -bound.num_layers <= layer < bound.num_layers:
+            raise ValueError(f"dms.protect.layers: the model has layers 0 to {bound.num_layers - 1}, got {layer!r}.")
+    widths = [name for name in pruned if spec.dim(name).scope == "layer"]
+    if protect.get("layers") and widths and config.layout == "uniform":
+        raise ValueError(
+            f"dms.protect.layers with layout uniform: all layers get the same {' and '.join(widths)}, so no layer can "
+            "be left whole. Use layout: per_layer, or prune only layers and hidden."
+        )
+    for name in pruned:
+        step, units = config.round_to.get(name, 1), bound.sizes[name]
+        low, high = protect.get("min", {}).get(name, 1), protect.get("max", {}).get(name, units)
+        if not (isinstance(low, int) and isinstance(high, int) and 1 <= low <= high <= units):
+            raise ValueError(
+                f"dms.protect: sizes of {name} must lie in 1 to {units}, min at most max; got min {low}, max {high}."
+            )
+        if -(-low // step) * step > high // step * step:
+            raise ValueError(
+                f"dms.round_to.{name} = {step}: no multiple of it lies between {low} and {high}, the sizes allowed for "
+                f"{name}. Choose a smaller one."
+            )

@@ -1,0 +1,276 @@
+"""From learned prune ratios to whole sizes that keep the budget exactly.
+
+The learned sizes (1 - a)·N are scaled by one common factor, the largest with which their rounded values fit. Then, as
+long as one more step of some dim fits, the dim that is furthest below its learned size takes it. So the result is at
+most the target, maximal (no single allowed step of any dim still fits), and near what was learned.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from math import lcm
+
+import torch
+from torch import Tensor
+
+from ..archs.spec import BoundSpec
+from ..config import DMSConfig
+from ..gates import Gates
+from ..resource import Sizes
+from ..topk import topk_mask
+
+State = dict[str, Tensor]  # whole size of every prune ratio, `[num_ratios]` int64 per dim
+
+
+@dataclass(frozen=True)
+class Divisor:
+    """`unit · size(dim)` must divide the size of `multiple`: what a stock config can express."""
+
+    dim: str
+    unit: int
+    multiple: str
+
+
+def stock_limits(bound: BoundSpec, config: DMSConfig, model_config, gated: tuple[str, ...]) -> list[Divisor]:
+    """The limits of the stock config that the sizes must respect.
+
+    None where layers have sizes of their own. Where an alternative stock class has no such limit (Mistral for Llama),
+    the limits hold only if the other side is free to follow: pruned, and with no multiple of its own.
+    """
+    if config.layout != "uniform":
+        return []
+    limits = []
+    for factors, multiple in bound.spec.must_divide:
+        (dim,) = [name for name in factors.split() if bound.spec.dim(name).scope != "fixed"]
+        free = multiple in gated and config.round_to.get(multiple, 1) == 1
+        if (dim in gated or multiple in gated) and (free or not has_alternative(bound, model_config)):
+            limits.append(Divisor(dim, bound.product(factors) // bound.sizes[dim], multiple))
+    return limits
+
+
+def excluded_sizes(bound: BoundSpec, gates: Gates) -> dict[str, int]:
+    """Per gated dim the size, if there is one, at which the stock class would be another architecture."""
+    excluded: dict[str, int] = {}
+    for fixed, name in bound.spec.must_differ:
+        if name in gates.dims:
+            leader = gates.dims[name].follows or name
+            size, rest = divmod(bound.sizes[fixed] * bound.sizes[leader], bound.sizes[name])
+            excluded |= {leader: size} if rest == 0 else {}
+    return excluded
+
+
+def has_alternative(bound: BoundSpec, model_config) -> bool:
+    """Whether the model can be written as another stock class that has fewer limits."""
+    spec = bound.spec
+    return spec.alternative is not None and not any(
+        getattr(model_config, name, False) for name in spec.alternative_needs
+    )
+
+
+def round_sizes(gates: Gates, bound: BoundSpec, config: DMSConfig, model_config) -> Sizes:
+    """Whole sizes for every gated dim that keep the budget.
+
+    Args:
+        gates: prune ratios, importance and cost.
+        bound: the architecture.
+        config: the target, multiples and protections.
+        model_config: the dense model's config.
+
+    Returns:
+        Per dim `[rows]` int64.
+
+    Raises:
+        ValueError: no allowed sizes meet the target; the message names the lowest target that can be met.
+    """
+    return _Rounding(gates, bound, config, model_config).solve()
+
+
+def check_target(gates: Gates, bound: BoundSpec, config: DMSConfig, model_config) -> None:
+    """Check that allowed sizes can meet the target.
+
+    Raises:
+        ValueError: they cannot; the message names the lowest target that can be met.
+    """
+    _Rounding(gates, bound, config, model_config).smallest()
+
+
+class _Rounding:
+    def __init__(self, gates: Gates, bound: BoundSpec, config: DMSConfig, model_config) -> None:
+        self.gates = gates
+        self.target = config.target
+        self.budget = config.target * gates.dense_resource
+        self.limits = stock_limits(bound, config, model_config, tuple(gates.dims))
+        self.fixed = bound.sizes
+        self.depth = bound.depth
+        self.step, self.low, self.high, self.learned = {}, {}, {}, {}
+        for name, dim in gates.dims.items():
+            if dim.follows is not None:
+                continue
+            self.step[name] = dim.step
+            low, high = torch.tensor(dim.lowest), torch.tensor(dim.highest)
+            self.low[name] = low.max()[None] if dim.shared else low
+            self.high[name] = high.min()[None] if dim.shared else high
+            ratio = gates.ratio(name).detach().double().cpu()
+            self.learned[name] = (1 - ratio[: dim.num_ratios]) * dim.units
+        self.excluded = excluded_sizes(bound, gates)
+        for name, size in self.excluded.items():
+            self.low[name] += self.step[name] * (self.low[name] == size)
+            self.high[name] -= self.step[name] * (self.high[name] == size)
+            if self.low[name] > self.high[name]:
+                raise ValueError(
+                    f"dms.protect and dms.round_to leave {name} no size but {size}, at which the stock "
+                    f"{bound.spec.model_type} is another architecture. Loosen them."
+                )
+
+    def solve(self) -> Sizes:
+        state = self.smallest()
+        scale, state = self._largest_fitting_scale(state)
+        state = self._with_free_dims_whole(state)
+        while (grown := self._grow(state, scale)) is not None:
+            state = grown
+        dropped = list(self._dropped_layers(state))  # growing them unit by unit would take long and change nothing
+        for name, value in state.items():
+            if len(value) > 1:
+                value[dropped] = self.high[name][dropped]
+        return {name: self.rows(state, name).clone() for name in self.gates.dims}
+
+    def rows(self, state: State, name: str) -> Tensor:
+        """Sizes of all rows of a dim, `[..., rows]`, of those of its prune ratios or of the dim that it follows."""
+        dim = self.gates.dims[name]
+        if dim.follows is not None:
+            return self.gates.following_units(name, self.rows(state, dim.follows))
+        return state[name].expand(*state[name].shape[:-1], dim.rows)
+
+    def smallest(self) -> State:
+        """The smallest allowed sizes.
+
+        Raises:
+            ValueError: even they do not meet the target.
+        """
+        state = self.snap(0.0)
+        lowest = float(self.count(state)) / self.gates.dense_resource
+        if self.count(state) > self.budget:
+            shown = math.ceil(lowest * 1e4) / 1e4
+            raise ValueError(
+                f"dms.target = {self.target:g} cannot be reached: with every pruned dim at its smallest size "
+                f"{lowest:.4f} of the dense resource remains. Raise the target to at least {shown:.4f}, prune more "
+                "dims, or loosen protect and round_to."
+            )
+        return state
+
+    def _largest_fitting_scale(self, state: State) -> tuple[float, State]:
+        """Bisect for the common factor; `state` is that of factor 0, which fits."""
+        low, high = 0.0, max(float((self.high[name] / self.learned[name].clamp(min=1e-6)).max()) for name in state)
+        high = min(high + 1.0, 1e9)
+        for _ in range(64):
+            middle = (low + high) / 2
+            candidate = self.snap(middle)
+            if self.count(candidate) <= self.budget:
+                low, state = middle, candidate
+            else:
+                high = middle
+        return low, state
+
+    def snap(self, scale: float) -> State:
+        """The allowed sizes nearest to `scale` times the learned ones."""
+        state = {}
+        for name, learned in self.learned.items():
+            step = self.step[name]
+            nearest = ((learned * scale / step + 0.5).floor() * step).long()
+            state[name] = torch.minimum(torch.maximum(nearest, self.low[name]), self.high[name])
+            if name in self.excluded:
+                state[name] -= step * (state[name] == self.excluded[name])
+        for limit in self.limits:
+            self._respect_(state, limit)
+        return state
+
+    def _respect_(self, state: State, limit: Divisor) -> None:
+        """Lower the sizes until a limit holds: the multiple to the next one below, or, if it is fixed, the divisor."""
+        if limit.multiple in state:
+            divisor = limit.unit * (int(state[limit.dim]) if limit.dim in state else self.fixed[limit.dim])
+            step = lcm(self.step[limit.multiple], divisor)
+            low = -(-int(self.low[limit.multiple]) // step) * step
+            value = max(int(state[limit.multiple]) // step * step, low)
+            if value <= int(self.high[limit.multiple]):
+                state[limit.multiple] = torch.tensor([value])
+                return
+        candidates = (
+            range(int(self.low[limit.dim]), int(state[limit.dim]) + 1, self.step[limit.dim])
+            if limit.dim in state
+            else ()
+        )
+        allowed = [size for size in candidates if self._allowed(state | {limit.dim: torch.tensor([size])})]
+        if not allowed:
+            layouts = "per_layer" if limit.multiple in state else "per_layer or padded"
+            raise ValueError(
+                f"layout uniform: no allowed sizes make {limit.unit}·{limit.dim} a divisor of {limit.multiple}, which "
+                f"the stock config demands. Use layout: {layouts}, or loosen protect and round_to."
+            )
+        state[limit.dim] = torch.tensor([max(allowed)])
+
+    def _allowed(self, state: State) -> bool:
+        def size(name: str) -> int:
+            return int(state[name]) if name in state else self.fixed[name]
+
+        divide = all(size(limit.multiple) % (limit.unit * size(limit.dim)) == 0 for limit in self.limits)
+        return divide and all(size(name) != excluded for name, excluded in self.excluded.items())
+
+    def _with_free_dims_whole(self, state: State) -> State:
+        """Leave a dim uncut if that costs nothing, as the MLP's width in key-value bytes."""
+        bound_by_limits = {name for limit in self.limits for name in (limit.dim, limit.multiple)}
+        for name in set(state) - bound_by_limits:
+            whole = state | {name: self.high[name]}
+            if self.count(whole) == self.count(state):
+                state = whole
+        return state
+
+    def _grow(self, state: State, scale: float) -> State | None:
+        """The state after one more allowed step of the dim that is furthest below its learned size, if any fits."""
+        dropped = self._dropped_layers(state)
+        gates = [
+            (name, i) for name, value in state.items() for i in range(len(value)) if len(value) == 1 or i not in dropped
+        ]
+        steps = [(name, i, size) for name, i in gates if (size := self._next(state, name, i))]
+        if not steps:
+            return None
+        candidates = {name: value.repeat(len(steps), 1) for name, value in state.items()}
+        for row, (name, i, size) in enumerate(steps):
+            candidates[name][row, i] = size
+        fits = self.count(candidates) <= self.budget
+        best, best_lack = None, -torch.inf
+        for row, (name, i, size) in enumerate(steps):
+            current = int(state[name][i])
+            lack = (scale * float(self.learned[name][i]) - current) / (size - current)
+            if fits[row] and lack > best_lack:
+                best, best_lack = row, lack
+        return None if best is None else {name: value[best] for name, value in candidates.items()}
+
+    def _dropped_layers(self, state: State) -> set[int]:
+        """Layers that go as a whole: their widths cost nothing and say nothing."""
+        if self.depth not in state:
+            return set()
+        mask = topk_mask(self.gates.importance(self.depth)[0].cpu(), state[self.depth].squeeze())
+        return set((mask == 0).nonzero().flatten().tolist())
+
+    def _next(self, state: State, name: str, i: int) -> int | None:
+        """The next larger allowed size of one prune ratio, all others unchanged."""
+        step = self.step[name]
+        for limit in self.limits:
+            if limit.multiple == name:
+                step = lcm(step, limit.unit * (int(state[limit.dim]) if limit.dim in state else self.fixed[limit.dim]))
+        size, high = int(state[name][i]) + step, int(self.high[name][i])
+        while size <= high:
+            checked = self.limits or name in self.excluded
+            if not checked or self._allowed(state | {name: torch.tensor([size])}):
+                return size
+            size += step
+        return None
+
+    def count(self, state: State) -> Tensor:
+        """The limited resource, `[...]` float64, of sizes `[..., num_ratios]`."""
+        sizes = {name: size.cpu() for name, size in self.gates.dense_sizes().items()}
+        for name in self.gates.dims:
+            sizes[name] = self.rows(state, name).double()
+        device = self.gates.prune_ratio.device
+        return self.gates.count({name: size.to(device) for name, size in sizes.items()}).cpu()

@@ -1,0 +1,178 @@
+"""A model's layers, run one by one: what each is called with, and what its maps write into the residual stream.
+
+What repair.py walks a dense and a cut model with. Where a layer writes is derived from the description, and how (is the
+sum normalised or only what a block reads of it?) from running one; nothing here knows a module's name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..archs.spec import BoundSpec
+from ..cut.verify import TOLERANCE
+
+Batches = Sequence[Mapping[str, Tensor]]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+# ---- where a layer writes, derived from the description and from running one -----------------------------------------
+@dataclass(frozen=True)
+class Places:
+    """Modules inside a layer, by their paths.
+
+    Attributes:
+        writes: the linear maps that write into the residual stream, in the order in which they run.
+        norms: the norms that the stream itself passes, one after each write (BERT); none where a norm is only in front
+            of what reads the stream (Llama, ViT).
+    """
+
+    writes: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
+
+
+def stream_dim(bound: BoundSpec) -> str:
+    """The dim of the residual stream: what a linear map inside a layer gives and the layer does not own."""
+    axes = (param.axes for param in bound.params.values() if param.layer == 0)
+    names = (axis[0][0] for axis in axes if len(axis) == 2 and len(axis[0]) == 1)
+    return next(name for name in names if bound.spec.dim(name).scope != "layer")
+
+
+def find_places(walk: Walk, bound: BoundSpec) -> Places:
+    """Run the first layer to see how its maps write into the stream.
+
+    Raises:
+        ValueError: neither as a Llama's nor as a BERT's do.
+    """
+    inside, stream = f"{bound.layers_path}.0.", (stream_dim(bound),)
+    modules: dict[int, list[str]] = {1: [], 2: []}
+    for name, param in bound.params.items():
+        if param.layer == 0 and name.endswith(".weight") and param.axes[0] == stream and len(param.axes) in modules:
+            modules[len(param.axes)].append(name.removeprefix(inside).removesuffix(".weight"))
+    writes, norms = tuple(modules[2]), tuple(modules[1])
+    for places in (Places(writes), Places(writes, norms)):
+        recorder = walk.run(0, 0, places)
+        as_said = all(_same(norm_input, total) for norm_input, total in zip(recorder.normed, recorder.sums.values()))
+        if as_said and _same(recorder.output, recorder.stream):
+            return Places(tuple(recorder.sums), places.norms)
+    raise ValueError(
+        f"repair: what {', '.join(writes)} of a {bound.spec.model_type} layer write is not added to the residual "
+        "stream as it is, or not everything that is added comes from them. This architecture cannot be repaired."
+    )
+
+
+def _same(tensor: Tensor, other: Tensor) -> bool:
+    difference = (tensor.double() - other.double()).abs().max()
+    return bool(difference <= TOLERANCE[tensor.dtype] * other.double().abs().max())
+
+
+class _Stop(Exception):
+    """A layer has run far enough."""
+
+
+class Recorder:
+    """Follows the residual stream through one run of a layer.
+
+    Attributes:
+        stream: the stream as it is by now.
+        inputs: per map that has written, its input.
+        sums: per map that has written, the stream with what it wrote, before a norm that the stream passes.
+        normed: the inputs of the norms that the stream is said to pass.
+        output: the layer's output, once it has run to its end.
+    """
+
+    output: Tensor
+
+    def __init__(self, stream: Tensor, until: str | None) -> None:
+        self.stream, self.until = stream, until
+        self.inputs: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
+        self.normed: list[Tensor] = []
+
+    @contextlib.contextmanager
+    def on(self, layer: nn.Module, places: Places) -> Iterator[None]:
+        """Listen to a layer for a while."""
+        hooks = [layer.get_submodule(path).register_forward_hook(self._normed) for path in places.norms]
+        wrote = {path: functools.partial(self._wrote, path) for path in places.writes}
+        hooks += [layer.get_submodule(path).register_forward_hook(hook) for path, hook in wrote.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _wrote(self, path: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.inputs[path] = args[0]
+        self.sums[path] = self.stream = self.stream + output
+        if path == self.until:
+            raise _Stop
+
+    def _normed(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.normed.append(args[0])
+        self.stream = output
+
+
+# ---- layer by layer --------------------------------------------------------------------------------------------------
+class Walk:
+    """A model's layers, and every batch on its way through them.
+
+    Attributes:
+        layers: the layers.
+        calls: per batch and layer, what the model calls the layer with beside the hidden state.
+        hidden: per batch, the hidden state `[batch, tokens, hidden]` in front of the layer that comes next.
+    """
+
+    def __init__(self, model: PreTrainedModel, bound: BoundSpec, batches: Batches) -> None:
+        base: Any = model.base_model
+        self.layers: list[nn.Module] = list(base.get_submodule(bound.spec.layers).children())
+        self.calls: list[list[Call]] = []
+        self.hidden: list[Tensor] = []
+        options = {} if bound.spec.cache is None else {"use_cache": False}
+        for batch in batches:
+            with _skipped(self.layers) as calls:
+                base(**{name: value.to(model.device) for name, value in batch.items()}, **options)
+            self.hidden.append(calls[0][0])
+            self.calls.append([call for _, call in calls])
+
+    def run(self, layer: int, batch: int, places: Places, until: str | None = None) -> Recorder:
+        """Run a layer on a batch, no further than to what the map `until` writes."""
+        args, kwargs = self.calls[batch][layer]
+        recorder = Recorder(self.hidden[batch], until)
+        with contextlib.suppress(_Stop), recorder.on(self.layers[layer], places):
+            output = self.layers[layer](self.hidden[batch], *args, **kwargs)
+            recorder.output = output[0] if isinstance(output, tuple) else output
+        return recorder
+
+    def advance(self, layer: int) -> None:
+        """Let every batch pass a layer."""
+        for batch in range(len(self.hidden)):
+            self.hidden[batch] = self.run(layer, batch, Places()).output
+
+
+@contextlib.contextmanager
+def _skipped(layers: list[nn.Module]) -> Iterator[list[tuple[Tensor, Call]]]:
+    """Let layers return their hidden state as it is for a while, and list what they are called with."""
+    calls: list[tuple[Tensor, Call]] = []
+
+    def skip(*args, **kwargs) -> Tensor:
+        if not args:
+            args = (kwargs.pop("hidden_states"),)
+        calls.append((args[0], (args[1:], kwargs)))
+        return args[0]
+
+    before = [layer.__dict__.get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = skip
+    try:
+        yield calls
+    finally:
+        for layer, forward in zip(layers, before):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward

@@ -1,0 +1,1 @@
+"""What a prune came to: numbers, tables, model card, page, figures."""

@@ -1,0 +1,204 @@
+"""What a prune came to: the numbers of `dms_report.json`, and a table for the terminal and the model card."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import datasets
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from .. import __version__
+from ..archs.costs import build_cost
+from ..archs.plain_view import base_model_of
+from ..archs.spec import BoundSpec
+from ..config import RESOURCES
+from ..cut.formats import Plan, kept_units, written_sizes
+from ..gates import Gates
+from ..gating.attach import gates_of
+from ..resource import Sizes
+from ..tasks.task import TASKS
+
+REPORT = "dms_report.json"
+FORMAT = 1  # of dms_report.json, see dms_report.schema.json
+ROWS = {  # key of dms_report.json: (words of the table, format)
+    "num_params": ("parameters", ",.0f"),
+    "macs_per_token": ("MACs per token", ",.0f"),
+    "kv_bytes_per_token": ("KV bytes per token", ",.0f"),
+    "kept_num_params": ("parameters without padding", ",.0f"),
+    "kept_macs_per_token": ("MACs per token without padding", ",.0f"),
+    "kept_kv_bytes_per_token": ("KV bytes per token without padding", ",.0f"),
+    "perplexity": ("held-out perplexity", ".2f"),
+    "accuracy": ("held-out accuracy", ".4f"),
+} | {key: (words, ",.0f") for key, words in (task.speed for task in TASKS.values())}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what produced a result."""
+    modules = (torch, transformers, accelerate, datasets)
+    named = {module.__name__: str(module.__version__) for module in modules}
+    return {"hf_dms": __version__, "python": platform.python_version()} | named
+
+
+def sizes_by_layer(plan: Plan, bound: BoundSpec) -> dict[str, list[int]]:
+    """Units that a plan keeps of each dim, per layer of the dense model, 0 where the layer is gone."""
+    layers = kept_units(plan, bound.depth, None, bound.num_layers).tolist()
+    return {
+        name: [units if len(rows) == 1 or layer in layers else 0 for layer, units in enumerate(rows)]
+        for name, rows in plan.sizes.items()
+    }
+
+
+def shape(plan: Plan, bound: BoundSpec) -> dict[str, Any]:
+    """What was cut.
+
+    Returns:
+        `sizes`, see `sizes_by_layer`; `units`, how many of each the dense model has; `kept_layers`, the indices of the
+        dense model's layers that stay.
+    """
+    return {
+        "sizes": sizes_by_layer(plan, bound),
+        "units": {name: bound.sizes[name] for name in plan.kept},
+        "kept_layers": kept_units(plan, bound.depth, None, bound.num_layers).tolist(),
+    }
+
+
+def sizes_and_costs(model: PreTrainedModel, plan: Plan, sequence_length: int) -> dict[str, Any]:
+    """Exact sizes and costs of the dense model and of the one that `prune` makes of it.
+
+    Args:
+        model: a model with gates.
+        plan: `plan_of` it.
+        sequence_length: tokens per sequence, for the attention scores in the MACs.
+
+    Returns:
+        `{"dense": {num_params, macs_per_token, kv_bytes_per_token}, "pruned": {...}}` and what `shape` returns.
+        "pruned" is what is written; for layout padded both have also kept_num_params, ...: what is left without the
+        zeros, which is what the target limits.
+    """
+    model = base_model_of(model)
+    gates = gates_of(model)
+    bound, config = gates.attachment.bound, gates.attachment.config
+    sizes = {name: torch.tensor(units, dtype=torch.float64) for name, units in plan.sizes.items()}
+    result: dict[str, Any] = {"dense": {}, "pruned": {}} | shape(plan, bound)
+    dense = gates.dense_sizes()
+    counts = {("dense", ""): dense, ("pruned", ""): _on(gates, dense | sizes)}
+    if config.layout == "padded":
+        counts |= {(key, "kept_"): at for (key, _), at in counts.items()}
+        padded = written_sizes(bound, plan, config.layout, model.config)[0]
+        counts["pruned", ""] = {name: torch.full_like(size, padded[name]) for name, size in dense.items()}
+    names = {"params": "num_params", "macs": "macs_per_token", "kv_bytes": "kv_bytes_per_token"}
+    for resource in RESOURCES:
+        if resource == "kv_bytes" and bound.spec.cache is None:
+            continue
+        cost = build_cost(bound, model, resource, "model", sequence_length)
+        for (key, prefix), at in counts.items():
+            result[key][prefix + names[resource]] = int(gates.count(at, cost))
+    return result
+
+
+def _on(gates: Gates, sizes: Sizes) -> Sizes:
+    return {name: size.to(gates.prune_ratio.device) for name, size in sizes.items()}
+
+
+# ---- the file --------------------------------------------------------------------------------------------------------
+def as_written(report: dict[str, Any]) -> dict[str, Any]:
+    """A report as `dms_report.json` has it: numbers that are not finite are None, as JSON has none such, and this
+    machine's folders are left out, since the file is pushed with the model.
+    """
+    report = {"format": FORMAT} | report
+    for section in ("model", "recipe"):
+        if section in report:
+            report[section] = without_local_paths(report[section])
+    return _finite(report)
+
+
+def to_json(written: dict[str, Any]) -> str:
+    """The text of `dms_report.json`, of what `as_written` returned."""
+    return json.dumps(written, indent=2, allow_nan=False) + "\n"
+
+
+def without_local_paths(values: Any, key: str = "") -> Any:
+    """A recipe in which local paths are told by their last part, `.../name`, which is never a Hub id.
+
+    Args:
+        values: the recipe, a section or a value of it.
+        key: the value's name. What is to be read by people (`eval`) stays as it is.
+    """
+    if isinstance(values, dict):
+        return {name: value if name == "eval" else without_local_paths(value, name) for name, value in values.items()}
+    if not isinstance(values, str) or not values:
+        return values
+    may_be = key in ("path", "held_out") or "/" in values or "\\" in values
+    absolute = Path(values).is_absolute() or values.startswith("~")
+    local = absolute or (may_be and Path(values).exists())
+    return f".../{Path(values).name}" if local else values
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---- tables and lines for people -------------------------------------------------------------------------------------
+def columns_of(report: dict[str, Any]) -> list[str]:
+    """The models that a report measured, in order."""
+    return [name for name in ("dense", "pruned", "repaired", "recovered") if name in report]
+
+
+def table_rows(report: dict[str, Any]) -> list[tuple[str, list[str], str]]:
+    """Dense against pruned: (words, what each model of `columns_of` has, the last one against the dense one)."""
+    columns = columns_of(report)
+    rows = []
+    for key, (words, number) in ROWS.items():
+        values = [report[name].get(key, report["pruned"].get(key)) for name in columns]
+        if all(value is not None for value in values):
+            change = _points(report[columns[-1]]) if key == "accuracy" else f"{values[-1] / values[0]:.3f}"
+            rows.append((words, [format(value, number) for value in values], change))
+    return rows
+
+
+def table(report: dict[str, Any]) -> str:
+    """Dense against pruned, for the terminal and the model card (a Markdown table)."""
+    columns = columns_of(report)
+    lines = [f"| | {' | '.join(columns)} | {columns[-1]} / dense |", "|---" * (len(columns) + 2) + "|"]
+    lines += [f"| {words} | {' | '.join(cells)} | {change} |" for words, cells, change in table_rows(report)]
+    return "\n".join(lines)
+
+
+def _points(measured: dict[str, Any]) -> str:
+    """The paired difference from the dense model, with its standard error if it has one, in percentage points."""
+    difference, error = measured["difference"], measured["difference_stderr"]
+    return f"{100 * difference:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}") + " points"
+
+
+def sizes_table(sizes: dict[str, list[int]]) -> str:
+    """A Markdown table of `sizes_by_layer`."""
+    rows = (f"| {dim} | {', '.join(map(str, units))} |" for dim, units in sizes.items())
+    return "\n".join(["| dim | units kept |", "|---|---|", *rows])
+
+
+def loading_lines(auto: str, processor: str | None, model_class: str, path: str) -> str:
+    """The lines of Python that load a result.
+
+    Args:
+        auto: name of the Auto class.
+        processor: name of the Auto class of what prepares its inputs, if that is in the folder.
+        model_class: name of its class; that of a per-layer model begins with Dms.
+        path: its folder.
+    """
+    extra = ", trust_remote_code=True)  # or `import hf_dms` first" if model_class.startswith("Dms") else ")"
+    lines = [
+        f"from transformers import {', '.join(filter(None, (auto, processor)))}",
+        f'model = {auto}.from_pretrained("{path}"{extra}',
+    ]
+    return "\n".join([*lines, f'processor = {processor}.from_pretrained("{path}")'] if processor else lines)

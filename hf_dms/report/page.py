@@ -1,0 +1,206 @@
+"""`report.html`: one file that opens offline and shows a prune, made from the content of `dms_report.json`.
+
+Jinja2 fills `report.html.jinja` and escapes every value; `charts.py` says where lines and bars go. The page has no
+script and fetches nothing, and its own content policy forbids both.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ..cut.modeling_dms import AUTO_CLASSES
+from ..experiment.eval_command import ENDINGS
+from ..tasks.task import TASKS
+from . import charts
+from .charts import Chart, bar_chart, course, kept_ranges, line_chart
+from .numbers import FORMAT, REPORT, columns_of, loading_lines, sizes_table, table, table_rows
+from .runtimes import STATUSES, layout_of, verdicts
+
+PAGE = "report.html"
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+TEMPLATES.globals.update(
+    {name: getattr(charts, name) for name in ("WIDTH", "HEIGHT", "LEFT", "RIGHT", "TOP", "BOTTOM")}
+)
+
+
+def render(report: dict[str, Any], config: dict[str, Any], name: str) -> str:
+    """The page.
+
+    Args:
+        report: the content of `dms_report.json`.
+        config: the content of the pruned model's `config.json`.
+        name: of the model.
+    """
+    recipe = report.get("recipe")
+    return TEMPLATES.get_template("report.html.jinja").render(
+        name=name,
+        report=report,
+        source=source_of(report),
+        tiles=tiles(report),
+        columns=columns_of(report),
+        rows=table_rows(report),
+        errors=standard_errors(report),
+        whole_model=[
+            (dim, units[0], report["units"][dim]) for dim, units in report["sizes"].items() if len(units) == 1
+        ],
+        cut=[
+            bar_chart(dim, units, report["units"][dim], report["kept_layers"])
+            for dim, units in report["sizes"].items()
+            if len(units) > 1
+        ],
+        search=search_charts(report),
+        samples=report.get("samples") or [],
+        verdicts=verdicts(config),
+        statuses=STATUSES,
+        layout=layout_of(config),
+        loading=loading(report["model_class"], name),
+        recipe=json.dumps(recipe, indent=2, ensure_ascii=False) if recipe else None,
+    )
+
+
+def source_of(report: dict[str, Any]) -> str:
+    """The dense model's id, or the last part of its folder."""
+    model = report["recipe"]["model"] if "recipe" in report else report["model"]
+    return model["path"].removeprefix(".../")
+
+
+def loading(model_class: str, path: str) -> str:
+    """The lines of Python that load a model of a class."""
+    task = next((TASKS[task] for ending, task in ENDINGS.items() if model_class.endswith(ending)), None)
+    if task is not None:
+        return loading_lines(task.model_class, task.processor_class, model_class, path)
+    ending = "For" + model_class.rpartition("For")[2]
+    auto = f"AutoModel{ending}"
+    return loading_lines(auto if auto in AUTO_CLASSES else "AutoModel", None, model_class, path)
+
+
+def tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """The result in a few words and numbers: (what, how much)."""
+    dense, pruned, last = report["dense"], report["pruned"], report[columns_of(report)[-1]]
+    shares = {
+        "num_params": "of the parameters",
+        "macs_per_token": "of the MACs",
+        "kv_bytes_per_token": "of the KV cache",
+    }
+    found = [(words, f"{pruned[key] / dense[key]:.1%}") for key, words in shares.items() if pruned.get(key)]
+    for metric, number in (("perplexity", ".2f"), ("accuracy", ".1%")):
+        if last.get(metric) is not None and dense.get(metric) is not None:
+            found.append((metric, f"{dense[metric]:{number}} → {last[metric]:{number}}"))
+    for key, words in (task.speed for task in TASKS.values()):
+        if pruned.get(key) and dense.get(key):
+            found.append((words, f"× {pruned[key] / dense[key]:.2f}"))
+    return found
+
+
+def standard_errors(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """(Model, its metric with standard error and the paired difference from the dense model with its own)."""
+    lines = []
+    for name in columns_of(report):
+        measured = report[name]
+        metric = next((metric for metric in ("perplexity", "accuracy") if measured.get(metric) is not None), None)
+        if metric is None:
+            continue
+        words = f"{metric} {measured[metric]:.4g}{_plus_minus(measured.get('stderr'))}"
+        if measured.get("difference") is not None:
+            unit = "nats per token" if metric == "perplexity" else "of the accuracy"
+            words += f"; difference {measured['difference']:+.4f}{_plus_minus(measured['difference_stderr'])} {unit}"
+        lines.append((name, words))
+    return lines
+
+
+def _plus_minus(error: float | None) -> str:
+    return "" if error is None else f" ± {error:.2g}"
+
+
+def search_charts(report: dict[str, Any]) -> list[Chart]:
+    """The course of the search: loss, resource against target, units kept."""
+    lines = course(report)
+    if not lines:
+        return []
+    whole = ("resource", "share of the dense model's")
+    charts = [
+        line_chart("Loss", "step", "task loss", lines["loss"]),
+        line_chart("Resource against target", "step", whole[1], lines["resource"]),
+    ]
+    if lines["kept"]:
+        title = "Units kept: mean over layers, and the range"
+        charts.append(line_chart(title, "step", "share of the dense units", lines["kept"], kept_ranges(report), True))
+    return [chart for chart in charts if any(chart.series)]
+
+
+# ---- `hf-dms report` -------------------------------------------------------------------------------------------------
+def show(path: str, page: str | None = None, figures: str | None = None) -> str:
+    """Write a report's page anew, and its figures if asked; what they say in words.
+
+    Args:
+        path: folder of a model; of one without a report only the runtimes are told.
+        page: file to write the page to. Default: `report.html` in the folder.
+        figures: folder for PNG files. Default: none are made.
+
+    Returns:
+        The text for the terminal.
+
+    Raises:
+        ValueError: there is no model, no report to make a page or figures of, or no matplotlib.
+    """
+    report, config = read(path)
+    name = Path(path).resolve().name
+    if report is None:
+        if page or figures:
+            raise ValueError(f"'{path}' has no {REPORT}: hf_dms did not prune it, so there is nothing to show.")
+        return runtimes(config)
+    if figures:
+        from .figures import write_figures
+
+        written = [str(file) for file in write_figures(report, figures)]
+    target = Path(page) if page else Path(path, PAGE)
+    target.write_text(render(report, config, name), encoding="utf-8")
+    written = [str(target), *(written if figures else [])]
+    lines = loading(report["model_class"], path)
+    return "\n\n".join(
+        [table(report), sizes_table(report["sizes"]), runtimes(config), lines, "Wrote " + ", ".join(written)]
+    )
+
+
+def runtimes(config: dict[str, Any]) -> str:
+    """The rows of the table of runtimes that apply to a checkpoint, for the terminal."""
+    found = verdicts(config)
+    if not found:
+        return f"Runtimes: nothing is known of model type '{config.get('model_type')}', which hf_dms does not prune."
+    words = "; ".join(f"{status}: {meaning}" for status, meaning in STATUSES.items())
+    lines = [f"{v.runtime:13}{v.status:8}{v.words.replace('`', '')} ({v.version})" for v in found]
+    return "\n".join([f"Who can load it, layout {layout_of(config)} ({words})", *(f"  {line}" for line in lines)])
+
+
+def read(path: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """The report, if there is one, and the config in a model's folder.
+
+    Raises:
+        ValueError: there is no model, or a file that is not what it should be.
+    """
+    report, config = (_read_json(Path(path, name)) for name in (REPORT, "config.json"))
+    if config is None:
+        raise ValueError(f"'{path}' is not the folder of a model: it has no config.json. Give one that prune wrote.")
+    if report is not None and report.get("format") != FORMAT:
+        raise ValueError(
+            f"{Path(path, REPORT)} has format {report.get('format')}, this hf_dms shows {FORMAT}. "
+            "Use the hf_dms that wrote it, or run the recipe again."
+        )
+    return report, config
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None

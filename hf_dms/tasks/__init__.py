@@ -1,0 +1,1 @@
+"""What a model is for: its data, and how its quality is measured."""

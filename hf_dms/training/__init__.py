@@ -1,0 +1,1 @@
+"""The search as a Trainer, and ordinary training before and after it."""

@@ -1,0 +1,133 @@
+"""What a search (trainer.py) and an ordinary training (retrain.py) ask of a Trainer alike."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    IntervalStrategy,
+    SaveStrategy,
+    rotate_checkpoints,
+    sort_checkpoints,
+)
+
+from ..checkpoint.save import has_other_names, load_weights_, replace_folder
+
+SAVING = "saving"  # where checkpoints are written, in the folder where they will be
+
+
+class ExactCheckpointsMixin:
+    """Lets a Trainer resume exactly, whenever it was killed.
+
+    A checkpoint gets its name when all of its files are there. Each is preceded by a log, since what a Trainer has
+    summed since the last one is in no checkpoint, and by what happens at the end of an epoch, if it is one: a resumed
+    Trainer would leave that out. And models whose files hold other names than they do, such as ViT, get their weights:
+    `Trainer` passes over names that it does not find with a warning, and goes on as it is.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(_CheckpointsLast())
+        self._saving = False
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder, SAVING)) if self._saving else folder
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(folder / SAVING, ignore_errors=True)  # of a run that was killed
+        self.accelerator.wait_for_everyone()
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = False
+        self._name_best_checkpoint_(folder, name)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(str(folder / SAVING / name / TRAINER_STATE_NAME))
+            replace_folder(folder / name, folder / SAVING / name)
+            (folder / SAVING).rmdir()
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(str(folder), limit, best, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
+    def _name_best_checkpoint_(self, folder: Path, saved: str) -> None:
+        """What Trainer writes down of the best checkpoint, with the name that the one in writing will have."""
+        best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if self.state.best_global_step and (best == saved or (folder / best).is_dir()):
+            self.state.best_model_checkpoint = str(folder / best)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        loaded = self._unwrapped()
+        if isinstance(loaded, PreTrainedModel) and has_other_names(loaded, resume_from_checkpoint):
+            load_weights_(loaded, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best, loaded = self.state.best_model_checkpoint, self._unwrapped()
+        if isinstance(loaded, PreTrainedModel) and has_other_names(loaded, best):
+            load_weights_(loaded, best)
+        else:
+            super()._load_best_model()
+
+    def _unwrapped(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
+
+
+def train_or_resume_(trainer: Any) -> None:
+    """Run a Trainer, from the last checkpoint in its folder if there is one; a finished run is only loaded.
+
+    `Trainer.train` would add a step to a run that had reached its last one.
+    """
+    checkpoints = sort_checkpoints(str(trainer.args.output_dir))
+    # one without it was being removed when the run was killed: at the end, all but the best go if only one may stay
+    checkpoints = [folder for folder in checkpoints if Path(folder, TRAINER_STATE_NAME).is_file()]
+    if checkpoints:
+        state = TrainerState.load_from_json(str(Path(checkpoints[-1], TRAINER_STATE_NAME)))
+        if state.global_step >= state.max_steps:
+            trainer.state = state
+            if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                trainer._load_best_model()
+            else:
+                trainer._load_from_checkpoint(checkpoints[-1])
+            return
+    trainer.train(resume_from_checkpoint=checkpoints[-1] if checkpoints else None)
+
+
+def loss_is_summed_over_micro_batches(trainer: Any, num_items_in_batch: Any) -> bool:
+    """Whether the losses of a step's micro-batches add up to its mean, as Trainer.training_step decides it."""
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # older Trainers do not have it
+    if scaled is not None:
+        return scaled
+    normalized_by_model = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+    return normalized_by_model or trainer.compute_loss_func is not None
+
+
+class _CheckpointsLast(TrainerCallback):
+    """Lets all else that belongs to a step come before its checkpoint: its log, and what happens at an epoch's end."""
+
+    def __init__(self) -> None:
+        self.postponed = False
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        epoch_ends = control.should_training_stop or float(state.epoch).is_integer()
+        self.postponed = epoch_ends and control.should_save
+        may_save = control.should_save or (control.should_evaluate and args.save_strategy == SaveStrategy.BEST)
+        if may_save and args.logging_strategy != IntervalStrategy.NO:
+            control.should_log = True
+        control.should_save &= not self.postponed
+
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        postponed = self.postponed
+        self.on_step_end(args, state, control)
+        control.should_save |= postponed or self.postponed
+        self.postponed = False

@@ -1,0 +1,119 @@
+"""Ordinary training: of the dense model before a search, of the pruned one after it, with or without a teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from ..archs.plain_view import with_adapters
+from ..config import DMSConfig
+from ..experiment.sections import DistillationConfig
+from ..tasks.data import Examples
+from .distributed import check_plugin, make_whole_
+from .exact_resume import ExactCheckpointsMixin, loss_is_summed_over_micro_batches, train_or_resume_
+from .progress import show_progress_
+from .step_guard import FiniteStepsMixin
+
+
+def train_(
+    model: PreTrainedModel,
+    arguments: TrainingArguments,
+    examples: Examples,
+    teacher: PreTrainedModel | None = None,
+    distillation: DistillationConfig | None = None,
+    *,
+    lora: Any = None,
+    stage: str = "training",
+    max_nonfinite_steps: int = DMSConfig.max_nonfinite_steps,
+) -> None:
+    """Train a model, in place, or go on from the last checkpoint of an earlier run; it ends in evaluation mode.
+
+    Args:
+        model: what is trained; all of its weights are, unless there are adapters.
+        arguments: the Trainer's.
+        examples: what it is trained on.
+        teacher: the dense model; its logits are learned too.
+        distillation: how much of the teacher.
+        lora: `peft.LoraConfig` of adapters that train in place of the weights, and are merged into them in the end.
+        stage: what its progress calls it.
+        max_nonfinite_steps: steps in a row whose loss or gradients are not finite, before it stops.
+
+    Raises:
+        NonFiniteError: there were so many.
+    """
+    trained = model if lora is None else with_adapters(model, lora, arguments.seed)
+    use_cache = getattr(model.config, "use_cache", None)
+    trainer: Any = DistillationTrainer(
+        model=trained,
+        args=arguments,
+        train_dataset=examples.train,
+        data_collator=examples.collate,
+        teacher=teacher,
+        distillation=distillation,
+        max_nonfinite_steps=max_nonfinite_steps,
+    )
+    check_plugin(trainer.accelerator, trained)
+    show_progress_(trainer, stage)
+    train_or_resume_(trainer)
+    if use_cache is not None:
+        model.config.use_cache = use_cache  # the Trainer switches it off for training
+    trainer.accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
+    if lora is not None:
+        trained.merge_and_unload()
+        model.requires_grad_(True)
+    make_whole_(model, arguments.device)
+    model.eval()
+
+
+class DistillationTrainer(FiniteStepsMixin, ExactCheckpointsMixin, Trainer):
+    """A Trainer whose loss is (1 - w)·loss + w·T²·KL(teacher / T ‖ student / T) where there is a teacher.
+
+    Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, section 2.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: PreTrainedModel | None = None,
+        distillation: DistillationConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.distillation = distillation
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training and self.teacher is not None and self.distillation is not None:
+            with torch.no_grad():
+                taught = self.teacher(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+            summed = loss_is_summed_over_micro_batches(self, num_items_in_batch)
+            share = 1 / self.current_gradient_accumulation_steps if summed else 1.0
+            weight, temperature = self.distillation.weight, self.distillation.temperature
+            divergence = distillation_loss(outputs.logits, taught, temperature, inputs["labels"])
+            loss = (1 - weight) * loss + weight * share * divergence
+        return (loss, outputs) if return_outputs else loss
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float, labels: Tensor | None = None) -> Tensor:
+    """T²·KL(teacher / T ‖ student / T), mean over predictions: a float32 scalar.
+
+    Args:
+        student, teacher: logits `[..., classes]`.
+        temperature: T.
+        labels: `[...]`; predictions whose label is -100 do not count.
+
+    Example:
+        >>> distillation_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0986]]), 1.0)
+        tensor(0.1308)
+    """
+    log_student = F.log_softmax(student.float() / temperature, -1)
+    log_teacher = F.log_softmax(teacher.float() / temperature, -1)
+    divergence = F.kl_div(log_student, log_teacher, log_target=True, reduction="none").sum(-1)
+    if labels is not None and labels.shape == divergence.shape:
+        divergence = divergence[labels != -100]
+    return temperature**2 * divergence.mean()

@@ -1,0 +1,303 @@
+"""The search, as a `transformers.Trainer`: it adds the resource loss, moves the gates, and keeps their state.
+
+`DMSMixin` goes over any Trainer subclass (`class DMSSFTTrainer(DMSMixin, SFTTrainer)`); `DMSTrainer` is the plain one.
+Nothing here knows about shapes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
+
+from ..archs.plain_view import is_packed, packed_weights_may_stay
+from ..checkpoint.hub import push
+from ..checkpoint.save import load_search_state_, save_pruned, save_search_state
+from ..config import DMSConfig
+from ..cut.slicing import prune
+from ..gates import Gates
+from ..gating.attach import attach_, gates_of
+from .distributed import check_launch, check_plugin, leave_gates_out_, whole, without_ddp_for_frozen
+from .exact_resume import ExactCheckpointsMixin, loss_is_summed_over_micro_batches
+from .progress import show_progress_
+from .step_guard import FiniteStepsMixin
+
+logger = logging.get_logger(__name__)
+
+
+class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
+    """What a DMS search adds to a Trainer.
+
+    Args:
+        dms_config: what to prune and how far. The other arguments are the Trainer's.
+
+    Raises:
+        ValueError: see `hf_dms.attach_`; fp16 loss scaling; a `model_init` instead of a model.
+    """
+
+    def __init__(self, *args: Any, dms_config: DMSConfig, **kwargs: Any) -> None:
+        if kwargs.get("model_init") is not None:
+            raise ValueError("DMSTrainer needs model=, not model_init=: the gates belong to one model.")
+        model = args[0] if args else kwargs.get("model")
+        use_cache = getattr(getattr(model, "config", None), "use_cache", None)
+        with packed_weights_may_stay(model if dms_config.pipeline == "p-" else None):
+            super().__init__(*args, max_nonfinite_steps=dms_config.max_nonfinite_steps, **kwargs)
+        self._use_cache = use_cache  # the Trainer switches it off for training
+        check_training_arguments(self.args)
+        check_plugin(self.accelerator, self.model)
+        self.dms_config = dms_config
+        attach_(self.model, dms_config)
+        leave_gates_out_(self.model, self.gates, self.accelerator)
+        if dms_config.pipeline == "p-":
+            self.model.requires_grad_(False)
+            self.gates.prune_ratio.requires_grad_(True)
+        self._step_task_loss = torch.zeros((), device=self.args.device)
+        self._task_loss = torch.zeros((), device=self.args.device)
+        self._gate_grad_norm = torch.zeros((), device=self.args.device)
+        self._steps_since_log = 0
+        self.add_callback(_GateCallback(self))
+        show_progress_(self, "search")
+
+    @property
+    def gates(self) -> Gates:
+        """The gates of the model in training."""
+        return gates_of(self._unwrapped())
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the search after its warm-up that is done, in [0, 1]."""
+        warmup = self.dms_config.warmup_steps
+        return min(max(self.state.global_step - warmup, 0) / max(self.state.max_steps - warmup, 1), 1.0)
+
+    @property
+    def gate_learning_rate(self) -> float:
+        """The constant learning rate of the prune ratios."""
+        steps = self.state.max_steps or self.args.max_steps
+        return self.dms_config.with_defaults_for(steps).gate_learning_rate
+
+    def prune(self) -> PreTrainedModel:
+        """Cut the model to the exact budget and prove the result on a batch of the trainer's data.
+
+        Returns:
+            A plain, smaller `PreTrainedModel`, in evaluation mode; the model in training is left as it was.
+
+        Raises:
+            ValueError: the target cannot be reached.
+            VerificationError: the cut model does not compute what the masked one does.
+        """
+        with _without_autocast(self._unwrapped(), self.accelerator) as model:
+            pruned = prune(whole(model), inputs=self.example_inputs())
+        if self._use_cache is not None:
+            pruned.config.use_cache = self._use_cache
+        return pruned
+
+    def push_to_hub(self, commit_message: str | None = None, **options: Any) -> str | None:
+        """Prune, save the result as `pruned` in `args.output_dir`, and push it to `args.hub_model_id`.
+
+        Args:
+            commit_message: of the commit.
+            options: private, revision, token of `hf_dms.hub.push`; the defaults are the arguments'.
+
+        Returns:
+            The URL of the model; None in processes that do not push.
+        """
+        pruned, inputs = self.prune(), self.example_inputs()
+        if not self.is_world_process_zero():
+            return None
+        folder = Path(self.args.output_dir, "pruned")
+        save_pruned(pruned, folder, processor=self.processing_class, inputs=inputs, overwrite=True)
+        defaults = {name: getattr(self.args, f"hub_{name}") for name in ("revision", "token")}
+        options = {"private": self.args.hub_private_repo} | defaults | options
+        repo_id = self.args.hub_model_id or Path(self.args.output_dir).name
+        return push(folder, repo_id, commit_message=commit_message, **options)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Training checkpoints stay local: what is pushed is the pruned model."""
+
+    def example_inputs(self) -> dict[str, Tensor] | None:
+        """One example of the evaluation data, else the training data, as tensors for a forward pass."""
+        dataset = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
+        if dataset is None or isinstance(dataset, dict) or not hasattr(dataset, "__getitem__"):
+            return None
+        batch = self._get_collator_with_removed_columns(self.data_collator)([dataset[0]])
+        return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+
+    # ---- Trainer's hooks ---------------------------------------------------------------------------------------------
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        loss = result[0] if return_outputs else result
+        if model.training:
+            share = 1 / self.current_gradient_accumulation_steps
+            scaled = loss_is_summed_over_micro_batches(self, num_items_in_batch)
+            self._step_task_loss += loss.detach() * (1.0 if scaled else share)
+            loss = loss + self.gates.resource_loss(self.progress).to(loss.device) * (share if scaled else 1.0)
+        return (loss, *result[1:]) if return_outputs else loss
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        gate = self.gates.prune_ratio
+        if not any(group.get("gates") for group in optimizer.param_groups):
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if parameter is not gate]
+            optimizer.add_param_group(
+                {"params": [gate], "lr": self.gate_learning_rate, "weight_decay": 0.0, "gates": True}
+            )
+        return optimizer
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any):
+        with without_ddp_for_frozen(self.model, self.gates, self.accelerator):
+            return super()._prepare_for_training(*args, **kwargs)
+
+    def _clip_grad_norm(self, model):
+        with self._gate_gradient_apart():
+            return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        with self._gate_gradient_apart():
+            return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+    @contextlib.contextmanager
+    def _gate_gradient_apart(self) -> Iterator[None]:
+        gate = self.gates.prune_ratio
+        grad, gate.grad = gate.grad, None
+        try:
+            yield
+        finally:
+            gate.grad = grad
+
+    def _step_tensors(self) -> list[Tensor]:
+        return [*self.gates.step_terms(), self._step_task_loss]
+
+    def _take_step_(self) -> None:
+        self.gates.update_importance_()
+        self._task_loss += self._step_task_loss
+        self._gate_grad_norm += self.gates.prune_ratio.grad.norm()
+        self._steps_since_log += 1
+        self._step_task_loss.zero_()
+
+    def _forget_step_(self) -> None:
+        self.gates.forget_step_()
+        self._step_task_loss.zero_()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs |= self._search_logs()
+        elif "eval_loss" in logs:
+            logs["eval_resource"] = float(self.gates.resource(self.gates.hard_sizes()))
+        super().log(logs, *args, **kwargs)
+
+    def _search_logs(self) -> dict[str, float]:
+        gates, steps = self.gates, max(self._steps_since_log, 1)
+        logs = {
+            "resource_loss": float(gates.resource_loss(self.progress).detach()),
+            "resource": float(gates.resource().detach()),
+            "target": gates.target(self.progress),
+            "gate_grad_norm": float(self._gate_grad_norm) / steps,
+        }
+        if self._steps_since_log:  # all of them may have been skipped
+            logs["task_loss"] = float(self._task_loss) / steps
+        self._task_loss.zero_()
+        self._gate_grad_norm.zero_()
+        self._steps_since_log = 0
+        return logs | self._dim_logs()
+
+    def _dim_logs(self) -> dict[str, float]:
+        """Units kept per dim (mean over layers, smallest and largest if they differ) and how sharp its mask is."""
+        gates, logs = self.gates, {}
+        for name, dim in gates.dims.items():
+            kept = gates.hard_units(name).float()
+            logs[f"kept/{name}"] = float(kept.mean())
+            if dim.num_ratios > 1:
+                logs |= {f"kept_min/{name}": float(kept.min()), f"kept_max/{name}": float(kept.max())}
+            logs[f"undecided/{name}"] = float(gates.undecided(name))
+        return logs
+
+    @property
+    def _meets_target(self) -> bool:
+        """Whether the hard-masked model can be the best one, or one that early stopping looks at."""
+        return bool(self.gates.resource(self.gates.hard_sizes()) <= self.dms_config.target * (1 + 1e-3))
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        return self._meets_target and super()._determine_best_metric(metrics, trial)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        callbacks = self.callback_handler.callbacks
+        if not self._meets_target:
+            seeing = [callback for callback in callbacks if not isinstance(callback, EarlyStoppingCallback)]
+            self.callback_handler.callbacks = seeing
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self.callback_handler.callbacks = callbacks
+
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        super().save_model(output_dir, *args, **kwargs)
+        if self.args.should_save:
+            save_search_state(self._unwrapped(), self.args.output_dir if output_dir is None else output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if not self._weights_are_fixed():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_search_state_(self._unwrapped(), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if not self._weights_are_fixed():
+            super()._load_best_model()
+        load_search_state_(self._unwrapped(), self.state.best_model_checkpoint)
+
+    def _weights_are_fixed(self) -> bool:
+        """Whether weights are packed and nothing but ratios trains: Trainer cannot load such weights, and need not."""
+        return self.dms_config.pipeline == "p-" and any(map(is_packed, self._unwrapped().modules()))
+
+
+@contextlib.contextmanager
+def _without_autocast(model: PreTrainedModel, accelerator: Any) -> Iterator[PreTrainedModel]:
+    """A model in its own precision for a while: accelerate wraps its forward in autocast for mixed precision."""
+    wrapped = {name: model.__dict__[name] for name in ("forward", "_original_forward") if name in model.__dict__}
+    try:
+        yield accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    finally:
+        model.__dict__.update(wrapped)
+
+
+def check_training_arguments(arguments: TrainingArguments) -> None:
+    """Check that a search can run with these arguments.
+
+    Raises:
+        ValueError: they ask for something that spoils the importance, or the launch cannot work.
+    """
+    check_launch(arguments)
+    if arguments.fp16:
+        raise ValueError("fp16=True scales the loss, and with it the importance. Use bf16=True.")
+    if arguments.gradient_checkpointing and (arguments.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ValueError("use_reentrant=True is not supported. Leave it out: non-reentrant is the default.")
+
+
+class DMSTrainer(DMSMixin, Trainer):
+    """A `transformers.Trainer` that searches with DMS: `DMSTrainer(model=..., dms_config=..., args=..., ...)`."""
+
+
+class _GateCallback(TrainerCallback):
+    """Keeps the gates' rate constant under any scheduler, and the ratios in their range."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        if args.load_best_model_at_end and state.best_model_checkpoint is None:
+            target = self.trainer.dms_config.target
+            logger.warning(f"No checkpoint meets the target {target:g}, so none is the best one: the last model stays.")
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        for group in self.trainer.optimizer.param_groups:
+            if group.get("gates"):
+                group["lr"] = self.trainer.gate_learning_rate
+
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self.trainer.gates.clamp_ratios_()

@@ -1,0 +1,117 @@
+"""What is particular to single architectures, beside the laws that all obey (test_encoders.py and test_decoders.py)."""
+
+import pytest
+import torch
+from helpers.laws import EXACT, SHIPPED, assert_same, masked_cut_reloaded, searched, tiny
+from helpers.tiny import lowest_target, search_
+from transformers import (
+    Dinov2Backbone,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    ElectraForMaskedLM,
+    ElectraForSequenceClassification,
+    ElectraModel,
+)
+
+from hf_dms import DMSConfig, attach_
+from hf_dms.archs.electra import ELECTRA
+from hf_dms.archs.spec import bind
+from hf_dms.gating.attach import gates_of, norms, unnormed
+from hf_dms.gating.rounding import round_sizes
+
+LAYOUTS = ("uniform", "per_layer")
+
+
+# ---- ELECTRA: embeddings of a width of their own, or of the hidden size ----
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("embedding_size", "expected"), [(24, None), (10, 10)])
+@pytest.mark.parametrize("head", [ElectraModel, ElectraForMaskedLM])
+def test_embeddings_of_the_hidden_size_are_pruned_with_it(head, embedding_size, expected, layout, tmp_path):
+    model = tiny(head, dtype=torch.float64, embedding_size=embedding_size)
+    _, sizes = searched(model, layout=layout, prune=("heads", "hidden"))
+    *outputs, pruned = masked_cut_reloaded(model, sizes, tmp_path / "out")
+    assert_same(*outputs, EXACT)
+    assert pruned.config.hidden_size < 24
+    assert pruned.config.embedding_size == (expected or pruned.config.hidden_size)
+    assert ("embeddings_project" in dict(pruned.base_model.named_children())) is (expected is not None)
+
+
+def test_a_dim_that_is_another_one_loses_its_name():
+    bound = bind(ELECTRA, tiny(ElectraForMaskedLM, embedding_size=24))
+    assert "embedding" not in [dim.name for dim in bound.spec.dims]
+    assert bound.params["generator_lm_head.weight"].axes == (("vocab",), ("hidden",))
+    assert {"electra.embeddings.LayerNorm", "generator_predictions.LayerNorm"} < set(norms(bound, "hidden"))
+    assert list(unnormed(bound, "hidden")) == []
+    bound = bind(ELECTRA, tiny(ElectraForMaskedLM))
+    assert bound.spec is ELECTRA
+    assert bound.params["generator_lm_head.weight"].axes == (("vocab",), ("embedding",))
+    assert list(norms(bound, "hidden")) == [path for path in norms(bound, "hidden") if ".layer." in path]
+    assert list(unnormed(bound, "hidden")) == ["electra.embeddings_project"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_hidden_size_never_becomes_that_of_the_embeddings(layout):
+    """The stock class would have no projection between them; heads of 6 units are 12 of hidden in layout uniform."""
+    dim, excluded = ("heads", 2) if layout == "uniform" else ("hidden", 12)
+
+    def rounded(target=None, **options):
+        model = tiny(ElectraForSequenceClassification, embedding_size=12)
+        attach_(model, DMSConfig(target=1.0, layout=layout, prune=("heads", "hidden"), **options))
+        search_(model)
+        gates = gates_of(model)
+        config, bound = gates.attachment.config, gates.attachment.bound
+        config.target = target or lowest_target(gates, bound, config, model.config)
+        return gates, round_sizes(gates, bound, config, model.config)
+
+    def size(target=None, **protect):
+        return int(rounded(target, protect=protect)[1][dim][0])
+
+    assert size(min={dim: excluded}) == excluded + 1
+    assert size(1.0, max={dim: excluded}) == excluded - 1
+    message = f"leave {dim} no size but {excluded}, at which the stock electra is another architecture. Loosen them."
+    with pytest.raises(ValueError, match=message):
+        size(min={dim: excluded}, max={dim: excluded})
+    for target in torch.linspace(0.4, 0.95, 12).tolist():
+        gates, sizes = rounded(target)
+        kept = int(sizes[dim][0])
+        assert kept != excluded
+        if kept < gates.dims[dim].units:
+            more = torch.tensor([kept + (2 if kept + 1 == excluded else 1)])
+            larger = {"hidden": more} if layout == "per_layer" else {"heads": more.expand(3), "hidden": 6 * more}
+            larger["pool"] = larger["hidden"]
+            assert gates.count(gates.dense_sizes() | sizes | larger) > target * gates.dense_resource
+
+
+# ---- DINOv2: its config knows the MLP's width as a multiple of the hidden size ----
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("prune", [("mlp",), ("hidden",), ("mlp", "hidden", "layers")], ids="-".join)
+def test_a_stock_dinov2_has_a_multiple_of_the_hidden_size_for_its_mlp(prune, layout, tmp_path):
+    model = tiny(Dinov2ForImageClassification)
+    _, sizes = searched(model, prune=prune, layout=layout)
+    *outputs, pruned = masked_cut_reloaded(model, sizes, tmp_path / "out")
+    assert_same(*outputs, SHIPPED)
+    config = pruned.config
+    widths = [layer.mlp.fc1.out_features for layer in pruned.dinov2.encoder.layer]
+    if layout == "uniform":
+        assert type(config) is Dinov2Config
+        assert set(widths) == {config.hidden_size * config.mlp_ratio}
+    else:
+        assert widths == [config.per_layer_config[i].intermediate_size for i in range(len(widths))]
+    assert config.stage_names == ["stem", *(f"stage{i + 1}" for i in range(len(widths)))]
+
+
+def test_sizes_that_no_stock_dinov2_has_are_an_error_that_names_per_layer():
+    options = dict(prune=("mlp",), round_to={"mlp": 7})  # no multiple of 24 and 7 is at most 72
+    with pytest.raises(ValueError, match=r"no allowed sizes make 1·hidden a divisor of mlp, .* Use layout: per_layer"):
+        attach_(tiny(Dinov2Model), DMSConfig(target=0.9, **options))
+    attach_(tiny(Dinov2Model), DMSConfig(target=0.9, layout="per_layer", **options))
+
+
+def test_variants_that_are_not_described_are_errors():
+    with pytest.raises(ValueError, match=r"dinov2 with use_swiglu_ffn = True in its config is not supported"):
+        attach_(tiny(Dinov2Model, use_swiglu_ffn=True), DMSConfig(target=0.9))
+    with pytest.raises(
+        ValueError, match=r"Dinov2Backbone names its outputs after layers.* Load the base model instead"
+    ):
+        attach_(tiny(Dinov2Backbone), DMSConfig(target=0.9))

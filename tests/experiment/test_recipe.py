@@ -1,0 +1,120 @@
+"""Recipes: what is read, and what each mistake is told."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from hf_dms.experiment.recipe import build_recipe, load_recipe, packaged_recipes
+
+MINIMAL = {
+    "model": {"path": "somewhere"},
+    "data": {"path": "some/dataset"},
+    "dms": {"target": 0.5},
+    "output": {"path": "out"},
+}
+
+
+def with_value(path: str, value: object) -> dict:
+    values = {section: dict(keys) for section, keys in MINIMAL.items()}
+    *sections, key = path.split(".")
+    inner = values
+    for section in sections:
+        inner = inner.setdefault(section, {})
+    inner[key] = value
+    return values
+
+
+def test_numbers_that_yaml_reads_as_strings_become_numbers():
+    values = with_value("dms.gate_learning_rate", yaml.safe_load("1e-2"))
+    assert isinstance(values["dms"]["gate_learning_rate"], str)  # PyYAML's way
+    assert build_recipe(values).dms.gate_learning_rate == 0.01
+
+
+def test_the_data_decides_the_sequence_length_of_the_macs():
+    assert build_recipe(with_value("data.sequence_length", 128)).dms.sequence_length == 128
+    values = with_value("data.sequence_length", 128)
+    values["dms"]["sequence_length"] = 64
+    assert build_recipe(values).dms.sequence_length == 64
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("dsm", {}, r"Unknown key dsm. Did you mean dms\?"),
+        ("dms.targt", 0.5, r"Unknown key dms.targt. Did you mean dms.target\?"),
+        ("model.paht", "x", r"Did you mean model.path\?"),
+        ("dms.target", 60, "For 60 % write target: 0.6"),
+        ("dms.target", "much", "dms.target must be float, got 'much'"),
+        ("dms.target", 0, r"dms.target must be in \(0, 1\], got 0"),
+        ("dms.warmup_steps", 2.5, "dms.warmup_steps must be int"),
+        ("dms.layout", "flat", "dms.layout must be one of uniform, per_layer, padded; got 'flat'"),
+        ("dms.pipeline", "q", "dms.pipeline must be one of p, np, p-; got 'q'"),
+        ("dms.prune", [], "dms.prune is empty"),
+        ("dms.round_to", {"mlp": 0}, "dms.round_to must map a dim to a whole number"),
+        ("dms.protect", {"layer": [0]}, "dms.protect has no key 'layer'"),
+        ("model.dtype", "int4", "model.dtype must be auto, float32"),
+        ("data.path", "missing.jsonl", "data.path: there is no file 'missing.jsonl'"),
+        ("data.held_out", 2, r"data.held_out must be a share in \(0, 1\)"),
+        ("data.sequence_length", 1, "data.sequence_length must be at least 2"),
+        ("eval.examples", 0, "eval.examples must be at least 1, got 0"),
+        ("output.overwrite", "perhaps", "output.overwrite must be bool"),
+        ("hub.private", True, "hub.repo_id is required in a hub section"),
+        ("train", [1], "train must be a section"),
+    ],
+)
+def test_a_mistake_is_named_with_its_remedy(path, value, message):
+    with pytest.raises(ValueError, match=message):
+        build_recipe(with_value(path, value))
+
+
+@pytest.mark.parametrize("section", ["model", "data", "output"])
+def test_required_paths_are_asked_for(section):
+    values = {name: keys for name, keys in MINIMAL.items() if name != section}
+    with pytest.raises(ValueError, match=f"{section}.path is required"):
+        build_recipe(values)
+
+
+def test_a_missing_target_is_asked_for():
+    with pytest.raises(ValueError, match=r"dms.target is required"):
+        build_recipe({name: keys for name, keys in MINIMAL.items() if name != "dms"})
+
+
+def test_overrides_reach_every_section(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(MINIMAL))
+    recipe = load_recipe(str(file), ["dms.target=0.25", "dms.prune=[mlp]", "train.max_steps=3", "eval.examples=2"])
+    assert (recipe.dms.target, recipe.dms.prune, recipe.train, recipe.eval.examples) == (
+        0.25,
+        ("mlp",),
+        {"max_steps": 3},
+        2,
+    )
+    with pytest.raises(ValueError, match=r"An override is section\.key=value"):
+        load_recipe(str(file), ["dms.target"])
+
+
+def test_data_beside_a_recipe_is_found_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("words")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(with_value("data.path", "text.txt")))
+    monkeypatch.chdir("/")
+    assert load_recipe(str(file)).data.path == str(tmp_path / "text.txt")
+
+
+def test_a_missing_recipe_lists_those_that_come_with_hf_dms():
+    with pytest.raises(ValueError, match=r"no recipe 'nothing\.yaml'.*llama-7b-20.yaml.*quickstart.yaml"):
+        load_recipe("nothing.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(packaged_recipes().glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_recipe_is_sound_and_says_how_to_run_it(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in yaml.safe_load(path.read_text())["data"].values():
+        if str(place).startswith("models/"):  # fetched by `make data`
+            (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / place).touch()
+    recipe = load_recipe(str(path))
+    assert dataclasses.asdict(recipe)["dms"]["target"] < 1
+    header = path.read_text().split("\nmodel:")[0]
+    assert all(word in header for word in ("Run:", "Override:", "Needs:"))

@@ -1,0 +1,518 @@
+"""`hf-dms prune` on a tiny real folder: each pipeline, resuming, refusing, and leaving nothing half-written."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from datasets import ClassLabel, Dataset, Features, Image
+from helpers.laws import IMAGE, TEXT
+from helpers.recipes import save_tokenizer
+from helpers.schema import mistakes
+from PIL import Image as Picture
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+)
+
+import hf_dms.experiment.run
+import hf_dms.experiment.stages
+from hf_dms import DMSTrainer
+from hf_dms.archs.llama import LLAMA
+from hf_dms.archs.spec import bind
+from hf_dms.cli import main
+from hf_dms.cut.plan import load_plan
+
+
+@pytest.fixture
+def classifiers(tmp_path):
+    """A function that writes a recipe for texts or images and runs the command line on it."""
+    save_tokenizer(tmp_path / "bert")
+    torch.manual_seed(0)
+    BertModel(BertConfig(**TEXT)).save_pretrained(tmp_path / "bert")  # without a head
+    rows = [{"text": f"w{i % 9} w{i % 7}", "label": ["no", "yes"][i % 2]} for i in range(40)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ViTModel(ViTConfig(**(IMAGE | {"num_channels": 3}))).save_pretrained(tmp_path / "vit")
+    ViTImageProcessorPil(size={"height": 12, "width": 12}).save_pretrained(tmp_path / "vit")
+    features = Features({"image": Image(), "label": ClassLabel(names=["dark", "light"])})
+    pictures = [Picture.new("L", (8, 8), 6 * i) for i in range(40)]
+    images = Dataset.from_dict({"image": pictures, "label": [int(i >= 20) for i in range(40)]}, features=features)
+    images.to_parquet(tmp_path / "images.parquet")
+
+    def run(model, *overrides, command="prune"):
+        text = model == "bert"
+        values = {
+            "model": {
+                "path": str(tmp_path / model),
+                "task": "text-classification" if text else "image-classification",
+                "dtype": "float32",
+            },
+            "data": {"path": "texts.jsonl" if text else "images.parquet", "held_out": 0.25, "sequence_length": 16},
+            "finetune": {"max_steps": 4},
+            "dms": {"target": 0.7, "warmup_steps": 2, "layout": "per_layer", "resource_scope": "layers"},
+            "train": {"max_steps": 6, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True},
+            "recover": {"max_steps": 3, "distillation": {"weight": 0.5}},
+            "output": {"path": str(tmp_path / "out")},
+        }
+        file = tmp_path / "recipe.yaml"
+        file.write_text(yaml.safe_dump(values))
+        return main([command, str(file), *overrides]), tmp_path / "out"
+
+    return run
+
+
+@pytest.mark.parametrize("resource", ["params", "macs"])
+@pytest.mark.parametrize("model", ["bert", "vit"])
+def test_a_classifier_is_fine_tuned_pruned_and_recovered(classifiers, model, resource, capsys):
+    code, out = classifiers(model, f"dms.resource={resource}")
+    assert code == 0
+    report = json.loads((out / "dms_report.json").read_text())
+    auto = AutoModelForSequenceClassification if model == "bert" else AutoModelForImageClassification
+    pruned = auto.from_pretrained(out)
+    assert report["pruned"]["num_params"] == pruned.num_parameters() < report["dense"]["num_params"]
+    assert pruned.config.id2label == ({0: "no", 1: "yes"} if model == "bert" else {0: "dark", 1: "light"})
+    for column in ("dense", "pruned", "recovered"):
+        assert 0 <= report[column]["accuracy"] <= 1
+    assert report["recovered"]["difference"] == report["recovered"]["accuracy"] - report["dense"]["accuracy"]
+    assert report["protocol"] == f"10 held-out {'texts' if model == 'bert' else 'images'}"
+    card = (out / "README.md").read_text()
+    assert f"pipeline_tag: {'text' if model == 'bert' else 'image'}-classification" in card
+    printed = capsys.readouterr().out
+    assert "held-out accuracy" in printed
+    assert f"{auto.__name__}.from_pretrained" in printed
+    assert_a_report_for_people_and_programs(out, report)
+    assert len(report["samples"]) == 4
+    for sample in report["samples"]:
+        assert {sample["label"], *sample["outputs"].values()} <= set(pruned.config.id2label.values())
+        assert list(sample["outputs"]) == list(sample["probabilities"]) == ["dense", "recovered"]
+        assert all(0.5 <= probability <= 1 for probability in sample["probabilities"].values())
+        assert sample["input"].startswith("w" if model == "bert" else "data:image/png;base64,")
+
+
+def assert_a_report_for_people_and_programs(out, report):
+    assert mistakes(report) == []
+    page = (out / "report.html").read_text()
+    assert all(f"{report['pruned'][key]:,}" in page for key in ("num_params", "macs_per_token"))
+    folder = str(out.parent)
+    assert folder not in page + json.dumps(report) + (out / "README.md").read_text()
+
+
+def test_no_held_out_example_is_in_the_report_if_none_is_wanted(classifiers, capsys):
+    options = ("finetune.max_steps=1", "train.max_steps=3", "recover=null")
+    _, out = classifiers("bert", "eval.samples=0", *options)
+    assert json.loads((out / "dms_report.json").read_text())["samples"] == []
+    assert classifiers("bert", "eval.samples=-1", *options)[0] == 2
+    assert_matches("eval.samples must be at least 0, got -1", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("model", ["bert", "vit"])
+def test_a_head_that_nothing_has_trained_is_refused(classifiers, model, capsys):
+    assert classifiers(model, "finetune=null")[0] == 2
+    assert_matches("no weights for classifier.bias, classifier.weight", capsys.readouterr().err)
+
+
+def test_a_classifier_killed_in_its_recovery_ends_the_same(classifiers, monkeypatch):
+    _, out = classifiers("vit")
+    whole = AutoModelForImageClassification.from_pretrained(out).state_dict()
+    shutil.rmtree(out)
+
+    def die(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_dms.experiment.run, "recover_", die)
+        with pytest.raises(KeyboardInterrupt):
+            classifiers("vit")
+    assert classifiers("vit")[0] == 0
+    resumed = AutoModelForImageClassification.from_pretrained(out).state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "recover={distillation: {weight: 2}, max_steps: 1}",
+            r"recover.distillation.weight must be in \(0, 1\], got 2",
+        ),
+        ("recover={distillation: {heat: 2}, max_steps: 1}", "Unknown key recover.distillation.heat"),
+        ("recover={distillation: {weight: 1}}", "recover.distillation is part of a retraining"),
+        ("recover={repair: {examples: 0}}", "recover.repair.examples must be at least 1, got 0"),
+        ("recover={repair: {ridge: 0}}", "recover.repair.ridge must be above 0, got 0"),
+        ("recover={repair: true}", "recover.repair must be a section with keys, or {} for its defaults; got True"),
+        ("recover={learning_rate: 1e-3}", "recover.max_steps is required"),
+        ("model.task=poetry", "model.task must be one of text-generation, text-classification, image-classification"),
+        ("data.label_column=mood", "the data has no column 'mood'. It has text, label"),
+    ],
+)
+def test_a_mistake_in_a_classifiers_recipe_is_named(classifiers, override, message, capsys):
+    assert classifiers("bert", override, command="validate")[0] == 2
+    assert message.replace("\\", "") in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per_layer"])
+@pytest.mark.parametrize("pipeline", ["p", "np", "p-"])
+def test_each_pipeline_and_layout_ends_in_a_folder_that_meets_the_budget(recipe, pipeline, layout, capsys):
+    code, out = recipe(f"dms.pipeline={pipeline}", f"dms.layout={layout}")
+    assert code == 0
+    model = AutoModelForCausalLM.from_pretrained(out)  # hf_dms is imported here; test_modeling_dms has the rest
+    report = json.loads((out / "dms_report.json").read_text())
+    num_params = sum(parameter.numel() for parameter in model.parameters())
+    assert report["pruned"]["num_params"] == num_params <= 0.6 * report["dense"]["num_params"]
+    assert model.config.use_cache
+    assert {"README.md", "config.json", "tokenizer.json", "model.safetensors"} <= {file.name for file in out.iterdir()}
+    assert not out.with_name("out.unfinished").exists()
+    printed = capsys.readouterr().out
+    assert "held-out perplexity" in printed
+    assert "from_pretrained" in printed
+    assert_a_report_for_people_and_programs(out, report)
+    (sample,) = report["samples"]
+    assert sample["input"] == "w1 w2"
+    assert {text[:5] for text in sample["outputs"].values()} == {"w1 w2"}
+    assert list(sample["outputs"]) == ["dense", "pruned"]
+    assert sample["outputs"]["pruned"] in printed
+
+
+def test_several_prompts_are_continued_by_both_models(recipe):
+    code, out = recipe("eval.prompt=[w3, w4 w5]", "dms.pipeline=p-")
+    assert code == 0
+    samples = json.loads((out / "dms_report.json").read_text())["samples"]
+    assert [sample["input"] for sample in samples] == ["w3", "w4 w5"]
+    assert all(set(sample["outputs"]) == {"dense", "pruned"} for sample in samples)
+
+
+def test_a_padded_model_is_stock_and_told_with_and_without_its_zeros(recipe):
+    code, out = recipe("dms.layout=padded", "dms.pipeline=p-", "dms.prune=[kv, mlp]", "dms.target=0.75")
+    assert code == 0
+    report = json.loads((out / "dms_report.json").read_text())
+    assert report["model_class"] in ("LlamaForCausalLM", "MistralForCausalLM")
+    pruned = AutoModelForCausalLM.from_pretrained(out).num_parameters()
+    assert report["pruned"]["kept_num_params"] <= 0.75 * report["dense"]["num_params"]
+    assert report["pruned"]["kept_num_params"] <= report["pruned"]["num_params"] == pruned
+    assert "| parameters without padding |" in (out / "README.md").read_text()
+
+
+def test_recovery_trains_the_cut_model(recipe):
+    code, out = recipe("recover.max_steps=5", "recover.learning_rate=1e-3")
+    report = json.loads((out / "dms_report.json").read_text())
+    assert code == 0
+    assert report["recovered"]["perplexity"] != report["pruned"]["perplexity"]
+
+
+@pytest.mark.parametrize("pipeline", ["p", "p-"])
+def test_repair_comes_before_retraining_and_each_is_measured(recipe, pipeline):
+    options = [
+        "recover.repair={examples: 6}",
+        "recover.max_steps=2",
+        "recover.distillation={}",
+        f"dms.pipeline={pipeline}",
+    ]
+    code, out = recipe(*options, "dms.layout=per_layer")
+    report = json.loads((out / "dms_report.json").read_text())
+    assert code == 0
+    assert len({report[column]["perplexity"] for column in ("dense", "pruned", "repaired", "recovered")}) == 4
+    assert "repaired" in (out / "README.md").read_text()
+
+
+def test_repair_alone_trains_nothing(recipe, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("it was trained")
+
+    monkeypatch.setattr(hf_dms.experiment.stages, "train_", refuse)
+    code, out = recipe("recover={repair: {}}", "dms.pipeline=p-")
+    assert code == 0
+    assert "recovered" not in json.loads((out / "dms_report.json").read_text())
+
+
+def test_a_random_model_is_nothing_to_repair_towards(recipe, capsys):
+    assert recipe("recover={repair: {}}", "dms.pipeline=np")[0] == 2
+    assert_matches("need a dense model that is trained, which pipeline np has not", capsys.readouterr().err)
+
+
+def test_the_plan_of_the_cut_is_written_beside_it(recipe, dense):
+    _, out = recipe("dms.layout=per_layer")
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    plan, layout = load_plan(out, bind(LLAMA, model))
+    report = json.loads((out / "dms_report.json").read_text())
+    layers = plan.kept["layers"][0].tolist()
+    assert layout == "per_layer"
+    for name in ("kv", "mlp"):
+        kept = [len(row) if layer in layers else 0 for layer, row in enumerate(plan.kept[name])]
+        assert kept == report["sizes"][name]
+
+
+def test_frozen_weights_are_those_of_the_dense_model(recipe, dense):
+    code, out = recipe("dms.pipeline=p-", "dms.prune=[layers]")
+    assert code == 0
+    kept = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    whole = AutoModelForCausalLM.from_pretrained(dense).state_dict()
+    assert torch.equal(kept["model.embed_tokens.weight"], whole["model.embed_tokens.weight"])
+
+
+def test_a_finished_output_is_left_alone(recipe, capsys):
+    _, out = recipe()
+    before = (out / "dms_report.json").stat().st_mtime_ns
+    code, _ = recipe()
+    assert code == 0
+    assert "finished already" in capsys.readouterr().out
+    assert (out / "dms_report.json").stat().st_mtime_ns == before
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped_and_ends_the_same(recipe, monkeypatch):
+    train, save = ("train.max_steps=8", "train.save_steps=4"), DMSTrainer._save_checkpoint
+    _, out = recipe(*train)
+    whole = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    shutil.rmtree(out)
+
+    def save_then_die(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DMSTrainer, "_save_checkpoint", save_then_die)
+        with pytest.raises(KeyboardInterrupt):
+            recipe(*train)
+    assert not out.exists()
+    assert recipe(*train, "dms.target=0.5")[0] == 2  # another recipe may not take over the folder
+    assert recipe(*train)[0] == 0
+    resumed = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_run_killed_when_all_was_saved_leaves_nothing_behind(recipe, monkeypatch, capsys):
+    def die(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_dms.experiment.run, "tidy", die)
+        with pytest.raises(KeyboardInterrupt):
+            recipe()
+    out = recipe()[1]
+    assert "is finished already" in capsys.readouterr().out
+    assert (out / "dms_report.json").is_file()
+    assert not out.with_name("out.unfinished").exists()
+
+
+def test_a_recipe_may_ask_for_the_best_model(recipe):
+    options = ["eval_strategy=steps", "eval_steps=2", "save_steps=2", "load_best_model_at_end=true"]
+    code, out = recipe(*(f"train.{option}" for option in options), "dms.target=0.8", "dms.gate_learning_rate=0.1")
+    assert code == 0
+    assert json.loads((out / "dms_report.json").read_text())["search"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dms.target=0.0001", "dms.target = 0.0001 cannot be reached.*Raise the target to at least"),
+        ("dms.prune=[heads]", "llama has no dim 'heads'. Its dims are kv, mlp, hidden, layers"),
+        ("dms.protect={layers: [9]}", "the model has layers 0 to 2, got 9"),
+        ("dms.round_to={mlp: 64}", "dms.round_to.mlp = 64: no multiple of it"),
+        ("train.max_stepz=3", "Unknown key train.max_stepz. Did you mean train.max_steps?"),
+        ("train.learning_rate=fast", "train.learning_rate must be float"),
+        ("train.max_steps=0", "train.max_steps is required"),
+        ("train.fp16=true", "fp16=True scales the loss"),
+        ("train.hub_token=hf_x", "train.hub_token: give hub.repo_id, and the token by `hf auth login` or HF_TOKEN"),
+        ("train.push_to_hub=true", "train.push_to_hub: give hub.repo_id"),
+        ("hub.repo_id=a/b/c", "'a/b/c' cannot be a repository on the Hub"),
+        ("data.text_column=body", "the data has no column 'body'. It has text"),
+        ("data.sequence_length=5000", "less than one sequence of 5000"),
+        ("model.path=/nowhere/model", "no model can be read from '/nowhere/model'"),
+    ],
+)
+@pytest.mark.parametrize("command", ["validate", "prune"])
+def test_a_mistake_ends_before_weights_are_loaded_and_leaves_nothing(
+    recipe, override, message, command, capsys, monkeypatch
+):
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    code, out = recipe(override, command=command)
+    assert code == 2
+    assert_matches(message, capsys.readouterr().err)
+    assert not out.exists()
+    assert not out.with_name("out.unfinished").exists()
+
+
+def test_an_unsupported_model_is_told_what_is_supported(recipe, tmp_path, capsys):
+    GPT2Config().save_pretrained(tmp_path / "gpt2")
+    code, _ = recipe(f"model.path={tmp_path / 'gpt2'}", command="validate")
+    assert code == 2
+    assert_matches("model type 'gpt2' is not supported. Supported: .*llama", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("config", "task"), [(BertConfig, "text-generation"), (LlamaConfig, "image-classification")], ids=["bert", "llama"]
+)
+def test_a_task_that_the_model_is_not_made_for_is_refused(recipe, config, task, tmp_path, capsys):
+    config().save_pretrained(tmp_path / "model")
+    assert recipe(f"model.path={tmp_path / 'model'}", f"model.task={task}", command="validate")[0] == 2
+    assert_matches(f"model.task: there is no {task} model of type '{config.model_type}'", capsys.readouterr().err)
+
+
+def test_an_empty_dataset_is_refused(recipe, tmp_path, capsys):
+    (tmp_path / "text.jsonl").write_text('{"text": ""}\n')
+    assert recipe(command="validate")[0] == 2
+    assert_matches("has no text in column 'text'", capsys.readouterr().err)
+
+
+def test_a_folder_that_is_not_ours_is_not_overwritten(recipe, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    assert recipe()[0] == 2
+    assert_matches("exists and is not empty", capsys.readouterr().err)
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+
+
+def test_validate_says_ok(recipe, capsys):
+    assert recipe(command="validate")[0] == 0
+    assert "recipe.yaml: ok" in capsys.readouterr().out
+
+
+def assert_matches(pattern: str, text: str) -> None:
+    import re
+
+    assert re.search(pattern.replace("?", r"\?").replace("[", r"\["), text.replace("\n", " ")), text
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 asks for it
+@pytest.mark.parametrize("pruned", [20, 50])
+def test_llama_7b_recipes_run_at_a_twentieth_of_the_size(pruned, tmp_path, capsys):
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=832, intermediate_size=2236, num_hidden_layers=32, num_attention_heads=32,
+        head_dim=26,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "llama")
+    save_tokenizer(tmp_path / "llama")
+    assert 300e6 < sum(parameter.numel() for parameter in model.parameters()) < 360e6
+    overrides = ["train.max_steps=6", "dms.warmup_steps=1", "data.sequence_length=32", "eval.examples=2"]
+    overrides += [f"model.path={tmp_path / 'llama'}", f"output.path={tmp_path / 'out'}"]
+    rows = [{"instruction": f"w{i} w3", "input": "w4", "output": "w5 w6"} for i in range(40)]
+    (tmp_path / "instructions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides += [f"recover.data.path={tmp_path / 'instructions.jsonl'}", "recover.data.held_out=0.2"]
+    overrides += ["recover.data.sequence_length=32", "recover.max_steps=1", "recover.per_device_train_batch_size=2"]
+    assert main(["prune", f"llama-7b-{pruned}.yaml", *overrides, "recover.repair.examples=4"]) == 0
+    report = json.loads((tmp_path / "out" / "dms_report.json").read_text())
+    assert AutoTokenizer.from_pretrained(tmp_path / "out") is not None
+    layers = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n)
+    cut = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert cut.dtype == torch.bfloat16
+    assert sum(p.numel() for n, p in cut.named_parameters() if ".layers." in n) <= (1 - pruned / 100) * layers
+    assert report["model_class"] == "DmsLlamaForCausalLM"
+    assert {"repaired", "recovered"} <= set(report)
+
+
+# ---- adapters and packed weights ----
+peft_warns = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
+LORA = "lora={r: 2, lora_dropout: 0.1}"
+
+
+@peft_warns
+def test_a_search_and_a_retraining_with_adapters_end_in_a_plain_model(recipe, dense):
+    options = ["recover={repair: {examples: 2}, lora: {r: 2}, max_steps: 3, distillation: {}}", "dms.layout=per_layer"]
+    code, output = recipe(LORA, *options)
+    assert code == 0
+    report = json.loads((output / "dms_report.json").read_text())
+    assert {"pruned", "repaired", "recovered"} <= set(report)
+    assert report["recovered"]["perplexity"] != report["repaired"]["perplexity"]
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert not any("lora" in name for name in model.state_dict())
+    frozen = AutoModelForCausalLM.from_pretrained(dense)
+    kept = load_plan(output / "dms_plan.json", bind(LLAMA, frozen))[0].kept
+    embedding = frozen.model.embed_tokens.weight.index_select(1, kept["hidden"][0])
+    assert torch.equal(model.model.embed_tokens.weight, embedding)  # all-linear adapts no embedding
+
+
+def test_a_model_is_retrained_on_other_data_by_a_template(recipe, tmp_path):
+    rows = [{"question": f"w{i % 9}", "answer": f"w{i % 7} w1"} for i in range(60)]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template = "template: '{question} w2 {answer}'"
+    data = f"recover.data={{path: answers.jsonl, {template}, sequence_length: 12, held_out: 0.2}}"
+    code, output = recipe(data, "recover.max_steps=3", "recover.learning_rate=0.01")
+    assert code == 0
+    other = json.loads((output / "dms_report.json").read_text())["recovered"]
+    code, output = recipe("recover.max_steps=3", "recover.learning_rate=0.01", "output.overwrite=true")
+    assert code == 0
+    assert json.loads((output / "dms_report.json").read_text())["recovered"]["perplexity"] != other["perplexity"]
+
+
+@peft_warns
+def test_a_search_on_packed_weights_cuts_the_whole_ones(recipe, dense):
+    pytest.importorskip("bitsandbytes")
+    for options in (["dms.pipeline=p-"], [LORA]):
+        code, output = recipe("model.quantization=4bit", "output.overwrite=true", "dms.layout=per_layer", *options)
+        assert code == 0
+        model, frozen = AutoModelForCausalLM.from_pretrained(output), AutoModelForCausalLM.from_pretrained(dense)
+        kept = load_plan(output / "dms_plan.json", bind(LLAMA, frozen))[0].kept
+        weight = frozen.model.layers[kept["layers"][0][0]].self_attn.q_proj.weight
+        found = model.model.layers[0].self_attn.q_proj.weight
+        same = torch.isin(found, weight).all()  # numbers of the model at model.path, not roundings of them
+        assert same == (options != [LORA])
+
+
+@peft_warns
+@pytest.mark.parametrize("model", ["bert", "vit"])
+def test_a_classifier_is_searched_with_adapters(classifiers, model):
+    code, _ = classifiers(model, LORA, "recover.lora={r: 2}")
+    assert code == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["lora={}", "dms.pipeline=p-"],
+            "lora trains beside pretrained weights that are frozen, and dms.pipeline is p-",
+        ),
+        (["lora={rank: 2}"], "Unknown key lora.rank."),
+        (["lora=3"], "lora must be a section with keys, or {} for its defaults; got 3"),
+        (["recover.lora={}"], "recover.lora is part of a retraining: give recover.max_steps too"),
+        (["recover={lora: {r: -1}, max_steps: 2}"], "recover.lora: `r` should be a positive integer"),
+        (["recover={lora: {}, max_steps: 2}", "dms.layout=padded"], "adapters would fill the zeros"),
+        (["recover.data={path: text.jsonl}"], "recover.data is part of a retraining: give recover.max_steps too"),
+        (
+            ["data.template='{tekst}'"],
+            "data.template: '{tekst}' cannot be filled (KeyError: 'tekst'). The data has columns",
+        ),
+        (
+            ["recover={data: {path: nothing.jsonl}, max_steps: 1}"],
+            "recover.data.path: there is no file 'nothing.jsonl'",
+        ),
+        (
+            ["recover={data: {path: text.jsonl, text_column: tekst}, max_steps: 1}"],
+            "recover.data.text_column: the data has no column 'tekst'. It has text.",
+        ),
+        (["data.template='{text.x}'"], "data.template: '{text.x}' cannot be filled (AttributeError"),
+        (["model.quantization=2bit"], "model.quantization must be 8bit or 4bit, or be left out; got '2bit'"),
+        (["model.quantization=4bit"], "weights in 4bit cannot train, which dms.pipeline p asks for"),
+        (["model.quantization=4bit", "dms.pipeline=p-", "finetune.max_steps=1"], "leave one out"),
+    ],
+)
+def test_adapters_and_packed_weights_that_cannot_be_had_are_refused(recipe, capsys, overrides, message):
+    code, output = recipe(*overrides)
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_data_of_a_retraining_has_the_labels_of_the_model(classifiers, tmp_path, capsys):
+    rows = [{"text": f"w{i}", "label": ["no", "maybe"][i % 2]} for i in range(20)]
+    (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, output = classifiers("bert", "recover.data={path: others.jsonl, held_out: 0.25}")
+    assert code == 2
+    assert "recover.data.label_column: the labels are maybe, no; the model has" in capsys.readouterr().err
+    assert not output.exists()

@@ -1,0 +1,228 @@
+"""Where gates touch a running model: that training and evaluation see them, and that they leave nothing behind."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from helpers.tiny import relative_difference, search_, tiny_llama, token_batch, trace, untouched
+from transformers import LlamaModel
+
+from hf_dms import DMSConfig, attach_, detach_
+from hf_dms.archs.llama import LLAMA
+from hf_dms.archs.spec import bind
+from hf_dms.cut.slicing import cut, make_plan
+from hf_dms.cut.verify import hard_masked, outputs_of
+from hf_dms.gating.attach import gates_of, has_gates, masked_inputs, norms
+
+DIMS = ("kv", "mlp", "hidden", "layers")
+
+
+# ---- where they go ----
+def test_every_linear_map_that_reads_a_dim_is_masked_once():
+    bound = bind(LLAMA, tiny_llama())
+    assert list(masked_inputs(bound, "mlp")) == [(f"model.layers.{i}.mlp.down_proj", i, (1, 20, 1)) for i in range(3)]
+    assert list(masked_inputs(bound, "kv")) == [(f"model.layers.{i}.self_attn.o_proj", i, (1, 3, 8)) for i in range(3)]
+    layers = [f"model.layers.{i}.{name}" for i in range(3) for name in ("input_layernorm", "post_attention_layernorm")]
+    assert list(norms(bound, "hidden")) == [*layers, "model.norm"]
+
+
+def test_training_runs_on_soft_masks_and_evaluation_on_hard_ones():
+    model = tiny_llama()
+    attach_(model, DMSConfig(target=0.5, layout="per_layer"))
+    search_(model)
+    gates, inputs = gates_of(model), token_batch()
+    model.train()
+    soft = model(**inputs).logits
+    masks = {name: torch.stack(rows).exp() for name, rows in gates.log_masks.items()}
+    assert all(((mask > 0) & (mask < 1)).any() for mask in masks.values())
+    model.eval()
+    hard = model(**inputs).logits
+    masks = {name: torch.stack(rows).exp() for name, rows in gates.log_masks.items()}
+    assert all(set(mask.unique().tolist()) <= {0.0, 1.0} for mask in masks.values())
+    assert all(torch.equal(mask.sum(-1).long(), gates.hard_units(name)) for name, mask in masks.items())
+    assert not torch.allclose(soft, hard)
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per_layer"])
+def test_gradients_of_the_masked_model_are_those_of_the_cut_one(layout):
+    model = tiny_llama(dtype=torch.float64)
+    attach_(model, DMSConfig(target=0.5, layout=layout, prune=("mlp", "layers")))
+    search_(model)
+    gates, inputs = gates_of(model), token_batch()
+    sizes = {name: gates.hard_units(name) for name in gates.dims}
+    plan = make_plan(gates, sizes)
+    pruned = cut(model, gates.attachment.bound, plan, layout)
+    pruned(**inputs, labels=inputs["input_ids"]).loss.backward()
+    with hard_masked(model, sizes):
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    layer = int(plan.kept["layers"][0][0])
+    found = model.model.layers[layer].mlp.down_proj.weight.grad
+    expected = pruned.model.layers[0].mlp.down_proj.weight.grad
+    kept = plan.kept["mlp"][layer]
+    assert relative_difference(found[:, kept], expected) < 1e-5  # the stock norm computes in float32
+    dropped = [unit for unit in range(20) if unit not in kept.tolist()]
+    assert dropped
+    assert found[:, dropped].abs().max() == 0
+
+
+# ---- without a trace ----
+@pytest.mark.parametrize("prune", [*[(dim,) for dim in DIMS], None])
+def test_detach_leaves_no_trace(prune):
+    model, inputs = tiny_llama(tie_word_embeddings=True), token_batch()
+    before, logits = trace(model), model(**inputs).logits
+    attach_(model, DMSConfig(target=0.8, prune=prune))
+    search_(model)
+    assert trace(model) != before
+    model.train()
+    model(**inputs).logits.sum().backward()
+    model.zero_grad()
+    model.eval()
+    assert not torch.allclose(model(**inputs).logits, logits)
+    detach_(model)
+    assert trace(model) == before
+    assert torch.equal(model(**inputs).logits, logits)
+
+
+def test_attach_renames_nothing():
+    model = tiny_llama()
+    parameters, keys = [name for name, _ in model.named_parameters()], list(model.state_dict())
+    attach_(model, DMSConfig(target=0.5))
+    assert [name for name, _ in model.named_parameters()] == [*parameters, "dms_gates.prune_ratio"]
+    assert list(model.state_dict()) == keys
+
+
+def test_detach_and_gates_of_need_gates():
+    model = tiny_llama()
+    assert not has_gates(model)
+    for function in (detach_, gates_of):
+        with pytest.raises(ValueError, match=r"LlamaForCausalLM has no gates. Put them on with hf_dms.attach_"):
+            function(model)
+
+
+def test_a_deep_copy_has_gates_of_its_own():
+    model, inputs = tiny_llama(), token_batch()
+    attach_(model, DMSConfig(target=0.5))
+    search_(model)
+    model.train()
+    model(**inputs).logits.sum().backward()  # masks and Taylor terms of a step under way
+    twin = copy.deepcopy(model)
+    gates, twins = gates_of(model), gates_of(twin)
+    assert twins is not gates
+    assert twins.prune_ratio is not gates.prune_ratio
+    assert torch.equal(twin(**inputs).logits, model(**inputs).logits)
+    before = model.eval()(**inputs).logits
+    search_(twin, seed=5)
+    assert not torch.allclose(twin.eval()(**inputs).logits, before)
+    assert torch.equal(model(**inputs).logits, before)
+    for each in (gates, twins):
+        each.update_importance_()
+    assert not torch.equal(gates.importance("mlp"), twins.importance("mlp"))
+    detach_(twin)
+    assert torch.equal(model(**inputs).logits, before)
+    detach_(model)
+    assert torch.equal(model(**inputs).logits, twin(**inputs).logits)
+
+
+# ---- memory and checkpointing ----
+def step(model, inputs):
+    """Loss, gradients and importance of one training step."""
+    model.train()
+    model.zero_grad()
+    loss = model(**inputs, labels=inputs["input_ids"], use_cache=False).loss
+    loss.backward()
+    gates = gates_of(model)
+    gates.update_importance_()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return loss, grads, {name: gates.raw_importance(name).clone() for name in gates.dims}
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 8])
+def test_gradient_checkpointing_changes_nothing(warmup_steps):
+    results = []
+    for checkpointing in (False, True):
+        model = tiny_llama(dtype=torch.float64)
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        attach_(model, DMSConfig(target=0.5, layout="per_layer", warmup_steps=warmup_steps))
+        search_(model)
+        gates_of(model).num_updates = 0
+        results.append(step(model, token_batch()))
+    (loss, grads, importance), (other_loss, other_grads, other_importance) = results
+    assert torch.equal(loss, other_loss)
+    assert warmup_steps or grads["dms_gates.prune_ratio"].abs().min() > 0
+    for name, grad in grads.items():
+        assert (grad is None) == (other_grads[name] is None)
+        assert grad is None or torch.equal(grad, other_grads[name])
+    assert all(torch.equal(values, other_importance[name]) for name, values in importance.items())
+
+
+def saved_bytes(model, inputs):
+    """Bytes of distinct storages kept for the backward, the parameters' own left out."""
+    own, kept = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # held, so that no other takes its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**inputs, labels=inputs["input_ids"], use_cache=False).loss
+    loss.backward()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("prune", [*[(dim,) for dim in DIMS], None])
+def test_gates_keep_no_second_copy_of_activations(prune):
+    """Where a weight trains the next matmul keeps y anyway; one copy of the MLP's activations would be 9 % here."""
+    sizes = dict(hidden_size=48, intermediate_size=128, num_hidden_layers=3)
+    inputs = token_batch(4, 32)
+    plain, gated = tiny_llama(**sizes).train(), tiny_llama(**sizes)
+    attach_(gated, DMSConfig(target=0.95, layout="per_layer", prune=prune))
+    search_(gated)
+    assert saved_bytes(gated.train(), inputs) <= 1.04 * saved_bytes(plain, inputs)
+
+
+# ---- what cannot be served ----
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(prune=("heads",)), "dms.prune: llama has no dim 'heads'. Its dims are kv, mlp, hidden, layers"),
+        (dict(round_to={"ffn": 2}), "dms.round_to: llama has no dim 'ffn'"),
+        (dict(protect={"dims": ["rep"]}), "dms.protect.dims: llama has no dim 'rep'"),
+        (dict(protect={"min": {"d": 2}}), "dms.protect.min: llama has no dim 'd'"),
+        (dict(protect={"max": {"vocab": 2}}), "dms.protect.max: llama has no dim 'vocab'"),
+        (dict(prune=("mlp",), protect={"dims": ["mlp"]}), "Nothing is left to prune"),
+        (dict(layout="per_layer", protect={"layers": [3]}), "dms.protect.layers: the model has layers 0 to 2, got 3"),
+        (dict(layout="per_layer", protect={"layers": [-4]}), "the model has layers 0 to 2, got -4"),
+        (dict(layout="per_layer", protect={"layers": ["1"]}), "the model has layers 0 to 2, got '1'"),
+        (dict(protect={"layers": [0]}), "dms.protect.layers with layout uniform: .* Use layout: per_layer"),
+        (dict(protect={"min": {"mlp": 21}}), "sizes of mlp must lie in 1 to 20.* got min 21, max 20"),
+        (dict(protect={"min": {"mlp": 0}}), "sizes of mlp must lie in 1 to 20.* got min 0, max 20"),
+        (dict(protect={"min": {"mlp": 9}, "max": {"mlp": 8}}), "got min 9, max 8"),
+        (dict(round_to={"mlp": 21}), "dms.round_to.mlp = 21: no multiple of it lies between 1 and 20"),
+        (
+            dict(round_to={"mlp": 8}, protect={"min": {"mlp": 9}, "max": {"mlp": 15}}),
+            "dms.round_to.mlp = 8: no multiple of it lies between 9 and 15",
+        ),
+        (dict(resource="macs"), "resource macs needs dms.sequence_length"),
+        (
+            dict(target=0.01),
+            "dms.target = 0.01 cannot be reached: .* Raise the target to at least 0.[0-9]{4}, prune more",
+        ),
+    ],
+)
+def test_attach_refuses_requests_that_cannot_be(options, message):
+    untouched(tiny_llama(), message, **options)
+
+
+def test_a_masked_norm_is_told_from_a_forward_of_the_user():
+    model, calls = tiny_llama(LlamaModel), []
+    model.layers[0].mlp.forward = functools.partial(
+        lambda call, x: calls.append(1) or call(x), model.layers[0].mlp.forward
+    )
+    attach_(model, DMSConfig(target=0.5))
+    detach_(model)
+    outputs_of(model, token_batch())
+    assert calls == [1]

@@ -1,0 +1,241 @@
+"""Whole sizes: at most the budget, maximal, near what was learned, and such as a stock config can express."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from helpers.tiny import lowest_target, search_, tiny_llama
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from hf_dms import DMSConfig, attach_, detach_
+from hf_dms.gating.attach import gates_of
+from hf_dms.gating.rounding import check_target, has_alternative, round_sizes, stock_limits
+
+DIMS = ("kv", "mlp", "hidden", "layers")
+
+
+def gated(seed=0, overrides=None, **options):
+    """Gates of a tiny model as a search would leave them, and what `round_sizes` takes."""
+    model = tiny_llama(**(overrides or {}))
+    attach_(model, DMSConfig(**({"target": 1.0, "sequence_length": 5} | options)))
+    search_(model, seed)
+    gates = gates_of(model)
+    return gates, gates.attachment.bound, gates.attachment.config, model.config
+
+
+def rounded(target, gates, bound, config, model_config):
+    return round_sizes(gates, bound, dataclasses.replace(config, target=target), model_config)
+
+
+def count(gates, sizes):
+    return float(gates.count(gates.dense_sizes() | sizes))
+
+
+def allowed(sizes, gates, bound, config, model_config):
+    """Whether sizes respect multiples, protections and stock limits: written down again, from the documents alone."""
+    protect, kept_layers = config.protect, {layer % 3 for layer in config.protect.get("layers", ())}
+    for name, rows in sizes.items():
+        units = bound.sizes[name]
+        for row, size in enumerate(rows.tolist()):
+            whole = row in kept_layers and name in ("kv", "mlp")
+            low, high = protect.get("min", {}).get(name, 1), protect.get("max", {}).get(name, units)
+            if name == "layers":
+                low = max(low, len(kept_layers))
+            if whole and size != units:
+                return False
+            if not whole and not (low <= size <= high and size % config.round_to.get(name, 1) == 0):
+                return False
+    if config.layout == "uniform":
+        if any(len(set(rows.tolist())) > 1 for rows in sizes.values()):
+            return False
+        sizes = {name: int(rows[0]) for name, rows in sizes.items()}
+        heads = sizes.get("kv", bound.sizes["kv"]) * bound.sizes["rep"]
+        # Llama demands it; a Mistral does not, and takes a Llama without biases.
+        biases = model_config.attention_bias or model_config.mlp_bias
+        follows = "hidden" in sizes and config.round_to.get("hidden", 1) == 1
+        if (biases or follows) and sizes.get("hidden", bound.sizes["hidden"]) % heads:
+            return False
+    return True
+
+
+def single_steps(sizes, gates, bound, config, model_config):
+    """Every allowed state that differs from `sizes` by a larger size of one dim (of one layer, if per_layer)."""
+    for name, rows in sizes.items():
+        shared = config.layout == "uniform" or len(rows) == 1
+        for row in [slice(None)] if shared else range(len(rows)):
+            for size in range(int(rows[row].max()) + 1, bound.sizes[name] + 1):
+                larger = rows.clone()
+                larger[row] = size
+                if allowed(sizes | {name: larger}, gates, bound, config, model_config):
+                    yield sizes | {name: larger}
+
+
+@st.composite
+def requests(draw):
+    layout = draw(st.sampled_from(["uniform", "per_layer", "padded"]))
+    prune = tuple(draw(st.lists(st.sampled_from(DIMS), min_size=1, unique=True)))
+    protect = {}
+    if draw(st.booleans()):
+        protect["min"] = {"mlp": draw(st.integers(1, 8))}
+    if draw(st.booleans()):
+        protect["max"] = {"mlp": draw(st.integers(12, 20))}
+    if draw(st.booleans()) and not (layout == "uniform" and {"kv", "mlp"} & set(prune)):
+        protect["layers"] = draw(st.sampled_from([[0], [0, -1]]))
+    if draw(st.booleans()) and len(prune) > 1:
+        protect["dims"] = [prune[-1]]
+    options = dict(
+        layout=layout,
+        prune=prune,
+        protect=protect,
+        resource=draw(st.sampled_from(["params", "macs"])),
+        resource_scope=draw(st.sampled_from(["model", "layers"])),
+        round_to={name: step for name in ("mlp", "hidden") if (step := draw(st.sampled_from([1, 1, 2, 4])) > 1)},
+    )
+    biases = draw(st.booleans()) and not (layout == "padded" and "hidden" in prune)  # no stock config has such sizes
+    return dict(attention_bias=biases), options, draw(st.integers(0, 1000)), draw(st.floats(0, 1))
+
+
+@given(requests())
+@settings(max_examples=80)
+def test_the_result_fits_the_budget_and_no_single_step_up_does(request_):
+    overrides, options, seed, share = request_
+    request_ = gated(seed, overrides, **options)
+    gates = request_[0]
+    lowest = lowest_target(*request_)
+    assume(lowest <= 1)
+    target = lowest + share * (1 - lowest)
+    budget = target * gates.dense_resource
+    sizes = rounded(target, *request_)
+    assert set(sizes) == set(gates.dims)
+    assert all(len(rows) == gates.dims[name].rows for name, rows in sizes.items())
+    assert allowed(sizes, *request_)
+    assert count(gates, sizes) <= budget
+    for larger in single_steps(sizes, *request_):
+        assert count(gates, larger) > budget, f"{larger} fits too"
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per_layer"])
+@pytest.mark.parametrize("seed", range(5))
+def test_learned_sizes_that_meet_the_budget_exactly_stay(seed, layout):
+    request_ = gated(seed, layout=layout, prune=("kv", "mlp", "layers"))
+    gates = request_[0]
+    learned = {name: gates.hard_units(name) for name in gates.dims}
+    with torch.no_grad():  # ratios that are whole sizes
+        parts = [1 - learned[n][: d.num_ratios] / d.units for n, d in gates.dims.items()]
+        gates.prune_ratio.copy_(torch.cat(parts))
+    sizes = rounded(count(gates, learned) / gates.dense_resource * (1 + 1e-12), *request_)
+    assert sizes["layers"].tolist() == learned["layers"].tolist()
+    kept = gates.importance("layers")[0].topk(int(sizes["layers"])).indices  # dropped layers cost nothing at any size
+    assert torch.equal(sizes["mlp"][kept], learned["mlp"][kept])
+    assert torch.equal(sizes["kv"][kept], learned["kv"][kept])
+
+
+def test_sizes_follow_the_learned_proportions():
+    request_ = gated(layout="per_layer", prune=("mlp",), overrides=dict(intermediate_size=200))
+    gates = request_[0]
+    with torch.no_grad():
+        gates.prune_ratio.copy_(torch.tensor([0.2, 0.5, 0.8]))
+    sizes = rounded(0.6, *request_)["mlp"]
+    shares = sizes / sizes.sum()
+    assert torch.allclose(shares, torch.tensor([0.8, 0.5, 0.2]) / 1.5, atol=0.01)
+    with torch.no_grad():
+        gates.prune_ratio.copy_(torch.tensor([0.8, 0.5, 0.2]))
+    assert rounded(0.6, *request_)["mlp"].tolist() == sizes.tolist()[::-1]
+
+
+def test_what_is_left_of_the_budget_goes_to_those_furthest_below_their_learned_size():
+    """Equal layers jump together; of the units that then still fit, none takes more than one."""
+    request_ = gated(layout="per_layer", prune=("mlp",), overrides=dict(intermediate_size=50, num_hidden_layers=8))
+    gates = request_[0]
+    learned = torch.tensor([40.0, 10.0] * 4)
+    with torch.no_grad():
+        gates.prune_ratio.copy_(1 - learned / 50)
+    for units in range(120, 220):
+        target = 1 - (8 * 50 - units) * 3 * 24 / gates.dense_resource  # three matrices of 24 columns
+        sizes = rounded(target + 1e-9, *request_)["mlp"]
+        assert int(sizes.sum()) == units
+        assert (sizes - learned * units / 200).abs().max() < 1.01
+
+
+def test_protected_layers_stay_whole_and_are_among_those_kept():
+    request_ = gates, *_ = gated(layout="per_layer", protect={"layers": [0, -1]})
+    sizes = rounded(lowest_target(*request_), *request_)
+    assert sizes["layers"].tolist() == [2]
+    assert sizes["mlp"][[0, 2]].tolist() == [20, 20]
+    assert sizes["kv"][[0, 2]].tolist() == [3, 3]
+    assert torch.isinf(gates.importance("layers")[0]).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per_layer"])
+@pytest.mark.parametrize("options", [{}, {"round_to": {"mlp": 4}}, {"prune": ("mlp",)}, {"resource": "kv_bytes"}])
+def test_a_target_out_of_reach_is_an_error_that_names_the_lowest_which_then_works(options, layout):
+    request_ = gated(layout=layout, **options)
+    gates, bound, config, model_config = request_
+    message = r"dms.target = 0.001 cannot be reached: .* Raise the target to at least (0\.\d{4}), prune more dims"
+    for function in (round_sizes, check_target):
+        with pytest.raises(ValueError, match=message) as error:
+            function(gates, bound, dataclasses.replace(config, target=0.001), model_config)
+    lowest = float(re.search(message, str(error.value))[1])
+    sizes = rounded(lowest, *request_)
+    assert count(gates, sizes) <= lowest * gates.dense_resource
+    with pytest.raises(ValueError, match="cannot be reached"):
+        rounded(lowest - 2e-4, *request_)
+
+
+def test_attach_refuses_a_target_out_of_reach_before_the_search():
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=r"dms.target = 0.1 cannot be reached"):
+        attach_(model, DMSConfig(target=0.1, prune=("mlp",)))
+    attach_(model, DMSConfig(target=0.9, prune=("mlp",)))
+    detach_(model)
+
+
+# ---- what a stock config can express ----
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("target", [0.2, 0.5, 0.8])
+def test_a_uniform_llama_has_a_hidden_size_that_its_heads_divide(target, seed):
+    request_ = gated(seed, prune=("kv", "hidden"))
+    sizes = rounded(max(target, lowest_target(*request_)), *request_)
+    assert int(sizes["hidden"]) % (2 * int(sizes["kv"][0])) == 0
+
+
+def test_limits_bind_only_where_no_alternative_or_another_side_is_free():
+    def limits(**options):
+        gates, bound, config, model_config = gated(**options)
+        return [(x.dim, x.unit, x.multiple) for x in stock_limits(bound, config, model_config, tuple(gates.dims))]
+
+    heads = [("kv", 2, "hidden")]
+    assert limits() == heads
+    assert limits(layout="per_layer") == []
+    assert limits(prune=("mlp", "layers")) == []
+    assert limits(prune=("kv",)) == []
+    assert limits(prune=("kv",), overrides={"mlp_bias": True}) == heads
+    assert limits(prune=("hidden", "kv"), round_to={"hidden": 4}) == []
+    assert limits(prune=("hidden", "kv"), round_to={"hidden": 4}, overrides={"attention_bias": True}) == heads
+
+
+def test_a_model_with_biases_has_no_alternative():
+    for overrides, expected in (({}, True), ({"attention_bias": True}, False), ({"mlp_bias": True}, False)):
+        _, bound, _, model_config = gated(overrides=overrides)
+        assert has_alternative(bound, model_config) is expected
+
+
+def test_sizes_that_no_stock_config_has_are_an_error_that_names_the_layouts_which_take_them():
+    overrides = dict(num_key_value_heads=6, attention_bias=True)  # 24 % 5 != 0, and no Mistral has biases
+    model = tiny_llama(**overrides)
+    options = dict(prune=("kv",), protect={"min": {"kv": 5}, "max": {"kv": 5}})
+    message = "layout uniform: no allowed sizes make 1·kv a divisor of hidden, .* Use layout: per_layer or padded,"
+    with pytest.raises(ValueError, match=message):
+        attach_(model, DMSConfig(target=0.99, **options))
+    for layout in ("per_layer", "padded"):
+        attach_(model, DMSConfig(target=0.99, layout=layout, **options))
+        detach_(model)
+
+
+def test_a_multiple_that_no_stock_config_has_is_an_error_where_the_heads_are_not_pruned():
+    options = dict(prune=("hidden",), round_to={"hidden": 5})  # no multiple of 6 heads and 5 is at most 24
+    with pytest.raises(ValueError, match=r"no allowed sizes make 2·kv a divisor of hidden, .* Use layout: per_layer"):
+        attach_(tiny_llama(attention_bias=True), DMSConfig(target=0.99, **options))
+    attach_(tiny_llama(attention_bias=True), DMSConfig(target=0.99, layout="per_layer", **options))

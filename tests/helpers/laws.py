@@ -1,0 +1,140 @@
+"""What every architecture must obey, and tiny models of all of them: used by test_encoders.py and test_decoders.py."""
+
+import torch
+import transformers
+from helpers.tiny import TINY, lowest_target, relative_difference, search_, token_batch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_dms import DMSConfig, attach_, prune
+from hf_dms.archs.registry import spec_for
+from hf_dms.archs.spec import bind
+from hf_dms.checkpoint.save import save_pruned
+from hf_dms.cut.slicing import make_plan
+from hf_dms.cut.verify import dummy_inputs, hard_masked
+from hf_dms.gating.attach import gates_of
+from hf_dms.gating.rounding import round_sizes
+
+# float64: the same sums in another order. float32: 2^-24 times some tens of roundings.
+EXACT, SHIPPED = 1e-9, 1e-5
+BLOCKS = dict(hidden_size=24, intermediate_size=20, num_hidden_layers=3, num_attention_heads=4)
+TEXT = BLOCKS | dict(vocab_size=33, max_position_embeddings=16)
+IMAGE = BLOCKS | dict(image_size=12, patch_size=4, num_channels=2)
+DECODER = {name: value for name, value in TINY.items() if name not in ("head_dim", "num_labels")}
+GEMMA = DECODER | {"head_dim": 4, "hidden_size": 36}  # the scale of embeddings, its root, is exact in any dtype
+WINDOWS = dict(sliding_window=4, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+SIZES = {
+    "bert": TEXT,
+    "roberta": TEXT,
+    "xlm-roberta": TEXT,
+    "camembert": TEXT,
+    "distilbert": TEXT,
+    "electra": TEXT | {"embedding_size": 10},
+    "vit": IMAGE,
+    "deit": IMAGE,
+    "dinov2": IMAGE | {"intermediate_size": 3},  # times the hidden size
+    "llama": DECODER,
+    "mistral": DECODER,
+    "qwen2": DECODER,
+    "qwen3": DECODER | {"head_dim": 4},
+    "smollm3": DECODER | {"no_rope_layers": [1, 0, 1]},
+    "granite": DECODER | {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3},
+    "gemma": GEMMA,
+    "gemma2": GEMMA | WINDOWS | {"query_pre_attn_scalar": 5},
+    "gemma3_text": {name: value for name, value in (GEMMA | WINDOWS).items() if name != "rope_parameters"},
+}
+NAMES = {
+    "dinov2": dict(intermediate_size="mlp_ratio"),
+    "distilbert": dict(
+        hidden_size="dim", intermediate_size="hidden_dim", num_hidden_layers="n_layers", num_attention_heads="n_heads"
+    ),
+}
+TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
+
+
+def heads_of(prefix, *tasks):
+    """The base model class of an architecture, and those for tasks."""
+    return tuple(getattr(transformers, prefix + name) for name in ("Model", *(f"For{task}" for task in tasks)))
+
+
+def tiny(cls, seed=0, dtype=torch.float32, **overrides):
+    """A model whose weights are drawn from normal(0, 0.3), its norms' from normal(1, 0.3): no unit is like another."""
+    family = cls.config_class.model_type
+    sizes = SIZES[family] | {"num_labels": 2 if cls.__name__.endswith("QuestionAnswering") else 3} | overrides
+    sizes = {n: v[: sizes["num_hidden_layers"]] if isinstance(v, list) else v for n, v in sizes.items()}  # of layers
+    sizes = {NAMES.get(family, {}).get(name, name): value for name, value in sizes.items()}
+    attn = "sdpa" if cls._supports_sdpa else "eager"
+    model = cls._from_config(cls.config_class(**sizes), attn_implementation=attn).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            mean = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
+            parameter.normal_(mean, 0.3, generator=generator)
+    return model.to(dtype)
+
+
+def batch_for(model, length=7, batch=2):
+    inputs = dummy_inputs(model) if model.main_input_name == "pixel_values" else token_batch(batch, length)
+    return {name: tensor[:batch] for name, tensor in inputs.items()}
+
+
+def searched(model, seed=0, share=0.4, **options):
+    """Put gates on a model as a search would leave them; the target lies between the lowest possible one and 1."""
+    attach_(model, DMSConfig(**({"target": 1.0, "sequence_length": 7} | options)))
+    search_(model, seed)
+    gates = gates_of(model)
+    bound, config = gates.attachment.bound, gates.attachment.config
+    lowest = lowest_target(gates, bound, config, model.config)
+    config.target = lowest + share * (1 - lowest)
+    return gates, round_sizes(gates, bound, config, model.config)
+
+
+def all_outputs(model, inputs):
+    """Every tensor that a model returns."""
+    with torch.no_grad():
+        return {name: tensor for name, tensor in model(**inputs).items() if isinstance(tensor, torch.Tensor)}
+
+
+def masked_cut_reloaded(model, sizes, folder):
+    """All outputs of the hard-masked, the cut and the reloaded model, and the cut one itself."""
+    inputs = batch_for(model)
+    pruned = prune(model, inputs=inputs)
+    with hard_masked(model, sizes):
+        masked = all_outputs(model, inputs)
+    kept = make_plan(gates_of(model), sizes).kept
+    pooled = "pool" if "pool" in gates_of(model).attachment.bound.sizes else "hidden"
+    for name, dim in (("last_hidden_state", "hidden"), ("pooler_output", pooled)):
+        if name in masked and dim in kept:
+            masked[name] = masked[name][..., kept[dim][0]]
+    save_pruned(pruned, folder, inputs=inputs)
+    reloaded = type(pruned).from_pretrained(folder, dtype=pruned.dtype)
+    return masked, all_outputs(pruned, inputs), all_outputs(reloaded, inputs), pruned
+
+
+def assert_same(masked, cut_, reloaded, tolerance):
+    assert masked.keys() == cut_.keys() == reloaded.keys()
+    for name in masked:
+        assert relative_difference(cut_[name], masked[name]) < tolerance
+        assert relative_difference(reloaded[name], cut_[name]) < tolerance
+
+
+def macs_by_the_flop_counter(model, scope, inputs, length):
+    """Multiply-accumulates of one forward pass of one sequence, per token; under sdpa attention is not counted."""
+    model.set_attn_implementation("eager")
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(**inputs)
+    by_module = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    layers = [flops for name, flops in by_module.items() if name.rpartition(".")[2].isdigit()]
+    return (sum(layers) if scope == "layers" else by_module["Global"]) / 2 / length
+
+
+def written_sizes(gates, sizes, pruned):
+    """Sizes of the model that is written: those kept, or, padded, what its stock config says of every layer."""
+    if gates.attachment.config.layout != "padded":
+        return gates.dense_sizes() | sizes
+    found = bind(spec_for(pruned.config), pruned).sizes
+    return {name: torch.full_like(size, found[name]) for name, size in gates.dense_sizes().items()}
+
+
+def is_stock(model):
+    return type(model).__module__.startswith("transformers.")

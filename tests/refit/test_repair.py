@@ -1,0 +1,288 @@
+"""Repair: what it solves, what it leaves alone, and that it helps on data it has not seen."""
+
+import pytest
+import torch
+from helpers.laws import tiny
+from helpers.tiny import relative_difference, token_batch
+from transformers import (
+    BertForMaskedLM,
+    Dinov2ForImageClassification,
+    DistilBertForMaskedLM,
+    ElectraForMaskedLM,
+    Gemma2ForCausalLM,
+    GemmaForCausalLM,
+    GraniteForCausalLM,
+    LlamaForCausalLM,
+    LlamaModel,
+    Qwen2ForCausalLM,
+    SmolLM3ForCausalLM,
+    ViTForImageClassification,
+)
+
+from hf_dms import DMSConfig, attach_, repair_
+from hf_dms.archs.registry import ARCHS, spec_for
+from hf_dms.archs.spec import bind
+from hf_dms.cut.formats import Plan
+from hf_dms.cut.slicing import cut
+from hf_dms.cut.verify import outputs_of
+
+CLASSES = (
+    LlamaForCausalLM,
+    Qwen2ForCausalLM,
+    SmolLM3ForCausalLM,
+    BertForMaskedLM,
+    ElectraForMaskedLM,
+    DistilBertForMaskedLM,
+    ViTForImageClassification,
+)
+MLP = (torch.arange(20), torch.arange(2, 20, 2), torch.arange(7))
+LAYERS, HIDDEN = (torch.tensor([0, 2]),), (torch.arange(24)[torch.arange(24) % 4 != 1],)
+PLANS = {
+    "per_layer": Plan({"mlp": MLP}),
+    "uniform": Plan({"mlp": (torch.arange(9), torch.arange(2, 20, 2), torch.arange(11, 20))}),
+    "depth": Plan({"layers": LAYERS}),
+    "first layer gone": Plan({"layers": (torch.tensor([1, 2]),)}),
+    "all": Plan({"mlp": MLP, "layers": LAYERS, "hidden": HIDDEN}),
+}
+
+
+def text(seed, batches=12, padded=2):
+    """Random tokens, the last of each sequence padding."""
+    for number in range(batches):
+        batch = token_batch(6, 12, seed=100 * seed + number)
+        batch["attention_mask"][:, 12 - padded :] = 0
+        yield batch
+
+
+def images(model, seed, batches=12):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(batches):
+        yield {"pixel_values": torch.randn(6, 2, 12, 12, generator=generator).to(model.dtype)}
+
+
+def batches_for(model, seed=1):
+    return list(images(model, seed) if model.main_input_name == "pixel_values" else text(seed))
+
+
+def layers_of(model):
+    return model.base_model.get_submodule(ARCHS[model.config.model_type.removeprefix("dms_")].layers)
+
+
+def cut_by(model, plan, layout="per_layer"):
+    return cut(model, bind(spec_for(model.config), model), plan, layout)
+
+
+def same_tensors(model, state):
+    return all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def copy_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@torch.no_grad()
+def captured(model, module, batches):
+    """Inputs and outputs of a module at the positions that count, in a forward pass of the whole model."""
+    inputs, outputs = [], []
+
+    def keep(_, args, output):
+        inputs.append(args[0])
+        outputs.append(output)
+
+    hook = module.register_forward_hook(keep)
+    for batch in batches:
+        model(**batch)
+    hook.remove()
+    shape = inputs[0].shape[:2]
+    counts = [batch.get("attention_mask", torch.ones(shape)).bool() for batch in batches]
+    return [torch.cat([tensor[rows] for tensor, rows in zip(found, counts)]) for found in (inputs, outputs)]
+
+
+# ---- what is solved ----
+@pytest.mark.parametrize("cls", [*CLASSES, GemmaForCausalLM])
+def test_a_cut_that_changes_nothing_is_left_as_it_is(cls):
+    model = tiny(cls)
+    pruned = cut_by(model, Plan({}))
+    before = copy_of(pruned)
+    repair_(pruned, model, Plan({}), batches_for(model))
+    assert same_tensors(pruned, before)
+
+
+MAPS = {  # the last map that writes, and the module that is given or gives what it is to restore
+    LlamaForCausalLM: ("mlp.down_proj", "", "output"),
+    Qwen2ForCausalLM: ("mlp.down_proj", "", "output"),
+    ViTForImageClassification: ("mlp.fc2", "", "output"),
+    BertForMaskedLM: ("output.dense", "output.LayerNorm", "input"),
+    DistilBertForMaskedLM: ("ffn.lin2", "output_layer_norm", "input"),
+}
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 1.0])
+@pytest.mark.parametrize("cls", MAPS)
+def test_a_map_gets_the_ridge_regression_of_what_the_stream_lacks(cls, ridge):
+    options = {LlamaForCausalLM: {"mlp_bias": True}}.get(cls, {})
+    if cls is Qwen2ForCausalLM:  # what a layer is called with differs from layer to layer
+        options = {
+            "layer_types": ["full_attention", "sliding_attention"],
+            "use_sliding_window": True,
+            "sliding_window": 3,
+        }
+    model = tiny(cls, dtype=torch.float64, num_hidden_layers=2, **options)
+    plan = Plan({"mlp": (torch.arange(20), torch.arange(1, 20, 2))})
+    pruned = cut_by(model, plan)
+    batches = batches_for(model)
+    path, place, side = MAPS[cls]
+    module, side = layers_of(pruned)[1].get_submodule(path), ["input", "output"].index(side)
+    inputs = captured(pruned, module, batches)[0]
+    missing = captured(model, layers_of(model)[1].get_submodule(place), batches)[side]
+    missing = missing - captured(pruned, layers_of(pruned)[1].get_submodule(place), batches)[side]
+    strength = (ridge * inputs.square().sum() / inputs.shape[1]).sqrt()
+    if module.bias is not None:
+        inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)
+    rows = torch.cat([inputs, strength * torch.eye(inputs.shape[1], dtype=inputs.dtype)])
+    change = torch.linalg.lstsq(
+        rows, torch.cat([missing, torch.zeros(inputs.shape[1], 24, dtype=inputs.dtype)])
+    ).solution
+    before = copy_of(pruned)
+    repair_(pruned, model, plan, batches, ridge=ridge)
+    after = {name for name, tensor in pruned.state_dict().items() if not torch.equal(tensor, before[name])}
+    name = next(name for name, found in pruned.named_modules() if found is module)
+    assert after == {f"{name}.weight"} | ({f"{name}.bias"} if module.bias is not None else set())
+    assert relative_difference(module.weight - before[f"{name}.weight"], change[:10].T) < 1e-6
+    if module.bias is not None:
+        assert relative_difference(module.bias - before[f"{name}.bias"], change[10]) < 1e-6
+
+
+@pytest.mark.parametrize("cls", [LlamaForCausalLM, BertForMaskedLM])
+def test_the_last_map_before_dropped_layers_makes_up_for_them(cls):
+    model = tiny(cls)
+    plan = Plan({"layers": (torch.tensor([0, 1]),)})
+    pruned = cut_by(model, plan)
+    before = copy_of(pruned)
+    repair_(pruned, model, plan, batches_for(model))
+    changed = {name for name, tensor in pruned.state_dict().items() if not torch.equal(tensor, before[name])}
+    path, norm, _ = MAPS[cls]
+    assert {name.split(".1.")[1].rpartition(".")[0] for name in changed} == ({path, norm} if norm else {path})
+    for name, parameter in layers_of(pruned)[1].get_submodule(norm).named_parameters() if norm else ():
+        assert torch.equal(parameter, layers_of(model)[2].get_submodule(norm).get_parameter(name))
+
+
+# ---- that it helps ----
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_stream_and_outputs_come_closer_on_held_out_data(cls, plan):
+    model = tiny(cls)
+    layout, plan = "uniform" if plan == "uniform" else "per_layer", PLANS[plan]
+    pruned = cut_by(model, plan, layout)
+    held_out = batches_for(model, seed=2)
+    units = plan.kept.get("hidden", (torch.arange(24),))[0]
+
+    def errors():
+        found, expected = (captured(m, layers_of(m)[-1], held_out)[1] for m in (pruned, model))
+        yield float((found - expected[:, units]).square().mean())
+        yield sum(float((outputs_of(pruned, b) - outputs_of(model, b)).square().mean()) for b in held_out)
+
+    stream, outputs = errors()
+    repair_(pruned, model, plan, batches_for(model, seed=1))
+    new_stream, new_outputs = errors()
+    assert new_stream < 0.9 * stream
+    assert new_outputs < 0.9 * outputs
+
+
+@pytest.mark.parametrize("cls", [LlamaForCausalLM, BertForMaskedLM, ViTForImageClassification])
+def test_a_bfloat16_model_is_repaired_in_its_dtype(cls):
+    model = tiny(cls, dtype=torch.bfloat16)
+    pruned = cut_by(model, PLANS["per_layer"])
+    batches, held_out = batches_for(model), batches_for(model, seed=2)[0]
+    expected, before = outputs_of(model, held_out), outputs_of(pruned, held_out)
+    repair_(pruned, model, PLANS["per_layer"], batches)
+    assert {tensor.dtype for tensor in pruned.state_dict().values()} == {torch.bfloat16}
+    assert (outputs_of(pruned, held_out) - expected).square().mean() < (before - expected).square().mean()
+
+
+# ---- what counts, and what is left alone ----
+@pytest.mark.parametrize("cls", [LlamaForCausalLM, BertForMaskedLM])
+def test_padding_does_not_count(cls):
+    def repaired(token):
+        model = tiny(cls)
+        pruned = cut_by(model, PLANS["all"])
+        batches = list(text(1))
+        for batch in batches:
+            batch["input_ids"][batch["attention_mask"] == 0] = token
+        repair_(pruned, model, PLANS["all"], batches)
+        return pruned
+
+    expected = copy_of(repaired(5))
+    for name, tensor in repaired(29).state_dict().items():
+        assert relative_difference(tensor, expected[name]) < 1e-5
+
+
+def test_batches_may_be_a_generator_and_may_have_labels():
+    model = tiny(LlamaForCausalLM)
+    pruned = cut_by(model, PLANS["all"])
+    other = cut_by(model, PLANS["all"])
+    repair_(pruned, model, PLANS["all"], (b | {"labels": b["input_ids"]} for b in text(1)))
+    repair_(other, model, PLANS["all"], list(text(1)))
+    assert same_tensors(pruned, other.state_dict())
+
+
+def test_fewer_tokens_than_inputs_are_enough():
+    model = tiny(LlamaForCausalLM)
+    pruned = cut_by(model, PLANS["per_layer"])
+    batch = {"input_ids": token_batch(1, 4)["input_ids"]}
+    before = (outputs_of(pruned, batch) - outputs_of(model, batch)).square().mean()
+    repair_(pruned, model, PLANS["per_layer"], [batch])
+    assert (outputs_of(pruned, batch) - outputs_of(model, batch)).square().mean() < before
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_dense_model_and_everything_else_stay_as_they_were(training):
+    model = tiny(LlamaModel).train(training)
+    pruned = cut_by(model, PLANS["all"])
+    dense, before = copy_of(model), copy_of(pruned)
+    pruned.train(training)
+    repair_(pruned, model, PLANS["all"], text(1))
+    assert same_tensors(model, dense)
+    changed = {name for name, tensor in pruned.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {name.split(".", 2)[2] for name in changed} == {"self_attn.o_proj.weight", "mlp.down_proj.weight"}
+    for module in [*model.modules(), *pruned.modules()]:
+        assert module.training is training
+        assert not module._forward_hooks
+        assert "forward" not in module.__dict__
+
+
+# ---- errors ----
+def test_what_cannot_be_repaired_is_an_error():
+    model, plan = tiny(LlamaForCausalLM), PLANS["all"]
+    pruned = cut_by(model, plan)
+    with pytest.raises(ValueError, match="repair needs at least one batch, got none"):
+        repair_(pruned, model, plan, [])
+    with pytest.raises(ValueError, match=r"ridge must be positive, got 0\. 0\.01 is the default"):
+        repair_(pruned, model, plan, text(1), ridge=0)
+    with pytest.raises(ValueError, match=r"attention_mask of a batch has shape \(6, 1, 12, 12\), expected .batch, tok"):
+        repair_(pruned, model, plan, [next(text(1)) | {"attention_mask": torch.ones(6, 1, 12, 12)}])
+    with pytest.raises(
+        ValueError, match=r"the pruned model has 2 layers and .* 18; the plan keeps 3 layers, .* and 24"
+    ):
+        repair_(pruned, model, Plan({}), text(1))
+    shallow = cut_by(model, PLANS["depth"])
+    with pytest.raises(ValueError, match=r"up to layer 2, .* the dense model has 2 and 24\. Give the plan and the de"):
+        repair_(shallow, shallow, PLANS["depth"], text(1))
+    attach_(model, DMSConfig(target=0.9))
+    with pytest.raises(ValueError, match=r"the dense model has gates. Take them off with hf_dms.detach_"):
+        repair_(pruned, model, plan, text(1))
+
+
+def test_activations_that_are_not_finite_are_an_error_with_the_name_of_the_map():
+    model = tiny(LlamaForCausalLM)
+    pruned = cut_by(model, PLANS["per_layer"])
+    layers_of(pruned)[1].mlp.up_proj.weight.data[0] = torch.inf
+    with pytest.raises(ValueError, match=r"least squares of mlp.down_proj of layer 1 have no finite solution at ridge"):
+        repair_(pruned, model, PLANS["per_layer"], text(1))
+
+
+@pytest.mark.parametrize("cls", [Gemma2ForCausalLM, GraniteForCausalLM, Dinov2ForImageClassification])
+def test_layers_that_scale_or_normalise_what_they_add_are_an_error(cls):
+    model = tiny(cls)
+    with pytest.raises(ValueError, match=r"layer write is not added to the residual stream as it is.* cannot be rep"):
+        repair_(cut_by(model, Plan({})), model, Plan({}), batches_for(model))

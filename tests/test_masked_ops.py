@@ -1,0 +1,118 @@
+"""What a gate computes, forward and backward, against autograd on the plain formulas."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from hf_dms.masked_ops import GateResidual, MaskedNorm, MaskUnits
+
+
+def double(*shape, seed=0, low=None):
+    values = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return (values if low is None else low + values.abs()).requires_grad_()
+
+
+def log_mask(*shape, seed=0):
+    """Logarithms of masks between 0.1 and 0.95."""
+    uniform = torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return (0.1 + 0.85 * uniform).log().requires_grad_()
+
+
+# The gradient of a mask is rounded to float32 (2^-24); the others are exact in float64.
+TO_FLOAT32 = dict(rtol=1e-6, atol=1e-6)
+EXACTLY = dict(rtol=1e-10, atol=1e-10)
+
+
+def assert_same_gradients(function, formula, inputs, mask_at):
+    """Outputs and gradients of a custom function are those that autograd finds for the plain formula."""
+    found, expected = function(*inputs), formula(*inputs)
+    torch.testing.assert_close(found, expected, **EXACTLY)
+    upstream = double(*expected.shape, seed=9).detach()
+    ours, theirs = torch.autograd.grad(found, inputs, upstream), torch.autograd.grad(expected, inputs, upstream)
+    for place, (our, their) in enumerate(zip(ours, theirs)):
+        torch.testing.assert_close(our, their, **(TO_FLOAT32 if place == mask_at else EXACTLY))
+
+
+def test_mask_units_is_the_product_and_its_gradient_that_of_autograd():
+    def formula(x, log_mask):
+        return x * log_mask.exp()[None, :, None].expand(2, 3, 4).reshape(-1)
+
+    inputs = double(5, 7, 24), log_mask(3)
+    assert_same_gradients(lambda x, m: MaskUnits.apply(x, m, (2, 3, 4)), formula, inputs, mask_at=1)
+    assert torch.autograd.gradcheck(lambda x, m: MaskUnits.apply(x, m, (2, 3, 4)), (double(2, 24), log_mask(3)))
+
+
+def test_gate_residual_is_x_plus_m_times_f_and_its_gradient_that_of_autograd():
+    inputs = double(5, 7, 4), double(5, 7, 4, seed=1), log_mask(1)[0]
+    assert_same_gradients(GateResidual.apply, lambda x, y, m: x + m.exp() * (y - x), inputs, mask_at=2)
+    assert torch.autograd.gradcheck(GateResidual.apply, inputs)
+
+
+def test_gate_residual_is_exact_at_both_ends():
+    x, y = torch.randn(3, 4), torch.randn(3, 4) * 1e8
+    assert torch.equal(GateResidual.apply(x, y, torch.tensor(-torch.inf)), x)
+    assert torch.equal(GateResidual.apply(x, y, torch.tensor(0.0)), y)
+
+
+def masked_norm_formula(x, log_mask, weight, bias, eps, centered):
+    mask = log_mask.exp()
+    centre = (mask * x).sum(-1, keepdim=True) / mask.sum() if centered else 0
+    variance = (mask * (x - centre) ** 2).sum(-1, keepdim=True) / mask.sum()
+    y = mask * weight * (x - centre) / torch.sqrt(variance + eps)
+    return y if bias is None else y + mask * bias
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("eps", [1e-6, 0.5])
+def test_masked_norm_is_the_formula_and_its_gradient_that_of_autograd(centered, with_bias, eps):
+    inputs = [double(5, 7, 6), log_mask(6), double(6, seed=2)] + [double(6, seed=3)] * with_bias
+
+    def run(function):
+        return lambda x, m, w, b=None: function(x, m, w, b, eps, centered)
+
+    assert_same_gradients(run(MaskedNorm.apply), run(masked_norm_formula), inputs, mask_at=1)
+    assert torch.autograd.gradcheck(run(MaskedNorm.apply), inputs)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_masked_norm_at_a_hard_mask_is_the_norm_of_the_kept_units(centered):
+    x, weight, bias = double(5, 6), double(6, seed=1), double(6, seed=2)
+    kept = torch.tensor([0, 2, 3, 5])
+    hard = torch.full((6,), -torch.inf).index_fill(0, kept, 0.0)
+    found = MaskedNorm.apply(x, hard, weight, bias, 1e-5, centered)
+    small = x[:, kept]
+    if centered:
+        expected = nn.functional.layer_norm(small, (4,), weight[kept], bias[kept], 1e-5)
+    else:
+        expected = nn.functional.rms_norm(small, (4,), weight[kept], 1e-5) + bias[kept]
+    torch.testing.assert_close(found[:, kept], expected, **EXACTLY)
+    assert found[:, [1, 4]].abs().max() == 0
+    assert torch.isfinite(torch.autograd.grad(found.sum(), x)[0]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_open_masked_norm_is_the_stock_norm(dtype):
+    norm = LlamaRMSNorm(64, eps=1e-6).to(dtype)
+    nn.init.normal_(norm.weight)
+    x = torch.randn(3, 5, 64).to(dtype)
+    found = MaskedNorm.apply(x, torch.zeros(64), norm.weight, None, 1e-6, False)
+    # one ulp: Σ x²/N in another order
+    torch.testing.assert_close(found, norm(x), rtol=torch.finfo(dtype).eps * 2, atol=1e-6)
+    assert found.dtype == dtype
+
+
+@pytest.mark.parametrize("function", [MaskUnits, MaskedNorm])
+def test_inputs_without_gradient_cost_none(function):
+    x, weight = torch.randn(3, 4), torch.ones(4)
+    mask = torch.zeros(4, requires_grad=True)
+    y = (
+        function.apply(x, mask, (1, 4, 1))
+        if function is MaskUnits
+        else function.apply(x, mask, weight, None, 0.1, True)
+    )
+    y.sum().backward()
+    assert x.grad is None
+    assert weight.grad is None
+    assert mask.grad.shape == (4,)

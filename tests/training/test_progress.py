@@ -1,0 +1,78 @@
+"""What a run tells while it runs: a bar in a terminal, lines elsewhere, scalars for TensorBoard."""
+
+import sys
+
+import pytest
+from helpers.searches import arguments, dms, logged, trained
+from helpers.tiny import Tokens, tiny_llama
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
+
+from hf_dms import DMSTrainer
+from hf_dms.training.progress import ProgressBar, ProgressLines, show_progress_
+
+
+def callbacks_of(folder, **options):
+    trainer = DMSTrainer(model=tiny_llama(), dms_config=dms(), args=arguments(folder, **options))
+    return [each for each in trainer.callback_handler.callbacks if isinstance(each, ProgressCallback | PrinterCallback)]
+
+
+@pytest.mark.parametrize(
+    ("terminal", "disabled", "expected"),
+    [(True, False, ProgressBar), (True, True, ProgressLines), (False, False, ProgressLines)],
+)
+def test_a_terminal_gets_a_bar_and_a_file_lines(terminal, disabled, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    assert [type(each) for each in callbacks_of(tmp_path, disable_tqdm=disabled)] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("logs", "shown"),
+    [
+        ({"loss": 4.0, "task_loss": 3.0, "resource": 0.5, "target": 0.25}, "loss 3.000, resource 0.500, target 0.250"),
+        ({"loss": 4.0}, "loss 4.000"),  # a retraining
+    ],
+)
+def test_the_progress_bar_shows_stage_task_loss_and_budget_of_a_search(logs, shown):
+    bar = ProgressBar("search")
+    state = TrainerState(max_steps=30, global_step=20, is_world_process_zero=True)
+    bar.on_train_begin(None, state, None)
+    bar.on_log(None, state, None, logs=logs | {"learning_rate": 0.1})
+    assert bar.training_bar.postfix == shown
+    assert bar.training_bar.desc == "search"
+    assert bar.training_bar.initial == bar.training_bar.n == 20  # the time left is that of the steps to come
+    bar.on_train_end(None, state, None)
+
+
+def test_the_time_left_is_that_of_the_steps_to_come_at_the_pace_of_this_process(monkeypatch, capsys):
+    clock = iter([100.0, 160.0])
+    monkeypatch.setattr("hf_dms.training.progress.time.monotonic", lambda: next(clock))
+    lines, state = ProgressLines("retraining"), TrainerState(max_steps=130, global_step=10)
+    lines.on_train_begin(None, state, None)
+    state.global_step = 30
+    lines.on_log(None, state, None, logs={"loss": 2.5, "learning_rate": 0.1})
+    assert capsys.readouterr().out.splitlines() == [
+        "retraining: 130 steps, going on after step 10",
+        "retraining: step 30 of 130 (23 %), 0:05:00 left: loss 2.500",
+    ]
+
+
+def test_tensorboard_gets_the_course_of_the_search(tmp_path):
+    options = dict(report_to="tensorboard", max_steps=6, eval_strategy="steps", eval_steps=3)
+    trainer = trained(tmp_path, **options)
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    read = EventAccumulator(str(events.parent)).Reload()
+    for name in ("task_loss", "resource_loss", "resource", "target", "kept/mlp", "undecided/mlp", "gate_grad_norm"):
+        scalars = read.Scalars(f"train/{name}")
+        assert [scalar.step for scalar in scalars] == list(range(1, 7))
+        assert [scalar.value for scalar in scalars] == pytest.approx(logged(trainer, name))
+    kept = {name for name in read.Tags()["scalars"] if name.startswith("train/kept/")}
+    assert kept == {f"train/kept/{name}" for name in trainer.gates.dims}
+    assert [scalar.step for scalar in read.Scalars("eval/resource")] == [3, 6]
+
+
+def test_a_trainer_that_shows_nothing_is_left_so(tmp_path):
+    trainer = Trainer(model=tiny_llama(), args=arguments(tmp_path), train_dataset=Tokens())
+    trainer.remove_callback(PrinterCallback)
+    show_progress_(trainer, "search")
+    assert not [each for each in trainer.callback_handler.callbacks if isinstance(each, ProgressLines)]

@@ -1,0 +1,85 @@
+"""The README's table of architectures, derived from their descriptions: what binds is supported.
+
+`python tools/arch_table.py README.md` renews it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from hf_dms.archs.registry import SPECS
+from hf_dms.archs.spec import ArchSpec, bind
+from hf_dms.config import LAYOUTS
+from hf_dms.cut.modeling_dms import AUTO_CLASSES, stock_classes
+
+BEGIN = "<!-- renewed by `python tools/arch_table.py README.md` -->"
+END = "<!-- end of the table -->"
+
+
+def renewed(text: str) -> str:
+    """A text whose table of architectures, between `BEGIN` and `END`, is that of the descriptions."""
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{table(SPECS)}\n\n{END}{rest.partition(END)[2]}"
+
+
+def table(specs: tuple[ArchSpec, ...]) -> str:
+    """A Markdown table of architectures; those that differ in nothing else share a row."""
+    rows: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for spec in specs:
+        dims = ", ".join(f"`{name}`" for name in spec.prunable)
+        rows[", ".join(heads(spec)), dims, "; ".join(["stock", *stock_limits(spec)])].append(f"`{spec.model_type}`")
+    lines = [(", ".join(names), *cells) for cells, names in rows.items()]
+    header = [("architectures", "heads", "dims", "`layout: uniform`"), ("---",) * 4]
+    others = " and ".join(f"`layout: {layout}`" for layout in LAYOUTS if layout != "uniform")
+    text = "\n".join(f"| {' | '.join(cells)} |" for cells in [*header, *lines])
+    return f"{text}\n\nAll of them take {others} too; `per_layer` has no such limits."
+
+
+def heads(spec: ArchSpec) -> list[str]:
+    """In words, the Auto classes whose models of an architecture bind to its description."""
+    stock: Any = CONFIG_MAPPING[spec.model_type]
+    depth = next(dim.name for dim in spec.dims if dim.scope == "depth")
+    config = stock(**{key: 1 for key, product in spec.config.items() if product == depth})
+    found = []
+    for auto in AUTO_CLASSES:
+        classes = stock_classes(auto, stock)
+        if classes and all(_binds(spec, cls, config) for cls in classes):
+            words = re.sub(r"([a-z])([A-Z])", r"\1 \2", auto.removeprefix("AutoModel").removeprefix("For"))
+            found.append(" ".join(word if word.isupper() else word.lower() for word in words.split()) or "base")
+    return found
+
+
+def _binds(spec: ArchSpec, cls: type, config: PreTrainedConfig) -> bool:
+    with torch.device("meta"):
+        model = cls(config)
+    try:
+        bind(spec, model)
+    except ValueError:
+        return False
+    return True
+
+
+def stock_limits(spec: ArchSpec) -> list[str]:
+    """In words, the limits of an architecture's stock config."""
+    limits = []
+    for part, whole in spec.must_equal:
+        (dim,) = [name for name in part.split() if spec.dim(name).scope != "fixed"]
+        limits.append(f"`{dim}` and `{whole}` only together")
+    attributes = {product: key for key, product in spec.config.items()}
+    for divisor, multiple in spec.must_divide:
+        names = [f"`{attributes.get(product, product.replace(' ', '·'))}`" for product in (divisor, multiple)]
+        otherwise = f", else written as `{spec.alternative}`" if spec.alternative else ""
+        limits.append(f"{names[1]} a multiple of {names[0]}{otherwise}")
+    return limits
+
+
+if __name__ == "__main__":
+    for path in map(Path, sys.argv[1:]):
+        path.write_text(renewed(path.read_text()))
