@@ -12,6 +12,7 @@ import os
 import sys
 
 from .cut.register import register
+from .errors import HfDmsError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         return options.run(options)
-    except ValueError as error:
+    except HfDmsError as error:
         if os.environ.get("HF_DMS_TRACEBACK"):
             raise
         print(f"hf-dms: error: {error}", file=sys.stderr)
@@ -101,8 +102,8 @@ def _prune(options: argparse.Namespace) -> int:
         model, output = cut_options([options.recipe, *options.overrides])
         from .experiment.cut_files import cut_by_plan
 
-        report = cut_by_plan(options.plan, model, output)
-        print(f"\nSaved to {output.path} ({report['model_class']}).")
+        cut = cut_by_plan(options.plan, model, output)
+        print(f"\nSaved to {output.path} ({cut['model_class']}).")
         return 0
     recipe = load_recipe(options.recipe, options.overrides)
     from .experiment.run import run
@@ -141,17 +142,18 @@ def _validate(options: argparse.Namespace) -> int:
         try:
             check_recipe(load_recipe(path, overrides))
             print(f"{path}: ok")
-        except ValueError as error:
+        except HfDmsError as error:
             wrong += 1
             print(f"{path}: {error}", file=sys.stderr)
     return 2 if wrong else 0
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from .experiment.eval_command import measure_files, run_lm_eval, task_of, whole_file
+    from .experiment.eval_command import measure_files, run_lm_eval, whole_file
+    from .tasks.evaluate import task_of
 
     if not options.tasks and not options.data:
-        raise ValueError("eval needs --tasks (of lm-evaluation-harness) or --data (a file).")
+        raise HfDmsError("eval needs --tasks (of lm-evaluation-harness) or --data (a file).")
     paths = [path for path in (options.baseline, options.path) if path]
     for path in paths if options.tasks else ():
         print(f"{path}:", flush=True)
@@ -198,7 +200,7 @@ def _archs(options: argparse.Namespace) -> int:
     from .archs.registry import ARCHS
 
     if options.name is not None and options.name not in ARCHS:
-        raise ValueError(f"There is no architecture '{options.name}'. Supported: {', '.join(sorted(ARCHS))}.")
+        raise HfDmsError(f"There is no architecture '{options.name}'. Supported: {', '.join(sorted(ARCHS))}.")
     for name, spec in sorted(ARCHS.items()):
         if options.name in (None, name):
             print(f"{name}: prunes {', '.join(spec.prunable)}")

@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from .errors import HfDmsError
+
 RESOURCES = ("params", "macs", "kv_bytes")
 RESOURCE_SCOPES = ("model", "layers")
 LAYOUTS = ("uniform", "per_layer", "padded")
@@ -102,14 +104,14 @@ class DMSConfig:
 
     def _check_target(self) -> None:
         if self.target is None:
-            raise ValueError(
+            raise HfDmsError(
                 "dms.target is required: the fraction of the dense resource to keep. For 60 % write target: 0.6"
             )
         if isinstance(self.target, bool) or not isinstance(self.target, int | float):
-            raise ValueError(f"dms.target must be a number in (0, 1], got {self.target!r}. For 60 % write target: 0.6")
+            raise HfDmsError(f"dms.target must be a number in (0, 1], got {self.target!r}. For 60 % write target: 0.6")
         if not 0 < self.target <= 1:
             hint = f"For {self.target:g} % write target: {self.target / 100:g}" if 1 < self.target <= 100 else ""
-            raise ValueError(f"dms.target must be in (0, 1], got {self.target:g}. {hint}".rstrip())
+            raise HfDmsError(f"dms.target must be in (0, 1], got {self.target:g}. {hint}".rstrip())
 
     def _check_choices(self) -> None:
         choices = {
@@ -121,7 +123,7 @@ class DMSConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"dms.{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
+                raise HfDmsError(f"dms.{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
 
     def _check_numbers(self) -> None:
         ranges = {  # name: (lowest, highest, is the lowest allowed, is the highest allowed)
@@ -140,31 +142,31 @@ class DMSConfig:
                 continue
             whole = name in ("warmup_steps", "sequence_length", "max_nonfinite_steps")
             if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-                raise ValueError(f"dms.{name} must be {'a whole' if whole else 'a'} number, got {value!r}.")
+                raise HfDmsError(f"dms.{name} must be {'a whole' if whole else 'a'} number, got {value!r}.")
             if not ((value > low or (with_low and value == low)) and (value < high or (with_high and value == high))):
                 interval = f"{'[' if with_low else '('}{low}, {high}{']' if with_high else ')'}"
-                raise ValueError(f"dms.{name} must be in {interval}, got {value}.")
+                raise HfDmsError(f"dms.{name} must be in {interval}, got {value}.")
 
     def _check_names(self) -> None:
         if self.prune is not None:
             if not isinstance(self.prune, tuple) or not all(isinstance(name, str) for name in self.prune):
-                raise ValueError(f"dms.prune must be a list of dim names such as [kv, mlp], got {self.prune!r}.")
+                raise HfDmsError(f"dms.prune must be a list of dim names such as [kv, mlp], got {self.prune!r}.")
             if len(self.prune) == 0:
-                raise ValueError("dms.prune is empty: name at least one dim, or leave it out to prune all.")
+                raise HfDmsError("dms.prune is empty: name at least one dim, or leave it out to prune all.")
         if not isinstance(self.round_to, dict) or not all(
             isinstance(multiple, int) and multiple >= 1 for multiple in self.round_to.values()
         ):
-            raise ValueError(
+            raise HfDmsError(
                 f"dms.round_to must map a dim to a whole number of at least 1, as {{mlp: 64}}; got {self.round_to!r}."
             )
         known = {"layers": list, "dims": list, "min": dict, "max": dict}
         if not isinstance(self.protect, dict):
-            raise ValueError(f"dms.protect must be a mapping with keys of {', '.join(known)}; got {self.protect!r}.")
+            raise HfDmsError(f"dms.protect must be a mapping with keys of {', '.join(known)}; got {self.protect!r}.")
         for key, value in self.protect.items():
             if key not in known:
-                raise ValueError(f"dms.protect has no key {key!r}; its keys are {', '.join(known)}.")
+                raise HfDmsError(f"dms.protect has no key {key!r}; its keys are {', '.join(known)}.")
             if not isinstance(value, known[key] | tuple):
-                raise ValueError(f"dms.protect.{key} must be a {known[key].__name__}, got {value!r}.")
+                raise HfDmsError(f"dms.protect.{key} must be a {known[key].__name__}, got {value!r}.")
 
     def to_dict(self) -> dict[str, Any]:
         """All options as plain values, ready for JSON or YAML."""

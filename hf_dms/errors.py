@@ -2,12 +2,12 @@
 
 
 class HfDmsError(ValueError):
-    """Something that a user can mend: a recipe, a request, a model, data. The message says what, and how."""
+    """A mistake that the user can mend. The message says what was found, what was expected and how to fix it."""
+
+
+class NonFiniteError(HfDmsError):
+    """Too many steps in a row whose loss or gradients were not finite."""
 
 
 class VerificationError(RuntimeError):
-    """Two models that must compute the same do not; nothing was saved."""
-
-
-class NonFiniteError(RuntimeError):
-    """Loss or gradients were not finite for too many steps in a row."""
+    """Two models that must compute the same do not. This is a bug of hf_dms; nothing was saved."""

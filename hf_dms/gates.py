@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import HfDmsError
 from .resource import Cost, Sizes, resource_loss, scheduled_target
 from .topk import linear_topk_count, log_soft_topk_mask, num_kept, topk_mask
 
@@ -145,7 +146,7 @@ class Gates(nn.Module):
         for name, tensor in mine.items():
             if name not in state or state[name].shape != tensor.shape:
                 found = "is missing" if name not in state else f"has shape {tuple(state[name].shape)}"
-                raise ValueError(
+                raise HfDmsError(
                     f"search state: {name} {found}, expected shape {tuple(tensor.shape)}. "
                     "It was saved by a search over other dims, or with another layout."
                 )

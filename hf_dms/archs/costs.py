@@ -7,6 +7,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+from ..errors import HfDmsError
 from ..resource import Cost, Monomial
 from .plain_view import plain_module, submodule
 from .spec import BoundSpec, flat
@@ -49,7 +50,7 @@ def _mac_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):
     if bound.spec.tokens:
         sequence_length = bound.product(bound.spec.tokens)
     if sequence_length is None:
-        raise ValueError("resource macs needs dms.sequence_length: the number of tokens per sequence.")
+        raise HfDmsError("resource macs needs dms.sequence_length: the number of tokens per sequence.")
     for name, param in bound.params.items():
         module_path, _, leaf = name.rpartition(".")
         if leaf == "weight" and isinstance(plain_module(submodule(model, module_path)), (nn.Linear, nn.Conv2d)):
@@ -61,7 +62,7 @@ def _mac_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):
 
 def _cache_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):
     if bound.spec.cache is None:
-        raise ValueError(
+        raise HfDmsError(
             f"resource kv_bytes: {bound.spec.model_type} keeps no key-value cache. Use resource: params or macs."
         )
     bytes_per_number = next(model.parameters()).dtype.itemsize

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import HfDmsError
+
 PACKED = ("Params4bit", "Int8Params")  # of bitsandbytes
 
 
@@ -187,13 +189,13 @@ def check_adapters(model: nn.Module) -> None:
     """
     if _is(model, "PeftModel") and model.active_peft_config.is_prompt_learning:  # type: ignore[union-attr]
         kind = model.active_peft_config.peft_type.value  # type: ignore[union-attr]
-        raise ValueError(f"{kind} learns a prompt, which is no part of any weight. Use LoRA, or none.")
+        raise HfDmsError(f"{kind} learns a prompt, which is no part of any weight. Use LoRA, or none.")
     owners: dict[int, list[str]] = {}
     for name, parameter, _ in plain_parameters(base_model_of(model)):
         owners.setdefault(id(parameter), []).append(name)
     for path, module in model.named_modules():
         if _is(module, "AuxiliaryTrainingWrapper") and not _is(module, "ModulesToSaveWrapper"):
-            raise ValueError(
+            raise HfDmsError(
                 f"'{path}' is a {type(module).__name__} of PEFT, which the cut cannot follow. Leave it out."
             )
     for path, layer in adapted_layers(model):
@@ -203,14 +205,14 @@ def check_adapters(model: nn.Module) -> None:
 def _check_layer(path: str, layer: Any, owners: dict[int, list[str]]) -> None:
     base, kind = layer.get_base_layer(), f"{type(layer).__module__}.{type(layer).__name__}".removeprefix("peft.tuners.")
     if not isinstance(base, (nn.Linear, nn.Conv2d, nn.Embedding)):
-        raise ValueError(
+        raise HfDmsError(
             f"'{path}' is a {kind} on a {type(base).__name__}. Adapters of linear maps, convolutions and embeddings "
             "can be cut, no others: leave this module out of target_modules."
         )
     if is_packed(base) and (not _is(layer, "LoraLayer") or any(layer.use_dora.values())):
-        raise ValueError(f"'{path}' is a {kind} on packed weights, which takes plain LoRA (use_dora=False).")
+        raise HfDmsError(f"'{path}' is a {kind} on packed weights, which takes plain LoRA (use_dora=False).")
     if len(names := owners[id(base.weight)]) > 1:
-        raise ValueError(
+        raise HfDmsError(
             f"'{path}' is adapted, and its weight is tied: {' and '.join(names)} are one tensor, and merging would "
             "change both. Leave it out of target_modules."
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..errors import HfDmsError
 from .bert import BERT
 from .deit import DEIT
 from .dinov2 import DINOV2
@@ -42,11 +43,11 @@ def spec_for(config: Any) -> ArchSpec:
     if model_type in ARCHS:
         return ARCHS[model_type]
     if model_type.startswith("dms_"):
-        raise ValueError(
+        raise HfDmsError(
             f"model type '{model_type}' was pruned by hf_dms before, with a layout that differs from layer to layer. "
             "Prune the dense model again with a smaller target."
         )
-    raise ValueError(
+    raise HfDmsError(
         f"model type '{model_type}' is not supported. Supported: {', '.join(sorted(ARCHS))}. "
         "To add one, see docs/new_architecture.md."
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import HfDmsError
 from ..resource import Monomial
 from .plain_view import plain_parameters
 
@@ -228,7 +229,7 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
     for name, parameter, shape in plain_parameters(model):
         matches = [(m, text) for regex, text in lines if (m := regex.fullmatch(name.removeprefix(prefix)))]
         if len(matches) != 1:
-            raise ValueError(
+            raise HfDmsError(
                 f"{spec.model_type}: parameter '{name}' {shape} matches {len(matches)} lines of the "
                 f"description of a {type(model).__name__}, expected 1. Add or correct its line in the ArchSpec."
             )
@@ -236,7 +237,7 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
         axes = parse_axes(text)
         expected = tuple(prod(sizes[factor] for factor in axis) for axis in axes)
         if shape != expected:
-            raise ValueError(
+            raise HfDmsError(
                 f"{spec.model_type}: parameter '{name}' has shape {shape}, but its description "
                 f"'{text}' means {expected}. Correct it in the ArchSpec."
             )
@@ -254,12 +255,12 @@ def _check_variant(spec: ArchSpec, model: nn.Module) -> None:
         ValueError: it is a backbone, or another architecture by what its config says.
     """
     if type(model).__name__.endswith("Backbone"):
-        raise ValueError(
+        raise HfDmsError(
             f"{type(model).__name__} names its outputs after layers, which may be pruned. Load the base model instead."
         )
     for attribute in spec.must_be_false:
         if value := getattr(model.config, attribute, False):
-            raise ValueError(
+            raise HfDmsError(
                 f"{spec.model_type} with {attribute} = {value} in its config is not supported, only with False."
             )
 
@@ -277,12 +278,12 @@ def check_spec(spec: ArchSpec) -> None:
     for name, product in products:
         for factor in product.split():
             if factor not in names:
-                raise ValueError(
+                raise HfDmsError(
                     f"{spec.model_type}: what is said of '{name}' names '{factor}', which is none of the dims "
                     f"{', '.join(names)}. Correct it, or add the dim."
                 )
     if (depth := [dim.name for dim in spec.dims if dim.scope == "depth"]) != ["layers"]:
-        raise ValueError(
+        raise HfDmsError(
             f"{spec.model_type}: one dim must have scope='depth' and be called layers; got {depth or 'none'}."
         )
 

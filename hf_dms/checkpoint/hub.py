@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..errors import HfDmsError
 from .save import STATE_JSON
 
 STALE = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "model-*.safetensors"]  # weights of an earlier push
@@ -60,7 +61,7 @@ def push(
             api.create_branch(url.repo_id, branch=revision, exist_ok=True)
         api.upload_folder(
             repo_id=url.repo_id,
-            folder_path=path,
+            folder_path=Path(path),
             revision=revision,
             commit_message=commit_message or "Pruned with hf_dms",
             delete_patterns=STALE,
@@ -69,13 +70,13 @@ def push(
         again = push_command(path, repo_id, private, revision, commit_message)
         message = f"{_reason(error, repo_id)}\n{path} is as it was. To push it again: {again}"
         # The cause is left out of tracebacks: an error of the HTTP library can show the header that holds the token.
-        raise ValueError(message.replace(token or get_token() or "\0", "<token>")) from None
+        raise HfDmsError(message.replace(token or get_token() or "\0", "<token>")) from None
     return str(url) if revision is None else f"{url}/tree/{revision}"
 
 
 def _reason(error: Exception, repo_id: str) -> str:
     """Why a push failed, in words; an upload wraps what the server or the connection said."""
-    cause = error
+    cause: BaseException = error
     while not isinstance(cause, HTTPError) and cause.__cause__ is not None:
         cause = cause.__cause__
     if isinstance(cause, HfHubHTTPError):
@@ -119,12 +120,12 @@ def check_complete(path: str | os.PathLike) -> None:
     """
     folder = Path(path)
     if (folder / STATE_JSON).is_file():
-        raise ValueError(f"{path} is a checkpoint of a search, not a pruned model. Save what `prune` returns.")
+        raise HfDmsError(f"{path} is a checkpoint of a search, not a pruned model. Save what `prune` returns.")
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {SAFE_WEIGHTS_NAME}
     missing = [name for name in ["config.json", *sorted(shards)] if not (folder / name).is_file()]
     if missing:
-        raise ValueError(
+        raise HfDmsError(
             f"{path} is not the folder of a complete model: it has no {', '.join(missing)}. "
             "Give the folder that `hf-dms prune` or `save_pruned` wrote."
         )
@@ -139,7 +140,7 @@ def check_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"'{repo_id}' cannot be a repository on the Hub; expected namespace/name. {error}") from None
+        raise HfDmsError(f"'{repo_id}' cannot be a repository on the Hub; expected namespace/name. {error}") from None
 
 
 def check_token(token: str | None = None) -> None:
@@ -150,6 +151,6 @@ def check_token(token: str | None = None) -> None:
     """
     token = token or get_token()
     if not token:
-        raise ValueError("Pushing needs a token of the Hub with write access. Run `hf auth login`, or set HF_TOKEN.")
+        raise HfDmsError("Pushing needs a token of the Hub with write access. Run `hf auth login`, or set HF_TOKEN.")
     if not re.fullmatch("[!-~]+", token):  # the HTTP library would show it in its error
-        raise ValueError("The token of the Hub holds a space, a line break or another sign that no token has.")
+        raise HfDmsError("The token of the Hub holds a space, a line break or another sign that no token has.")

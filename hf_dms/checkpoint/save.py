@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..cut.verify import check_same, dummy_inputs
+from ..errors import HfDmsError
 from ..gates import Gates
 from ..gating.attach import gates_of
 
@@ -54,7 +55,7 @@ def load_search_state_(model: PreTrainedModel, folder: str | os.PathLike) -> Non
     """
     path = Path(folder) / STATE_TENSORS
     if not path.is_file():
-        raise ValueError(f"{folder} has no {STATE_TENSORS}: it is not a checkpoint of a DMS search.")
+        raise HfDmsError(f"{folder} has no {STATE_TENSORS}: it is not a checkpoint of a DMS search.")
     gates_of(model).load_search_state_(load_file(path))
 
 
@@ -162,4 +163,4 @@ def check_writable(folder: str | os.PathLike, overwrite: bool) -> None:
     """
     target = Path(folder)
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
-        raise ValueError(f"{target} exists and is not empty. Choose another output.path or set output.overwrite: true.")
+        raise HfDmsError(f"{target} exists and is not empty. Choose another output.path or set output.overwrite: true.")

@@ -30,7 +30,7 @@ from ..archs.spec import BoundSpec, bind
 from ..cut.formats import Plan, pruned_class_and_config
 from ..cut.plan import PLAN_FILE, load_plan, plan_to_json
 from ..cut.slicing import cut_tensor, slice_tensor, source_names
-from ..cut.verify import VerificationError
+from ..errors import HfDmsError, VerificationError
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def prepare_cut(folder: Path, plan_path: str | Path) -> StreamedCut:
     plan, layout = load_plan(plan_path, bound)
     tensors, left_out = stored_tensors(files, dense)
     if wrong := _first_mismatch(tensors, dense):
-        raise ValueError(f"{folder}: {wrong} Is config.json that of the weights?")
+        raise HfDmsError(f"{folder}: {wrong} Is config.json that of the weights?")
     cls, config = pruned_class_and_config(dense, bound, plan, layout)
     return StreamedCut(dense, _on_meta(cls, config, dense.dtype), bound, plan, layout, tensors, left_out)
 
@@ -128,7 +128,7 @@ def weight_files(folder: Path) -> list[Path]:
         kinds = sorted(
             {file.suffix for file in folder.glob("*") if file.suffix in (".bin", ".h5", ".msgpack", ".gguf")}
         )
-        raise ValueError(
+        raise HfDmsError(
             f"{folder} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}"
             + (f", only {', '.join(kinds)} files, which cannot be read tensor by tensor" if kinds else "")
             + ". Save it as safetensors first: from_pretrained(...).save_pretrained(folder)."
@@ -136,7 +136,7 @@ def weight_files(folder: Path) -> list[Path]:
     files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     for file in files:
         if not file.is_file():
-            raise ValueError(f"{folder} lacks {file.name}, which {index.name} names. Download or copy it again.")
+            raise HfDmsError(f"{folder} lacks {file.name}, which {index.name} names. Download or copy it again.")
     return files
 
 
@@ -161,7 +161,7 @@ def stored_tensors(files: Iterable[Path], model: PreTrainedModel) -> tuple[dict[
             for key in content.keys():  # noqa: SIM118 (it is no dict)
                 name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
                 if converter is not None:
-                    raise ValueError(
+                    raise HfDmsError(
                         f"{file} holds '{key}', which transformers puts together or takes apart when it loads it. "
                         "This cannot be cut from files: load the model and use hf_dms.prune."
                     )
@@ -177,14 +177,14 @@ def _dense_on_meta(folder: Path, file: Path) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise ValueError(f"No config can be read from {folder}. {str(error).strip().splitlines()[0]}") from error
+        raise HfDmsError(f"No config can be read from {folder}. {str(error).strip().splitlines()[0]}") from error
     spec_for(config)
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"{folder} is quantised: packed weights cannot be cut. Take the checkpoint before that.")
+        raise HfDmsError(f"{folder} is quantised: packed weights cannot be cut. Take the checkpoint before that.")
     name = (config.architectures or [None])[0]
     cls: Any = getattr(transformers, name or "", None)
     if cls is None:
-        raise ValueError(
+        raise HfDmsError(
             f"{folder}/config.json: architectures is {config.architectures}, expected the name of a model class of "
             "transformers first, such as LlamaForCausalLM. Save the model with save_pretrained, which writes it."
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..archs.spec import ArchSpec, BoundSpec, parse_axes
+from ..errors import HfDmsError
 from ..gating.rounding import has_alternative
 from . import modeling_dms
 
@@ -87,7 +88,7 @@ def pruned_class_and_config(
         values |= {key: values[over] // values[under] for key, (over, under) in bound.spec.config_ratios.items()}
         return cls, stock.from_dict(values)
     if not stock_can:
-        raise ValueError(f"{stock.__name__} cannot express the sizes {common}. Use layout: per_layer.")
+        raise HfDmsError(f"{stock.__name__} cannot express the sizes {common}. Use layout: per_layer.")
     return _alternative_class_and_config(cls, stock, bound, values)
 
 

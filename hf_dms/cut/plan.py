@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..archs.spec import BoundSpec
+from ..errors import HfDmsError
 from .formats import Plan
 
 PLAN_FILE = "dms_plan.json"
@@ -52,11 +53,11 @@ def load_plan(path: str | os.PathLike, bound: BoundSpec) -> tuple[Plan, str]:
     file = Path(path)
     file = file / PLAN_FILE if file.is_dir() else file
     if not file.is_file():
-        raise ValueError(f"There is no plan '{file}'. A finished `hf-dms prune` leaves one in its output.path.")
+        raise HfDmsError(f"There is no plan '{file}'. A finished `hf-dms prune` leaves one in its output.path.")
     try:
         content = json.loads(file.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
+        raise HfDmsError(f"{file} is not valid JSON: {error}") from None
     _check(content, bound, file)
     kept = {name: tuple(torch.tensor(row, dtype=torch.long) for row in rows) for name, rows in content["kept"].items()}
     return Plan(kept), content["layout"]
@@ -65,23 +66,23 @@ def load_plan(path: str | os.PathLike, bound: BoundSpec) -> tuple[Plan, str]:
 def _check(content: Any, bound: BoundSpec, file: Path) -> None:
     missing = [key for key in ("format", "model_type", "layout", "units", "kept") if key not in content]
     if missing:
-        raise ValueError(f"{file} is no plan of hf_dms: it has no '{missing[0]}'.")
+        raise HfDmsError(f"{file} is no plan of hf_dms: it has no '{missing[0]}'.")
     if content["format"] > FORMAT:
-        raise ValueError(f"{file} has format {content['format']}, this hf_dms knows up to {FORMAT}. Update hf_dms.")
+        raise HfDmsError(f"{file} has format {content['format']}, this hf_dms knows up to {FORMAT}. Update hf_dms.")
     if content["model_type"] != bound.spec.model_type:
-        raise ValueError(f"{file} is for a {content['model_type']} model, this one is a {bound.spec.model_type}.")
+        raise HfDmsError(f"{file} is for a {content['model_type']} model, this one is a {bound.spec.model_type}.")
     for name, rows in content["kept"].items():
         if name not in bound.spec.prunable and not any(dim.name == name for dim in bound.spec.dims):
-            raise ValueError(f"{file}: {bound.spec.model_type} has no dim '{name}'.")
+            raise HfDmsError(f"{file}: {bound.spec.model_type} has no dim '{name}'.")
         units = bound.sizes[name]
         if content["units"].get(name) != units or len(rows) != bound.rows(name):
-            raise ValueError(
+            raise HfDmsError(
                 f"{file} is for {len(rows)} × {content['units'].get(name)} units of {name}, this model has "
                 f"{bound.rows(name)} × {units}. It belongs to another model."
             )
         for row in rows:
             if not row or sorted(set(row)) != row or row[0] < 0 or row[-1] >= units:
-                raise ValueError(
+                raise HfDmsError(
                     f"{file}: kept.{name} must hold ascending indices from 0 to {units - 1}, each once and at least "
                     f"one; got {row[:5]}."
                 )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ..errors import HfDmsError
 
 if TYPE_CHECKING:
     from ..archs.spec import ArchSpec
@@ -44,10 +46,11 @@ def register_arch(spec: ArchSpec) -> None:
 
     check_spec(spec)
     if spec.model_type not in CONFIG_MAPPING:
-        raise ValueError(
+        raise HfDmsError(
             f"AutoConfig does not know model type '{spec.model_type}'. "
             f"Call AutoConfig.register('{spec.model_type}', YourConfig) first."
         )
-    config_class = dms_config_class(CONFIG_MAPPING[spec.model_type])
+    stock: Any = CONFIG_MAPPING[spec.model_type]
+    config_class = dms_config_class(stock)
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     ARCHS[spec.model_type] = spec

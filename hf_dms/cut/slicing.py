@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, initialization
 from ..archs.plain_view import base_model_of, check_adapters, exact_packed_maps, plain_weight
 from ..archs.spec import BoundSpec
 from ..config import DMSConfig
+from ..errors import HfDmsError, VerificationError
 from ..gates import Gates
 from ..gating.attach import attach_, check_gates_outside, detach_, gates_of, has_gates
 from ..gating.checks import check_model
@@ -26,7 +27,7 @@ from ..gating.rounding import round_sizes
 from ..resource import Sizes
 from ..topk import topk_mask
 from .formats import Plan, kept_units, pruned_class_and_config
-from .verify import VerificationError, check_same, dummy_inputs, hard_masked, output_units
+from .verify import check_same, dummy_inputs, hard_masked, output_units
 
 
 def prune(
@@ -53,14 +54,14 @@ def prune(
     model = base_model_of(model)
     if not has_gates(model):
         if dms_config is None:
-            raise ValueError("prune needs a model with gates (hf_dms.attach_), or a dms_config.")
+            raise HfDmsError("prune needs a model with gates (hf_dms.attach_), or a dms_config.")
         attach_(model, dms_config)
         try:
             return prune(model, inputs=inputs)
         finally:
             detach_(model)
     if dms_config is not None:
-        raise ValueError(
+        raise HfDmsError(
             "prune got a dms_config for a model that has gates, which have a request of their own. Leave it out, or "
             "take the gates off with hf_dms.detach_(model) first."
         )

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..archs.registry import ARCHS
 from ..archs.spec import BoundSpec, dim_size
+from ..errors import VerificationError
 from ..gating.attach import gates_of, norms
 from ..resource import Sizes
 from .formats import Plan
@@ -18,10 +19,6 @@ from .formats import Plan
 # Largest |difference| of outputs, relative to their largest magnitude, between a masked, a cut and a reloaded model:
 # the same sums in another order. float64 is bounded by norms that transformers computes in float32.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-
-class VerificationError(RuntimeError):
-    """Two models that must compute the same do not."""
 
 
 @contextlib.contextmanager

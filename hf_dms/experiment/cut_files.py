@@ -15,6 +15,7 @@ from huggingface_hub import ModelCardData, snapshot_download
 from ..checkpoint.save import check_writable, new_folder
 from ..checkpoint.stream import StreamedCut, prepare_cut, write_cut
 from ..cut.modeling_dms import auto_class_of
+from ..errors import HfDmsError
 from ..report.card import is_hub_id, shown
 from ..report.numbers import REPORT, as_written, loading_lines, shape, sizes_table, table, to_json, versions
 from ..report.page import PAGE, render
@@ -71,7 +72,7 @@ def _local(model: ModelConfig) -> Path:
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model.path: no model can be read from '{model.path}'. {reason}") from error
+        raise HfDmsError(f"model.path: no model can be read from '{model.path}'. {reason}") from error
 
 
 def _report(job: StreamedCut, counts: dict[str, int], model: ModelConfig) -> dict[str, Any]:

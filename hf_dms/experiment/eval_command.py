@@ -13,17 +13,10 @@ from typing import Any
 from unittest import mock
 
 import transformers
-from transformers import AutoConfig
 
+from ..errors import HfDmsError
 from ..tasks.data import DataConfig, load_examples
-from ..tasks.evaluate import evenly_spaced, example_scores, summary
-from ..tasks.task import TASKS, Task
-
-ENDINGS = {  # of a model class
-    "ForCausalLM": "text-generation",
-    "ForSequenceClassification": "text-classification",
-    "ForImageClassification": "image-classification",
-}
+from ..tasks.evaluate import evenly_spaced, example_scores, summary, task_of
 
 
 def run_lm_eval(path: str, arguments: list[str]) -> None:
@@ -39,7 +32,7 @@ def run_lm_eval(path: str, arguments: list[str]) -> None:
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError:
-        raise ValueError("--tasks needs lm-evaluation-harness: pip install 'hf_dms[eval]'.") from None
+        raise HfDmsError("--tasks needs lm-evaluation-harness: pip install 'hf_dms[eval]'.") from None
     command = ["lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={path},dtype=auto", *arguments]
     with mock.patch.object(sys, "argv", command):
         cli_evaluate()
@@ -74,23 +67,6 @@ def measure_files(paths: list[str], data: DataConfig, examples: int | None, batc
         rows.append(row | summary(task.metric, scores, first))
         first = scores if first is None else first
     return rows
-
-
-def task_of(path: str) -> tuple[Task, Any]:
-    """The task of a saved model, by its class, and its config.
-
-    Raises:
-        ValueError: there is no model, or one for no task that is known.
-    """
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"No model can be read from '{path}'. {str(error).strip().splitlines()[0]}") from error
-    name = (config.architectures or [""])[0]
-    for ending, task in ENDINGS.items():
-        if name.endswith(ending):
-            return TASKS[task], config
-    raise ValueError(f"'{path}' holds a {name or 'model without a class'}; expected one of {', '.join(ENDINGS)}.")
 
 
 def whole_file(path: str, **options: Any) -> DataConfig:

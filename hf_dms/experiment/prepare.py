@@ -14,6 +14,7 @@ from ..archs.plain_view import with_adapters
 from ..archs.registry import spec_for
 from ..archs.spec import bind
 from ..checkpoint.hub import check_repo_id, check_token
+from ..errors import HfDmsError
 from ..gating.gates_for import build_gates
 from ..gating.rounding import check_target
 from ..tasks.data import load_examples, load_more_examples
@@ -37,21 +38,21 @@ def training_arguments(recipe: Recipe, section: str, output_dir: Path) -> Any:
         shared = {key: value for key, value in given.items() if key not in ("max_steps", "num_train_epochs")}
         given = shared | (recipe.finetune if section == "finetune" else recipe.recover.train)
     if "output_dir" in given:
-        raise ValueError(f"{section}.output_dir: the output folder is output.path.")
+        raise HfDmsError(f"{section}.output_dir: the output folder is output.path.")
     for key in ("push_to_hub", "hub_token"):
         if key in given:  # a recipe is written into what is pushed, and a training checkpoint is not the result
-            raise ValueError(f"{section}.{key}: give hub.repo_id, and the token by `hf auth login` or HF_TOKEN.")
-    defaults = {"logging_steps": 10, "report_to": "none", "save_total_limit": 1}
+            raise HfDmsError(f"{section}.{key}: give hub.repo_id, and the token by `hf auth login` or HF_TOKEN.")
+    defaults: dict[str, Any] = {"logging_steps": 10, "report_to": "none", "save_total_limit": 1}
     accelerated = torch.accelerator.is_available()
     defaults |= {"dataloader_pin_memory": accelerated, "use_cpu": not accelerated}  # without use_cpu bf16 needs a GPU
     defaults |= {"remove_unused_columns": recipe.model.task != "image-classification"}  # images are decoded on demand
     values = defaults | coerce_fields(TrainingArguments, given, section)
     if values.get("max_steps", -1) <= 0 and "num_train_epochs" not in values:
-        raise ValueError(f"{section}.max_steps is required (or {section}.num_train_epochs): how long it runs.")
+        raise HfDmsError(f"{section}.max_steps is required (or {section}.num_train_epochs): how long it runs.")
     try:
         return TrainingArguments(output_dir=str(output_dir), **values)
     except (ValueError, TypeError, ImportError) as error:
-        raise ValueError(f"{section}: {error}") from error
+        raise HfDmsError(f"{section}: {error}") from error
 
 
 def lora_config(recipe: Recipe, section: str) -> Any:
@@ -68,12 +69,12 @@ def lora_config(recipe: Recipe, section: str) -> Any:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ValueError(f"{section} needs PEFT: pip install 'hf_dms[peft]'.") from error
+        raise HfDmsError(f"{section} needs PEFT: pip install 'hf_dms[peft]'.") from error
     values = {"target_modules": "all-linear", "task_type": recipe.task.peft} | coerce_fields(LoraConfig, given, section)
     try:
         return LoraConfig(**values)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{section}: {error}") from error
+        raise HfDmsError(f"{section}: {error}") from error
 
 
 def packing(recipe: Recipe, dtype: torch.dtype) -> Any:
@@ -86,7 +87,7 @@ def packing(recipe: Recipe, dtype: torch.dtype) -> Any:
         ValueError: bitsandbytes is missing.
     """
     if not is_bitsandbytes_available():
-        raise ValueError("model.quantization needs bitsandbytes: pip install 'hf_dms[quantization]'.")
+        raise HfDmsError("model.quantization needs bitsandbytes: pip install 'hf_dms[quantization]'.")
     if recipe.model.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
@@ -107,7 +108,7 @@ def load_model_config(recipe: Recipe, labels: tuple[str, ...] = ()) -> Any:
         config = AutoConfig.from_pretrained(recipe.model.path, revision=recipe.model.revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model.path: no model can be read from '{recipe.model.path}'. {reason}") from error
+        raise HfDmsError(f"model.path: no model can be read from '{recipe.model.path}'. {reason}") from error
     if labels:
         config.update(named)
     return config
@@ -129,7 +130,7 @@ def load_processor(recipe: Recipe) -> Any:
         return getattr(transformers, kind).from_pretrained(recipe.model.path, revision=recipe.model.revision)
     except (OSError, ValueError) as error:
         what = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}[kind]
-        raise ValueError(f"model.path: '{recipe.model.path}' has no {what} that can be read. {error}") from error
+        raise HfDmsError(f"model.path: '{recipe.model.path}' has no {what} that can be read. {error}") from error
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -152,7 +153,7 @@ def check_recipe(recipe: Recipe) -> None:
     spec = spec_for(config)
     auto = model_class(recipe)
     if type(config) not in auto._model_mapping or (recipe.model.task == "text-generation" and spec.cache is None):
-        raise ValueError(
+        raise HfDmsError(
             f"model.task: there is no {recipe.model.task} model of type '{config.model_type}'. "
             f"Tasks are {', '.join(TASKS)}."
         )
@@ -172,5 +173,5 @@ def check_recipe(recipe: Recipe) -> None:
                 model = auto.from_config(config)
                 try:
                     with_adapters(model, lora, seed=0)
-                except ValueError as error:
-                    raise ValueError(f"{section}: {error}") from error
+                except HfDmsError as error:
+                    raise HfDmsError(f"{section}: {error}") from error

@@ -20,9 +20,11 @@ from typing import Any
 import yaml
 
 from ..config import DMSConfig
+from ..errors import HfDmsError
 from ..tasks.data import BUILDERS, DataConfig
 from ..tasks.task import TASKS, Task
-from .sections import DistillationConfig, EvalConfig, HubConfig, ModelConfig, OutputConfig, RecoverConfig, RepairConfig
+from ..training.distillation import DistillationConfig
+from .sections import EvalConfig, HubConfig, ModelConfig, OutputConfig, RecoverConfig, RepairConfig
 
 
 @dataclass
@@ -80,13 +82,13 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
         file = packaged_recipes() / path
     if not file.is_file():
         names = ", ".join(sorted(recipe.name for recipe in packaged_recipes().glob("*.yaml")))
-        raise ValueError(f"There is no recipe '{path}'. Recipes that come with hf_dms: {names}.")
+        raise HfDmsError(f"There is no recipe '{path}'. Recipes that come with hf_dms: {names}.")
     try:
         values = yaml.safe_load(file.read_text()) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
+        raise HfDmsError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold sections (model, data, dms, ...), got {type(values).__name__}.")
+        raise HfDmsError(f"{path} must hold sections (model, data, dms, ...), got {type(values).__name__}.")
     for override in overrides or []:
         _override_(values, override)
     _use_files_beside_the_recipe_(values, file.parent)
@@ -122,12 +124,12 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     for name in ("finetune", "train", "recover"):
         given = values.get(name) or {}
         if not isinstance(given, dict):
-            raise ValueError(f"{name} must be a section with keys of TrainingArguments, got {given!r}.")
+            raise HfDmsError(f"{name} must be a section with keys of TrainingArguments, got {given!r}.")
         sections[name] = _build_recover(given) if name == "recover" else given
     recipe = Recipe(**sections, lora=_subsection(values, "lora", ""))
     _check_trained_weights(recipe)
     if recipe.dms.pipeline == "np" and (recipe.recover.repair or recipe.recover.distillation):
-        raise ValueError(
+        raise HfDmsError(
             "recover.repair and recover.distillation need a dense model that is trained, which pipeline np has not. "
             "Leave them out, or use pipeline p."
         )
@@ -139,7 +141,7 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
 def _section(values: dict[str, Any], name: str) -> Any:
     given = values.get(name) or {}
     if not isinstance(given, dict):
-        raise ValueError(f"{name} must be a section with keys, got {given!r}.")
+        raise HfDmsError(f"{name} must be a section with keys, got {given!r}.")
     return SECTIONS[name](**coerce_fields(SECTIONS[name], given, name))
 
 
@@ -155,7 +157,7 @@ def _build_recover(given: dict[str, Any]) -> RecoverConfig:
     train = {key: value for key, value in given.items() if key not in ("repair", "distillation", "data", "lora")}
     for name in ("distillation", "data", "lora"):
         if given.get(name) is not None and not train:
-            raise ValueError(f"recover.{name} is part of a retraining: give recover.max_steps too.")
+            raise HfDmsError(f"recover.{name} is part of a retraining: give recover.max_steps too.")
     return RecoverConfig(**sections, lora=lora, train=train)
 
 
@@ -164,14 +166,14 @@ def saying_where(prefix: str) -> Iterator[None]:
     """Let errors that begin with `data.` say whose data: put a prefix before them."""
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"{prefix}{error}") from error
+    except HfDmsError as error:
+        raise HfDmsError(f"{prefix}{error}") from error
 
 
 def _subsection(given: dict[str, Any], name: str, prefix: str) -> dict[str, Any] | None:
     values = given.get(name)
     if values is not None and not isinstance(values, dict):
-        raise ValueError(f"{prefix}{name} must be a section with keys, or {{}} for its defaults; got {values!r}.")
+        raise HfDmsError(f"{prefix}{name} must be a section with keys, or {{}} for its defaults; got {values!r}.")
     return values
 
 
@@ -179,18 +181,18 @@ def _check_trained_weights(recipe: Recipe) -> None:
     """Check that what trains in a search can train."""
     pipeline, quantization = recipe.dms.pipeline, recipe.model.quantization
     if recipe.lora is not None and pipeline != "p":
-        raise ValueError(
+        raise HfDmsError(
             f"lora trains beside pretrained weights that are frozen, and dms.pipeline is {pipeline}: say pipeline p."
         )
     if quantization is not None and (pipeline == "np" or (pipeline == "p" and recipe.lora is None)):
-        raise ValueError(
+        raise HfDmsError(
             f"model.quantization: weights in {quantization} cannot train, which dms.pipeline {pipeline} asks for. "
             "Say pipeline p-, or add a lora section."
         )
     if quantization is not None and recipe.finetune:
-        raise ValueError("model.quantization packs the weights of model.path, not fine-tuned ones: leave one out.")
+        raise HfDmsError("model.quantization packs the weights of model.path, not fine-tuned ones: leave one out.")
     if recipe.recover.lora is not None and recipe.dms.layout == "padded":
-        raise ValueError(
+        raise HfDmsError(
             "recover.lora with dms.layout padded: adapters would fill the zeros. Say layout per_layer, or retrain all "
             "weights, which leaves the zeros as they are."
         )
@@ -231,7 +233,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     if not any(kind in (int, float, bool, str, dict, list, tuple) for kind in kinds):
         return value  # an enum or a class that TrainingArguments checks itself
     expected = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
-    raise ValueError(f"{name} must be {expected}, got {value!r}.")
+    raise HfDmsError(f"{name} must be {expected}, got {value!r}.")
 
 
 def _check_keys(given: dict[str, Any], known: list[str], prefix: str) -> None:
@@ -239,20 +241,20 @@ def _check_keys(given: dict[str, Any], known: list[str], prefix: str) -> None:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f" Did you mean {prefix}{near[0]}?" if near else f" Known keys: {', '.join(sorted(known))}."
-            raise ValueError(f"Unknown key {prefix}{key}.{hint}")
+            raise HfDmsError(f"Unknown key {prefix}{key}.{hint}")
 
 
 def _override_(values: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise ValueError(f"An override is section.key=value, got '{override}'.")
+        raise HfDmsError(f"An override is section.key=value, got '{override}'.")
     *sections, key = path.split(".")
     for section in sections:
         inner = values.get(section)
         if inner is None:
             inner = values[section] = {}
         if not isinstance(inner, dict):
-            raise ValueError(f"Override '{override}': {section} is not a section.")
+            raise HfDmsError(f"Override '{override}': {section} is not a section.")
         values = inner
     values[key] = yaml.safe_load(text)
 
@@ -261,7 +263,9 @@ def _use_files_beside_the_recipe_(values: dict[str, Any], folder: Path) -> None:
     """Relative data files that stand beside the recipe are meant relative to it."""
     recover = values.get("recover")
     for data in (values.get("data"), recover.get("data") if isinstance(recover, dict) else None):
-        for key in ("path", "held_out") if isinstance(data, dict) else ():
+        if not isinstance(data, dict):
+            continue
+        for key in ("path", "held_out"):
             value = data.get(key)
             if isinstance(value, str) and Path(value).suffix in BUILDERS and (folder / value).is_file():
                 data[key] = str(folder / value)

@@ -73,7 +73,8 @@ def inputs_of(processor: Any, recipe: Recipe, examples: Examples) -> list[dict[s
 def continuation(model: PreTrainedModel, tokenizer: Any, prompt: str, new_tokens: int) -> str:
     """What a language model makes of a prompt (greedy), prompt included."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    tokens = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    generate: Any = model.generate
+    tokens = generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 

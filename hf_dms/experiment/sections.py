@@ -5,15 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import HfDmsError
 from ..tasks.data import DataConfig
 from ..tasks.task import TASKS
+from ..training.distillation import DistillationConfig
 
 
 @dataclass
 class ModelConfig:
     """The `model` section of a recipe."""
 
-    path: str = field(default=None, metadata={"help": "Folder or Hub id of the dense model. Required."})
+    path: str = field(  # type: ignore[assignment]  # None is refused below
+        default=None, metadata={"help": "Folder or Hub id of the dense model. Required."}
+    )
     task: str = field(default="text-generation", metadata={"help": f"What it is for: {', '.join(TASKS)}."})
     dtype: str = field(default="auto", metadata={"help": "auto (the checkpoint's), float32, bfloat16 or float16."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
@@ -24,13 +28,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.path is None:
-            raise ValueError("model.path is required: the folder or Hub id of the dense model.")
+            raise HfDmsError("model.path is required: the folder or Hub id of the dense model.")
         if self.task not in TASKS:
-            raise ValueError(f"model.task must be one of {', '.join(TASKS)}; got {self.task!r}.")
+            raise HfDmsError(f"model.task must be one of {', '.join(TASKS)}; got {self.task!r}.")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(f"model.dtype must be auto, float32, bfloat16 or float16; got {self.dtype!r}.")
+            raise HfDmsError(f"model.dtype must be auto, float32, bfloat16 or float16; got {self.dtype!r}.")
         if self.quantization not in (None, "8bit", "4bit"):
-            raise ValueError(f"model.quantization must be 8bit or 4bit, or be left out; got {self.quantization!r}.")
+            raise HfDmsError(f"model.quantization must be 8bit or 4bit, or be left out; got {self.quantization!r}.")
 
 
 @dataclass
@@ -56,23 +60,25 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         if self.samples < 0:
-            raise ValueError(f"eval.samples must be at least 0, got {self.samples}.")
+            raise HfDmsError(f"eval.samples must be at least 0, got {self.samples}.")
         for key in ("examples", "batch_size"):
             value = getattr(self, key)
             if value is not None and value < 1:
-                raise ValueError(f"eval.{key} must be at least 1, got {value}.")
+                raise HfDmsError(f"eval.{key} must be at least 1, got {value}.")
 
 
 @dataclass
 class OutputConfig:
     """The `output` section of a recipe."""
 
-    path: str = field(default=None, metadata={"help": "Folder of the pruned model. Required."})
+    path: str = field(  # type: ignore[assignment]  # None is refused below
+        default=None, metadata={"help": "Folder of the pruned model. Required."}
+    )
     overwrite: bool = field(default=False, metadata={"help": "Replace an existing folder."})
 
     def __post_init__(self) -> None:
         if self.path is None:
-            raise ValueError("output.path is required: the folder to write the pruned model to.")
+            raise HfDmsError("output.path is required: the folder to write the pruned model to.")
 
 
 @dataclass
@@ -87,23 +93,7 @@ class HubConfig:
 
     def __post_init__(self) -> None:
         if self.repo_id is None and (self.private is not None or self.revision is not None):
-            raise ValueError("hub.repo_id is required in a hub section: where to push to, namespace/name.")
-
-
-@dataclass
-class DistillationConfig:
-    """The `recover.distillation` section: the dense model teaches the pruned one (Hinton et al., arXiv 1503.02531)."""
-
-    weight: float = field(
-        default=0.5, metadata={"help": "Share of the teacher in the loss, the rest is the labels', in (0, 1]."}
-    )
-    temperature: float = field(default=2.0, metadata={"help": "What both models' logits are divided by."})
-
-    def __post_init__(self) -> None:
-        if not 0 < self.weight <= 1:
-            raise ValueError(f"recover.distillation.weight must be in (0, 1], got {self.weight}.")
-        if not self.temperature > 0:
-            raise ValueError(f"recover.distillation.temperature must be above 0, got {self.temperature}.")
+            raise HfDmsError("hub.repo_id is required in a hub section: where to push to, namespace/name.")
 
 
 @dataclass
@@ -118,9 +108,9 @@ class RepairConfig:
 
     def __post_init__(self) -> None:
         if self.examples < 1:
-            raise ValueError(f"recover.repair.examples must be at least 1, got {self.examples}.")
+            raise HfDmsError(f"recover.repair.examples must be at least 1, got {self.examples}.")
         if not self.ridge > 0:
-            raise ValueError(f"recover.repair.ridge must be above 0, got {self.ridge}.")
+            raise HfDmsError(f"recover.repair.ridge must be above 0, got {self.ridge}.")
 
 
 @dataclass

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..archs.plain_view import with_adapters, with_adapters_of
 from ..cut.formats import Plan
 from ..cut.slicing import plan_of, prune
+from ..errors import HfDmsError
 from ..gating.attach import copy_search_, gates_of
 from ..measure.speed import seconds_per_batch
 from ..refit.repair import repair_
@@ -114,7 +115,7 @@ def recover_(
         What the model is after each step: repaired, recovered.
     """
     repair, distillation = recipe.recover.repair, recipe.recover.distillation
-    dense = searched  # as long as its weights did not train
+    dense: Any = searched  # as long as its weights did not train
     if recipe.dms.pipeline != "p-" and recipe.lora is None and (repair or distillation):
         dense = dense_model(recipe, examples, folder).to(pruned.device).eval()
     if repair is not None:
@@ -194,7 +195,7 @@ def _load_model(recipe: Recipe, examples: Examples, **packed: Any) -> PreTrained
         **packed,
     )
     if loading["missing_keys"] and not recipe.finetune:
-        raise ValueError(
+        raise HfDmsError(
             f"model.path: '{recipe.model.path}' has no weights for {', '.join(sorted(loading['missing_keys']))}, which "
             "would be random. Add a finetune section (finetune.max_steps or finetune.num_train_epochs) to train them "
             "before the search."

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from ..checkpoint.save import check_writable, replace_folder
+from ..errors import HfDmsError
 from ..report.numbers import REPORT
 from .prepare import check_recipe
 from .recipe import Recipe
@@ -38,7 +39,7 @@ def _claim(unfinished: Path, recipe: Recipe) -> None:
     """Make the folder of an unfinished run, or check that an existing one is this recipe's."""
     mark = unfinished / CLAIM
     if mark.is_file() and not _is_claimed(unfinished, recipe):
-        raise ValueError(
+        raise HfDmsError(
             f"{unfinished} holds an unfinished run of another recipe. Run that one again to finish it, "
             "choose another output.path, or delete the folder."
         )

@@ -24,6 +24,7 @@ from ..archs.plain_view import adapted_layers, base_model_of, check_adapters, su
 from ..archs.registry import spec_for
 from ..archs.spec import BoundSpec, bind
 from ..config import DMSConfig
+from ..errors import HfDmsError
 from ..gates import Gates
 from ..masked_ops import GateResidual, MaskedNorm, MaskUnits
 from .checks import check_as_built, check_attachable, check_checkpointing, check_model
@@ -58,7 +59,7 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
     check_adapters(model)
     model = base_model_of(model)
     if has_gates(model):
-        raise ValueError("This model has gates already. Take them off with hf_dms.detach_(model) first.")
+        raise HfDmsError("This model has gates already. Take them off with hf_dms.detach_(model) first.")
     check_attachable(model)
     spec = spec_for(model.config)
     check_as_built(model)
@@ -112,7 +113,7 @@ def check_gates_outside(model: nn.Module) -> None:
     for path, layer in adapted_layers(model):
         for hook in layer.get_base_layer()._forward_pre_hooks.values():
             if getattr(hook, "func", None) is _mask_input:
-                raise ValueError(
+                raise HfDmsError(
                     f"'{path}' was adapted after attach_, so that its adapters read what no mask has touched. Take the "
                     "gates off with hf_dms.detach_(model), and attach them again before the search."
                 )
@@ -141,7 +142,7 @@ def gates_of(model: nn.Module) -> Gates:
         ValueError: the model has none.
     """
     if not has_gates(model):
-        raise ValueError(f"{type(model).__name__} has no gates. Put them on with hf_dms.attach_(model, dms_config).")
+        raise HfDmsError(f"{type(model).__name__} has no gates. Put them on with hf_dms.attach_(model, dms_config).")
     gates = base_model_of(model)._modules["dms_gates"]
     assert isinstance(gates, Gates)
     return gates

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, initialization
 
 from ..archs.plain_view import PACKED, plain_parameters
+from ..errors import HfDmsError
 
 
 def check_model(model: object, function: str) -> None:
@@ -27,7 +28,7 @@ def check_model(model: object, function: str) -> None:
         return
     inner = extract_model_from_parallel(model, keep_torch_compile=False) if isinstance(model, nn.Module) else model
     inside = f" around a {type(inner).__name__}. Pass the model inside it, and wrap it afterwards."
-    raise ValueError(
+    raise HfDmsError(
         f"{function} takes a transformers PreTrainedModel, got {type(model).__name__}"
         + ("." if inner is model else inside)
     )
@@ -41,25 +42,25 @@ def check_attachable(model: PreTrainedModel) -> None:
     """
     method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
     if getattr(model, "is_quantized", False) and method != "bitsandbytes":
-        raise ValueError(
+        raise HfDmsError(
             f"This model is quantised by {method or 'an unknown method'}, whose weights cannot be cut. Load it without "
             "quantisation, or in 8 or 4 bits by bitsandbytes."
         )
     for name, parameter, _ in plain_parameters(model):
         if parameter.device.type == "meta":
-            raise ValueError(
+            raise HfDmsError(
                 f"Parameter '{name}' is on the meta device and has no weights: the model was never loaded, or a "
                 "device_map offloads that part. Load it with from_pretrained, on one device."
             )
         packed = type(parameter).__name__ in PACKED
         if (type(parameter) is not nn.Parameter and not packed) or parameter.numel() == 0:
             kind = type(parameter).__name__ if parameter.numel() else "tensor without elements"
-            raise ValueError(
+            raise HfDmsError(
                 f"Parameter '{name}' is a {kind}, not a whole plain tensor: the model is sharded (FSDP, tensor "
                 "parallel, ZeRO-3) or quantised. Load it on one device, without either."
             )
     if getattr(model, "use_kernels", False):
-        raise ValueError("use_kernels=True replaces norms and MLPs by fused kernels that bypass the gates. Set it off.")
+        raise HfDmsError("use_kernels=True replaces norms and MLPs by fused kernels that bypass the gates. Set it off.")
     check_checkpointing(model)
 
 
@@ -74,7 +75,7 @@ def check_checkpointing(model: nn.Module) -> None:
     for module in model.modules():
         checkpointing = module.__dict__.get("_gradient_checkpointing_func")
         if isinstance(checkpointing, functools.partial) and checkpointing.keywords.get("use_reentrant"):
-            raise ValueError(
+            raise HfDmsError(
                 "This model has activation checkpointing with use_reentrant=True, which the gates cannot work with. "
                 "Leave it out: non-reentrant is the default."
             )
@@ -94,7 +95,7 @@ def check_as_built(model: PreTrainedModel) -> None:
     found, expected = _shapes_and_owners(model), _shapes_and_owners(built)
     for name in [*found, *expected]:
         if found.get(name) != expected.get(name):
-            raise ValueError(
+            raise HfDmsError(
                 f"Parameter '{name}' {_told(found.get(name), name)} here, and {_told(expected.get(name), name)} in a "
                 f"{type(model).__name__} built from this model's config. A module was replaced, wrapped or "
                 "quantised, or the parameter resized, tied or untied by hand. Put gates on the model as "

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ..archs.costs import build_cost
 from ..archs.spec import BoundSpec
 from ..config import DMSConfig
+from ..errors import HfDmsError
 from ..gates import GatedDim, Gates, SearchSchedule
 from ..topk import default_sharpness
 from .rounding import has_alternative
@@ -81,7 +82,7 @@ def gated_dims(bound: BoundSpec, config: DMSConfig) -> dict[str, str | None]:
             leaders[whole] = part
         elif part in names or whole in names:
             layouts = "per_layer" if whole in names else "per_layer or padded"
-            raise ValueError(
+            raise HfDmsError(
                 f"layout uniform: the stock config of {bound.spec.model_type} needs {whole} = "
                 f"{bound.sizes[whole] // bound.sizes[part]}·{part}, so {part} and {whole} can only be pruned together. "
                 f"Prune both, or use layout: {layouts}."
@@ -104,7 +105,7 @@ def check_padding(bound: BoundSpec, config: DMSConfig, model_config: Any) -> Non
     for product, whole in limits:
         if whole in pruned and spec.dim(whole).scope == "model":
             others = ", ".join(name for name in spec.prunable if name != whole)
-            raise ValueError(
+            raise HfDmsError(
                 f"layout padded: the stock config of {spec.model_type} ties {whole} to '{product}', and {whole} cannot "
                 f"be padded. Prune others only, as prune: [{others}], or use layout: per_layer."
             )
@@ -128,7 +129,7 @@ def size_range(bound: BoundSpec, config: DMSConfig, leaders: dict[str, str | Non
     low, high = -(-low // step) * step, high // step * step
     if low > high:
         together = " and ".join([name, *(follower for follower, leader in leaders.items() if leader == name)])
-        raise ValueError(
+        raise HfDmsError(
             f"dms.protect and dms.round_to leave no size for {together}: at least {low}, at most {high}. Loosen them"
             + (", or use layout: per_layer." if together != name else ".")
         )
@@ -152,18 +153,18 @@ def check_request(bound: BoundSpec, config: DMSConfig) -> None:
     for option, names in named.items():
         for name in names:
             if name not in spec.prunable:
-                raise ValueError(
+                raise HfDmsError(
                     f"{option}: {spec.model_type} has no dim '{name}'. Its dims are {', '.join(spec.prunable)}."
                 )
     pruned = dims_to_prune(bound, config)
     if not pruned:
-        raise ValueError("Nothing is left to prune: dms.protect.dims names every dim of dms.prune.")
+        raise HfDmsError("Nothing is left to prune: dms.protect.dims names every dim of dms.prune.")
     for layer in protect.get("layers", ()):
         if not isinstance(layer, int) or not -bound.num_layers <= layer < bound.num_layers:
-            raise ValueError(f"dms.protect.layers: the model has layers 0 to {bound.num_layers - 1}, got {layer!r}.")
+            raise HfDmsError(f"dms.protect.layers: the model has layers 0 to {bound.num_layers - 1}, got {layer!r}.")
     widths = [name for name in pruned if spec.dim(name).scope == "layer"]
     if protect.get("layers") and widths and config.layout == "uniform":
-        raise ValueError(
+        raise HfDmsError(
             f"dms.protect.layers with layout uniform: all layers get the same {' and '.join(widths)}, so no layer can "
             "be left whole. Use layout: per_layer, or prune only layers and hidden."
         )
@@ -171,11 +172,11 @@ def check_request(bound: BoundSpec, config: DMSConfig) -> None:
         step, units = config.round_to.get(name, 1), bound.sizes[name]
         low, high = protect.get("min", {}).get(name, 1), protect.get("max", {}).get(name, units)
         if not (isinstance(low, int) and isinstance(high, int) and 1 <= low <= high <= units):
-            raise ValueError(
+            raise HfDmsError(
                 f"dms.protect: sizes of {name} must lie in 1 to {units}, min at most max; got min {low}, max {high}."
             )
         if -(-low // step) * step > high // step * step:
-            raise ValueError(
+            raise HfDmsError(
                 f"dms.round_to.{name} = {step}: no multiple of it lies between {low} and {high}, the sizes allowed for "
                 f"{name}. Choose a smaller one."
             )

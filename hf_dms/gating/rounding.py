@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..archs.spec import BoundSpec
 from ..config import DMSConfig
+from ..errors import HfDmsError
 from ..gates import Gates
 from ..resource import Sizes
 from ..topk import topk_mask
@@ -118,7 +119,7 @@ class _Rounding:
             self.low[name] += self.step[name] * (self.low[name] == size)
             self.high[name] -= self.step[name] * (self.high[name] == size)
             if self.low[name] > self.high[name]:
-                raise ValueError(
+                raise HfDmsError(
                     f"dms.protect and dms.round_to leave {name} no size but {size}, at which the stock "
                     f"{bound.spec.model_type} is another architecture. Loosen them."
                 )
@@ -152,7 +153,7 @@ class _Rounding:
         lowest = float(self.count(state)) / self.gates.dense_resource
         if self.count(state) > self.budget:
             shown = math.ceil(lowest * 1e4) / 1e4
-            raise ValueError(
+            raise HfDmsError(
                 f"dms.target = {self.target:g} cannot be reached: with every pruned dim at its smallest size "
                 f"{lowest:.4f} of the dense resource remains. Raise the target to at least {shown:.4f}, prune more "
                 "dims, or loosen protect and round_to."
@@ -203,7 +204,7 @@ class _Rounding:
         allowed = [size for size in candidates if self._allowed(state | {limit.dim: torch.tensor([size])})]
         if not allowed:
             layouts = "per_layer" if limit.multiple in state else "per_layer or padded"
-            raise ValueError(
+            raise HfDmsError(
                 f"layout uniform: no allowed sizes make {limit.unit}·{limit.dim} a divisor of {limit.multiple}, which "
                 f"the stock config demands. Use layout: {layouts}, or loosen protect and round_to."
             )

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from ..experiment.eval_command import task_of
+from ..errors import HfDmsError
 from ..report.numbers import versions
+from ..tasks.evaluate import task_of
 from .shortfall import ALIGNED_BYTES, Shape, falls_short, reasons
 from .speed import Run, costs_of, in_turns, inputs_for, load_model, peak_bytes, profiled, run_with, timed, widths
 
@@ -83,21 +84,21 @@ def _check_options(batch_sizes: tuple[int, ...], sequence_length: int, new_token
     values = {"--sequence-length": sequence_length, "--repeats": repeats}
     for name, value in [*values.items(), *(("--batch-sizes", size) for size in batch_sizes)]:
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+            raise HfDmsError(f"{name} must be at least 1, got {value}.")
     if new_tokens < 0:
-        raise ValueError(f"--new-tokens must be at least 0 (0 measures no decoding), got {new_tokens}.")
+        raise HfDmsError(f"--new-tokens must be at least 0 (0 measures no decoding), got {new_tokens}.")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {device} cannot be used here: {reason}. Leave it out, or give cpu.") from error
+        raise HfDmsError(f"--device {device} cannot be used here: {reason}. Leave it out, or give cpu.") from error
 
 
 def _same_task(paths: list[str]) -> tuple[Any, list[Any]]:
     found = [task_of(each) for each in paths]
     tasks = [task.name for task, _ in found]
     if tasks[0] != tasks[-1]:
-        raise ValueError(
+        raise HfDmsError(
             f"--baseline {paths[0]} is a model for {tasks[0]}, {paths[1]} one for {tasks[1]}. Their speeds cannot be "
             "compared; give the dense model that the other was cut from."
         )
@@ -108,7 +109,7 @@ def _check_lengths(paths: list[str], configs: list[Any], tokens: int) -> None:
     for path, config in zip(paths, configs):
         longest = getattr(config, "max_position_embeddings", tokens)
         if tokens > longest:
-            raise ValueError(
+            raise HfDmsError(
                 f"{path} takes at most {longest} tokens (max_position_embeddings), got {tokens}. Give a smaller "
                 "--sequence-length, or fewer --new-tokens."
             )

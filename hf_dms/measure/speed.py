@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from ..cut.register import register
 from ..cut.verify import dummy_inputs
+from ..errors import HfDmsError
 
 Subject = TypeVar("Subject")
 Work = Callable[[], Any]
@@ -230,7 +231,7 @@ def peak_bytes(path: str, auto: str, dtype: str, device: str, run: Run) -> int |
         return receiver.recv()
     except EOFError:
         process.join()
-        raise ValueError(
+        raise HfDmsError(
             f"The process that loaded {path} and ran it at batch size {run.batch_size} ended with exit code "
             f"{process.exitcode}. Its error is above; if there is none, the system ended it, most likely for want of "
             "memory. Give smaller --batch-sizes or a smaller --sequence-length."

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..archs.spec import BoundSpec
 from ..cut.verify import TOLERANCE
+from ..errors import HfDmsError
 
 Batches = Sequence[Mapping[str, Tensor]]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -61,7 +62,7 @@ def find_places(walk: Walk, bound: BoundSpec) -> Places:
         as_said = all(_same(norm_input, total) for norm_input, total in zip(recorder.normed, recorder.sums.values()))
         if as_said and _same(recorder.output, recorder.stream):
             return Places(tuple(recorder.sums), places.norms)
-    raise ValueError(
+    raise HfDmsError(
         f"repair: what {', '.join(writes)} of a {bound.spec.model_type} layer write is not added to the residual "
         "stream as it is, or not everything that is added comes from them. This architecture cannot be repaired."
     )

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from ..archs.registry import spec_for
 from ..archs.spec import bind
 from ..cut.formats import Plan, kept_units
+from ..errors import HfDmsError
 from ..gating.attach import has_gates
 from .layerwise import Batches, Places, Walk, find_places, stream_dim
 
@@ -165,7 +166,7 @@ def _update_(module: Any, gram: Tensor, moment: Tensor, ridge: float, name: str)
     factor, failed = torch.linalg.cholesky_ex(gram)
     change = torch.cholesky_solve(moment, factor).T
     if failed or not change.isfinite().all():
-        raise ValueError(
+        raise HfDmsError(
             f"repair: the least squares of {name} have no finite solution at ridge {ridge}. Raise it; if that does not "
             "help, the activations of the model on these batches are not finite: check the data, or use a wider dtype."
         )
@@ -176,24 +177,24 @@ def _update_(module: Any, gram: Tensor, moment: Tensor, ridge: float, name: str)
 
 def _check(pruned: PreTrainedModel, dense: PreTrainedModel, batches: Batches, ridge: float) -> None:
     if not batches:
-        raise ValueError("repair needs at least one batch, got none.")
+        raise HfDmsError("repair needs at least one batch, got none.")
     for batch in batches:
         if (mask := batch.get("attention_mask")) is not None and mask.dim() != 2:
-            raise ValueError(
+            raise HfDmsError(
                 f"repair: the attention_mask of a batch has shape {tuple(mask.shape)}, expected [batch, tokens]."
             )
     if not ridge > 0:
-        raise ValueError(f"repair: ridge must be positive, got {ridge}. 0.01 is the default.")
+        raise HfDmsError(f"repair: ridge must be positive, got {ridge}. 0.01 is the default.")
     for name, model in (("pruned", pruned), ("dense", dense)):
         if has_gates(model):
-            raise ValueError(f"repair: the {name} model has gates. Take them off with hf_dms.detach_(model) first.")
+            raise HfDmsError(f"repair: the {name} model has gates. Take them off with hf_dms.detach_(model) first.")
 
 
 def _check_plan(student: Walk, teacher: Walk, kept_layers: list[int], units: Tensor) -> None:
     found, dense = ((len(walk.layers), walk.hidden[0].shape[-1]) for walk in (student, teacher))
     planned = (len(kept_layers), len(units))
     if found != planned or kept_layers[-1] >= dense[0] or units[-1] >= dense[1]:
-        raise ValueError(
+        raise HfDmsError(
             f"repair: the pruned model has {found[0]} layers and a residual stream of {found[1]}; the plan keeps "
             f"{planned[0]} layers, up to layer {kept_layers[-1]}, and {planned[1]} units, up to unit {int(units[-1])}; "
             f"the dense model has {dense[0]} and {dense[1]}. Give the plan and the dense model that it was cut by."

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..errors import HfDmsError
 from .charts import course, kept_ranges
 
 DOTS_PER_INCH = 300
@@ -31,7 +32,7 @@ def write_figures(report: dict[str, Any], folder: str | Path) -> list[Path]:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("--figures needs matplotlib: pip install 'hf_dms[figures]'.") from None
+        raise HfDmsError("--figures needs matplotlib: pip install 'hf_dms[figures]'.") from None
     Path(folder).mkdir(parents=True, exist_ok=True)
     found = []
     with matplotlib.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):

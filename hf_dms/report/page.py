@@ -13,8 +13,8 @@ from typing import Any
 import jinja2
 
 from ..cut.modeling_dms import AUTO_CLASSES
-from ..experiment.eval_command import ENDINGS
-from ..tasks.task import TASKS
+from ..errors import HfDmsError
+from ..tasks.task import TASKS, task_of_class
 from . import charts
 from .charts import Chart, bar_chart, course, kept_ranges, line_chart
 from .numbers import FORMAT, REPORT, columns_of, loading_lines, sizes_table, table, table_rows
@@ -76,7 +76,7 @@ def source_of(report: dict[str, Any]) -> str:
 
 def loading(model_class: str, path: str) -> str:
     """The lines of Python that load a model of a class."""
-    task = next((TASKS[task] for ending, task in ENDINGS.items() if model_class.endswith(ending)), None)
+    task = task_of_class(model_class)
     if task is not None:
         return loading_lines(task.model_class, task.processor_class, model_class, path)
     ending = "For" + model_class.rpartition("For")[2]
@@ -157,7 +157,7 @@ def show(path: str, page: str | None = None, figures: str | None = None) -> str:
     name = Path(path).resolve().name
     if report is None:
         if page or figures:
-            raise ValueError(f"'{path}' has no {REPORT}: hf_dms did not prune it, so there is nothing to show.")
+            raise HfDmsError(f"'{path}' has no {REPORT}: hf_dms did not prune it, so there is nothing to show.")
         return runtimes(config)
     if figures:
         from .figures import write_figures
@@ -190,9 +190,9 @@ def read(path: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """
     report, config = (_read_json(Path(path, name)) for name in (REPORT, "config.json"))
     if config is None:
-        raise ValueError(f"'{path}' is not the folder of a model: it has no config.json. Give one that prune wrote.")
+        raise HfDmsError(f"'{path}' is not the folder of a model: it has no config.json. Give one that prune wrote.")
     if report is not None and report.get("format") != FORMAT:
-        raise ValueError(
+        raise HfDmsError(
             f"{Path(path, REPORT)} has format {report.get('format')}, this hf_dms shows {FORMAT}. "
             "Use the hf_dms that wrote it, or run the recipe again."
         )
@@ -202,5 +202,5 @@ def read(path: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
 def _read_json(file: Path) -> dict[str, Any] | None:
     try:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    except HfDmsError as error:
+        raise HfDmsError(f"{file} is not valid JSON: {error}") from None

@@ -284,7 +284,7 @@ def _out_of_order(runtime: str, config: dict[str, Any]) -> bool:
 
 def table() -> str:
     """The README's table."""
-    lines = [("runtime", "version", "models", "stock, padded", "per-layer"), ("---",) * 5]
+    lines: list[tuple[str, ...]] = [("runtime", "version", "models", "stock, padded", "per-layer"), ("---",) * 5]
     for row in ROWS:
         models = GROUPS.get(row.models) or ", ".join(f"`{name}`" for name in row.models)
         cells = (f"{_mark(status)}: {words}" for status, words in (row.stock, row.per_layer))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DataCollatorWithPadding, default_data_collator
 
+from ..errors import HfDmsError
 from .task import Task
 
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -23,7 +24,7 @@ BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parq
 class DataConfig:
     """The `data` section of a recipe."""
 
-    path: str = field(
+    path: str = field(  # type: ignore[assignment]  # None is refused below
         default=None,
         metadata={
             "help": "A file (txt, jsonl, json, parquet, csv), a folder of images with a subfolder per label, or the "
@@ -55,18 +56,18 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.path is None:
-            raise ValueError(
+            raise HfDmsError(
                 "data.path is required: a txt, jsonl, parquet or csv file, a folder of images, or the Hub id of a "
                 "dataset."
             )
         if isinstance(self.held_out, int | float) and not 0 < self.held_out < 1:
-            raise ValueError(f"data.held_out must be a share in (0, 1), a file or a split, got {self.held_out}.")
+            raise HfDmsError(f"data.held_out must be a share in (0, 1), a file or a split, got {self.held_out}.")
         if self.sequence_length < 2:
-            raise ValueError(f"data.sequence_length must be at least 2, got {self.sequence_length}.")
+            raise HfDmsError(f"data.sequence_length must be at least 2, got {self.sequence_length}.")
         for key in ("path", "held_out"):
             value = getattr(self, key)
             if isinstance(value, str) and Path(value).suffix in BUILDERS and not Path(value).is_file():
-                raise ValueError(f"data.{key}: there is no file '{value}' (looked in {Path.cwd()}).")
+                raise HfDmsError(f"data.{key}: there is no file '{value}' (looked in {Path.cwd()}).")
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def load_more_examples(config: DataConfig, task: Task, processor: Any, examples:
     """
     more = load_examples(config, task, processor, {label: i for i, label in enumerate(examples.labels)})
     if more.labels != examples.labels:
-        raise ValueError(
+        raise HfDmsError(
             f"data.label_column: the labels are {', '.join(more.labels)}; the model has those of the first source, "
             f"{', '.join(examples.labels)}. Give data with these, or some of them."
         )
@@ -162,7 +163,7 @@ def pack(tokens: Tensor, sequence_length: int, source: str = "data") -> Tensor:
     """
     sequences = len(tokens) // sequence_length
     if sequences == 0:
-        raise ValueError(
+        raise HfDmsError(
             f"{source} has {len(tokens)} tokens, less than one sequence of {sequence_length}. "
             "Give more text, or lower data.sequence_length."
         )
@@ -193,7 +194,7 @@ def _labels(config: DataConfig, train: Any, held_out: Any, label_ids: dict[str, 
     names = list(getattr(feature, "names", None) or sorted({str(value) for value in train[config.label_column]}))
     unknown = set(_label_names(held_out.features[config.label_column], held_out[config.label_column])) - set(names)
     if unknown:
-        raise ValueError(
+        raise HfDmsError(
             f"data.held_out: label '{min(unknown)}' is not among those of data.path: {', '.join(names[:20])}."
         )
     return tuple(sorted(label_ids, key=lambda name: label_ids[name])) if set(names) <= set(label_ids) else tuple(names)
@@ -238,7 +239,7 @@ def _held_out_source(config: DataConfig) -> tuple[str, str]:
 def _check_column(dataset: Any, config: DataConfig, key: str) -> None:
     name = getattr(config, key)
     if name not in dataset.column_names:
-        raise ValueError(f"data.{key}: the data has no column '{name}'. It has {', '.join(dataset.column_names)}.")
+        raise HfDmsError(f"data.{key}: the data has no column '{name}'. It has {', '.join(dataset.column_names)}.")
 
 
 def _load(config: DataConfig, path: str, split: str) -> Any:
@@ -258,7 +259,7 @@ def _tokens(dataset: Any, config: DataConfig, tokenizer: Any) -> Tensor:
     """All documents of a dataset as one stream of tokens, each followed by the end-of-text token."""
     documents = [_text(value, tokenizer) for value in _texts(dataset, config) if value]
     if not documents:
-        raise ValueError(f"data.path: {config.path} has no text in column '{config.text_column}'.")
+        raise HfDmsError(f"data.path: {config.path} has no text in column '{config.text_column}'.")
     encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
     end: Sequence[int] = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     return torch.tensor([token for document in encoded for token in (*document, *end)])
@@ -272,7 +273,7 @@ def _texts(dataset: Any, config: DataConfig) -> Any:
     try:
         return [config.template.format(**row) for row in dataset]
     except (LookupError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise HfDmsError(
             f"data.template: {config.template!r} cannot be filled ({type(error).__name__}: {error}). The data has "
             f"columns {', '.join(dataset.column_names)}; write braces that are meant as such twice."
         ) from error

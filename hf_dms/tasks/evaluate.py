@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, default_collate
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
+
+from ..errors import HfDmsError
+from .task import TASKS, Task, task_of_class
 
 
 def sequence_losses(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
@@ -108,3 +111,20 @@ def evenly_spaced(examples: Any, count: int | None) -> Any:
         return examples
     places = torch.linspace(0, len(examples) - 1, count).long()
     return examples[places] if isinstance(examples, Tensor) else Subset(examples, places.tolist())
+
+
+def task_of(path: str) -> tuple[Task, Any]:
+    """The task of a saved model, by its class, and its config.
+
+    Raises:
+        ValueError: there is no model, or one for no task that is known.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise HfDmsError(f"No model can be read from '{path}'. {str(error).strip().splitlines()[0]}") from error
+    name = (config.architectures or [""])[0]
+    if (task := task_of_class(name)) is not None:
+        return task, config
+    endings = ", ".join(task.ending for task in TASKS.values())
+    raise HfDmsError(f"'{path}' holds a {name or 'model without a class'}; expected one of {endings}.")

@@ -18,6 +18,7 @@ class Task:
         processor_class: name of the Auto class of what prepares the inputs.
         metric: perplexity or accuracy, of held-out examples.
         speed: what is counted per second, a key of `dms_report.json` and its words.
+        ending: what ends the name of its model classes.
         peft: PEFT's name of the task; it decides whether a fresh head trains whole beside adapters.
     """
 
@@ -26,6 +27,7 @@ class Task:
     processor_class: str
     metric: str
     speed: tuple[str, str]
+    ending: str
     peft: str | None
 
 
@@ -38,6 +40,7 @@ TASKS = {
             "AutoTokenizer",
             "perplexity",
             ("tokens_per_second", "prefill tokens/s"),
+            "ForCausalLM",
             "CAUSAL_LM",
         ),
         Task(
@@ -46,6 +49,7 @@ TASKS = {
             "AutoTokenizer",
             "accuracy",
             ("texts_per_second", "texts/s"),
+            "ForSequenceClassification",
             "SEQ_CLS",
         ),
         Task(
@@ -54,7 +58,13 @@ TASKS = {
             "AutoImageProcessor",
             "accuracy",
             ("images_per_second", "images/s"),
+            "ForImageClassification",
             None,
         ),
     )
 }
+
+
+def task_of_class(name: str) -> Task | None:
+    """The task of a model class, by its name, such as `BertForSequenceClassification`; None if it has none."""
+    return next((task for task in TASKS.values() if name.endswith(task.ending)), None)

@@ -23,11 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..archs.plain_view import base_model_of, is_packed
+from ..errors import HfDmsError
 from ..gates import Gates
 from ..gating.attach import copy_search_, has_gates
 
 
-class MainProcessError(ValueError):
+class MainProcessError(HfDmsError):
     """Raised in the other processes for an error that the main process met, and tells."""
 
 
@@ -41,19 +42,19 @@ def check_launch(arguments: TrainingArguments) -> None:
     kind = arguments.distributed_state.distributed_type if arguments.device is not None else None
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     if kind == DistributedType.NO and num_processes > 1:
-        raise ValueError(
+        raise HfDmsError(
             f"WORLD_SIZE is {num_processes}, but the processes would run independently of each other and write to the "
             "same place: there is no GPU, and accelerate joins CPU processes only with train.use_cpu: true "
             "(use_cpu=True of TrainingArguments)."
         )
     if _fsdp_is_asked_for() and kind in (DistributedType.NO, DistributedType.MULTI_CPU):
-        raise ValueError(
+        raise HfDmsError(
             f"FSDP was asked for (ACCELERATE_USE_FSDP=true), but accelerate would run {kind.value} instead: it has "
             "FSDP on accelerators only, for more than one process. Use recipes/accelerate/ddp.yaml here."
         )
     plugin = getattr(arguments, "deepspeed_plugin", None)
     if plugin is not None and plugin.zero_stage == 3:
-        raise ValueError(
+        raise HfDmsError(
             "DeepSpeed ZeRO-3 is not supported: it leaves no whole parameter in any process, and masks, counts and the "
             "cut need them. Use zero_stage: 2 (recipes/accelerate/zero2.yaml), or FSDP2, which shards parameters too."
         )
@@ -68,18 +69,18 @@ def check_plugin(accelerator: Accelerator, model: nn.Module) -> None:
     if accelerator.distributed_type != DistributedType.FSDP:
         return
     if base_model_of(model) is not model or any(map(is_packed, model.modules())):
-        raise ValueError(
+        raise HfDmsError(
             "FSDP with adapters or packed weights is not supported: no process holds what is to be merged. Use DDP "
             "(recipes/accelerate/ddp.yaml): with LoRA, gradients and optimizer state are small."
         )
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
-        raise ValueError(
+        raise HfDmsError(
             f"fsdp_version must be 2, got {plugin.fsdp_version}: FSDP 1 flattens parameters of one dtype into one "
             "vector, and the gates are float32 whatever the model is. See recipes/accelerate/fsdp2.yaml."
         )
     if plugin.cpu_ram_efficient_loading:
-        raise ValueError(
+        raise HfDmsError(
             "fsdp_cpu_ram_efficient_loading must be false: it moves the model, gates and all, to the meta device and "
             "loads only the weights again. See recipes/accelerate/fsdp2.yaml."
         )
@@ -110,7 +111,7 @@ def without_ddp_for_frozen(model: nn.Module, gates: Gates, accelerator: Accelera
     ddp = accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if ddp and not any(p.requires_grad for p in model.parameters() if p is not gates.prune_ratio):
         prepare = functools.partial(accelerator.prepare_model, evaluation_mode=True)
-        accelerator.prepare_model = prepare  # type: ignore[method-assign]
+        accelerator.prepare_model = prepare
     try:
         yield
     finally:
@@ -152,7 +153,8 @@ def whole(model: PreTrainedModel) -> PreTrainedModel:
 def make_whole_(model: PreTrainedModel, device: torch.device) -> None:
     """Undo FSDP2's sharding, in place; a trainer of the model cannot go on. Every process must call it."""
     if isinstance(model, FSDPModule):
-        found = whole(model).to(device)
+        found: Any = whole(model)
+        found.to(device)
         model.__class__, model.__dict__ = found.__class__, found.__dict__
 
 

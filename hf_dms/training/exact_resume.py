@@ -17,11 +17,12 @@ from transformers.trainer_utils import (
 )
 
 from ..checkpoint.save import has_other_names, load_weights_, replace_folder
+from .step_guard import OverTrainer
 
 SAVING = "saving"  # where checkpoints are written, in the folder where they will be
 
 
-class ExactCheckpointsMixin:
+class ExactCheckpointsMixin(OverTrainer):
     """Lets a Trainer resume exactly, whenever it was killed.
 
     A checkpoint gets its name when all of its files are there. Each is preceded by a log, since what a Trainer has

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from ..archs.plain_view import with_adapters
 from ..config import DMSConfig
-from ..experiment.sections import DistillationConfig
 from ..tasks.data import Examples
+from .distillation import DistillationConfig
 from .distributed import check_plugin, make_whole_
 from .exact_resume import ExactCheckpointsMixin, loss_is_summed_over_micro_batches, train_or_resume_
 from .progress import show_progress_
@@ -45,7 +45,7 @@ def train_(
     Raises:
         NonFiniteError: there were so many.
     """
-    trained = model if lora is None else with_adapters(model, lora, arguments.seed)
+    trained: Any = model if lora is None else with_adapters(model, lora, arguments.seed)
     use_cache = getattr(model.config, "use_cache", None)
     trainer: Any = DistillationTrainer(
         model=trained,

@@ -15,16 +15,14 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
+from ..errors import NonFiniteError
 from .distributed import average_
 
+OverTrainer: Any = object  # a mixin over a Trainer, whose attributes it uses: Any to a type checker
 logger = logging.get_logger(__name__)
 
 
-class NonFiniteError(ValueError):
-    """Too many steps in a row whose loss or gradients were not finite."""
-
-
-class FiniteStepsMixin:
+class FiniteStepsMixin(OverTrainer):
     """Lets a Trainer take nothing of a step whose loss or gradients are not finite in any process.
 
     Args:

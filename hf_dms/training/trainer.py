@@ -21,6 +21,7 @@ from ..checkpoint.hub import push
 from ..checkpoint.save import load_search_state_, save_pruned, save_search_state
 from ..config import DMSConfig
 from ..cut.slicing import prune
+from ..errors import HfDmsError
 from ..gates import Gates
 from ..gating.attach import attach_, gates_of
 from .distributed import check_launch, check_plugin, leave_gates_out_, whole, without_ddp_for_frozen
@@ -43,7 +44,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
 
     def __init__(self, *args: Any, dms_config: DMSConfig, **kwargs: Any) -> None:
         if kwargs.get("model_init") is not None:
-            raise ValueError("DMSTrainer needs model=, not model_init=: the gates belong to one model.")
+            raise HfDmsError("DMSTrainer needs model=, not model_init=: the gates belong to one model.")
         model = args[0] if args else kwargs.get("model")
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         with packed_weights_may_stay(model if dms_config.pipeline == "p-" else None):
@@ -79,7 +80,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
     def gate_learning_rate(self) -> float:
         """The constant learning rate of the prune ratios."""
         steps = self.state.max_steps or self.args.max_steps
-        return self.dms_config.with_defaults_for(steps).gate_learning_rate
+        return float(self.dms_config.with_defaults_for(steps).gate_learning_rate or 0)
 
     def prune(self) -> PreTrainedModel:
         """Cut the model to the exact budget and prove the result on a batch of the trainer's data.
@@ -177,7 +178,8 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
     def _take_step_(self) -> None:
         self.gates.update_importance_()
         self._task_loss += self._step_task_loss
-        self._gate_grad_norm += self.gates.prune_ratio.grad.norm()
+        *_, ratio_gradient = self.gates.step_terms()
+        self._gate_grad_norm += ratio_gradient.norm()
         self._steps_since_log += 1
         self._step_task_loss.zero_()
 
@@ -259,7 +261,9 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
 @contextlib.contextmanager
 def _without_autocast(model: PreTrainedModel, accelerator: Any) -> Iterator[PreTrainedModel]:
     """A model in its own precision for a while: accelerate wraps its forward in autocast for mixed precision."""
-    wrapped = {name: model.__dict__[name] for name in ("forward", "_original_forward") if name in model.__dict__}
+    wrapped: dict[str, Any] = {
+        name: model.__dict__[name] for name in ("forward", "_original_forward") if name in model.__dict__
+    }
     try:
         yield accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     finally:
@@ -274,12 +278,13 @@ def check_training_arguments(arguments: TrainingArguments) -> None:
     """
     check_launch(arguments)
     if arguments.fp16:
-        raise ValueError("fp16=True scales the loss, and with it the importance. Use bf16=True.")
-    if arguments.gradient_checkpointing and (arguments.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-        raise ValueError("use_reentrant=True is not supported. Leave it out: non-reentrant is the default.")
+        raise HfDmsError("fp16=True scales the loss, and with it the importance. Use bf16=True.")
+    checkpointing: Any = arguments.gradient_checkpointing_kwargs or {}
+    if arguments.gradient_checkpointing and checkpointing.get("use_reentrant"):
+        raise HfDmsError("use_reentrant=True is not supported. Leave it out: non-reentrant is the default.")
 
 
-class DMSTrainer(DMSMixin, Trainer):
+class DMSTrainer(DMSMixin, Trainer):  # type: ignore[misc]  # push_to_hub
     """A `transformers.Trainer` that searches with DMS: `DMSTrainer(model=..., dms_config=..., args=..., ...)`."""
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import hf_dms
 from hf_dms import DMSConfig, attach_, prune
 from hf_dms.checkpoint.save import kept_units, load_search_state_, new_folder, save_pruned, save_search_state
-from hf_dms.cut.verify import VerificationError
+from hf_dms.errors import VerificationError
 from hf_dms.gating.attach import gates_of
 
 DAMAGE = "The reloaded model does not compute what the cut model does: .*tolerance 1e-04 for torch.float32"

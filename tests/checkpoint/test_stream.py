@@ -16,15 +16,16 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 from transformers.core_model_loading import Concatenate, WeightConverter
 
+import hf_dms.checkpoint.stream
 from hf_dms import DMSConfig, attach_
-from hf_dms.checkpoint import stream
 from hf_dms.archs.registry import spec_for
 from hf_dms.archs.spec import bind
 from hf_dms.checkpoint.save import save_pruned
 from hf_dms.cli import main
 from hf_dms.cut.plan import PLAN_FILE, load_plan, plan_to_json
 from hf_dms.cut.slicing import cut, cut_tensor, plan_of
-from hf_dms.cut.verify import VerificationError, outputs_of
+from hf_dms.cut.verify import outputs_of
+from hf_dms.errors import VerificationError
 from hf_dms.experiment.cut_files import cut_by_plan
 from hf_dms.experiment.recipe import cut_options
 from hf_dms.experiment.sections import ModelConfig, OutputConfig
@@ -213,7 +214,7 @@ def test_no_more_than_a_shard_is_held(made, tmp_path, monkeypatch):
         held.append(sum(tensor().nbytes for tensor in tensors if tensor() is not None))
         return result
 
-    monkeypatch.setattr(stream, "cut_tensor", counted)
+    monkeypatch.setattr(hf_dms.checkpoint.stream, "cut_tensor", counted)
     stream(tmp_path)
     shards = [sum(t.nbytes for t in load_file(file).values()) for file in (tmp_path / "out").glob("*.safetensors")]
     assert len(shards) > 5
@@ -281,7 +282,7 @@ def test_a_shard_that_is_not_there_is_named(made, tmp_path):
 def test_tensors_that_transformers_puts_together_are_refused(made, tmp_path, monkeypatch):
     made(tiny_llama())
     together = WeightConverter("gate_proj.weight", "gate_up_proj.weight", operations=[Concatenate(0)])
-    monkeypatch.setattr(stream, "get_model_conversion_mapping", lambda model: [together])
+    monkeypatch.setattr(hf_dms.checkpoint.stream, "get_model_conversion_mapping", lambda model: [together])
     with pytest.raises(ValueError, match=r"gate_proj.weight', which transformers puts together .* use hf_dms.prune"):
         stream(tmp_path)
 
@@ -303,7 +304,7 @@ def test_nothing_half_written_is_left_by_an_error_in_the_middle(made, tmp_path, 
     if overwrite:
         stream(tmp_path)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
-    monkeypatch.setattr(stream, "save_file", failing_save)
+    monkeypatch.setattr(hf_dms.checkpoint.stream, "save_file", failing_save)
     with pytest.raises(OSError, match="no space left"):
         stream(tmp_path, overwrite=overwrite)
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
@@ -311,7 +312,7 @@ def test_nothing_half_written_is_left_by_an_error_in_the_middle(made, tmp_path, 
 
 def test_what_is_not_the_slice_is_not_saved(made, tmp_path, monkeypatch):
     made(tiny_llama())
-    monkeypatch.setattr(stream, "save_file", wrong_save)
+    monkeypatch.setattr(hf_dms.checkpoint.stream, "save_file", wrong_save)
     with pytest.raises(VerificationError, match="what is read back is not the slice of"):
         stream(tmp_path)
     assert not (tmp_path / "out").exists()
@@ -319,7 +320,9 @@ def test_what_is_not_the_slice_is_not_saved(made, tmp_path, monkeypatch):
 
 def test_names_that_the_class_would_not_load_are_not_saved(made, tmp_path, monkeypatch):
     made(tiny_llama())
-    monkeypatch.setattr(stream, "revert_weight_conversion", lambda model, tensors: {f"x.{n}": 0 for n in tensors})
+    monkeypatch.setattr(
+        hf_dms.checkpoint.stream, "revert_weight_conversion", lambda model, tensors: {f"x.{n}": 0 for n in tensors}
+    )
     with pytest.raises(VerificationError, match=r"'x\..*' has no parameter"):
         stream(tmp_path)
     assert not (tmp_path / "out").exists()

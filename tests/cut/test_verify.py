@@ -6,7 +6,8 @@ from helpers.tiny import search_, tiny_llama, token_batch
 from transformers import LlamaForQuestionAnswering, LlamaModel
 
 from hf_dms import DMSConfig, attach_
-from hf_dms.cut.verify import VerificationError, check_same, dummy_inputs, hard_masked, outputs_of
+from hf_dms.cut.verify import check_same, dummy_inputs, hard_masked, outputs_of
+from hf_dms.errors import VerificationError
 from hf_dms.gating.attach import gates_of
 
 

@@ -16,8 +16,9 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 from hf_dms import DMSConfig, attach_, prune
 from hf_dms.checkpoint.save import save_pruned
 from hf_dms.cli import main
-from hf_dms.experiment.eval_command import measure_files, task_of
+from hf_dms.experiment.eval_command import measure_files
 from hf_dms.tasks.data import DataConfig
+from hf_dms.tasks.evaluate import task_of
 
 ROOT = Path(__file__).parents[2]
 LAYOUTS = ("uniform", "per_layer", "padded")

@@ -11,10 +11,10 @@ from helpers.tiny import Tokens, tiny_llama
 from torch.nn import functional as F
 from transformers import ViTForImageClassification, default_data_collator
 
-from hf_dms.experiment.sections import DistillationConfig
+from hf_dms.errors import NonFiniteError
 from hf_dms.tasks.data import Examples
+from hf_dms.training.distillation import DistillationConfig
 from hf_dms.training.finetune import DistillationTrainer, distillation_loss, train_
-from hf_dms.training.step_guard import NonFiniteError
 
 
 def examples(data=None):

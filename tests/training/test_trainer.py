@@ -21,9 +21,9 @@ from hf_dms import DMSConfig, DMSTrainer, detach_
 from hf_dms.checkpoint.save import load_search_state_
 from hf_dms.cut.slicing import cut, make_plan
 from hf_dms.cut.verify import outputs_of
+from hf_dms.errors import NonFiniteError
 from hf_dms.gating.attach import gates_of
 from hf_dms.training.exact_resume import train_or_resume_
-from hf_dms.training.step_guard import NonFiniteError
 from hf_dms.training.trainer import check_training_arguments
 
 

@@ -1,0 +1,23 @@
+"""What a teacher does in a training after the cut. It imports no torch: a recipe is checked without waiting for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..errors import HfDmsError
+
+
+@dataclass
+class DistillationConfig:
+    """The `recover.distillation` section: the dense model teaches the pruned one (Hinton et al., arXiv 1503.02531)."""
+
+    weight: float = field(
+        default=0.5, metadata={"help": "Share of the teacher in the loss, the rest is the labels', in (0, 1]."}
+    )
+    temperature: float = field(default=2.0, metadata={"help": "What both models' logits are divided by."})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight <= 1:
+            raise HfDmsError(f"recover.distillation.weight must be in (0, 1], got {self.weight}.")
+        if not self.temperature > 0:
+            raise HfDmsError(f"recover.distillation.temperature must be above 0, got {self.temperature}.")
