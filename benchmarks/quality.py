@@ -19,9 +19,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from hf_dms import DMSConfig, DMSTrainer, attach_, detach_
+from hf_dms.archs.bind import bind
 from hf_dms.archs.registry import spec_for
-from hf_dms.archs.spec import bind
-from hf_dms.cut.slicing import cut, magnitude_importance, make_plan, plan_of
+from hf_dms.cut.prune import magnitude_importance, make_plan, plan_of
+from hf_dms.cut.slicing import cut
 from hf_dms.gating.attach import gates_of
 from hf_dms.tasks.data import DataConfig, as_dataset, load_sequences
 from hf_dms.tasks.evaluate import evenly_spaced, perplexity

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 from transformers import set_seed
 
 from hf_dms import detach_
+from hf_dms.archs.bind import bind
 from hf_dms.archs.registry import spec_for
-from hf_dms.archs.spec import bind
 from hf_dms.cut.plan import PLAN_FILE, load_plan, plan_to_json
 from hf_dms.experiment.prepare import load_model_config, load_processor, model_class, training_arguments
 from hf_dms.experiment.recipe import load_recipe

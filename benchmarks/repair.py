@@ -17,7 +17,7 @@ from quality import HERE, append, cut_by, dms_plan, load_text, one_shot_plan, re
 from transformers import AutoModelForCausalLM
 
 from hf_dms import repair_
-from hf_dms.cut.formats import Plan
+from hf_dms.cut.plan import Plan
 from hf_dms.tasks.evaluate import perplexity
 
 # Tokens to repair on and ridge, per strategy; None: as cut.

@@ -24,10 +24,9 @@ def make(folder, layers, shard, keep, tiny):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from hf_dms.archs.bind import bind
     from hf_dms.archs.registry import spec_for
-    from hf_dms.archs.spec import bind
-    from hf_dms.cut.formats import Plan
-    from hf_dms.cut.plan import PLAN_FILE, plan_to_json
+    from hf_dms.cut.plan import PLAN_FILE, Plan, plan_to_json
 
     torch.manual_seed(0)
     config = LlamaConfig(num_hidden_layers=layers, **(TINY if tiny else WIDTHS))

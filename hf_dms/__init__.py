@@ -1,8 +1,9 @@
 """hf_dms: learn how wide and how deep a Transformers model should be, and cut it to that size.
 
-Differentiable Model Scaling (Liu et al., ICML 2024, arXiv 2405.07194). Reading path, seven files that teach the method:
-topk (the operator) → gates (ratios, importance, masks) → spec (one description per architecture) → archs/llama (one)
-→ masking (where gates touch a model) → slicing (the cut) → trainer (the search).
+Differentiable Model Scaling (Liu et al., ICML 2024, arXiv 2405.07194). Nine files teach the method, in this order: topk
+(the operator) → gates (ratios, importance, masks) → masked_ops (where a mask enters a forward pass) → archs/spec (the
+language of descriptions) → archs/llama (one description) → gating/attach (where gates touch a model) → gating/rounding
+(whole sizes from learned ones) → cut/slicing (the cut) → training/trainer (the step of a search).
 
 After `import hf_dms`, transformers' Auto classes load checkpoints whose layers differ in width.
 """
@@ -13,11 +14,18 @@ from typing import TYPE_CHECKING, Any
 from .cut.register import register_unless_command_line
 
 if TYPE_CHECKING:
+    from .archs.spec import ArchSpec as ArchSpec
+    from .archs.spec import Dim as Dim
+    from .checkpoint.hub import push as push
     from .checkpoint.save import save_pruned as save_pruned
     from .config import DMSConfig as DMSConfig
+    from .cut.plan import Plan as Plan
+    from .cut.prune import plan_of as plan_of
+    from .cut.prune import prune as prune
     from .cut.register import register_arch as register_arch
-    from .cut.slicing import plan_of as plan_of
-    from .cut.slicing import prune as prune
+    from .errors import HfDmsError as HfDmsError
+    from .errors import NonFiniteError as NonFiniteError
+    from .errors import VerificationError as VerificationError
     from .gating.attach import attach_ as attach_
     from .gating.attach import detach_ as detach_
     from .refit.repair import repair_ as repair_
@@ -28,13 +36,20 @@ __version__ = "0.1.0"
 
 # Loaded when first used (PEP 562): `hf-dms --help` must not wait for torch.
 _HOMES = {
+    "ArchSpec": "archs.spec",
     "DMSConfig": "config",
     "DMSMixin": "training.trainer",
     "DMSTrainer": "training.trainer",
+    "Dim": "archs.spec",
+    "HfDmsError": "errors",
+    "NonFiniteError": "errors",
+    "Plan": "cut.plan",
+    "VerificationError": "errors",
     "attach_": "gating.attach",
     "detach_": "gating.attach",
-    "plan_of": "cut.slicing",
-    "prune": "cut.slicing",
+    "plan_of": "cut.prune",
+    "prune": "cut.prune",
+    "push": "checkpoint.hub",
     "register_arch": "cut.register",
     "repair_": "refit.repair",
     "save_pruned": "checkpoint.save",

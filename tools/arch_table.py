@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from hf_dms.archs.bind import bind
 from hf_dms.archs.registry import SPECS
-from hf_dms.archs.spec import ArchSpec, bind
+from hf_dms.archs.spec import ArchSpec
 from hf_dms.config import LAYOUTS
 from hf_dms.cut.modeling_dms import AUTO_CLASSES, stock_classes
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..errors import HfDmsError
 from ..resource import Cost, Monomial
+from .bind import BoundSpec
 from .plain_view import plain_module, submodule
-from .spec import BoundSpec, flat
+from .spec import flat
 
 
 def build_cost(bound: BoundSpec, model: nn.Module, resource: str, scope: str, sequence_length: int | None) -> Cost:

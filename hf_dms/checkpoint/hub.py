@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..errors import HfDmsError
-from .save import STATE_JSON
+from .search_state import STATE_JSON
 
 STALE = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "model-*.safetensors"]  # weights of an earlier push
 

@@ -25,10 +25,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..archs.bind import BoundSpec, bind
 from ..archs.registry import spec_for
-from ..archs.spec import BoundSpec, bind
-from ..cut.formats import Plan, pruned_class_and_config
-from ..cut.plan import PLAN_FILE, load_plan, plan_to_json
+from ..cut.formats import pruned_class_and_config
+from ..cut.plan import PLAN_FILE, Plan, load_plan, plan_to_json
 from ..cut.slicing import cut_tensor, slice_tensor, source_names
 from ..errors import HfDmsError, VerificationError
 

@@ -6,43 +6,18 @@ limits), the per-layer ones of modeling_dms.py otherwise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import torch
 import transformers
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..archs.spec import ArchSpec, BoundSpec, parse_axes
+from ..archs.bind import BoundSpec
+from ..archs.spec import ArchSpec, parse_axes
 from ..errors import HfDmsError
 from ..gating.rounding import has_alternative
 from . import modeling_dms
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which units stay.
-
-    Attributes:
-        kept: per pruned dim one sorted index tensor per row (layer of the dense model, or the whole model).
-    """
-
-    kept: dict[str, tuple[Tensor, ...]]
-
-    @property
-    def sizes(self) -> dict[str, list[int]]:
-        """Units kept per pruned dim and row."""
-        return {name: [len(row) for row in rows] for name, rows in self.kept.items()}
-
-
-def kept_units(plan: Plan, name: str, layer: int | None, units: int) -> Tensor:
-    """Units of a dim that stay in a layer (of the dense model); all of them if the dim is not pruned."""
-    if name not in plan.kept:
-        return torch.arange(units)
-    rows = plan.kept[name]
-    return rows[layer if layer is not None and len(rows) > 1 else 0]
+from .plan import Plan, kept_units
 
 
 def pruned_class_and_config(

@@ -1,20 +1,45 @@
-"""The plan of a cut as a small JSON file that people and other tools can read: which units stay, per dim and layer."""
+"""The plan of a cut: which units stay, per dim and layer; and the small JSON file that people and tools can read."""
 
 from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..archs.spec import BoundSpec
+from ..archs.bind import BoundSpec
 from ..errors import HfDmsError
-from .formats import Plan
 
 PLAN_FILE = "dms_plan.json"
 FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which units stay.
+
+    Attributes:
+        kept: per pruned dim one sorted index tensor per row (layer of the dense model, or the whole model).
+    """
+
+    kept: dict[str, tuple[Tensor, ...]]
+
+    @property
+    def sizes(self) -> dict[str, list[int]]:
+        """Units kept per pruned dim and row."""
+        return {name: [len(row) for row in rows] for name, rows in self.kept.items()}
+
+
+def kept_units(plan: Plan, name: str, layer: int | None, units: int) -> Tensor:
+    """Units of a dim that stay in a layer (of the dense model); all of them if the dim is not pruned."""
+    if name not in plan.kept:
+        return torch.arange(units)
+    rows = plan.kept[name]
+    return rows[layer if layer is not None and len(rows) > 1 else 0]
 
 
 def plan_to_json(plan: Plan, bound: BoundSpec, layout: str) -> str:

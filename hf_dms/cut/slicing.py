@@ -1,144 +1,24 @@
-"""Cut: a smaller model of the class that will be written, from the units that a plan keeps.
+"""Slicing: a smaller model of the class that will be written, from the units that a plan keeps.
 
-`prune` is the public entry: it rounds the gates to the exact budget, decides which units stay, builds the smaller model
-and proves that it computes what the hard-masked one does. Slicing is `index_select` on the axes that the architecture's
-description names, and for layout padded zeros behind what stays; nothing here knows a module's name.
+It is `index_select` on the axes that the architecture's description names, and for layout padded zeros behind what
+stays. Nothing here knows a module's name.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import warnings
-from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
 
-from ..archs.plain_view import base_model_of, check_adapters, exact_packed_maps, plain_weight
-from ..archs.spec import BoundSpec
-from ..config import DMSConfig
-from ..errors import HfDmsError, VerificationError
-from ..gates import Gates
-from ..gating.attach import attach_, check_gates_outside, detach_, gates_of, has_gates
-from ..gating.checks import check_model
-from ..gating.rounding import round_sizes
-from ..resource import Sizes
-from ..topk import topk_mask
-from .formats import Plan, kept_units, pruned_class_and_config
-from .verify import check_same, dummy_inputs, hard_masked, output_units
+from ..archs.bind import BoundSpec
+from ..archs.plain_view import plain_weight
+from ..errors import VerificationError
+from .formats import pruned_class_and_config
+from .plan import Plan, kept_units
 
 
-def prune(
-    model: PreTrainedModel, dms_config: DMSConfig | None = None, inputs: Mapping[str, Tensor] | None = None
-) -> PreTrainedModel:
-    """Cut a model to its exact budget.
-
-    Args:
-        model: a model with gates (after a search), or, with `dms_config`, one without. It is left as it was.
-            Active adapters of PEFT are merged into the cut model, weights packed by bitsandbytes are unpacked in it.
-        dms_config: for a model without gates: equal ratios for all dims, units chosen by weight magnitude.
-        inputs: keyword arguments of one forward pass, on which the cut model is compared with the masked one.
-            Default: transformers' dummy inputs.
-
-    Returns:
-        A smaller model of the class that will be written, in evaluation mode, on the same device.
-
-    Raises:
-        ValueError: the model or the request is one that cannot be served.
-        VerificationError: the cut model does not compute what the masked one does.
-    """
-    check_model(base_model_of(model), "prune")
-    check_adapters(model)
-    model = base_model_of(model)
-    if not has_gates(model):
-        if dms_config is None:
-            raise HfDmsError("prune needs a model with gates (hf_dms.attach_), or a dms_config.")
-        attach_(model, dms_config)
-        try:
-            return prune(model, inputs=inputs)
-        finally:
-            detach_(model)
-    if dms_config is not None:
-        raise HfDmsError(
-            "prune got a dms_config for a model that has gates, which have a request of their own. Leave it out, or "
-            "take the gates off with hf_dms.detach_(model) first."
-        )
-    check_gates_outside(model)
-    gates = gates_of(model)
-    bound, config = gates.attachment.bound, gates.attachment.config
-    if gates.num_updates == 0:
-        warnings.warn(
-            "prune: no search has run on these gates; units are chosen by weight magnitude, at equal ratios.",
-            stacklevel=2,
-        )
-    plan = plan_of(model)
-    pruned = cut(model, bound, plan, config.layout)
-    sizes = {name: torch.tensor(units) for name, units in plan.sizes.items()}
-    with _ranked(model), hard_masked(model, sizes), exact_packed_maps(model):
-        inputs = inputs if inputs is not None else dummy_inputs(model)
-        check_same(model, pruned, inputs, ("masked", "cut"), output_units(model, bound, plan))
-    return pruned
-
-
-# ---- which units stay ------------------------------------------------------------------------------------------------
-def plan_of(model: PreTrainedModel) -> Plan:
-    """The units that `prune` keeps of a model with gates as they are now.
-
-    Raises:
-        ValueError: the model has no gates, or the target cannot be reached.
-    """
-    model = base_model_of(model)
-    gates = gates_of(model)
-    with _ranked(model):
-        return make_plan(gates, round_sizes(gates, gates.attachment.bound, gates.attachment.config, model.config))
-
-
-def make_plan(gates: Gates, sizes: Sizes) -> Plan:
-    """The most important units of every row, as many as `sizes` says (per dim `[rows]`)."""
-    kept = {}
-    for name, size in sizes.items():
-        mask = topk_mask(gates.importance(name), size.to(gates.prune_ratio.device))
-        kept[name] = tuple(row.nonzero().squeeze(-1).cpu() for row in mask)
-    return Plan(kept)
-
-
-@torch.no_grad()
-def magnitude_importance(bound: BoundSpec, model: nn.Module, gates: Gates) -> dict[str, Tensor]:
-    """Sum of squares of all weights that go with a unit, `[rows, units]` per gated dim."""
-    importance = {name: torch.zeros(dim.rows, dim.units) for name, dim in gates.dims.items()}
-    for name, param in bound.params.items():
-        if name in bound.tied:
-            continue
-        squares = plain_weight(model, name).float().square().cpu()
-        if param.layer is not None and bound.depth in importance:
-            importance[bound.depth][0, param.layer] += squares.sum()
-        for place, axis in enumerate(param.axes):
-            for dim in set(axis) & set(importance):
-                row = param.layer if gates.dims[dim].rows > 1 else 0
-                over_units = squares.movedim(place, 0).reshape([bound.sizes[factor] for factor in axis] + [-1])
-                importance[dim][row] += over_units.movedim(axis.index(dim), 0).flatten(1).sum(1)
-    return importance
-
-
-@contextlib.contextmanager
-def _ranked(model: PreTrainedModel) -> Iterator[None]:
-    """Let gates that no search has run on rank their units by weight magnitude for a while."""
-    gates = gates_of(model)
-    searched = gates.num_updates > 0
-    importance = {} if searched else magnitude_importance(gates.attachment.bound, model, gates)
-    before = {name: gates.raw_importance(name).clone() for name in importance}
-    try:
-        for name, values in importance.items():
-            gates.raw_importance(name).copy_(values)
-        yield
-    finally:
-        for name, values in before.items():
-            gates.raw_importance(name).copy_(values)
-
-
-# ---- cutting ---------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def cut(model: PreTrainedModel, bound: BoundSpec, plan: Plan, layout: str) -> PreTrainedModel:
     """A new model that holds the kept units of another.

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..archs.bind import BoundSpec, dim_size
 from ..archs.registry import ARCHS
-from ..archs.spec import BoundSpec, dim_size
 from ..errors import VerificationError
 from ..gating.attach import gates_of, norms
 from ..resource import Sizes
-from .formats import Plan
+from .plan import Plan
 
 # Largest |difference| of outputs, relative to their largest magnitude, between a masked, a cut and a reloaded model:
 # the same sums in another order. float64 is bounded by norms that transformers computes in float32.

@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData, snapshot_download
 
-from ..checkpoint.save import check_writable, new_folder
+from ..checkpoint.folders import check_writable, new_folder
 from ..checkpoint.stream import StreamedCut, prepare_cut, write_cut
 from ..cut.modeling_dms import auto_class_of
 from ..errors import HfDmsError

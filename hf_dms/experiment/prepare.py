@@ -10,9 +10,9 @@ import transformers
 from transformers import AutoConfig, BitsAndBytesConfig, TrainingArguments
 from transformers.utils import is_bitsandbytes_available
 
+from ..archs.bind import bind
 from ..archs.plain_view import with_adapters
 from ..archs.registry import spec_for
-from ..archs.spec import bind
 from ..checkpoint.hub import check_repo_id, check_token
 from ..errors import HfDmsError
 from ..gating.gates_for import build_gates

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from ..archs.plain_view import with_adapters, with_adapters_of
-from ..cut.formats import Plan
-from ..cut.slicing import plan_of, prune
+from ..cut.plan import Plan
+from ..cut.prune import plan_of, prune
 from ..errors import HfDmsError
 from ..gating.attach import copy_search_, gates_of
 from ..measure.speed import seconds_per_batch
@@ -117,7 +117,8 @@ def recover_(
     repair, distillation = recipe.recover.repair, recipe.recover.distillation
     dense: Any = searched  # as long as its weights did not train
     if recipe.dms.pipeline != "p-" and recipe.lora is None and (repair or distillation):
-        dense = dense_model(recipe, examples, folder).to(pruned.device).eval()
+        dense = dense_model(recipe, examples, folder).eval()
+        dense.to(pruned.device)
     if repair is not None:
         say("Repairing the pruned model ...")
         rows = DataLoader(evenly_spaced(examples.train, repair.examples), 4, collate_fn=examples.collate)

@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from ..checkpoint.save import check_writable, replace_folder
+from ..checkpoint.folders import check_writable, replace_folder
 from ..errors import HfDmsError
 from ..report.numbers import REPORT
 from .prepare import check_recipe

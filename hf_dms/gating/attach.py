@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from ..archs.bind import BoundSpec, bind
 from ..archs.plain_view import adapted_layers, base_model_of, check_adapters, submodule
 from ..archs.registry import spec_for
-from ..archs.spec import BoundSpec, bind
 from ..config import DMSConfig
 from ..errors import HfDmsError
 from ..gates import Gates

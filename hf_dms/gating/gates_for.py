@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..archs.bind import BoundSpec
 from ..archs.costs import build_cost
-from ..archs.spec import BoundSpec
 from ..config import DMSConfig
 from ..errors import HfDmsError
 from ..gates import GatedDim, Gates, SearchSchedule

@@ -14,7 +14,7 @@ from math import lcm
 import torch
 from torch import Tensor
 
-from ..archs.spec import BoundSpec
+from ..archs.bind import BoundSpec
 from ..config import DMSConfig
 from ..errors import HfDmsError
 from ..gates import Gates

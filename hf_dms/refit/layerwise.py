@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..archs.spec import BoundSpec
+from ..archs.bind import BoundSpec
 from ..cut.verify import TOLERANCE
 from ..errors import HfDmsError
 

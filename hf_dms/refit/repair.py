@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..archs.bind import bind
 from ..archs.registry import spec_for
-from ..archs.spec import bind
-from ..cut.formats import Plan, kept_units
+from ..cut.plan import Plan, kept_units
 from ..errors import HfDmsError
 from ..gating.attach import has_gates
 from .layerwise import Batches, Places, Walk, find_places, stream_dim

@@ -15,11 +15,12 @@ import transformers
 from transformers import PreTrainedModel
 
 from .. import __version__
+from ..archs.bind import BoundSpec
 from ..archs.costs import build_cost
 from ..archs.plain_view import base_model_of
-from ..archs.spec import BoundSpec
 from ..config import RESOURCES
-from ..cut.formats import Plan, kept_units, written_sizes
+from ..cut.formats import written_sizes
+from ..cut.plan import Plan, kept_units
 from ..gates import Gates
 from ..gating.attach import gates_of
 from ..resource import Sizes

@@ -16,7 +16,8 @@ from transformers.trainer_utils import (
     sort_checkpoints,
 )
 
-from ..checkpoint.save import has_other_names, load_weights_, replace_folder
+from ..checkpoint.folders import replace_folder
+from ..checkpoint.search_state import has_other_names, load_weights_
 from .step_guard import OverTrainer
 
 SAVING = "saving"  # where checkpoints are written, in the folder where they will be

@@ -18,9 +18,10 @@ from transformers.utils import logging
 
 from ..archs.plain_view import is_packed, packed_weights_may_stay
 from ..checkpoint.hub import push
-from ..checkpoint.save import load_search_state_, save_pruned, save_search_state
+from ..checkpoint.save import save_pruned
+from ..checkpoint.search_state import load_search_state_, save_search_state
 from ..config import DMSConfig
-from ..cut.slicing import prune
+from ..cut.prune import prune
 from ..errors import HfDmsError
 from ..gates import Gates
 from ..gating.attach import attach_, gates_of

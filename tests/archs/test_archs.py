@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from hf_dms import DMSConfig, attach_
+from hf_dms.archs.bind import bind
 from hf_dms.archs.electra import ELECTRA
-from hf_dms.archs.spec import bind
 from hf_dms.gating.attach import gates_of, norms, unnormed
 from hf_dms.gating.rounding import round_sizes
 

@@ -41,7 +41,7 @@ from transformers.models.smollm3.modeling_smollm3 import SmolLM3RMSNorm
 
 from hf_dms import DMSConfig, attach_, prune
 from hf_dms.archs.registry import ARCHS
-from hf_dms.cut.slicing import make_plan
+from hf_dms.cut.prune import make_plan
 from hf_dms.gating.attach import gates_of, norms
 
 HEADS = [

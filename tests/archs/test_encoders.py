@@ -42,11 +42,12 @@ from transformers import (
 )
 
 from hf_dms import DMSConfig, attach_, detach_, prune
+from hf_dms.archs.bind import bind
 from hf_dms.archs.registry import spec_for
-from hf_dms.archs.spec import bind
 from hf_dms.checkpoint.save import save_pruned
-from hf_dms.cut.formats import Plan
-from hf_dms.cut.slicing import cut, make_plan
+from hf_dms.cut.plan import Plan
+from hf_dms.cut.prune import make_plan
+from hf_dms.cut.slicing import cut
 from hf_dms.cut.verify import outputs_of
 from hf_dms.gating.attach import gates_of
 from hf_dms.gating.rounding import round_sizes

@@ -19,7 +19,7 @@ from transformers import (
 
 from hf_dms import DMSConfig, attach_, detach_, prune
 from hf_dms.archs.plain_view import plain_parameters, plain_weight
-from hf_dms.cut.slicing import magnitude_importance, plan_of
+from hf_dms.cut.prune import magnitude_importance, plan_of
 from hf_dms.cut.verify import hard_masked, outputs_of
 from hf_dms.gating.attach import gates_of
 

@@ -15,10 +15,11 @@ from transformers import (
     LlamaModel,
 )
 
+from hf_dms.archs.bind import bind, dim_size
 from hf_dms.archs.costs import build_cost
 from hf_dms.archs.llama import LLAMA
 from hf_dms.archs.registry import ARCHS, spec_for
-from hf_dms.archs.spec import Dim, bind, dim_size, parse_axes, with_dims
+from hf_dms.archs.spec import Dim, parse_axes, with_dims
 
 HEADS = (
     LlamaModel,

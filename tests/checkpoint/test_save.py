@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import hf_dms
 from hf_dms import DMSConfig, attach_, prune
-from hf_dms.checkpoint.save import kept_units, load_search_state_, new_folder, save_pruned, save_search_state
+from hf_dms.checkpoint.folders import new_folder
+from hf_dms.checkpoint.save import save_pruned
+from hf_dms.checkpoint.search_state import kept_units, load_search_state_, save_search_state
 from hf_dms.errors import VerificationError
 from hf_dms.gating.attach import gates_of
 

@@ -18,12 +18,13 @@ from transformers.core_model_loading import Concatenate, WeightConverter
 
 import hf_dms.checkpoint.stream
 from hf_dms import DMSConfig, attach_
+from hf_dms.archs.bind import bind
 from hf_dms.archs.registry import spec_for
-from hf_dms.archs.spec import bind
 from hf_dms.checkpoint.save import save_pruned
 from hf_dms.cli import main
 from hf_dms.cut.plan import PLAN_FILE, load_plan, plan_to_json
-from hf_dms.cut.slicing import cut, cut_tensor, plan_of
+from hf_dms.cut.prune import plan_of
+from hf_dms.cut.slicing import cut, cut_tensor
 from hf_dms.cut.verify import outputs_of
 from hf_dms.errors import VerificationError
 from hf_dms.experiment.cut_files import cut_by_plan

@@ -5,9 +5,10 @@ import torch
 from helpers.tiny import tiny_llama
 from transformers import LlamaForCausalLM, MistralForCausalLM
 
+from hf_dms.archs.bind import bind
 from hf_dms.archs.llama import LLAMA
-from hf_dms.archs.spec import bind
-from hf_dms.cut.formats import Plan, layer_description, pruned_class_and_config
+from hf_dms.cut.formats import layer_description, pruned_class_and_config
+from hf_dms.cut.plan import Plan
 
 STOCK, PER_LAYER = LlamaForCausalLM.__name__, "DmsLlamaForCausalLM"
 

@@ -33,9 +33,11 @@ from transformers import (
 )
 
 from hf_dms import DMSConfig, attach_, detach_, prune
+from hf_dms.archs.bind import BoundParam, bind
 from hf_dms.archs.registry import spec_for
-from hf_dms.archs.spec import BoundParam, Dim, bind, parse_axes, with_dims
-from hf_dms.cut.slicing import pad_tensor, plan_of
+from hf_dms.archs.spec import Dim, parse_axes, with_dims
+from hf_dms.cut.prune import plan_of
+from hf_dms.cut.slicing import pad_tensor
 from hf_dms.report.numbers import sizes_and_costs, table
 
 BERTS = ("bert", "roberta", "distilbert", "electra")

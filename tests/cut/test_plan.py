@@ -8,7 +8,7 @@ from helpers.tiny import search_, tiny_llama
 
 from hf_dms import DMSConfig, attach_
 from hf_dms.cut.plan import PLAN_FILE, load_plan, plan_to_json
-from hf_dms.cut.slicing import plan_of
+from hf_dms.cut.prune import plan_of
 from hf_dms.gating.attach import gates_of
 
 

@@ -21,7 +21,8 @@ from transformers import (
 import hf_dms
 from hf_dms import DMSConfig, attach_, detach_, prune
 from hf_dms.checkpoint.save import save_pruned
-from hf_dms.cut.slicing import axis_indices, cut, magnitude_importance, make_plan, plan_of
+from hf_dms.cut.prune import magnitude_importance, make_plan, plan_of
+from hf_dms.cut.slicing import axis_indices, cut
 from hf_dms.cut.verify import check_same, hard_masked, outputs_of
 from hf_dms.gating.attach import gates_of
 from hf_dms.gating.rounding import round_sizes

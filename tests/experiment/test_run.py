@@ -29,8 +29,8 @@ from transformers import (
 import hf_dms.experiment.run
 import hf_dms.experiment.stages
 from hf_dms import DMSTrainer
+from hf_dms.archs.bind import bind
 from hf_dms.archs.llama import LLAMA
-from hf_dms.archs.spec import bind
 from hf_dms.cli import main
 from hf_dms.cut.plan import load_plan
 

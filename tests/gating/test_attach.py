@@ -9,9 +9,10 @@ from helpers.tiny import relative_difference, search_, tiny_llama, token_batch, 
 from transformers import LlamaModel
 
 from hf_dms import DMSConfig, attach_, detach_
+from hf_dms.archs.bind import bind
 from hf_dms.archs.llama import LLAMA
-from hf_dms.archs.spec import bind
-from hf_dms.cut.slicing import cut, make_plan
+from hf_dms.cut.prune import make_plan
+from hf_dms.cut.slicing import cut
 from hf_dms.cut.verify import hard_masked, outputs_of
 from hf_dms.gating.attach import gates_of, has_gates, masked_inputs, norms
 

@@ -6,10 +6,10 @@ from helpers.tiny import TINY, lowest_target, relative_difference, search_, toke
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_dms import DMSConfig, attach_, prune
+from hf_dms.archs.bind import bind
 from hf_dms.archs.registry import spec_for
-from hf_dms.archs.spec import bind
 from hf_dms.checkpoint.save import save_pruned
-from hf_dms.cut.slicing import make_plan
+from hf_dms.cut.prune import make_plan
 from hf_dms.cut.verify import dummy_inputs, hard_masked
 from hf_dms.gating.attach import gates_of
 from hf_dms.gating.rounding import round_sizes

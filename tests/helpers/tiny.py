@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_dms import DMSConfig, attach_
-from hf_dms.archs.spec import BoundSpec
+from hf_dms.archs.bind import BoundSpec
 from hf_dms.gates import Gates
 from hf_dms.gating.attach import gates_of
 from hf_dms.gating.rounding import round_sizes

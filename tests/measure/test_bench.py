@@ -10,9 +10,9 @@ from helpers.tiny import tiny_llama
 from transformers import BertForSequenceClassification, LlamaForSequenceClassification, ViTForImageClassification
 
 from hf_dms import prune
+from hf_dms.archs.bind import bind
 from hf_dms.archs.costs import build_cost
 from hf_dms.archs.registry import spec_for
-from hf_dms.archs.spec import bind
 from hf_dms.checkpoint.save import save_pruned
 from hf_dms.cli import main
 from hf_dms.measure import speed

@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from hf_dms import DMSConfig, attach_, repair_
+from hf_dms.archs.bind import bind
 from hf_dms.archs.registry import ARCHS, spec_for
-from hf_dms.archs.spec import bind
-from hf_dms.cut.formats import Plan
+from hf_dms.cut.plan import Plan
 from hf_dms.cut.slicing import cut
 from hf_dms.cut.verify import outputs_of
 

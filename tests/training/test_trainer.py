@@ -18,8 +18,9 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_dms import DMSConfig, DMSTrainer, detach_
-from hf_dms.checkpoint.save import load_search_state_
-from hf_dms.cut.slicing import cut, make_plan
+from hf_dms.checkpoint.search_state import load_search_state_
+from hf_dms.cut.prune import make_plan
+from hf_dms.cut.slicing import cut
 from hf_dms.cut.verify import outputs_of
 from hf_dms.errors import NonFiniteError
 from hf_dms.gating.attach import gates_of

@@ -1,0 +1,160 @@
+"""Binding: every parameter of a live model matched with its line of the architecture's description.
+
+What the rest of the package needs of a model follows from the result: where masks go, what the model costs, how tensors
+are sliced, what the config says.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torch import nn
+
+from ..errors import HfDmsError
+from ..resource import Monomial
+from .plain_view import plain_parameters
+from .spec import ArchSpec, Axes, Dim, parse_axes
+
+
+@dataclass(frozen=True)
+class BoundParam:
+    """A parameter of a live model.
+
+    Attributes:
+        axes: the dims that each of its axes is a product of.
+        layer: the layer that it belongs to, None outside the layers.
+        positions: number of positions of a sequence at which its matmul runs, None for all.
+    """
+
+    axes: Axes
+    layer: int | None
+    positions: int | None = None
+
+
+@dataclass(frozen=True)
+class BoundSpec:
+    """An `ArchSpec` bound to a model.
+
+    Attributes:
+        spec: the description.
+        prefix: what precedes the base model's names, "model." for a LlamaForCausalLM, "" for a LlamaModel.
+        sizes: units of every dim.
+        params: every parameter of the model by name, tied ones under each of their names.
+        tied: names that hold a tensor already listed under another name.
+    """
+
+    spec: ArchSpec
+    prefix: str
+    sizes: dict[str, int]
+    params: dict[str, BoundParam]
+    tied: frozenset[str]
+
+    @property
+    def depth(self) -> str:
+        return next(dim.name for dim in self.spec.dims if dim.scope == "depth")
+
+    @property
+    def num_layers(self) -> int:
+        return self.sizes[self.depth]
+
+    @property
+    def layers_path(self) -> str:
+        return self.prefix + self.spec.layers
+
+    def rows(self, name: str) -> int:
+        """Independent sets of units of a dim: its layers, or 1."""
+        return self.num_layers if self.spec.dim(name).scope == "layer" else 1
+
+    def product(self, factors: str | tuple[str, ...]) -> int:
+        """Size of a product of dims before pruning."""
+        return prod(self.sizes[name] for name in (factors.split() if isinstance(factors, str) else factors))
+
+    def monomial(self, factors: tuple[str, ...]) -> tuple[Monomial, float]:
+        """Split a product of dims into the prunable dims and the number that the others amount to."""
+        gated = tuple(sorted(name for name in factors if self.spec.dim(name).scope in ("layer", "model")))
+        return gated, float(prod(self.sizes[name] for name in factors if name not in gated))
+
+
+def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
+    """Match every parameter of a model with its line of the description.
+
+    Args:
+        spec: the description.
+        model: a `PreTrainedModel`; the meta device will do.
+
+    Raises:
+        ValueError: a variant of the architecture that the description is not of, a parameter that no line or several
+            lines describe, or whose shape is not the product of its dims.
+    """
+    _check_variant(spec, model)
+    sizes = {dim.name: dim_size(dim, model.config) for dim in spec.dims}
+    for dim in spec.dims:
+        if dim.same_as is not None and sizes[dim.name] == sizes[dim.same_as]:
+            spec = spec.with_one_name(dim.name, dim.same_as)
+    prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    lines = [(_compile(pattern), text) for pattern, text in spec.lines(type(model).__name__).items()]
+    params: dict[str, BoundParam] = {}
+    owners: dict[int, str] = {}
+    tied = set()
+    for name, parameter, shape in plain_parameters(model):
+        matches = [(m, text) for regex, text in lines if (m := regex.fullmatch(name.removeprefix(prefix)))]
+        if len(matches) != 1:
+            raise HfDmsError(
+                f"{spec.model_type}: parameter '{name}' {shape} matches {len(matches)} lines of the "
+                f"description of a {type(model).__name__}, expected 1. Add or correct its line in the ArchSpec."
+            )
+        match, text = matches[0]
+        axes = parse_axes(text)
+        expected = tuple(prod(sizes[factor] for factor in axis) for axis in axes)
+        if shape != expected:
+            raise HfDmsError(
+                f"{spec.model_type}: parameter '{name}' has shape {shape}, but its description "
+                f"'{text}' means {expected}. Correct it in the ArchSpec."
+            )
+        layer = match.groupdict().get("i")
+        params[name] = BoundParam(axes, None if layer is None else int(layer), _positions(text, sizes))
+        if owners.setdefault(id(parameter), name) != name:
+            tied.add(name)
+    return BoundSpec(spec, prefix, sizes, params, frozenset(tied))
+
+
+def _check_variant(spec: ArchSpec, model: nn.Module) -> None:
+    """Check that a model is of the kind that a description is of.
+
+    Raises:
+        ValueError: it is a backbone, or another architecture by what its config says.
+    """
+    if type(model).__name__.endswith("Backbone"):
+        raise HfDmsError(
+            f"{type(model).__name__} names its outputs after layers, which may be pruned. Load the base model instead."
+        )
+    for attribute in spec.must_be_false:
+        if value := getattr(model.config, attribute, False):
+            raise HfDmsError(
+                f"{spec.model_type} with {attribute} = {value} in its config is not supported, only with False."
+            )
+
+
+def dim_size(dim: Dim, config: Any) -> int:
+    """Size of a dim according to a config."""
+    if callable(dim.size):
+        return dim.size(config)
+    if dim.size.isdigit():
+        return int(dim.size)
+    values = [getattr(config, name.strip()) for name in dim.size.split("//")]
+    return values[0] if len(values) == 1 else values[0] // values[1]
+
+
+def _positions(text: str, sizes: dict[str, int]) -> int | None:
+    """What follows the @ in a line, a number or a dim."""
+    positions = text.partition("@")[2].strip()
+    if not positions:
+        return None
+    return int(positions) if positions.isdigit() else sizes[positions]
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern).replace(r"\{i\}", r"(?P<i>\d+)"))

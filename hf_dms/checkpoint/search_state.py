@@ -1,0 +1,79 @@
+"""The state of a search beside a training checkpoint: prune ratios and importance, which no model file holds."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from ..errors import HfDmsError
+from ..gates import Gates
+from ..gating.attach import gates_of
+
+STATE_TENSORS = "dms_state.safetensors"
+STATE_JSON = "dms_state.json"
+
+
+def save_search_state(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+    """Write the state of a search (prune ratios, importance) beside a training checkpoint's model files.
+
+    Args:
+        model: a model with gates.
+        folder: an existing checkpoint folder.
+    """
+    gates = gates_of(model)
+    folder = Path(folder)
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in gates.search_state().items()}
+    save_file(tensors, folder / STATE_TENSORS)
+    summary = {
+        "dms_config": gates.attachment.config.to_dict(),
+        "resource": float(gates.resource().detach()),
+        "hard_resource": float(gates.resource(gates.hard_sizes())),
+        "kept_units": kept_units(gates),
+    }
+    (folder / STATE_JSON).write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def load_search_state_(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+    """Read what `save_search_state` wrote into the gates of a model, in place.
+
+    Raises:
+        ValueError: the folder has no such state, or that of another search.
+    """
+    path = Path(folder) / STATE_TENSORS
+    if not path.is_file():
+        raise HfDmsError(f"{folder} has no {STATE_TENSORS}: it is not a checkpoint of a DMS search.")
+    gates_of(model).load_search_state_(load_file(path))
+
+
+def load_weights_(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+    """Read the weights of a training checkpoint, in place, whatever names the architecture's files give them.
+
+    `Trainer` compares the names in a checkpoint with those in the model and passes over those that differ with a
+    warning. Files of some architectures (ViT) hold other names than the model; `from_pretrained` renames them.
+
+    Args:
+        model: the model in training.
+        folder: a checkpoint that `save_pretrained` wrote.
+    """
+    loaded: Any = type(model).from_pretrained(folder, dtype=model.dtype)
+    model.load_state_dict(loaded.state_dict())
+
+
+def has_other_names(model: PreTrainedModel, folder: str | os.PathLike) -> bool:
+    """Whether a folder's safetensors files hold parameters under names that the model itself does not have."""
+    names: set[str] = set()
+    for file in Path(folder).glob("model*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            names |= set(tensors.keys())
+    return not names <= set(model.state_dict())
+
+
+def kept_units(gates: Gates) -> dict[str, list[int]]:
+    """Units that hard masks keep now, per dim and row."""
+    return {name: gates.hard_units(name).tolist() for name in gates.dims}
