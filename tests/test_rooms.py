@@ -19,6 +19,7 @@ ROOMS = [  # each imports from the method, from itself and from those above it
     "refit",
     "checkpoint",
     "training",
+    "strategies",
     "report",
     "measure",
     "experiment",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -101,22 +101,36 @@ def make_plan(gates: Gates, sizes: Sizes) -> Plan:
     return Plan(kept)
 
 
-@torch.no_grad()
 def magnitude_importance(bound: BoundSpec, model: nn.Module, gates: Gates) -> dict[str, Tensor]:
     """Sum of squares of all weights that go with a unit, `[rows, units]` per gated dim."""
-    importance = {name: torch.zeros(dim.rows, dim.units) for name, dim in gates.dims.items()}
+    return sum_over_units(bound, gates, lambda name: plain_weight(model, name).float().square())
+
+
+@torch.no_grad()
+def sum_over_units(bound: BoundSpec, gates: Gates, values: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """Sums of something that every weight has, over all weights that go with a unit.
+
+    Args:
+        bound: the architecture.
+        gates: whose dims the units are of.
+        values: of a parameter by its name in the plain model, of the parameter's shape.
+
+    Returns:
+        `[rows, units]` float32 per gated dim, on the CPU.
+    """
+    totals = {name: torch.zeros(dim.rows, dim.units) for name, dim in gates.dims.items()}
     for name, param in bound.params.items():
         if name in bound.tied:
             continue
-        squares = plain_weight(model, name).float().square().cpu()
-        if param.layer is not None and bound.depth in importance:
-            importance[bound.depth][0, param.layer] += squares.sum()
+        each = values(name).float().cpu()
+        if param.layer is not None and bound.depth in totals:
+            totals[bound.depth][0, param.layer] += each.sum()
         for place, axis in enumerate(param.axes):
-            for dim in set(axis) & set(importance):
+            for dim in set(axis) & set(totals):
                 row = param.layer if gates.dims[dim].rows > 1 else 0
-                over_units = squares.movedim(place, 0).reshape([bound.sizes[factor] for factor in axis] + [-1])
-                importance[dim][row] += over_units.movedim(axis.index(dim), 0).flatten(1).sum(1)
-    return importance
+                over_units = each.movedim(place, 0).reshape([bound.sizes[factor] for factor in axis] + [-1])
+                totals[dim][row] += over_units.movedim(axis.index(dim), 0).flatten(1).sum(1)
+    return totals
 
 
 @contextlib.contextmanager

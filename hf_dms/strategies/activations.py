@@ -1,0 +1,129 @@
+"""Criteria on the activations that a unit sends to the maps that read it: Wanda-sp and FLAP.
+
+With x_j the inputs of a reading map that belong to unit j, and W its weight:
+
+- Wanda-sp: Σ_i |W_ij|·‖x_j‖₂, every layer loses the same share (Sun et al., arXiv 2306.11695, structured by
+  An et al., arXiv 2312.11983).
+- FLAP: Var(x_j)·‖W_:j‖₂², standardised per map, then one threshold for the model (An et al., their WIFV with AL-AM).
+  Its second half, a bias that restores the mean of what went, is left out: most stock classes have no bias there, and
+  least-squares repair takes its place.
+
+Several inputs of one unit (a head's) count by their sum for Wanda-sp and by their mean for FLAP.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..archs.plain_view import plain_weight, submodule
+from ..gating.attach import gates_of, masked_inputs
+from .allocate import Batches, Criterion, Scores
+
+
+class _Moments:
+    """Sums over positions of a map's inputs: how many, Σx and Σx², per input, in float64."""
+
+    def __init__(self, inputs: int) -> None:
+        self.count = 0
+        self.total = torch.zeros(inputs, dtype=torch.float64)
+        self.squares = torch.zeros(inputs, dtype=torch.float64)
+
+    def __call__(self, module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        rows = arguments[0].detach().flatten(0, -2).double().cpu()
+        self.count += len(rows)
+        self.total += rows.sum(0)
+        self.squares += rows.square().sum(0)
+
+    def norm(self) -> Tensor:
+        return self.squares.sqrt()
+
+    def variance(self) -> Tensor:
+        mean = self.total / self.count
+        return (self.squares / self.count - mean.square()).clamp(min=0) * self.count / max(self.count - 1, 1)
+
+
+@torch.no_grad()
+def _moments(model: PreTrainedModel, batches: Batches) -> dict[str, list[tuple[int, tuple[int, int, int], str, Any]]]:
+    """Per dim, of every map that reads it: (row, (before, units, after) on its inputs, path, moments)."""
+    gates = gates_of(model)
+    found: dict[str, list] = {name: [] for name in gates.dims}
+    handles = []
+    for name in gates.dims:
+        for path, row, shape in masked_inputs(gates.attachment.bound, name):
+            moments = _Moments(shape[0] * shape[1] * shape[2])
+            handles.append(submodule(model, path).register_forward_pre_hook(moments))
+            found[name].append((row, shape, path, moments))
+    gates.rounded = {name: torch.full((dim.rows,), dim.units) for name, dim in gates.dims.items()}  # nothing is masked
+    model.eval()
+    try:
+        for batch in batches:
+            model(**{key: value for key, value in batch.items() if key != "labels"})
+    finally:
+        gates.rounded = None
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _by_unit(values: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """`[units, inputs of a unit]` of values per input."""
+    return values.view(shape).movedim(1, 0).flatten(1)
+
+
+def wanda_metric(weight: Tensor, norm: Tensor) -> Tensor:
+    """Σ_i |W_ij|·‖x_j‖₂ of every input j.
+
+    Args:
+        weight: W `[outputs, inputs]`.
+        norm: ‖x_j‖₂ over all positions, `[inputs]`.
+
+    Example:
+        >>> wanda_metric(torch.tensor([[1.0, -2.0], [3.0, 0.5]]), torch.tensor([2.0, 4.0]))
+        tensor([ 8., 10.])
+    """
+    return weight.abs().sum(0) * norm
+
+
+def flap_metric(weight: Tensor, variance: Tensor) -> Tensor:
+    """Var(x_j)·‖W_:j‖₂² of every input j, with mean 0 and standard deviation 1 over the inputs.
+
+    Args:
+        weight: W `[outputs, inputs]`.
+        variance: of x_j over all positions, `[inputs]`.
+
+    Example:
+        >>> flap_metric(torch.tensor([[1.0, 2.0, 0.0]]), torch.tensor([1.0, 1.0, 5.0]))  # of 1, 4, 0
+        tensor([-0.3203,  1.1209, -0.8006])
+    """
+    metric = variance * weight.square().sum(0)
+    return (metric - metric.mean()) / metric.std().clamp(min=1e-30)
+
+
+def wanda_sp_scores(model: PreTrainedModel, batches: Batches) -> Scores:
+    """Σ |W_ij|·‖x_j‖₂ over the outputs of the maps that read a unit."""
+    gates = gates_of(model)
+    scores = {name: torch.zeros(dim.rows, dim.units, dtype=torch.float64) for name, dim in gates.dims.items()}
+    for name, maps in _moments(model, batches).items():
+        for row, shape, path, moments in maps:
+            metric = wanda_metric(plain_weight(model, f"{path}.weight").double().cpu(), moments.norm())
+            scores[name][row] += _by_unit(metric, shape).sum(-1)
+    return scores
+
+
+def flap_scores(model: PreTrainedModel, batches: Batches) -> Scores:
+    """Var(x_j)·‖W_:j‖₂² of the map that reads a unit, standardised over the map's inputs."""
+    gates = gates_of(model)
+    scores = {name: torch.zeros(dim.rows, dim.units, dtype=torch.float64) for name, dim in gates.dims.items()}
+    for name, maps in _moments(model, batches).items():
+        for row, shape, path, moments in maps:
+            metric = flap_metric(plain_weight(model, f"{path}.weight").double().cpu(), moments.variance())
+            scores[name][row] += _by_unit(metric, shape).mean(-1)
+    return scores
+
+
+WANDA_SP = Criterion(wanda_sp_scores, allocation="equal", dims=("layer",))
+FLAP = Criterion(flap_scores, allocation="global", dims=("layer",))

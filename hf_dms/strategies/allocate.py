@@ -1,0 +1,116 @@
+"""From the scores of all units to prune ratios: one threshold for the whole model, or equal ratios.
+
+A one-shot criterion says how much each unit is worth. What it leaves in the gates is what a search would: an importance
+for every unit and a ratio for every row. Rounding, cutting and the exact budget are then the same for all strategies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..gates import Gates
+from ..resource import Sizes
+
+Batches = Sequence[Mapping[str, Tensor]]
+Scores = dict[str, Tensor]  # per dim `[rows, units]`, larger is worth more
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A one-shot way to choose structure.
+
+    Attributes:
+        scores: what every unit of a model with gates is worth, on batches (keyword arguments of forward passes, with
+            labels where the criterion needs a loss); per gated dim `[rows, units]`.
+        allocation: how the budget is shared. per_cost: one threshold on score per unit of resource; global: one
+            threshold on the score itself; equal: the same ratio everywhere.
+        needs_data: whether it looks at batches at all.
+        dims: the kinds of dims that it is defined for: layer (widths), model (hidden), depth (layers).
+    """
+
+    scores: Callable[[PreTrainedModel, Batches], Scores]
+    allocation: str = "per_cost"
+    needs_data: bool = True
+    dims: tuple[str, ...] = ("layer", "model", "depth")
+
+
+@torch.no_grad()
+def allocate_(gates: Gates, scores: Scores, allocation: str = "per_cost") -> None:
+    """Leave scores as importance and the ratios that they ask for in the gates, in place.
+
+    The least worthy units go until the budget is met; each row keeps one unit at least. A ratio that several rows share
+    goes by the sum of the rows' k-th smallest scores, since they all lose one unit together.
+
+    Args:
+        gates: the target is that of their schedule.
+        scores: per gated dim `[rows, units]`.
+        allocation: see `Criterion`.
+    """
+    for name, values in scores.items():
+        gates.raw_importance(name).copy_(values)
+    gates.num_updates = max(gates.num_updates, gates.schedule.warmup_steps, 1)
+    if allocation == "equal":
+        _set_ratios_(gates, _largest_fitting(gates, lambda share: _equal_sizes(gates, share)))
+        return
+    ranked = {name: _worth(gates, name, allocation) for name in gates.dims if gates.dims[name].follows is None}
+    levels = torch.cat([worth.flatten() for worth in ranked.values()])
+    levels = levels[levels.isfinite()].sort().values
+
+    def sizes_above(share: float) -> Sizes:
+        """Sizes that leave about this share of all units, those of most worth."""
+        level = levels[min(int((1 - share) * len(levels)), len(levels) - 1)]
+        return {name: (worth > level).sum(-1).clamp(min=1) for name, worth in ranked.items()}
+
+    _set_ratios_(gates, _largest_fitting(gates, sizes_above))
+
+
+def _worth(gates: Gates, name: str, allocation: str) -> Tensor:
+    """Scores in ascending order, one row per ratio `[ratios, units]`, divided by what a unit costs if so asked."""
+    dim = gates.dims[name]
+    worth = gates.importance(name).double().sort(-1).values
+    if dim.num_ratios == 1 and dim.rows > 1:
+        worth = worth.sum(0, keepdim=True)
+    if allocation == "per_cost":
+        dense = gates.dense_sizes()
+        one_less = gates.count(dense | {name: dense[name] - 1})  # of every row
+        cost = (gates.count(dense) - one_less) / dim.num_ratios
+        worth = worth / cost.clamp(min=1e-12)
+    return worth
+
+
+def _equal_sizes(gates: Gates, share: float) -> Sizes:
+    return {
+        name: torch.full((dim.num_ratios,), share * dim.units).clamp(min=1)
+        for name, dim in gates.dims.items()
+        if dim.follows is None
+    }
+
+
+def _largest_fitting(gates: Gates, sizes_at: Callable[[float], Sizes]) -> Sizes:
+    """The sizes at the largest share of units, in [0, 1], whose resource is within the target."""
+    low, high, best = 0.0, 1.0, sizes_at(0.0)
+    for _ in range(40):
+        share = (low + high) / 2
+        sizes = sizes_at(share)
+        low, high, best = (share, high, sizes) if _fits(gates, sizes) else (low, share, best)
+    return best
+
+
+def _fits(gates: Gates, sizes: Sizes) -> bool:
+    device = gates.prune_ratio.device
+    whole = {name: size.to(device).double().expand(gates.dims[name].rows) for name, size in sizes.items()}
+    for name, dim in gates.dims.items():
+        if dim.follows is not None:
+            whole[name] = gates.following_units(name, whole[dim.follows])
+    return bool(gates.resource(gates.dense_sizes() | whole) <= gates.schedule.target)
+
+
+def _set_ratios_(gates: Gates, sizes: Sizes) -> None:
+    ratios = [1 - sizes[name].double() / dim.units for name, dim in gates.dims.items() if dim.follows is None]
+    gates.prune_ratio.copy_(torch.cat(ratios))
+    gates.clamp_ratios_()
