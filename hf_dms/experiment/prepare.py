@@ -173,5 +173,5 @@ def check_recipe(recipe: Recipe) -> None:
                 model = auto.from_config(config)
                 try:
                     with_adapters(model, lora, seed=0)
-                except HfDmsError as error:
+                except ValueError as error:  # ours or PEFT's
                     raise HfDmsError(f"{section}: {error}") from error

@@ -202,5 +202,5 @@ def read(path: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
 def _read_json(file: Path) -> dict[str, Any] | None:
     try:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except HfDmsError as error:
+    except ValueError as error:
         raise HfDmsError(f"{file} is not valid JSON: {error}") from None

@@ -1,6 +1,6 @@
 """Who can load a checkpoint: what was run, what was only read in the runtime's source, what cannot work.
 
-`python -m hf_dms.compatibility README.md` renews the README's table; `hf-dms report PATH` prints what applies to a
+`python -m hf_dms.report.runtimes README.md` renews the README's table; `hf-dms report PATH` prints what applies to a
 checkpoint. What is called run is what `benchmarks/runtimes.py` and the tests ran, on a CPU, on tiny random models.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-BEGIN = "<!-- renewed by `python -m hf_dms.compatibility README.md` -->"
+BEGIN = "<!-- renewed by `python -m hf_dms.report.runtimes README.md` -->"
 END = "<!-- end of the table of runtimes -->"
 STATUSES = {
     "run": "it was run",

@@ -174,7 +174,7 @@ def test_the_config_names_each_layers_sizes_and_a_class_for_every_head(folders):
     assert config["num_hidden_layers"] == len(widths)
     assert {"AutoConfig", *AUTO.values()} == set(config["auto_map"])
     assert all(value.startswith("modeling_dms.DmsLlama") for value in config["auto_map"].values())
-    assert (folder / "modeling_dms.py").read_text() == (ROOT / "hf_dms" / "modeling_dms.py").read_text()
+    assert (folder / "modeling_dms.py").read_text() == (ROOT / "hf_dms" / "cut" / "modeling_dms.py").read_text()
     assert "skip" not in json.dumps(config["per_layer_config"])
 
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import transformers
 from helpers.hub_standin import READ_TOKEN, WRITE_TOKEN
 from helpers.recipes import WORDS
 from helpers.tiny import Tokens, tiny_llama
@@ -20,6 +21,7 @@ from hf_dms import DMSConfig, DMSTrainer
 from hf_dms.checkpoint.hub import push
 from hf_dms.cli import main
 
+transformers.utils.logging.disable_progress_bar()  # what is printed is compared
 FOLDER = Path(sys.argv[1])
 RESULTS: dict[str, dict] = {}
 
