@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from arch_table import END, heads, renewed, stock_limits
+from arch_table import END, heads, renewed
 from helpers.tiny import Tokens, tiny_llama
 from transformers import AutoModelForCausalLM, default_data_collator
 
@@ -57,14 +57,3 @@ def test_heads_are_those_whose_parameters_have_lines():
     without_output = {name: axes for name, axes in LLAMA.params.items() if name != "lm_head.weight"}
     assert "causal LM" in heads(LLAMA)
     assert "causal LM" not in heads(replace(LLAMA, params=without_output))
-
-
-def test_stock_limits_are_told_in_words():
-    limit = "`hidden_size` a multiple of `num_attention_heads`"
-    assert stock_limits(LLAMA) == [f"{limit}, else written as `mistral`"]
-    assert stock_limits(replace(LLAMA, alternative=None)) == [limit]
-    assert stock_limits(replace(LLAMA, must_divide=(("rep d", "hidden"),), alternative=None)) == [
-        "`hidden_size` a multiple of `rep·d`"
-    ]
-    assert stock_limits(BERT) == ["`heads` and `hidden` only together"]
-    assert stock_limits(replace(BERT, must_equal=())) == []

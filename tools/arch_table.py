@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from hf_dms.archs.bind import bind
 from hf_dms.archs.registry import SPECS
 from hf_dms.archs.spec import ArchSpec
+from hf_dms.archs.stock import limits_in_words
 from hf_dms.config import LAYOUTS
 from hf_dms.cut.modeling_dms import AUTO_CLASSES, stock_classes
 
@@ -35,7 +36,7 @@ def table(specs: tuple[ArchSpec, ...]) -> str:
     rows: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for spec in specs:
         dims = ", ".join(f"`{name}`" for name in spec.prunable)
-        rows[", ".join(heads(spec)), dims, "; ".join(["stock", *stock_limits(spec)])].append(f"`{spec.model_type}`")
+        rows[", ".join(heads(spec)), dims, "; ".join(["stock", *limits_in_words(spec)])].append(f"`{spec.model_type}`")
     lines = [(", ".join(names), *cells) for cells, names in rows.items()]
     header = [("architectures", "heads", "dims", "`layout: uniform`"), ("---",) * 4]
     others = " and ".join(f"`layout: {layout}`" for layout in LAYOUTS if layout != "uniform")
@@ -65,20 +66,6 @@ def _binds(spec: ArchSpec, cls: type, config: PreTrainedConfig) -> bool:
     except ValueError:
         return False
     return True
-
-
-def stock_limits(spec: ArchSpec) -> list[str]:
-    """In words, the limits of an architecture's stock config."""
-    limits = []
-    for part, whole in spec.must_equal:
-        (dim,) = [name for name in part.split() if spec.dim(name).scope != "fixed"]
-        limits.append(f"`{dim}` and `{whole}` only together")
-    attributes = {product: key for key, product in spec.config.items()}
-    for divisor, multiple in spec.must_divide:
-        names = [f"`{attributes.get(product, product.replace(' ', '·'))}`" for product in (divisor, multiple)]
-        otherwise = f", else written as `{spec.alternative}`" if spec.alternative else ""
-        limits.append(f"{names[1]} a multiple of {names[0]}{otherwise}")
-    return limits
 
 
 if __name__ == "__main__":

@@ -6,12 +6,6 @@ beside `BertLayer`.
 
 from .spec import ArchSpec, Dim
 
-
-def head_size(config) -> int:
-    """BERT's config has no head size of its own."""
-    return config.hidden_size // config.num_attention_heads
-
-
 BERT = ArchSpec(
     model_type="bert",
     layers="encoder.layer",
@@ -21,7 +15,7 @@ BERT = ArchSpec(
         Dim("hidden", "hidden_size", scope="model"),
         Dim("layers", "num_hidden_layers", scope="depth"),
         Dim("pool", "hidden_size", scope="model", follows="hidden"),  # what a classifier of sequences reads
-        Dim("d", head_size),
+        Dim("d", "hidden_size // num_attention_heads"),
         Dim("vocab", "vocab_size"),
         Dim("position", "max_position_embeddings"),
         Dim("type", "type_vocab_size"),

@@ -16,7 +16,7 @@ DISTILBERT = replace(
         Dim("hidden", "dim", scope="model"),
         Dim("layers", "n_layers", scope="depth"),
         Dim("pool", "dim", scope="model", follows="hidden"),
-        Dim("d", lambda config: config.dim // config.n_heads),
+        Dim("d", "dim // n_heads"),
     ),
     params={
         "embeddings.word_embeddings.weight": "vocab hidden",

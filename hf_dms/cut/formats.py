@@ -6,16 +6,15 @@ limits), the per-layer ones of modeling_dms.py otherwise.
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..archs.bind import BoundSpec
-from ..archs.spec import ArchSpec, parse_axes
+from ..archs.spec import parse_axes
+from ..archs.stock import has_alternative, padded_sizes, product_of, within_limits
 from ..errors import HfDmsError
-from ..gating.rounding import has_alternative
 from . import modeling_dms
 from .plan import Plan, kept_units
 
@@ -52,14 +51,14 @@ def pruned_class_and_config(
         for index, layer_values in enumerate(per_layer)
     }
     overrides = {index: layer_values for index, layer_values in overrides.items() if layer_values}
-    within_limits = _within_stock_limits(bound.spec, sizes[0])
-    stock_can = within_limits or has_alternative(bound, model.config)
+    fits = within_limits(bound.spec, sizes[0])
+    stock_can = fits or has_alternative(bound.spec, model.config)
     if overrides or (layout == "per_layer" and not stock_can):
         config_class = modeling_dms.dms_config_class(stock)
         values |= {"model_type": config_class.model_type, "dms_layers": layer_description(bound)}
         values |= {"per_layer_config": overrides, "auto_map": modeling_dms.auto_map(stock)}
         return modeling_dms.dms_model_class(cls), config_class.from_dict(values)
-    if within_limits:
+    if fits:
         values |= {key: values[over] // values[under] for key, (over, under) in bound.spec.config_ratios.items()}
         return cls, stock.from_dict(values)
     if not stock_can:
@@ -81,31 +80,13 @@ def written_sizes(bound: BoundSpec, plan: Plan, layout: str, model_config: Any) 
         {name: len(kept_units(plan, name, layer, units)) for name, units in bound.sizes.items()}
         for layer in kept_layers
     ]
-    return layers if layout != "padded" else [_padded(bound, layers, model_config)] * len(layers)
-
-
-def _padded(bound: BoundSpec, layers: list[dict[str, int]], model_config: Any) -> dict[str, int]:
-    """The smallest sizes that hold every layer and that a stock config has, if there are any."""
-    sizes = {name: max(layer[name] for layer in layers) for name in bound.sizes}
-    if has_alternative(bound, model_config):
-        return sizes
-    for name in sizes:
-        if bound.spec.dim(name).scope == "layer":
-            # The dense size fits the dense hidden size, and another multiple of a divisor is never further away.
-            wider = range(sizes[name], sizes[name] + bound.sizes[name] + 1)
-            allowed = (size for size in wider if _within_stock_limits(bound.spec, sizes | {name: size}, name))
-            sizes[name] = next(allowed, sizes[name])
-    return sizes
+    return layers if layout != "padded" else [padded_sizes(bound, layers, model_config)] * len(layers)
 
 
 def config_values(bound: BoundSpec, sizes: dict[str, int]) -> dict[str, int]:
     """What the config says of a layer of these sizes: attribute → size."""
     products = bound.spec.config.items()
-    return {key: _product(sizes, product) for key, product in products if product != bound.depth}
-
-
-def _product(sizes: dict[str, int], product: str) -> int:
-    return prod(sizes[factor] for factor in product.split())
+    return {key: product_of(sizes, product) for key, product in products if product != bound.depth}
 
 
 def layer_description(bound: BoundSpec) -> dict[str, Any]:
@@ -130,18 +111,6 @@ def layer_description(bound: BoundSpec) -> dict[str, Any]:
 
 def _config_key(bound: BoundSpec, product: str) -> str:
     return next(key for key, value in bound.spec.config.items() if value == product)
-
-
-def _within_stock_limits(spec: ArchSpec, sizes: dict[str, int], name: str | None = None) -> bool:
-    """Whether the stock config can express the sizes of equal layers; only its limits on one dim, if that is named."""
-
-    def concerned(limit: tuple[str, str]) -> bool:
-        return name is None or name in " ".join(limit).split()
-
-    divide, equal = filter(concerned, spec.must_divide), filter(concerned, spec.must_equal)
-    return all(_product(sizes, multiple) % _product(sizes, divisor) == 0 for divisor, multiple in divide) and all(
-        _product(sizes, product) == _product(sizes, whole) for product, whole in equal
-    )
 
 
 def _alternative_class_and_config(cls: Any, stock: Any, bound: BoundSpec, values: dict[str, Any]) -> tuple[Any, Any]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from math import gcd, lcm
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from ..archs.bind import BoundSpec
 from ..archs.costs import build_cost
+from ..archs.stock import check_padding, tied_sizes
 from ..config import DMSConfig
 from ..errors import HfDmsError
 from ..gates import GatedDim, Gates, SearchSchedule
 from ..topk import default_sharpness
-from .rounding import has_alternative
 
 
 def build_gates(
@@ -27,7 +26,7 @@ def build_gates(
     """
     check_request(bound, config)
     if config.layout == "padded":
-        check_padding(bound, config, model.config)
+        check_padding(bound, dims_to_prune(bound, config), model.config)
     depth = bound.depth
     kept_layers = sorted({layer % bound.num_layers for layer in config.protect.get("layers", ())})
     dims, leaders = [], gated_dims(bound, config)
@@ -75,40 +74,9 @@ def gated_dims(bound: BoundSpec, config: DMSConfig) -> dict[str, str | None]:
         ValueError: layout uniform, and the stock config needs two dims to be pruned together of which only one is.
     """
     names = dims_to_prune(bound, config)
-    leaders: dict[str, str | None] = dict.fromkeys(names)
-    for product, whole in bound.spec.must_equal if config.layout == "uniform" else ():
-        (part,) = [name for name in product.split() if bound.spec.dim(name).scope != "fixed"]
-        if part in names and whole in names:
-            leaders[whole] = part
-        elif part in names or whole in names:
-            layouts = "per_layer" if whole in names else "per_layer or padded"
-            raise HfDmsError(
-                f"layout uniform: the stock config of {bound.spec.model_type} needs {whole} = "
-                f"{bound.sizes[whole] // bound.sizes[part]}·{part}, so {part} and {whole} can only be pruned together. "
-                f"Prune both, or use layout: {layouts}."
-            )
+    leaders: dict[str, str | None] = dict.fromkeys(names) | tied_sizes(bound, config, names)
     used = {factor for param in bound.params.values() for axis in param.axes for factor in axis}
     return leaders | {dim.name: dim.follows for dim in bound.spec.dims if dim.follows in names and dim.name in used}
-
-
-def check_padding(bound: BoundSpec, config: DMSConfig, model_config: Any) -> None:
-    """Check that padded layers will have a stock config.
-
-    A layer's widths can be padded, the residual stream cannot: its norms would count the zeros. So where the stock
-    config ties the two together, the residual stream must stay whole; its dense size fits the dense widths.
-
-    Raises:
-        ValueError: layout padded, and a pruned residual stream that the stock config ties to the layers' widths.
-    """
-    spec, pruned = bound.spec, dims_to_prune(bound, config)
-    limits = spec.must_equal + (() if has_alternative(bound, model_config) else spec.must_divide)
-    for product, whole in limits:
-        if whole in pruned and spec.dim(whole).scope == "model":
-            others = ", ".join(name for name in spec.prunable if name != whole)
-            raise HfDmsError(
-                f"layout padded: the stock config of {spec.model_type} ties {whole} to '{product}', and {whole} cannot "
-                f"be padded. Prune others only, as prune: [{others}], or use layout: per_layer."
-            )
 
 
 def size_range(bound: BoundSpec, config: DMSConfig, leaders: dict[str, str | None], name: str) -> tuple[int, int, int]:

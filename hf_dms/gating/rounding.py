@@ -8,13 +8,13 @@ most the target, maximal (no single allowed step of any dim still fits), and nea
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from math import lcm
 
 import torch
 from torch import Tensor
 
 from ..archs.bind import BoundSpec
+from ..archs.stock import Divisor, divisors, excluded_sizes
 from ..config import DMSConfig
 from ..errors import HfDmsError
 from ..gates import Gates
@@ -22,51 +22,6 @@ from ..resource import Sizes
 from ..topk import topk_mask
 
 State = dict[str, Tensor]  # whole size of every prune ratio, `[num_ratios]` int64 per dim
-
-
-@dataclass(frozen=True)
-class Divisor:
-    """`unit · size(dim)` must divide the size of `multiple`: what a stock config can express."""
-
-    dim: str
-    unit: int
-    multiple: str
-
-
-def stock_limits(bound: BoundSpec, config: DMSConfig, model_config, gated: tuple[str, ...]) -> list[Divisor]:
-    """The limits of the stock config that the sizes must respect.
-
-    None where layers have sizes of their own. Where an alternative stock class has no such limit (Mistral for Llama),
-    the limits hold only if the other side is free to follow: pruned, and with no multiple of its own.
-    """
-    if config.layout != "uniform":
-        return []
-    limits = []
-    for factors, multiple in bound.spec.must_divide:
-        (dim,) = [name for name in factors.split() if bound.spec.dim(name).scope != "fixed"]
-        free = multiple in gated and config.round_to.get(multiple, 1) == 1
-        if (dim in gated or multiple in gated) and (free or not has_alternative(bound, model_config)):
-            limits.append(Divisor(dim, bound.product(factors) // bound.sizes[dim], multiple))
-    return limits
-
-
-def excluded_sizes(bound: BoundSpec, gates: Gates) -> dict[str, int]:
-    """Per gated dim the size, if there is one, at which the stock class would be another architecture."""
-    excluded: dict[str, int] = {}
-    for fixed, name in bound.spec.must_differ:
-        if name in gates.dims:
-            leader = gates.dims[name].follows or name
-            size, rest = divmod(bound.sizes[fixed] * bound.sizes[leader], bound.sizes[name])
-            excluded |= {leader: size} if rest == 0 else {}
-    return excluded
-
-
-def has_alternative(bound: BoundSpec, model_config) -> bool:
-    """Whether the model can be written as another stock class that has fewer limits."""
-    spec = bound.spec
-    return spec.alternative is not None and not any(
-        getattr(model_config, name, False) for name in spec.alternative_needs
-    )
 
 
 def round_sizes(gates: Gates, bound: BoundSpec, config: DMSConfig, model_config) -> Sizes:
@@ -101,7 +56,7 @@ class _Rounding:
         self.gates = gates
         self.target = config.target
         self.budget = config.target * gates.dense_resource
-        self.limits = stock_limits(bound, config, model_config, tuple(gates.dims))
+        self.limits = divisors(bound, config, model_config, gates.dims)
         self.fixed = bound.sizes
         self.depth = bound.depth
         self.step, self.low, self.high, self.learned = {}, {}, {}, {}
@@ -114,7 +69,7 @@ class _Rounding:
             self.high[name] = high.min()[None] if dim.shared else high
             ratio = gates.ratio(name).detach().double().cpu()
             self.learned[name] = (1 - ratio[: dim.num_ratios]) * dim.units
-        self.excluded = excluded_sizes(bound, gates)
+        self.excluded = excluded_sizes(bound, {name: dim.follows for name, dim in gates.dims.items()})
         for name, size in self.excluded.items():
             self.low[name] += self.step[name] * (self.low[name] == size)
             self.high[name] -= self.step[name] * (self.high[name] == size)

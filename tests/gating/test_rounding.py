@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hf_dms import DMSConfig, attach_, detach_
 from hf_dms.gating.attach import gates_of
-from hf_dms.gating.rounding import check_target, has_alternative, round_sizes, stock_limits
+from hf_dms.gating.rounding import check_target, round_sizes
 
 DIMS = ("kv", "mlp", "hidden", "layers")
 
@@ -199,27 +199,6 @@ def test_a_uniform_llama_has_a_hidden_size_that_its_heads_divide(target, seed):
     request_ = gated(seed, prune=("kv", "hidden"))
     sizes = rounded(max(target, lowest_target(*request_)), *request_)
     assert int(sizes["hidden"]) % (2 * int(sizes["kv"][0])) == 0
-
-
-def test_limits_bind_only_where_no_alternative_or_another_side_is_free():
-    def limits(**options):
-        gates, bound, config, model_config = gated(**options)
-        return [(x.dim, x.unit, x.multiple) for x in stock_limits(bound, config, model_config, tuple(gates.dims))]
-
-    heads = [("kv", 2, "hidden")]
-    assert limits() == heads
-    assert limits(layout="per_layer") == []
-    assert limits(prune=("mlp", "layers")) == []
-    assert limits(prune=("kv",)) == []
-    assert limits(prune=("kv",), overrides={"mlp_bias": True}) == heads
-    assert limits(prune=("hidden", "kv"), round_to={"hidden": 4}) == []
-    assert limits(prune=("hidden", "kv"), round_to={"hidden": 4}, overrides={"attention_bias": True}) == heads
-
-
-def test_a_model_with_biases_has_no_alternative():
-    for overrides, expected in (({}, True), ({"attention_bias": True}, False), ({"mlp_bias": True}, False)):
-        _, bound, _, model_config = gated(overrides=overrides)
-        assert has_alternative(bound, model_config) is expected
 
 
 def test_sizes_that_no_stock_config_has_are_an_error_that_names_the_layouts_which_take_them():

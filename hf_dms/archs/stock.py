@@ -1,0 +1,192 @@
+"""What a stock config can express: one size per dim for all layers, and limits between sizes.
+
+The limits are data of the description (`must_divide`, `must_equal`, `must_differ`, `alternative`); everything that asks
+about them asks here: which dims go together, which sizes a search may end at, what padding must reach, which class can
+hold the result, what the documentation says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from ..config import DMSConfig
+from ..errors import HfDmsError
+from .bind import BoundSpec
+from .spec import ArchSpec
+
+
+@dataclass(frozen=True)
+class Divisor:
+    """`unit · size(dim)` must divide the size of `multiple`."""
+
+    dim: str
+    unit: int
+    multiple: str
+
+
+def has_alternative(spec: ArchSpec, model_config: Any) -> bool:
+    """Whether a model can be written as another stock class that has no `must_divide` limits.
+
+    Args:
+        spec: the architecture.
+        model_config: the dense model's config.
+    """
+    return spec.alternative is not None and not any(
+        getattr(model_config, name, False) for name in spec.alternative_needs
+    )
+
+
+def prunable_factor(spec: ArchSpec, product: str) -> str:
+    """The one dim of a product that is not fixed: `"kv rep"` → `"kv"`."""
+    (name,) = [name for name in product.split() if spec.dim(name).scope != "fixed"]
+    return name
+
+
+def product_of(sizes: Mapping[str, int], product: str) -> int:
+    """Size of a product of dims, for sizes other than the dense ones."""
+    return prod(sizes[name] for name in product.split())
+
+
+# ---- what a search may end at ----------------------------------------------------------------------------------------
+def tied_sizes(bound: BoundSpec, config: DMSConfig, pruned: Collection[str]) -> dict[str, str]:
+    """Pruned dims whose size another pruned dim decides (`must_equal`), and that other dim.
+
+    Args:
+        bound: the architecture.
+        config: the request; layouts that give layers sizes of their own tie nothing.
+        pruned: names of the dims that the request prunes.
+
+    Raises:
+        ValueError: layout uniform, and only one of two dims is pruned that can only be pruned together.
+    """
+    leaders = {}
+    for product, whole in bound.spec.must_equal if config.layout == "uniform" else ():
+        part = prunable_factor(bound.spec, product)
+        if part in pruned and whole in pruned:
+            leaders[whole] = part
+        elif part in pruned or whole in pruned:
+            layouts = "per_layer" if whole in pruned else "per_layer or padded"
+            raise HfDmsError(
+                f"layout uniform: the stock config of {bound.spec.model_type} needs {whole} = "
+                f"{bound.sizes[whole] // bound.sizes[part]}·{part}, so {part} and {whole} can only be pruned together. "
+                f"Prune both, or use layout: {layouts}."
+            )
+    return leaders
+
+
+def divisors(bound: BoundSpec, config: DMSConfig, model_config: Any, gated: Collection[str]) -> list[Divisor]:
+    """The divisibilities that the sizes of equal layers must respect; none where layers have sizes of their own.
+
+    If another stock class can hold the sizes (Mistral for Llama), the limit is respected only where that costs little:
+    the multiple is pruned too, and has no `round_to` of its own.
+
+    Args:
+        bound: the architecture.
+        config: the request.
+        model_config: the dense model's config.
+        gated: names of the dims that have gates.
+    """
+    if config.layout != "uniform":
+        return []
+    found = []
+    for product, multiple in bound.spec.must_divide:
+        dim = prunable_factor(bound.spec, product)
+        free = multiple in gated and config.round_to.get(multiple, 1) == 1
+        if (dim in gated or multiple in gated) and (free or not has_alternative(bound.spec, model_config)):
+            found.append(Divisor(dim, bound.product(product) // bound.sizes[dim], multiple))
+    return found
+
+
+def excluded_sizes(bound: BoundSpec, leaders: Mapping[str, str | None]) -> dict[str, int]:
+    """Per dim the size, if there is one, at which the stock class would be another architecture (`must_differ`).
+
+    Args:
+        bound: the architecture.
+        leaders: every gated dim, and the dim that decides its size, if another one does.
+    """
+    excluded: dict[str, int] = {}
+    for fixed, name in bound.spec.must_differ:
+        if name in leaders:
+            leader = leaders[name] or name
+            size, rest = divmod(bound.sizes[fixed] * bound.sizes[leader], bound.sizes[name])
+            excluded |= {leader: size} if rest == 0 else {}
+    return excluded
+
+
+# ---- padding to equal layers -----------------------------------------------------------------------------------------
+def check_padding(bound: BoundSpec, pruned: Collection[str], model_config: Any) -> None:
+    """Check that padded layers will have a stock config.
+
+    A layer's widths can be padded, the residual stream cannot: its norms would count the zeros. So where the stock
+    config ties the two together, the residual stream must stay whole; its dense size fits the dense widths.
+
+    Args:
+        bound: the architecture.
+        pruned: names of the dims that the request prunes.
+        model_config: the dense model's config.
+
+    Raises:
+        ValueError: a pruned residual stream that the stock config ties to the layers' widths.
+    """
+    spec = bound.spec
+    limits = spec.must_equal + (() if has_alternative(spec, model_config) else spec.must_divide)
+    for product, whole in limits:
+        if whole in pruned and spec.dim(whole).scope == "model":
+            others = ", ".join(name for name in spec.prunable if name != whole)
+            raise HfDmsError(
+                f"layout padded: the stock config of {spec.model_type} ties {whole} to '{product}', and {whole} cannot "
+                f"be padded. Prune others only, as prune: [{others}], or use layout: per_layer."
+            )
+
+
+def padded_sizes(bound: BoundSpec, layers: list[dict[str, int]], model_config: Any) -> dict[str, int]:
+    """The smallest sizes that hold every layer and that a stock config has, if there are any.
+
+    Args:
+        bound: the architecture.
+        layers: kept units of every dim, layer by layer.
+        model_config: the dense model's config.
+    """
+    sizes = {name: max(layer[name] for layer in layers) for name in bound.sizes}
+    if has_alternative(bound.spec, model_config):
+        return sizes
+    for name in sizes:
+        if bound.spec.dim(name).scope == "layer":
+            # The dense size fits the dense hidden size, and another multiple of a divisor is never further away.
+            wider = range(sizes[name], sizes[name] + bound.sizes[name] + 1)
+            allowed = (size for size in wider if within_limits(bound.spec, sizes | {name: size}, name))
+            sizes[name] = next(allowed, sizes[name])
+    return sizes
+
+
+# ---- what can hold given sizes ---------------------------------------------------------------------------------------
+def within_limits(spec: ArchSpec, sizes: Mapping[str, int], name: str | None = None) -> bool:
+    """Whether the stock config can express the sizes of equal layers.
+
+    Args:
+        spec: the architecture.
+        sizes: units of every dim.
+        name: look at the limits that mention this dim only. Default: at all.
+    """
+
+    def concerned(limit: tuple[str, str]) -> bool:
+        return name is None or name in " ".join(limit).split()
+
+    divide, equal = filter(concerned, spec.must_divide), filter(concerned, spec.must_equal)
+    return all(product_of(sizes, multiple) % product_of(sizes, divisor) == 0 for divisor, multiple in divide) and all(
+        product_of(sizes, product) == product_of(sizes, whole) for product, whole in equal
+    )
+
+
+def limits_in_words(spec: ArchSpec) -> list[str]:
+    """The limits of an architecture's stock config, for documentation (Markdown)."""
+    limits = [f"`{prunable_factor(spec, part)}` and `{whole}` only together" for part, whole in spec.must_equal]
+    attributes = {product: key for key, product in spec.config.items()}
+    for divisor, multiple in spec.must_divide:
+        names = [f"`{attributes.get(product, product.replace(' ', '·'))}`" for product in (divisor, multiple)]
+        otherwise = f", else written as `{spec.alternative}`" if spec.alternative else ""
+        limits.append(f"{names[1]} a multiple of {names[0]}{otherwise}")
+    return limits
