@@ -124,8 +124,7 @@ def _prune(options: argparse.Namespace) -> int:
         if recipe.model.task == "text-generation" and report["samples"]:
             say(f"\nIt continues:\n    {list(report['samples'][0]['outputs'].values())[-1]}")
         say(f"\nSaved to {recipe.output.path} ({report['model_class']}). Load it with\n")
-        task = recipe.task
-        say(loading_lines(task.model_class, task.processor_class, report["model_class"], recipe.output.path))
+        say(loading_lines(report["model_class"], recipe.output.path))
     finish()
     return 0
 

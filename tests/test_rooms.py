@@ -20,8 +20,8 @@ ROOMS = [  # each imports from the method, from itself and from those above it
     "checkpoint",
     "training",
     "strategies",
-    "report",
     "measure",
+    "report",
     "experiment",
 ]
 DOORS = ["__init__", "__main__", "cli"]  # they open the package, and may import everything

@@ -10,14 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData, snapshot_download
+from huggingface_hub import snapshot_download
 
 from ..checkpoint.folders import check_writable, new_folder
 from ..checkpoint.stream import StreamedCut, prepare_cut, write_cut
-from ..cut.modeling_dms import auto_class_of
 from ..errors import HfDmsError
-from ..report.card import is_hub_id, shown
-from ..report.numbers import REPORT, as_written, loading_lines, shape, sizes_table, table, to_json, versions
+from ..measure.versions import versions
+from ..report.card import base_metadata, model_card
+from ..report.numbers import REPORT, as_written, shape, table, to_json
 from ..report.page import PAGE, render
 from .sections import ModelConfig, OutputConfig
 
@@ -54,9 +54,11 @@ def cut_by_plan(plan: str, model: ModelConfig, output: OutputConfig) -> dict[str
                 shutil.copyfile(file, temporary / file.name)
         report = as_written(_report(job, counts, model) | {"seconds": round(time.time() - started)})
         (temporary / REPORT).write_text(to_json(report))
-        page = render(report, job.pruned.config.to_dict(), Path(output.path).name)
+        name = Path(output.path).name
+        page = render(report, job.pruned.config.to_dict(), name)
         (temporary / PAGE).write_text(page, encoding="utf-8")
-        (temporary / "README.md").write_text(_card(job, report, Path(output.path).name))
+        card = model_card(report, name, base_metadata(model.path, model.revision))
+        (temporary / "README.md").write_text(card, encoding="utf-8")
     print(table(report))
     return report
 
@@ -88,33 +90,3 @@ def _report(job: StreamedCut, counts: dict[str, int], model: ModelConfig) -> dic
         "left_out": job.left_out,
         "versions": versions(),
     }
-
-
-def _card(job: StreamedCut, report: dict[str, Any], name: str) -> str:
-    """The README.md of the result."""
-    auto, path = str(auto_class_of(type(job.dense))), report["model"]["path"]
-    metadata = ModelCardData(
-        base_model=path if is_hub_id(path) else None, library_name="transformers", tags=["dms", "pruned"]
-    )
-    return f"""---
-{metadata.to_yaml()}
----
-
-# {name}
-
-`{shown(path)}` cut with [hf_dms](https://arxiv.org/abs/2405.07194) (Differentiable Model Scaling)
-by the plan of a finished search, `dms_plan.json`; layout {job.layout}. Every tensor was read back and equals the slice
-of its source. Nothing was trained or measured after the cut.
-
-{table(report)}
-
-## Load it
-
-```python
-{loading_lines(auto, None, report["model_class"], name)}
-```
-
-## Sizes, per layer of the dense model
-
-{sizes_table(report["sizes"])}
-"""

@@ -17,8 +17,9 @@ from ..checkpoint.hub import push
 from ..checkpoint.save import save_pruned
 from ..cut.plan import PLAN_FILE, plan_to_json
 from ..gating.attach import detach_, gates_of
+from ..measure.versions import versions
 from ..report.card import base_metadata, model_card
-from ..report.numbers import REPORT, as_written, table, to_json, versions
+from ..report.numbers import REPORT, as_written, table, to_json
 from ..report.page import PAGE, render
 from ..tasks.data import Examples, load_examples
 from ..tasks.evaluate import summary
@@ -120,7 +121,7 @@ def _save(
     """Write the finished folder; returns the content of `dms_report.json`."""
     output, written = Path(recipe.output.path), as_written(report)
     name = recipe.hub.repo_id or output.name
-    card = model_card(report, name, base_metadata(recipe.model.path, recipe.model.revision))
+    card = model_card(written, name, base_metadata(recipe.model.path, recipe.model.revision))
     page = render(written, pruned.config.to_dict(), name)
     save_pruned(
         pruned,

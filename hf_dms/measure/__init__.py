@@ -1,1 +1,1 @@
-"""How fast a saved model is."""
+"""How fast a saved model is, and the versions that it was measured with."""

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from ..errors import HfDmsError
-from ..report.numbers import versions
 from ..tasks.evaluate import task_of
 from .shortfall import ALIGNED_BYTES, Shape, falls_short, reasons
 from .speed import Run, costs_of, in_turns, inputs_for, load_model, peak_bytes, profiled, run_with, timed, widths
+from .versions import versions
 
 PROFILES = 3  # profiled runs of each model, where a measurement falls short
 

@@ -1,6 +1,6 @@
-"""The README.md of a pruned model: a model card that the Hub reads, made from the report.
+"""The README.md of a pruned model: a model card that the Hub reads, made from the content of `dms_report.json`.
 
-Its metadata are huggingface_hub's own. Of somebody's machine it tells no more than the last part of a path.
+Its metadata are huggingface_hub's own. Like the report it shows local paths by their last part alone, `.../name`.
 """
 
 from __future__ import annotations
@@ -15,94 +15,133 @@ from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import validate_repo_id
 
 from ..config import DMSConfig
-from ..tasks.task import TASKS
-from .numbers import loading_lines, sizes_table, table
+from ..tasks.task import TASKS, task_of_class
+from .numbers import columns_of, loading_lines, sizes_table, table
 
+LOCAL = ".../"  # what a report puts before the last part of a local path
 INHERITED = ("language", "license", "license_name", "license_link")  # of the base model's card, as they are there
+DMS = "[hf_dms](https://arxiv.org/abs/2405.07194) (Differentiable Model Scaling)"
 
 
 def model_card(report: dict[str, Any], name: str, base: dict[str, Any] | None = None) -> str:
-    """The README.md of a pruned model.
+    """The README.md of a model that a recipe pruned, or that a plan cut from files.
 
     Args:
         report: the content of `dms_report.json`.
-        name: of the pruned model: its repository, or the last part of its folder.
+        name: name of the pruned model: its repository, or the last part of its folder.
         base: metadata of the dense model's own card, see `base_metadata`.
     """
-    recipe = report["recipe"]
-    config, task = DMSConfig(**recipe["dms"]), TASKS[recipe["model"]["task"]]
     text = f"""---
 {card_data(report, name, base or {}).to_yaml()}
 ---
 
 # {name}
 
-`{shown(recipe["model"]["path"])}` made smaller with [hf_dms](https://arxiv.org/abs/2405.07194) (Differentiable Model
-Scaling): {config.target:g} of its {config.resource} ({config.resource_scope}) kept, layout {config.layout}, pipeline
-`{config.pipeline}`.
+{_origin(report)}
 
 {table(report)}
-
-{task.metric.capitalize()}: {report["protocol"]} of `{shown(evaluated_on(recipe["data"]))}`.
-
+{_protocol(report)}
 ## Load it
 
 ```python
-{loading_lines(task.model_class, task.processor_class, report["model_class"], name)}
+{loading_lines(report["model_class"], name)}
 ```
 
 ## Sizes, per layer of the dense model
 
 {sizes_table(report["sizes"])}
 
-The recipe, versions and seed are in `dms_report.json`; `report.html` shows it all, offline.
+`dms_report.json` says how it was made; `report.html` shows it all, offline.
 """
     return str(ModelCard(text))
 
 
+def _origin(report: dict[str, Any]) -> str:
+    source = f"`{source_of(report)}`"
+    if "recipe" not in report:
+        return (
+            f"{source} cut with {DMS} by the plan of a finished search, `dms_plan.json`; layout {report['layout']}. "
+            "Every tensor was read back and equals the slice of its source. "
+            "Nothing was trained or measured after the cut."
+        )
+    config = DMSConfig(**report["recipe"]["dms"])
+    return (
+        f"{source} made smaller with {DMS}: {config.target:g} of its {config.resource} ({config.resource_scope}) kept, "
+        f"layout {config.layout}, pipeline `{config.pipeline}`."
+    )
+
+
+def _protocol(report: dict[str, Any]) -> str:
+    """What quality was measured on; empty for a cut by a plan, which measures nothing."""
+    if "recipe" not in report:
+        return ""
+    task = TASKS[report["recipe"]["model"]["task"]]
+    return f"\n{task.metric.capitalize()}: {report['protocol']} of `{evaluated_on(report['recipe']['data'])}`.\n"
+
+
+# ---- metadata --------------------------------------------------------------------------------------------------------
 def card_data(report: dict[str, Any], name: str, base: dict[str, Any]) -> ModelCardData:
     """The metadata of the card; its evaluation results become the Hub's model-index.
 
     Args:
         report: the content of `dms_report.json`.
-        name: of the pruned model.
+        name: name of the pruned model.
         base: metadata of the dense model's own card.
     """
-    model, data = report["recipe"]["model"], report["recipe"]["data"]
-    datasets = base.get("datasets") or []
-    datasets = [datasets] if isinstance(datasets, str) else list(datasets)
-    if is_hub_id(data["path"]) and data["path"] not in datasets:
-        datasets.append(data["path"])
+    recipe, path = report.get("recipe"), _model(report)["path"]
+    task = TASKS[recipe["model"]["task"]] if recipe else task_of_class(report["model_class"])
+    results = _evaluation(report) if recipe else []
     return ModelCardData(
-        base_model=model["path"] if is_hub_id(model["path"]) else None,
+        base_model=path if is_hub_id(path) else None,
         library_name="transformers",
-        pipeline_tag=TASKS[model["task"]].name,
+        pipeline_tag=task.name if task else None,
         tags=["dms", "pruned"],
-        datasets=datasets or None,
-        model_name=name,
-        eval_results=[_evaluation(report)],
+        datasets=_datasets(base, recipe["data"]["path"] if recipe else None) or None,
+        model_name=name if results else None,
+        eval_results=results or None,
         **{key: base[key] for key in INHERITED if key in base},
     )
 
 
-def _evaluation(report: dict[str, Any]) -> EvalResult:
-    task, data = TASKS[report["recipe"]["model"]["task"]], report["recipe"]["data"]
-    measured = next(report[name] for name in ("recovered", "repaired", "pruned") if name in report)
-    return EvalResult(
+def _datasets(base: dict[str, Any], path: str | None) -> list[str]:
+    """The datasets of the dense model's card, and that of the recipe."""
+    datasets = base.get("datasets") or []
+    datasets = [datasets] if isinstance(datasets, str) else list(datasets)
+    return [*datasets, path] if path and is_hub_id(path) and path not in datasets else datasets
+
+
+def _evaluation(report: dict[str, Any]) -> list[EvalResult]:
+    """What the last model of a recipe scored; nothing if that is no finite number."""
+    data, task = report["recipe"]["data"], TASKS[report["recipe"]["model"]["task"]]
+    value = report[columns_of(report)[-1]][task.metric]
+    if value is None:
+        return []
+    result = EvalResult(
         task_type=task.name,
-        dataset_type=shown(evaluated_on(data)),
-        dataset_name=f"{shown(evaluated_on(data))}, {report['protocol']}",
+        dataset_type=evaluated_on(data),
+        dataset_name=f"{evaluated_on(data)}, {report['protocol']}",
         dataset_config=data["name"],
         metric_type=task.metric,
         metric_name=f"held-out {task.metric}",
-        metric_value=measured[task.metric],
+        metric_value=value,
     )
+    return [result]
 
 
 def evaluated_on(data: dict[str, Any]) -> str:
     """The held-out file of a recipe's `data` section, or the dataset whose split or share it is."""
     held_out = data["held_out"]
-    return held_out if isinstance(held_out, str) and Path(held_out).exists() else data["path"]
+    is_file = isinstance(held_out, str) and held_out.startswith(LOCAL)
+    return (held_out if is_file else data["path"]).removeprefix(LOCAL)
+
+
+def _model(report: dict[str, Any]) -> dict[str, Any]:
+    return report["recipe"]["model"] if "recipe" in report else report["model"]
+
+
+def source_of(report: dict[str, Any]) -> str:
+    """The dense model's id, or the last part of its folder."""
+    return _model(report)["path"].removeprefix(LOCAL)
 
 
 def base_metadata(path: str, revision: str | None = None) -> dict[str, Any]:
@@ -126,8 +165,3 @@ def is_hub_id(path: str) -> bool:
     except HFValidationError:
         return False
     return not Path(path).exists()
-
-
-def shown(path: str) -> str:
-    """A Hub id as it is, a path by its last part."""
-    return path if is_hub_id(path) else Path(path).resolve().name

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import datasets
 import torch
-import transformers
 from transformers import PreTrainedModel
 
-from .. import __version__
 from ..archs.bind import BoundSpec
 from ..archs.costs import build_cost
 from ..archs.plain_view import base_model_of
 from ..config import RESOURCES
 from ..cut.formats import written_sizes
+from ..cut.modeling_dms import AUTO_CLASSES
 from ..cut.plan import Plan, kept_units
 from ..gates import Gates
 from ..gating.attach import gates_of
 from ..resource import Sizes
-from ..tasks.task import TASKS
+from ..tasks.task import TASKS, task_of_class
 
 REPORT = "dms_report.json"
 FORMAT = 1  # of dms_report.json, see dms_report.schema.json
@@ -38,13 +34,6 @@ ROWS = {  # key of dms_report.json: (words of the table, format)
     "perplexity": ("held-out perplexity", ".2f"),
     "accuracy": ("held-out accuracy", ".4f"),
 } | {key: (words, ",.0f") for key, words in (task.speed for task in TASKS.values())}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what produced a result."""
-    modules = (torch, transformers, accelerate, datasets)
-    named = {module.__name__: str(module.__version__) for module in modules}
-    return {"hf_dms": __version__, "python": platform.python_version()} | named
 
 
 def sizes_by_layer(plan: Plan, bound: BoundSpec) -> dict[str, list[int]]:
@@ -188,15 +177,18 @@ def sizes_table(sizes: dict[str, list[int]]) -> str:
     return "\n".join(["| dim | units kept |", "|---|---|", *rows])
 
 
-def loading_lines(auto: str, processor: str | None, model_class: str, path: str) -> str:
-    """The lines of Python that load a result.
+def loading_lines(model_class: str, path: str) -> str:
+    """The lines of Python that load a result and what prepares its inputs.
 
     Args:
-        auto: name of the Auto class.
-        processor: name of the Auto class of what prepares its inputs, if that is in the folder.
         model_class: name of its class; that of a per-layer model begins with Dms.
-        path: its folder.
+        path: its folder or Hub id.
     """
+    if task := task_of_class(model_class):
+        auto, processor = task.model_class, task.processor_class
+    else:
+        auto, processor = f"AutoModelFor{model_class.rpartition('For')[2]}", None
+        auto = auto if auto in AUTO_CLASSES else "AutoModel"
     extra = ", trust_remote_code=True)  # or `import hf_dms` first" if model_class.startswith("Dms") else ")"
     lines = [
         f"from transformers import {', '.join(filter(None, (auto, processor)))}",

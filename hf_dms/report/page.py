@@ -12,10 +12,10 @@ from typing import Any
 
 import jinja2
 
-from ..cut.modeling_dms import AUTO_CLASSES
 from ..errors import HfDmsError
-from ..tasks.task import TASKS, task_of_class
+from ..tasks.task import TASKS
 from . import charts
+from .card import source_of
 from .charts import Chart, bar_chart, course, kept_ranges, line_chart
 from .numbers import FORMAT, REPORT, columns_of, loading_lines, sizes_table, table, table_rows
 from .runtimes import STATUSES, layout_of, verdicts
@@ -63,25 +63,9 @@ def render(report: dict[str, Any], config: dict[str, Any], name: str) -> str:
         verdicts=verdicts(config),
         statuses=STATUSES,
         layout=layout_of(config),
-        loading=loading(report["model_class"], name),
+        loading=loading_lines(report["model_class"], name),
         recipe=json.dumps(recipe, indent=2, ensure_ascii=False) if recipe else None,
     )
-
-
-def source_of(report: dict[str, Any]) -> str:
-    """The dense model's id, or the last part of its folder."""
-    model = report["recipe"]["model"] if "recipe" in report else report["model"]
-    return model["path"].removeprefix(".../")
-
-
-def loading(model_class: str, path: str) -> str:
-    """The lines of Python that load a model of a class."""
-    task = task_of_class(model_class)
-    if task is not None:
-        return loading_lines(task.model_class, task.processor_class, model_class, path)
-    ending = "For" + model_class.rpartition("For")[2]
-    auto = f"AutoModel{ending}"
-    return loading_lines(auto if auto in AUTO_CLASSES else "AutoModel", None, model_class, path)
 
 
 def tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -166,7 +150,7 @@ def show(path: str, page: str | None = None, figures: str | None = None) -> str:
     target = Path(page) if page else Path(path, PAGE)
     target.write_text(render(report, config, name), encoding="utf-8")
     written = [str(target), *(written if figures else [])]
-    lines = loading(report["model_class"], path)
+    lines = loading_lines(report["model_class"], path)
     return "\n\n".join(
         [table(report), sizes_table(report["sizes"]), runtimes(config), lines, "Wrote " + ", ".join(written)]
     )

@@ -175,6 +175,7 @@ def test_what_else_is_in_the_folder(made, tmp_path):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")))
     tokenizer.save_pretrained(tmp_path / "dense")
     (tmp_path / "dense" / "training_args.bin").write_text("")
+    (tmp_path / "dense" / "README.md").write_text("---\nlicense: mit\n---\n")
     report = stream(tmp_path)
     out = tmp_path / "out"
     assert type(pruned).from_pretrained(out).generation_config.max_new_tokens == 5
@@ -188,6 +189,7 @@ def test_what_else_is_in_the_folder(made, tmp_path):
     assert len(report["sizes"]["mlp"]) == 3
     assert "DmsLlamaForCausalLM" not in (card := (out / "README.md").read_text())
     assert 'AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)' in card
+    assert "license: mit" in card
     assert not (out / "training_args.bin").exists()
 
 

@@ -1,5 +1,8 @@
 """The model card: metadata that the Hub reads, what it takes over from the dense model's, and what it keeps quiet."""
 
+import json
+import math
+
 import pytest
 import yaml
 from huggingface_hub import ModelCard
@@ -7,6 +10,7 @@ from huggingface_hub.repocard import metadata_load
 
 from hf_dms.experiment.recipe import build_recipe
 from hf_dms.report.card import base_metadata, is_hub_id, model_card
+from hf_dms.report.numbers import as_written
 
 BASE = {"license": "other", "license_name": "mine", "license_link": "LICENSE", "language": ["en", "de"], "tags": ["x"]}
 
@@ -21,14 +25,15 @@ def report(tmp_path):
         recipe = build_recipe(sections | {"dms": {"target": 0.5}, "output": {"path": "out"}})
         metric = recipe.task.metric
         numbers = {"num_params": 10, "difference": 0.1, "difference_stderr": 0.01}
-        return {
+        written = {
             "recipe": recipe.to_dict(),
             "dense": numbers | {metric: 0.75},
             "pruned": numbers | {metric: 0.625},
             "sizes": {"mlp": [3, 0]},
             "protocol": "8 held-out texts",
             "model_class": "DmsLlamaForCausalLM",
-        } | more
+        }
+        return as_written(written | more)
 
     return make
 
@@ -75,6 +80,40 @@ def test_no_path_of_a_machine_is_told(report, tmp_path):
     found = metadata(text, tmp_path)
     assert not {"base_model", "datasets", "license", "language"} & set(found)
     assert found["model-index"][0]["results"][0]["dataset"]["type"] == "texts.jsonl"
+
+
+def test_a_held_out_file_is_named_and_a_split_is_that_of_its_dataset(report, tmp_path):
+    (tmp_path / "later.jsonl").write_text("")
+    recipe = json.loads(json.dumps(report()["recipe"]))
+    for held_out, expected in (
+        (str(tmp_path / "later.jsonl"), "later.jsonl"),
+        ("test", "org/texts"),
+        (0.1, "org/texts"),
+    ):
+        recipe["data"]["held_out"] = held_out
+        (result,) = ModelCard(model_card(report(recipe=recipe), "smaller")).data.eval_results
+        assert result.dataset_type == expected
+
+
+def test_a_result_that_is_no_finite_number_is_in_no_metadata(report, tmp_path):
+    numbers = {"num_params": 10, "perplexity": math.inf}
+    found = metadata(model_card(report(recovered=numbers), "smaller"), tmp_path)
+    assert not {"model-index", "model_name"} & set(found)
+
+
+def test_a_cut_by_a_plan_has_the_same_card_without_what_nobody_measured(tmp_path):
+    sizes = {"num_params": 10}
+    written = {"dense": sizes, "pruned": sizes, "sizes": {"mlp": [3, 0]}, "layout": "per_layer"}
+    written |= {"model": {"path": "org/dense", "revision": None}, "model_class": "DmsLlamaForCausalLM"}
+    text = model_card(as_written(written), "smaller", BASE | {"datasets": ["org/pile"]})
+    found = metadata(text, tmp_path)
+    assert (found["base_model"], found["license"], found["datasets"]) == ("org/dense", "other", ["org/pile"])
+    assert found["pipeline_tag"] == "text-generation"
+    assert "model-index" not in found
+    assert "`org/dense` cut with" in text
+    assert "Nothing was trained or measured after the cut." in text
+    assert "| mlp | 3, 0 |" in text
+    assert 'processor = AutoTokenizer.from_pretrained("smaller")' in text
 
 
 def test_metadata_of_a_local_models_card(tmp_path):
