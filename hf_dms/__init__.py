@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .errors import VerificationError as VerificationError
     from .gating.attach import attach_ as attach_
     from .gating.attach import detach_ as detach_
+    from .refit.one_shot import one_shot_obs_plan as one_shot_obs_plan
     from .refit.repair import repair_ as repair_
     from .training.trainer import DMSMixin as DMSMixin
     from .training.trainer import DMSTrainer as DMSTrainer
@@ -47,6 +48,7 @@ _HOMES = {
     "VerificationError": "errors",
     "attach_": "gating.attach",
     "detach_": "gating.attach",
+    "one_shot_obs_plan": "refit.one_shot",
     "plan_of": "cut.prune",
     "prune": "cut.prune",
     "push": "checkpoint.hub",

@@ -156,6 +156,36 @@ class Walk:
             self.hidden[batch] = self.run(layer, batch, Places()).output
 
 
+def targets_of_layers(teacher: Walk, places: Places, layers: range, units: Tensor) -> list[dict[str, Tensor]]:
+    """Let the dense model pass a kept layer and the dropped ones that follow it.
+
+    Returns:
+        Per batch and map, what the stream should be after it `[batch, tokens, kept hidden units]`: the dense one after
+        the same map, for a layer's last map after the last one of these layers.
+    """
+    targets, units = [], units.to(teacher.hidden[0].device)
+    for batch in range(len(teacher.hidden)):
+        for layer in layers:
+            recorder = teacher.run(layer, batch, places)
+            teacher.hidden[batch] = recorder.output
+            if layer == layers[0]:
+                sums = recorder.sums
+        sums |= {places.writes[-1]: recorder.sums[places.writes[-1]]}
+        targets.append({path: tensor.index_select(-1, units) for path, tensor in sums.items()})
+    return targets
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a model in evaluation mode for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 @contextlib.contextmanager
 def _skipped(layers: list[nn.Module]) -> Iterator[list[tuple[Tensor, Call]]]:
     """Let layers return their hidden state as it is for a while, and list what they are called with."""

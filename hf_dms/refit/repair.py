@@ -17,8 +17,7 @@ layer's targets; never the activations of all layers, never a second copy of a m
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,7 +29,8 @@ from ..archs.registry import spec_for
 from ..cut.plan import Plan, kept_units
 from ..errors import HfDmsError
 from ..gating.attach import has_gates
-from .layerwise import Batches, Places, Walk, find_places, stream_dim
+from .curvature import Sums, collect_
+from .layerwise import Batches, Places, Walk, evaluating, find_places, stream_dim, targets_of_layers
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def repair_(
     stream = stream_dim(bound)
     units = kept_units(plan, stream, None, bound.sizes[stream])
     kept_layers = kept_units(plan, bound.depth, None, bound.num_layers).tolist()
-    with _evaluating(dense), _evaluating(pruned):
+    with evaluating(dense), evaluating(pruned):
         teacher, student = Walk(dense, bound, batches), Walk(pruned, bound, batches)
         _check_plan(student, teacher, kept_layers, units)
         places = find_places(teacher, bound)
@@ -72,47 +72,19 @@ def repair_(
             teacher.advance(layer)
         for position, layer in enumerate(kept_layers):
             end = kept_layers[position + 1] if position + 1 < len(kept_layers) else bound.num_layers
-            targets = _targets(teacher, places, range(layer, end), units)
+            targets = targets_of_layers(teacher, places, range(layer, end), units)
             for path in places.writes:
                 target = [batch.pop(path).to(pruned.device) for batch in targets]
-                gram, moment = _normal_equations(student, places, position, path, target, batches)
-                _update_(student.layers[position].get_submodule(path), gram, moment, ridge, f"{path} of layer {layer}")
+                module: Any = student.layers[position].get_submodule(path)
+                sums = Sums.of(module)
+                collect_([sums], student, places, position, path, target, batches)
+                _update_(module, sums, ridge, f"{path} of layer {layer}")
             if end > layer + 1:
                 _take_over_norm_(student.layers[position], teacher.layers[end - 1], places, units)
             student.advance(position)
 
 
 # ---- both models, layer by layer -------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a model in evaluation mode for a while."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-def _targets(teacher: Walk, places: Places, layers: range, units: Tensor) -> list[dict[str, Tensor]]:
-    """Let the dense model pass a kept layer and the dropped ones that follow it.
-
-    Returns:
-        Per batch and map, what the stream should be after it `[batch, tokens, kept hidden units]`: the dense one after
-        the same map, for a layer's last map after the last one of these layers.
-    """
-    targets, units = [], units.to(teacher.hidden[0].device)
-    for batch in range(len(teacher.hidden)):
-        for layer in layers:
-            recorder = teacher.run(layer, batch, places)
-            teacher.hidden[batch] = recorder.output
-            if layer == layers[0]:
-                sums = recorder.sums
-        sums |= {places.writes[-1]: recorder.sums[places.writes[-1]]}
-        targets.append({path: tensor.index_select(-1, units) for path, tensor in sums.items()})
-    return targets
-
-
 def _take_over_norm_(kept: nn.Module, dropped: nn.Module, places: Places, units: Tensor) -> None:
     """Give a layer the norm behind another one's last write, if the stream passes it."""
     for path in places.norms[-1:]:
@@ -122,45 +94,13 @@ def _take_over_norm_(kept: nn.Module, dropped: nn.Module, places: Places, units:
 
 
 # ---- least squares ---------------------------------------------------------------------------------------------------
-def _normal_equations(
-    student: Walk, places: Places, layer: int, path: str, targets: list[Tensor], batches: Batches
-) -> tuple[Tensor, Tensor]:
-    """AᵀA `[inputs, inputs]` and AᵀR `[inputs, hidden]` of a map, in float64: sums over all positions that count."""
-    module: Any = student.layers[layer].get_submodule(path)
-    width, hidden = module.in_features + (module.bias is not None), module.out_features
-    gram = torch.zeros(width, width, dtype=torch.float64, device=module.weight.device)
-    moment = torch.zeros(width, hidden, dtype=torch.float64, device=module.weight.device)
-    for number, (target, batch) in enumerate(zip(targets, batches)):
-        recorder = student.run(layer, number, places, until=path)
-        counts = _positions(batch, target)
-        wanted, found, inputs = (_wide(t[counts]) for t in (target, recorder.sums[path], recorder.inputs[path]))
-        if module.bias is not None:
-            inputs = nn.functional.pad(inputs, (0, 1), value=1.0)
-        gram += inputs.T @ inputs
-        moment += inputs.T @ (wanted - found)
-    return gram, moment
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """At least float32: what a batch's sums are computed in."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _positions(batch: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-    """Which positions of a batch count, `[batch, tokens]` bool."""
-    mask = batch.get("attention_mask")
-    if mask is None:
-        return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-    return mask.to(hidden.device).bool()
-
-
-def _update_(module: Any, gram: Tensor, moment: Tensor, ridge: float, name: str) -> None:
+def _update_(module: Any, sums: Sums, ridge: float, name: str) -> None:
     """Add (AᵀA + ridge·mean(diag AᵀA)·I)⁻¹ AᵀR to a linear map; its bias is the last input, which the mean leaves out.
 
     Raises:
         ValueError: the sums are not finite, or not positive definite.
     """
-    width = module.in_features
+    width, gram, moment = module.in_features, sums.gram, sums.moment
     damping = (ridge * gram.diagonal()[:width].mean()).clamp(min=torch.finfo(gram.dtype).tiny)
     gram.diagonal().add_(damping)
     factor, failed = torch.linalg.cholesky_ex(gram)

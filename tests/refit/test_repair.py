@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.laws import tiny
+from helpers.refit import batches_for, captured, cut_by, layers_of, text
 from helpers.tiny import relative_difference, token_batch
 from transformers import (
     BertForMaskedLM,
@@ -20,10 +21,7 @@ from transformers import (
 )
 
 from hf_dms import DMSConfig, attach_, repair_
-from hf_dms.archs.bind import bind
-from hf_dms.archs.registry import ARCHS, spec_for
 from hf_dms.cut.plan import Plan
-from hf_dms.cut.slicing import cut
 from hf_dms.cut.verify import outputs_of
 
 CLASSES = (
@@ -46,56 +44,12 @@ PLANS = {
 }
 
 
-def text(seed, batches=12, padded=2):
-    """Random tokens, the last of each sequence padding."""
-    for number in range(batches):
-        batch = token_batch(6, 12, seed=100 * seed + number)
-        batch["attention_mask"][:, 12 - padded :] = 0
-        yield batch
-
-
-def images(model, seed, batches=12):
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(batches):
-        yield {"pixel_values": torch.randn(6, 2, 12, 12, generator=generator).to(model.dtype)}
-
-
-def batches_for(model, seed=1):
-    return list(images(model, seed) if model.main_input_name == "pixel_values" else text(seed))
-
-
-def layers_of(model):
-    return model.base_model.get_submodule(ARCHS[model.config.model_type.removeprefix("dms_")].layers)
-
-
-def cut_by(model, plan, layout="per_layer"):
-    return cut(model, bind(spec_for(model.config), model), plan, layout)
-
-
 def same_tensors(model, state):
     return all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
 def copy_of(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-@torch.no_grad()
-def captured(model, module, batches):
-    """Inputs and outputs of a module at the positions that count, in a forward pass of the whole model."""
-    inputs, outputs = [], []
-
-    def keep(_, args, output):
-        inputs.append(args[0])
-        outputs.append(output)
-
-    hook = module.register_forward_hook(keep)
-    for batch in batches:
-        model(**batch)
-    hook.remove()
-    shape = inputs[0].shape[:2]
-    counts = [batch.get("attention_mask", torch.ones(shape)).bool() for batch in batches]
-    return [torch.cat([tensor[rows] for tensor, rows in zip(found, counts)]) for found in (inputs, outputs)]
 
 
 # ---- what is solved ----

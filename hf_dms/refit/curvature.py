@@ -1,0 +1,244 @@
+"""Second moments of a map that writes into the residual stream: of its inputs, of what it should give, of its gradient.
+
+`Sums` add up over any number of batches, in float64; memory does not grow with their number. `stream_factors` gives
+G = E[g gᵀ] of the loss's gradient behind each map: the factor with which a squared error of its output becomes loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..archs.bind import BoundSpec
+from ..errors import HfDmsError
+from ..gating.attach import masked_inputs
+from .layerwise import Batches, Places, Walk
+
+Key = tuple[int, str]  # a layer, and the path of a map inside it
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A map that writes into the stream, by the units that it reads.
+
+    Attributes:
+        path: of the map inside a layer.
+        dim: the dim of its inputs that a request prunes.
+        units: which inputs each unit is, `[units, inputs of a unit]` int64.
+    """
+
+    path: str
+    dim: str
+    units: Tensor
+
+
+def writers(bound: BoundSpec, places: Places, dims: Iterable[str]) -> list[Writer]:
+    """The maps that write into the stream and read a pruned dim, in the order in which they run.
+
+    Raises:
+        ValueError: another map reads one of the dims, or none does.
+    """
+    found, inside = {}, f"{bound.layers_path}.0."
+    for name in dims:
+        readers = [(path, shape) for path, _, shape in masked_inputs(bound, name) if path.startswith(inside)]
+        for path, (before, units, after) in readers:
+            inputs = torch.arange(before * units * after).view(before, units, after)
+            path = path.removeprefix(inside)
+            found[path] = Writer(path, name, inputs.movedim(1, 0).reshape(units, -1))
+        others = [path for path, _ in readers if path.removeprefix(inside) not in places.writes]
+        if others or not readers:
+            raise HfDmsError(
+                f"Least squares cannot choose units of '{name}' of a {bound.spec.model_type}: "
+                + (
+                    f"{others[0]} reads it and does not write into the residual stream."
+                    if others
+                    else "no map reads it."
+                )
+                + " Name other dims, as prune: [mlp]."
+            )
+    return [found[path] for path in places.writes if path in found]
+
+
+# ---- sums ------------------------------------------------------------------------------------------------------------
+@dataclass
+class Sums:
+    """Second moments of a map over positions; a bias counts as one more input, which is always 1.
+
+    Attributes:
+        gram: AᵀA of its inputs A `[positions, inputs]`, `[inputs, inputs]` float64.
+        moment: AᵀR of what its output lacks, `[inputs, outputs]` float64.
+        missing: the sum of squares of R, a float64 scalar.
+        count: positions.
+    """
+
+    gram: Tensor
+    moment: Tensor
+    missing: Tensor
+    count: int = 0
+
+    @classmethod
+    def of(cls, module: Any) -> Sums:
+        """Empty sums for a linear map."""
+        width = module.in_features + (module.bias is not None)
+        zeros = torch.zeros(width, width + module.out_features + 1, dtype=torch.float64, device=module.weight.device)
+        gram, moment, missing = zeros.split([width, module.out_features, 1], dim=1)
+        return cls(gram.contiguous(), moment.contiguous(), missing[0, 0].clone())
+
+    def add_(self, inputs: Tensor, missing: Tensor) -> None:
+        """Add positions.
+
+        Args:
+            inputs: of the map, `[positions, inputs]`.
+            missing: what its output should have been more, `[positions, outputs]`.
+        """
+        inputs, missing = _wide(inputs), _wide(missing)
+        if len(self.gram) > inputs.shape[1]:
+            inputs = nn.functional.pad(inputs, (0, 1), value=1.0)
+        self.gram += inputs.T @ inputs
+        self.moment += inputs.T @ missing
+        self.missing += missing.double().square().sum()
+        self.count += len(inputs)
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(
+            self.gram + other.gram,
+            self.moment + other.moment,
+            self.missing + other.missing,
+            self.count + other.count,
+        )
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """At least float32: what a batch's sums are computed in."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def with_bias(module: Any) -> Tensor:
+    """A linear map's weights `[inputs, outputs]` float64, its bias as the last input if it has one."""
+    weight = module.weight.detach().double().T
+    return weight if module.bias is None else torch.cat([weight, module.bias.detach().double()[None]])
+
+
+@torch.no_grad()
+def collect_(
+    sums: Sequence[Sums], student: Walk, places: Places, layer: int, path: str, targets: list[Tensor], batches: Batches
+) -> None:
+    """Run every batch up to a map of a layer, and add what its output lacks to the sums, in turn.
+
+    Args:
+        sums: one or more; batch i goes to number i modulo their number.
+        student: the model that is refitted, in front of the layer.
+        places: where its layers write.
+        layer: the student's.
+        path: of the map.
+        targets: per batch, what the stream should be after the map, `[batch, tokens, hidden]`.
+        batches: what the walk was made of; only their attention masks are read.
+    """
+    for number, (target, batch) in enumerate(zip(targets, batches)):
+        recorder = student.run(layer, number, places, until=path)
+        counts = positions(batch, target)
+        found, inputs = recorder.sums[path][counts], recorder.inputs[path][counts]
+        sums[number % len(sums)].add_(inputs, _wide(target[counts]) - _wide(found))
+
+
+def positions(batch: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+    """Which positions of a batch count, `[batch, tokens]` bool."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    return mask.to(hidden.device).bool()
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+def stream_factors(
+    model: PreTrainedModel, bound: BoundSpec, paths: Iterable[str], batches: Iterable[Mapping[str, Tensor]]
+) -> dict[Key, Tensor]:
+    """Sum of g gᵀ over positions for each term of the loss, g the gradient of the loss at a map's output.
+
+    With these as metric, half the weighted squared error of a map, as a mean over the same positions, is what the mean
+    loss grows by, as far as it is quadratic and the factors are independent (K-FAC). Weights get no gradient.
+
+    Args:
+        model: a model whose outputs have a loss; it runs in evaluation mode and is left as it was.
+        bound: its architecture.
+        paths: of maps inside a layer that write into the stream.
+        batches: keyword arguments of forward passes, with `labels`.
+
+    Returns:
+        Per layer and path, `[hidden, hidden]` float64.
+
+    Raises:
+        ValueError: no batches, or batches without labels.
+    """
+    layers: list[nn.Module] = list(model.base_model.get_submodule(bound.spec.layers).children())
+    factors: dict[Key, Tensor] = {}
+    terms = 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        stack.enter_context(_stream_requires_grad(layers[0]))
+        for layer, module in enumerate(layers):
+            for path in paths:
+                hook = module.get_submodule(path).register_forward_hook(_summing(factors, (layer, path)))
+                stack.callback(hook.remove)
+        for batch in batches:
+            batch = {name: value.to(model.device) for name, value in batch.items()}
+            if "labels" not in batch:
+                raise HfDmsError("The gradient of the loss needs batches with labels, got " + ", ".join(batch) + ".")
+            here = int((batch["labels"] != -100).sum())
+            (model(**batch).loss * here).backward()
+            terms += here
+    if not terms:
+        raise HfDmsError("The gradient of the loss needs at least one batch with labels, got none.")
+    return {key: factor / terms for key, factor in factors.items()}
+
+
+def _summing(factors: dict[Key, Tensor], key: Key) -> Any:
+    """A forward hook that adds the g gᵀ of a module's output to the factors."""
+
+    def add(gradient: Tensor) -> None:
+        rows = _wide(gradient.flatten(0, -2))
+        factors[key] = factors.get(key, 0) + (rows.T @ rows).double()
+
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+        output.register_hook(add)
+
+    return hook
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Run a model in evaluation mode, its parameters without gradients, with autograd on, for a while."""
+    trains = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    training = model.training
+    model.eval()
+    for parameter in trains:
+        parameter.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        model.train(training)
+        for parameter in trains:
+            parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _stream_requires_grad(first: nn.Module) -> Iterator[None]:
+    """Let the graph of every forward pass begin in front of the first layer, for a while."""
+
+    def begin(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
+
+    hook = first.register_forward_pre_hook(begin, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()

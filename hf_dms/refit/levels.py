@@ -1,0 +1,180 @@
+"""One map at every width: the least-squares refit on its first k units, for any k, from one Cholesky factor.
+
+With the units in order of importance, H = L Lᵀ and Y = L⁻¹M, the refit on the first k units solves L_kᵀ W = Y_k, with
+L_k the leading corner of L: no width needs a factor of its own. A search interpolates between neighbouring widths,
+
+    y = ((1 − f) W_lo + f W_hi) x,   k = (1 − a) N = lo + f (hi − lo),
+
+so that the pruning ratio a gets the gradient of the loss after the refit, not before it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..archs.bind import BoundSpec
+from ..errors import HfDmsError
+from .curvature import Key, Sums, Writer, collect_, with_bias, writers
+from .layerwise import Walk, evaluating, find_places, stream_dim, targets_of_layers
+from .order import Elimination, eliminate
+
+ORDER_RIDGE, REFIT_RIDGE = 0.01, 0.1  # relative to the mean square of a map's inputs
+BLOCK = 8  # single inputs that go together
+LEVELS = 16  # widths between which a search interpolates
+
+
+class RefittedMap:
+    """A linear map that writes into the stream, refitted at every width.
+
+    Args:
+        module: the map; its weights are what a ridge pulls the refit to.
+        writer: its units.
+        sums: over its inputs in the model as it is refitted so far.
+        metric: G of its outputs (curvature.py), None for the identity.
+        ridges: of the order and of the refits.
+        levels: steps between the widths between which `weight_between` goes straight.
+        block: see `eliminate`.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        writer: Writer,
+        sums: Sums,
+        metric: Tensor | None,
+        ridges: tuple[float, float] = (ORDER_RIDGE, REFIT_RIDGE),
+        levels: int = LEVELS,
+        block: int = BLOCK,
+    ) -> None:
+        units = writer.units.to(sums.gram.device)
+        dense = with_bias(module)
+        gram, moment = sums.gram / sums.count, (sums.moment + sums.gram @ dense) / sums.count
+        unit = gram.diagonal()[: module.in_features].mean().clamp(min=torch.finfo(gram.dtype).tiny)
+        self.dim, self.size, self.num_units = writer.dim, units.shape[1], len(units)
+        try:
+            damped = [(_damped(gram, ridge * unit), moment + ridge * unit * dense) for ridge in ridges]
+            block = block if self.size == 1 else 1
+            self.elimination: Elimination = eliminate(*damped[0], units, metric, block=block)
+            always = torch.arange(module.in_features, len(gram), device=gram.device)  # the bias
+            self.columns = torch.cat([always, units[self.elimination.order].flatten()])
+            self.always = len(always)
+            gram, moment = damped[1]
+            factor = torch.linalg.cholesky(gram[self.columns][:, self.columns])
+            solved = torch.linalg.solve_triangular(factor, moment[self.columns], upper=False)
+        except torch.linalg.LinAlgError:
+            raise HfDmsError(
+                f"The least squares of {writer.path} have no solution: its activations on these batches are not "
+                "finite. Check the data, or use a wider dtype."
+            ) from None
+        self.factor, self.solved = factor.float(), solved.float()
+        self.widths = sorted({max(1, round(self.num_units * j / levels)) for j in range(levels + 1)})
+        self._weights: dict[int, Tensor] = {}
+
+    def weight(self, width: int) -> Tensor:
+        """The refit on the first `width` units, `[outputs, bias and inputs in the map's order]` float32."""
+        if width not in self._weights:
+            end = self.always + width * self.size
+            upper = self.factor[:end, :end].T
+            self._weights[width] = torch.linalg.solve_triangular(upper, self.solved[:end], upper=True).T.contiguous()
+        return self._weights[width]
+
+    def weight_between(self, width: Tensor) -> Tensor:
+        """The weights of a width that need not be whole: straight from one level to the next, differentiable in it.
+
+        Args:
+            width: a scalar in [1, units].
+
+        Returns:
+            `[outputs, bias and inputs in the map's order]`, up to the next level's width.
+        """
+        position = min(max(bisect.bisect_right(self.widths, float(width.detach())), 1), len(self.widths) - 1)
+        lowest, highest = self.widths[position - 1], self.widths[position]
+        above = self.weight(highest)
+        below = F.pad(self.weight(lowest), (0, (highest - lowest) * self.size))
+        for known in set(self._weights) - {lowest, highest}:
+            del self._weights[known]
+        return below + (width - lowest) / (highest - lowest) * (above - below)
+
+    def apply(self, inputs: Tensor, width: Tensor | int) -> Tensor:
+        """What the map gives with its first `width` units.
+
+        Args:
+            inputs: `[..., inputs]`, all of them, in the model's order.
+            width: a whole number, or a scalar tensor for `weight_between`.
+        """
+        weight = self.weight(width) if isinstance(width, int) else self.weight_between(width)
+        weight = weight.to(inputs.dtype)
+        columns = self.columns[self.always : weight.shape[1]]
+        bias = weight[:, 0] if self.always else None
+        return F.linear(inputs.index_select(-1, columns), weight[:, self.always :], bias)
+
+
+def _damped(gram: Tensor, damping: Tensor) -> Tensor:
+    return gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+
+
+@torch.no_grad()
+def sweep(
+    model: PreTrainedModel,
+    bound: BoundSpec,
+    batches: Iterable[Mapping[str, Tensor]],
+    factors: Mapping[Key, Tensor],
+    widths: Mapping[str, Tensor],
+    **options: Any,
+) -> dict[Key, RefittedMap]:
+    """Walk through a model's layers, refitting each map that writes, on the activations of the model refitted so far.
+
+    Args:
+        model: a dense model; it is left as it was.
+        bound: its architecture.
+        batches: keyword arguments of forward passes; labels are left out.
+        factors: G of every map (`stream_factors`).
+        widths: per dim, the units that each layer keeps, `[layers]`: int64, or float between levels.
+        options: of `RefittedMap`.
+
+    Returns:
+        Per layer and path of a map that reads one of these dims, the map at every width.
+    """
+    batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+    found: dict[Key, RefittedMap] = {}
+    everything = torch.arange(bound.sizes[stream_dim(bound)])
+    with evaluating(model):
+        teacher, student = Walk(model, bound, batches), Walk(model, bound, batches)
+        places = find_places(teacher, bound)
+        by_path = {writer.path: writer for writer in writers(bound, places, widths)}
+        for layer in range(bound.num_layers):
+            targets = targets_of_layers(teacher, places, range(layer, layer + 1), everything)
+            with contextlib.ExitStack() as stack:
+                for path, writer in by_path.items():
+                    module: Any = student.layers[layer].get_submodule(path)
+                    sums = Sums.of(module)
+                    target = [batch.pop(path) for batch in targets]
+                    collect_([sums], student, places, layer, path, target, batches)
+                    refitted = RefittedMap(module, writer, sums, factors.get((layer, path)), **options)
+                    width = widths[writer.dim][layer]
+                    whole = not width.is_floating_point()
+                    stack.enter_context(_replaced(module, refitted, int(width) if whole else width))
+                    found[layer, path] = refitted
+                student.advance(layer)
+    return found
+
+
+@contextlib.contextmanager
+def _replaced(module: nn.Module, refitted: RefittedMap, width: Tensor | int) -> Iterator[None]:
+    """Let a map run as it is refitted at a width, for a while."""
+    before = module.__dict__.get("forward")
+    module.forward = lambda inputs: refitted.apply(inputs, width)
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before

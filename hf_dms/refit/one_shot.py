@@ -1,0 +1,143 @@
+"""Structure in one shot, by what a cut costs after its refit: K-FAC OBS with one threshold for all layers.
+
+Costs are in loss units (order.py, curvature.py), so those of all maps compare. Per parameter, the cheapest units of the
+whole model go until the budget is met. A walk refits layer after layer on the activations of the model as it is cut by
+then; since the sizes in front of a layer change them, the walk is made a few times, each with the sizes of the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..archs.bind import BoundSpec, bind
+from ..archs.registry import spec_for
+from ..config import DMSConfig
+from ..cut.plan import Plan
+from ..cut.prune import make_plan
+from ..errors import HfDmsError
+from ..gates import GatedDim, Gates
+from ..gating.attach import has_gates
+from ..gating.gates_for import build_gates
+from ..gating.rounding import round_sizes
+from ..resource import Sizes
+from .curvature import Key, stream_factors
+from .layerwise import Walk, evaluating, find_places
+from .levels import RefittedMap, sweep
+
+Batches = Iterable[Mapping[str, Tensor]]
+
+
+@torch.no_grad()
+def one_shot_obs_plan(model: PreTrainedModel, dms_config: DMSConfig, batches: Batches, walks: int = 2) -> Plan:
+    """The plan of a cut to the exact budget, chosen by what each unit costs after the others are refitted.
+
+    Args:
+        model: a dense model without gates, whose outputs have a loss. It is left as it was.
+        dms_config: what to prune, per layer or uniform, how far. Dims of layers only: neither hidden nor layers.
+        batches: keyword arguments of forward passes with `labels`; all are held at once.
+        walks: how often the layers are walked through.
+
+    Returns:
+        Which units stay, for `hf_dms.cut.slicing.cut` and `hf_dms.repair_`.
+
+    Raises:
+        ValueError: the request cannot be served; batches without labels.
+    """
+    if has_gates(model):
+        raise HfDmsError("one_shot_obs_plan needs a model without gates. Take them off with hf_dms.detach_(model).")
+    bound = bind(spec_for(model.config), model)
+    gates = build_gates(bound, model, dms_config)
+    check_layer_dims(bound, gates.dims, "one_shot_obs_plan")
+    batches = list(batches)
+    factors = factors_of(model, bound, batches)
+    widths = {name: gates.dense_sizes()[name].long() for name in gates.dims}
+    for _ in range(walks):
+        maps = sweep(model, bound, batches, factors, widths)
+        costs = rank_(gates, maps)
+        widths = sizes_below_one_threshold(gates, costs)
+    gates.prune_ratio.copy_(torch.cat([_ratios(gates.dims[name], width) for name, width in widths.items()]))
+    return make_plan(gates, round_sizes(gates, bound, dms_config, model.config))
+
+
+def _ratios(dim: GatedDim, widths: Tensor) -> Tensor:
+    """The prune ratios at which a dim has these widths, `[num_ratios]`."""
+    return 1 - widths[: dim.num_ratios].float() / dim.units
+
+
+def check_layer_dims(bound: BoundSpec, dims: Iterable[str], name: str) -> None:
+    """Check that dims are widths of layers, whose units least squares can choose.
+
+    Raises:
+        ValueError: one is not.
+    """
+    others = [dim for dim in dims if bound.spec.dim(dim).scope != "layer"]
+    if others:
+        widths = ", ".join(dim.name for dim in bound.spec.dims if dim.scope == "layer")
+        raise HfDmsError(
+            f"{name} chooses widths of layers, not {' and '.join(others)}. Prune only those, as prune: [{widths}]."
+        )
+
+
+def factors_of(model: PreTrainedModel, bound: BoundSpec, batches: Batches) -> dict[Key, Tensor]:
+    """G behind every map that writes into the stream, see `stream_factors`."""
+    first = {name: value for name, value in next(iter(batches)).items() if name != "labels"}
+    with evaluating(model), torch.no_grad():
+        places = find_places(Walk(model, bound, [first]), bound)
+    return stream_factors(model, bound, places.writes, batches)
+
+
+@torch.no_grad()
+def rank_(gates: Gates, maps: Mapping[Key, RefittedMap]) -> dict[str, Tensor]:
+    """Let the importance of gates be the order of refitted maps.
+
+    Returns:
+        Per dim `[rows, units]` float64: `costs[row, k]` is what the loss grows by when k + 1 units become k.
+    """
+    costs: dict[str, Tensor] = {}
+    for (layer, _), refitted in sorted(maps.items()):
+        name = refitted.dim
+        total = costs.setdefault(name, torch.zeros(gates.dims[name].rows, gates.dims[name].units).double())
+        total[layer] = refitted.elimination.costs / 2
+        order = refitted.elimination.order
+        places = torch.arange(len(order), 0, -1, device=order.device) / len(order)
+        gates.raw_importance(name)[layer, order] = places.to(gates.raw_importance(name))
+    return costs
+
+
+def sizes_below_one_threshold(gates: Gates, costs: Mapping[str, Tensor]) -> Sizes:
+    """The largest sizes of the cut that drops, of all layers together, the units that cost least per resource.
+
+    Args:
+        gates: cost and target; dims that are shared by all rows drop by the mean cost over rows.
+        costs: see `rank_`.
+
+    Returns:
+        Per dim `[rows]` int64. Only the order of removal inside a row is kept, so a unit goes no sooner than those
+        before it.
+    """
+    dense = gates.dense_sizes()
+    scores = {}
+    for name, cost in costs.items():
+        dim = gates.dims[name]
+        one_less = dense | {name: dense[name] - 1}
+        per_unit = float(gates.count(dense) - gates.count(one_less)) / dim.rows
+        cost = cost.mean(0, keepdim=True).expand_as(cost) if dim.shared else cost
+        scores[name] = (cost / per_unit).flip(-1).cummax(-1).values.flip(-1)  # no unit goes before those behind it
+    thresholds = torch.cat([score[score.isfinite()] for score in scores.values()]).sort().values
+
+    def sizes_above(place: int) -> Sizes:
+        limits = {name: (torch.tensor(d.lowest), torch.tensor(d.highest)) for name, d in gates.dims.items()}
+        found = {name: (score > thresholds[place]).sum(-1) for name, score in scores.items()}
+        return {name: size.clamp(*limits[name]) for name, size in found.items()}
+
+    low, high = 0, len(thresholds) - 1
+    while low < high:  # the lowest threshold that fits
+        middle = (low + high) // 2
+        sizes = {name: size.float() for name, size in sizes_above(middle).items()}
+        fits = bool(gates.resource(dense | sizes) <= gates.schedule.target)
+        low, high = (low, middle) if fits else (middle + 1, high)
+    return sizes_above(low)
