@@ -77,6 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", help="default: an accelerator if there is one, else cpu")
     bench.add_argument("--json", help="file for all numbers")
     bench.set_defaults(run=_bench)
+    compare = commands.add_parser("compare", help="ways to choose structure on the same work, as a recipe says")
+    compare.add_argument("recipe", help="a YAML file with a compare section")
+    compare.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
+    compare.set_defaults(run=_compare)
     report = commands.add_parser("report", help="what a prune came to, and which runtimes load a saved model")
     report.add_argument("path", help="folder of a model; for one that hf_dms did not prune, the runtimes alone")
     report.add_argument("--html", metavar="FILE", help="write the page here; default: report.html in the folder")
@@ -164,6 +168,16 @@ def _eval(options: argparse.Namespace) -> int:
             data = whole_file(options.data, sequence_length=length, **columns)
             for row in measure_files(paths, data, options.examples, options.batch_size):
                 print(json.dumps(row), flush=True)
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from .experiment.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    from .experiment.compare import compare  # torch and transformers, once the recipe itself is sound
+
+    print(compare(recipe))
     return 0
 
 

@@ -24,7 +24,7 @@ from ..errors import HfDmsError
 from ..tasks.data import BUILDERS, DataConfig
 from ..tasks.task import TASKS, Task
 from ..training.distillation import DistillationConfig
-from .sections import EvalConfig, HubConfig, ModelConfig, OutputConfig, RecoverConfig, RepairConfig
+from .sections import CompareConfig, EvalConfig, HubConfig, ModelConfig, OutputConfig, RecoverConfig, RepairConfig
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Recipe:
     recover: RecoverConfig = field(default_factory=RecoverConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     hub: HubConfig = field(default_factory=HubConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
 
     @property
     def task(self) -> Task:
@@ -58,6 +59,7 @@ SECTIONS = {
     "output": OutputConfig,
     "eval": EvalConfig,
     "hub": HubConfig,
+    "compare": CompareConfig,
 }
 
 

@@ -68,6 +68,40 @@ class EvalConfig:
 
 
 @dataclass
+class CompareConfig:
+    """The `compare` section: which cells `hf-dms compare` makes of a recipe."""
+
+    strategies: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Name in the table to settings: {criterion: NAME} for a one-shot one, {dms: {...}, train: {...}} "
+            "for a search with other values; {} for a criterion's own name, or for dms as the recipe has it."
+        },
+    )
+    targets: list[float] = field(default_factory=list, metadata={"help": "Budgets. Default: dms.target."})
+    seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "Of the order of the examples, and all else."}
+    )
+    tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens that every strategy may see, those of repair among them. Default: as many as the search "
+            "of the recipe sees, and repair beside it."
+        },
+    )
+    texts: dict[str, str] = field(
+        default_factory=dict, metadata={"help": "Further files to measure on, by name, of another domain for instance."}
+    )
+
+    def __post_init__(self) -> None:
+        for target in self.targets:
+            if not 0 < target <= 1:
+                raise HfDmsError(f"compare.targets must be in (0, 1], got {target}. For 60 % write 0.6.")
+        if not self.seeds:
+            raise HfDmsError("compare.seeds is empty: give at least one, or leave it out.")
+
+
+@dataclass
 class OutputConfig:
     """The `output` section of a recipe."""
 

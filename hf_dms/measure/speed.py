@@ -243,10 +243,11 @@ def _load_and_run(sender: Connection, path: str, auto: str, dtype: str, device: 
     model = load_model(path, auto, dtype, device)
     run_with(timed, model, inputs_for(model, run), run.new_tokens)
     on_cuda = model.device.type == "cuda"
-    sender.send(torch.cuda.max_memory_allocated(device) if on_cuda else _peak_resident_bytes())
+    sender.send(torch.cuda.max_memory_allocated(device) if on_cuda else peak_resident_bytes())
 
 
-def _peak_resident_bytes() -> int | None:
+def peak_resident_bytes() -> int | None:
+    """The most resident memory of this process so far; None where the system does not tell."""
     status = Path("/proc/self/status")
     if status.is_file():  # of this program alone; ru_maxrss begins with that of the process it was started from
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))

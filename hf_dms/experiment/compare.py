@@ -1,0 +1,309 @@
+"""`hf-dms compare RECIPE`: several ways to choose structure on the same work, a row for each finished cell.
+
+A cell is a strategy, a target and a seed. All cells share the dense model, the examples and their order, the way the
+budget is counted, rounding, repair and recovery. What each of them sees is counted, and equalised by `compare.tokens`.
+Rows are appended to `rows.jsonl` in output.path at once; a table that was stopped goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import platform
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from transformers import PreTrainedModel, set_seed
+
+from ..config import DMSConfig
+from ..cut.plan import Plan
+from ..cut.prune import plan_of, prune
+from ..errors import HfDmsError
+from ..gating.attach import attach_, detach_, gates_of
+from ..measure.speed import peak_resident_bytes
+from ..refit.repair import repair_
+from ..report.comparison import comparison_table
+from ..report.numbers import versions
+from ..strategies.one_shot import CRITERIA, check_criterion, choose_
+from ..tasks.data import Examples, load_examples
+from ..tasks.evaluate import evenly_spaced, example_scores, summary
+from ..training.finetune import train_
+from ..training.trainer import DMSTrainer
+from .prepare import load_model_config, load_processor, lora_config, training_arguments
+from .recipe import Recipe, coerce_fields
+from .stages import dense_model, held_out_examples
+
+ROWS = "rows.jsonl"
+TABLE = "table.md"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row to be made.
+
+    Attributes:
+        strategy: its name in the table.
+        settings: `criterion` for a one-shot strategy; `dms` and `train` values that replace the recipe's.
+        target, seed: of this cell.
+    """
+
+    strategy: str
+    settings: dict[str, Any]
+    target: float
+    seed: int
+
+    @property
+    def key(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all cells share.
+
+    Attributes:
+        recipe: model, data, recovery and the budget.
+        processor: the tokenizer or image processor.
+        examples: what is searched, repaired and recovered on.
+        texts: what is measured on, by name; held-out examples.
+        folder: where rows and checkpoints of recoveries go.
+    """
+
+    recipe: Recipe
+    processor: Any
+    examples: Examples
+    texts: dict[str, Any]
+    folder: Path
+
+
+def compare(recipe: Recipe) -> str:
+    """Make the rows of a recipe's `compare` section that are not there yet.
+
+    Args:
+        recipe: one with a `compare` section.
+
+    Returns:
+        The table of all rows, as Markdown; it is in `table.md` too.
+
+    Raises:
+        HfDmsError: there is no such section, or a strategy that cannot be.
+    """
+    cells = cells_of(recipe)
+    folder = Path(recipe.output.path)
+    folder.mkdir(parents=True, exist_ok=True)
+    setup = _setup(recipe, folder)
+    about = _fingerprint(recipe)
+    rows = [row for row in read_rows(folder / ROWS) if row["work"] == about]
+    done = [row["cell"] for row in rows]
+    for cell in cells:
+        if cell.key in done:
+            continue
+        print(f"{cell.strategy}, target {cell.target:g}, seed {cell.seed} ...", flush=True)
+        row = {"work": about, "cell": cell.key} | run_cell(setup, cell) | provenance()
+        append_row(folder / ROWS, row)
+        rows.append(row)
+    wanted = [cell.key for cell in cells]
+    table = comparison_table([row for row in rows if row["cell"] in wanted], recipe.task.metric)
+    (folder / TABLE).write_text(table + "\n", encoding="utf-8")
+    return table
+
+
+def cells_of(recipe: Recipe) -> list[Cell]:
+    """All cells of a recipe, in the order in which they are made.
+
+    Raises:
+        HfDmsError: no strategies, or one that does not exist or is not defined for what is pruned.
+    """
+    config = recipe.compare
+    if not config.strategies:
+        raise HfDmsError("compare.strategies is required: names of strategies, such as {dms: {}, taylor: {}}.")
+    named = {name: _strategy(name, settings or {}) for name, settings in config.strategies.items()}
+    combinations = itertools.product(config.seeds, config.targets or [recipe.dms.target], named.items())
+    return [Cell(name, settings, target, seed) for seed, target, (name, settings) in combinations]
+
+
+def _strategy(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a strategy; its name is that of a criterion unless it says otherwise or is a search."""
+    if unknown := set(settings) - {"criterion", "dms", "train"}:
+        raise HfDmsError(f"compare.strategies.{name} has no key '{min(unknown)}'; keys are criterion, dms, train.")
+    if "criterion" not in settings and name in CRITERIA:
+        settings = settings | {"criterion": name}
+    if "criterion" in settings:
+        check_criterion(settings["criterion"], [], [])
+    elif name.partition("-")[0] != "dms":
+        raise HfDmsError(
+            f"compare.strategies.{name}: name a criterion ({', '.join(CRITERIA)}) as criterion:, or let the name of a "
+            "search begin with dms, such as dms-fast-decay: {dms: {importance_decay: 0.9}}."
+        )
+    dms = coerce_fields(DMSConfig, settings.get("dms") or {}, f"compare.strategies.{name}.dms")
+    return settings | ({"dms": dms} if dms else {})
+
+
+def _setup(recipe: Recipe, folder: Path) -> Setup:
+    processor = load_processor(recipe)
+    label_ids = load_model_config(recipe).label2id
+    examples = load_examples(recipe.data, recipe.task, processor, label_ids)
+    texts = {"held out": held_out_examples(recipe, examples)}
+    for name, path in recipe.compare.texts.items():
+        data = dataclasses.replace(recipe.data, path=path, held_out=path)
+        other = load_examples(data, recipe.task, processor, label_ids)
+        texts[name] = evenly_spaced(other.held_out, len(texts["held out"]))
+    return Setup(recipe, processor, examples, texts, folder)
+
+
+# ---- one cell --------------------------------------------------------------------------------------------------------
+def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
+    """Choose, cut, repair and recover; what it came to.
+
+    Returns:
+        `scores`: per stage (dense, cut, repaired, recovered) and text the metric, its standard error and the scores of
+        the single examples; `seen`: examples that each stage saw; `seconds` of each; `resource`: what is kept of the
+        dense one, `sizes`; `peak_bytes`, the most resident memory.
+    """
+    recipe = _recipe_of(setup.recipe, cell)
+    set_seed(cell.seed)
+    _reset_peak()
+    order = torch.randperm(len(setup.examples.train), generator=torch.Generator().manual_seed(cell.seed)).tolist()
+    examples = dataclasses.replace(setup.examples, train=Subset(setup.examples.train, order))
+    dense = dense_model(recipe, setup.examples, setup.folder / "dense").eval()
+    row: dict[str, Any] = {"scores": {}, "seen": {}, "seconds": {}}
+
+    def finish_(stage: str, model: PreTrainedModel, started: float, seen: int) -> None:
+        row["seconds"][stage], row["seen"][stage] = round(time.time() - started, 1), seen
+        row["scores"][stage] = {name: _measured(model, setup, rows) for name, rows in setup.texts.items()}
+
+    finish_("dense", dense, time.time(), 0)
+    started = time.time()
+    pruned, plan, resource, seen = _choose(dense, recipe, examples, cell)
+    row |= {"resource": resource, "sizes": plan.sizes}
+    finish_("cut", pruned, started, seen)
+    if (repair := recipe.recover.repair) is not None:
+        started = time.time()
+        batches = _batches(examples, repair.examples, recipe)
+        repair_(pruned, dense, plan, batches, ridge=repair.ridge)
+        finish_("repaired", pruned, started, min(repair.examples, len(examples.train)))
+    if recipe.recover.train:
+        started = time.time()
+        arguments = training_arguments(recipe, "recover", setup.folder / _name(cell))
+        arguments.save_strategy = "no"
+        distillation, lora = recipe.recover.distillation, lora_config(recipe, "recover.lora")
+        train_(pruned, arguments, examples, dense if distillation else None, distillation, lora=lora)
+        finish_("recovered", pruned, started, arguments.max_steps * arguments.train_batch_size)
+    return row | {"peak_bytes": peak_resident_bytes()}
+
+
+def _recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
+    """The recipe with what a cell sets."""
+    dms = dataclasses.replace(recipe.dms, **(cell.settings.get("dms") or {}), target=cell.target)
+    train = recipe.train | (cell.settings.get("train") or {}) | {"seed": cell.seed, "save_strategy": "no"}
+    return dataclasses.replace(recipe, dms=dms, train=train)
+
+
+def _choose(
+    model: PreTrainedModel, recipe: Recipe, examples: Examples, cell: Cell
+) -> tuple[PreTrainedModel, Plan, float, int]:
+    """The cut model of a strategy, its plan, what is kept of the resource, and how many examples it saw."""
+    arguments = training_arguments(recipe, "train", Path(recipe.output.path, "search"))
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    count = _examples_to_see(recipe, arguments.max_steps * batch)
+    if "criterion" not in cell.settings:
+        arguments.max_steps = max(count // batch, 1)
+        trainer = DMSTrainer(
+            model=model, args=arguments, dms_config=recipe.dms, train_dataset=examples.train,
+            data_collator=examples.collate,
+        )  # fmt: skip
+        trainer.train()
+        searched: Any = trainer.model
+        seen, pruned = arguments.max_steps * batch, trainer.prune()
+    else:
+        attach_(model, recipe.dms)
+        seen = count if CRITERIA[cell.settings["criterion"]].needs_data else 0
+        choose_(model, cell.settings["criterion"], _batches(examples, seen, recipe))
+        searched, pruned = model, prune(model)
+    plan, gates = plan_of(searched), gates_of(searched)
+    sizes = {name: torch.tensor(units, device=model.device) for name, units in plan.sizes.items()}
+    resource = float(gates.resource(gates.dense_sizes() | sizes))
+    detach_(searched)
+    return pruned, plan, resource, seen
+
+
+def _examples_to_see(recipe: Recipe, asked: int) -> int:
+    """Examples that a strategy may see: what the search would, or what `compare.tokens` leaves beside the repair."""
+    tokens, repair = recipe.compare.tokens, recipe.recover.repair
+    if tokens is None:
+        return asked
+    left = tokens // recipe.data.sequence_length - (repair.examples if repair is not None else 0)
+    if left < 1:
+        raise HfDmsError(
+            f"compare.tokens = {tokens} is less than what repair sees ({repair.examples if repair else 0} sequences of "
+            f"{recipe.data.sequence_length} tokens). Raise it, or lower recover.repair.examples."
+        )
+    return left
+
+
+def _batches(examples: Examples, count: int, recipe: Recipe) -> list[dict[str, Tensor]]:
+    rows = Subset(examples.train, range(min(count, len(examples.train))))
+    return list(DataLoader(rows, recipe.eval.batch_size, collate_fn=examples.collate)) if len(rows) else []
+
+
+def _measured(model: PreTrainedModel, setup: Setup, rows: Any) -> dict[str, Any]:
+    metric = setup.recipe.task.metric
+    scores = example_scores(model.eval(), metric, rows, setup.examples.collate, setup.recipe.eval.batch_size)
+    return summary(metric, scores) | {"scores": [round(value, 6) for value in scores.tolist()]}
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Rows of an earlier run; a line that was cut off, which does not end with the brace of a row, is left out."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}}")]
+
+
+def append_row(file: Path, row: dict[str, Any]) -> None:
+    """Write a row behind the others, on a line of its own even where an earlier one was cut off."""
+    cut_off = file.is_file() and not file.read_bytes().endswith(b"\n")
+    with file.open("a", encoding="utf-8") as rows:
+        rows.write(("\n" if cut_off else "") + json.dumps(row) + "\n")
+
+
+def _fingerprint(recipe: Recipe) -> str:
+    """What must be the same for rows to stand in one table: all of the recipe but which cells there are."""
+    values = recipe.to_dict()
+    values.pop("output"), values.pop("hub")
+    values["compare"] = {key: values["compare"][key] for key in ("tokens", "texts")}
+    values["dms"].pop("target")
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def provenance() -> dict[str, Any]:
+    """What produced a row: commit of the source, if it is a checkout, versions, machine, threads."""
+    folder = Path(__file__).parent
+    asked = subprocess.run(
+        ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    return {
+        "commit": asked.stdout.strip() or None,
+        "versions": versions(),
+        "machine": machine | {"threads": torch.get_num_threads()},
+    }
+
+
+def _name(cell: Cell) -> str:
+    return f"{cell.strategy}-{cell.target:g}-{cell.seed}"
+
+
+def _reset_peak() -> None:
+    """Let the most resident memory of this process begin anew, where the system can (Linux, see `man proc`)."""
+    file = Path("/proc/self/clear_refs")
+    if os.access(file, os.W_OK):
+        file.write_text("5", encoding="ascii")

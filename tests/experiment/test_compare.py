@@ -1,0 +1,132 @@
+"""`hf-dms compare`: one row per cell, written at once; all cells on the same work; a stopped table goes on."""
+
+import json
+import math
+import re
+
+import pytest
+
+import hf_dms.experiment.compare as comparing
+from hf_dms.experiment.compare import read_rows
+from hf_dms.report.comparison import comparison_table, paired_difference
+
+CELLS = [
+    "compare.strategies={dms: {}, taylor: {}, random: {}, wanda: {criterion: wanda_sp}}",
+    "compare.targets=[0.7]",
+    "dms.prune=[mlp]",
+    "dms.pipeline=p-",
+    "dms.layout=per_layer",
+    "recover.repair={examples: 4}",
+]
+
+
+@pytest.fixture
+def table(recipe, tmp_path, capsys):
+    def run(*overrides):
+        code, out = recipe(*CELLS, *overrides, command="compare")
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err, read_rows(out / "rows.jsonl")
+
+    return run
+
+
+def test_every_cell_is_a_row_within_the_budget_on_the_same_examples(table):
+    code, out, _, rows = table()
+    assert code == 0
+    assert [row["cell"]["strategy"] for row in rows] == ["dms", "taylor", "random", "wanda"]
+    for row in rows:
+        assert row["resource"] <= 0.7
+        assert set(row["scores"]) == {"dense", "cut", "repaired"}
+        assert row["scores"]["dense"] == rows[0]["scores"]["dense"]
+        assert row["seen"]["repaired"] == 4
+        assert row["versions"]["hf_dms"]
+        assert row["machine"]["threads"] >= 1
+    assert {row["cell"]["strategy"]: row["seen"]["cut"] for row in rows} == {
+        "dms": 16, "taylor": 16, "random": 0, "wanda": 16,
+    }  # fmt: skip
+    assert "| 0.7 | taylor | 1 |" in out
+
+
+def test_tokens_are_the_same_for_all_and_repair_is_among_them(table):
+    *_, rows = table("compare.tokens=160", "compare.strategies={dms: {}, taylor: {}}")
+    for row in rows:
+        assert sum(row["seen"].values()) * 16 == 160
+
+
+def test_a_stopped_table_goes_on_where_it_stopped(table, monkeypatch, tmp_path):
+    real = comparing.run_cell
+
+    def stop_at_random(setup, cell):
+        if cell.strategy == "random":
+            raise KeyboardInterrupt
+        return real(setup, cell)
+
+    monkeypatch.setattr(comparing, "run_cell", stop_at_random)
+    with pytest.raises(KeyboardInterrupt):
+        table()
+    rows = tmp_path / "out" / "rows.jsonl"
+    before = rows.read_text()
+    rows.write_text(before + '{"cut off')
+    made = []
+    monkeypatch.setattr(comparing, "run_cell", lambda setup, cell: made.append(cell.strategy) or real(setup, cell))
+    *_, found = table()
+    assert made == ["random", "wanda"]
+    assert [json.dumps(row) for row in found[:2]] == before.splitlines()
+    assert [row["cell"]["strategy"] for row in found] == ["dms", "taylor", "random", "wanda"]
+
+
+def test_rows_of_other_work_are_not_mixed_in(table):
+    *_, rows = table("compare.strategies={taylor: {}}")
+    *_, more = table("compare.strategies={taylor: {}}", "recover.repair={examples: 5}")
+    assert len(more) == 2
+    assert more[0] == rows[0]
+    assert more[0]["work"] != more[1]["work"]
+
+
+def test_a_search_with_other_values_is_a_strategy_of_its_own(table):
+    strategies = "compare.strategies={dms: {}, dms-forgetful: {dms: {importance_decay: 0.0}}}"
+    _, out, _, rows = table(strategies, "recover={}")
+    assert rows[1]["cell"]["settings"] == {"dms": {"importance_decay": 0.0}}
+    assert "dms-forgetful" in out
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("compare.strategies={}", "compare.strategies is required"),
+        ("compare.strategies={tailor: {}}", "compare.strategies.tailor: name a criterion .*taylor"),
+        ("compare.strategies={dms: {size: 3}}", "compare.strategies.dms has no key 'size'"),
+        ("compare.strategies={x: {criterion: tailor}}", "There is no criterion 'tailor'"),
+        ("compare.targets=[60]", "compare.targets must be in"),
+        ("compare.seeds=[]", "compare.seeds is empty"),
+        ("compare.tokens=16", "less than what repair sees"),
+    ],
+)
+def test_mistakes_are_one_line(table, override, message):
+    code, _, err, _ = table(override)
+    assert code == 2
+    assert re.search(message, err)
+
+
+# ---- the table, by hand ----
+def row(strategy, seed, losses, target=0.5):
+    def scored(values):
+        mean = sum(values) / len(values)
+        return {"text": {"perplexity": math.exp(mean), "scores": values}}
+
+    scores = {"dense": scored([0.0, 0.0]), "cut": scored(losses)}
+    return {"cell": {"strategy": strategy, "target": target, "seed": seed}, "scores": scores, "seen": {"cut": 100}}
+
+
+def test_differences_are_paired_over_examples_and_averaged_over_seeds():
+    first = [row("dms", 0, [1.0, 2.0]), row("dms", 1, [1.0, 2.0])]
+    other = [row("taylor", 0, [2.0, 5.0]), row("taylor", 1, [2.0, 3.0])]
+    difference, error = paired_difference(other, first, "cut", "text")
+    assert difference == pytest.approx(1.5)  # (1, 3) and (1, 1): by example 1 and 2
+    assert error == pytest.approx(0.5)
+    text = comparison_table(first + other, "perplexity")
+    assert "| 0.5 | taylor | 2 | 100 | 1.0 → 22.6 (+1.5 ± 0.5) |" in text
+
+
+def test_a_table_without_rows_says_so():
+    assert comparison_table([], "accuracy") == "No rows yet."
