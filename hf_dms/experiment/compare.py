@@ -30,9 +30,9 @@ from ..cut.prune import plan_of, prune
 from ..errors import HfDmsError
 from ..gating.attach import attach_, detach_, gates_of
 from ..measure.speed import peak_resident_bytes
+from ..measure.versions import versions
 from ..refit.repair import repair_
 from ..report.comparison import comparison_table
-from ..report.numbers import versions
 from ..strategies.one_shot import CRITERIA, check_criterion, choose_
 from ..tasks.data import Examples, load_examples
 from ..tasks.evaluate import evenly_spaced, example_scores, summary
