@@ -174,6 +174,19 @@ class DMSConfig:
             name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
         }
 
+    def check_length(self, num_steps: int) -> None:
+        """Check that a search of so many optimizer steps leaves some in which the ratios may move.
+
+        Raises:
+            ValueError: all of them are warm-up.
+        """
+        if num_steps <= self.warmup_steps:
+            raise HfDmsError(
+                f"dms.warmup_steps = {self.warmup_steps} and the search has {num_steps} steps (train.max_steps): "
+                "all of them only gather importance, and no prune ratio would ever move. Search longer, or lower "
+                f"dms.warmup_steps to at most {max(num_steps - 1, 0)} (a tenth of the steps is plenty)."
+            )
+
     def with_defaults_for(self, num_steps: int) -> DMSConfig:
         """A copy in which the options that depend on the length of the search have their values.
 

@@ -95,6 +95,7 @@ class Gates(nn.Module):
         self.attachment: Any = None  # where in a model these gates are (masking.Attachment)
         self.log_masks: dict[str, tuple[Tensor, ...]] = {}
         self._taylor: dict[str, Tensor] = {}
+        self._gathered: set[str] = set()  # dims that a backward pass has reached since the last update
         lower, upper = [], []
         for dim in dims:
             if dim.follows is not None:
@@ -173,7 +174,7 @@ class Gates(nn.Module):
             else:
                 log_mask = log_soft_topk_mask(self.importance(name), self.ratio(name), dim.sharpness)
             if self.training and torch.is_grad_enabled():
-                log_mask.register_hook(_Accumulate(self._taylor, name))
+                log_mask.register_hook(_Accumulate(self._taylor, self._gathered, name))
             self.log_masks[name] = log_mask.unbind(0)
 
     @torch.no_grad()
@@ -221,17 +222,27 @@ class Gates(nn.Module):
     def forget_step_(self) -> None:
         """Drop the Taylor terms since the last update, for a step that is not taken."""
         self._taylor.clear()
+        self._gathered.clear()
 
     @torch.no_grad()
     def update_importance_(self) -> None:
         """Fold the task gradient since the last call into the importance: c ← d·c + (1 - d)·(m·g)² (equation 5).
 
         Call it once per optimizer step, after all backward passes of the step.
+
+        Raises:
+            ValueError: there was no backward pass through the model in training mode, so there is nothing to count.
         """
+        if not self._gathered:
+            raise HfDmsError(
+                "update_importance_: no backward pass went through the model in training mode since the last call, so "
+                "no importance was gathered. from_pretrained returns a model in evaluation mode: call model.train() "
+                "before the loop (and again after each evaluation), and loss.backward() before update_importance_()."
+            )
         decay = self.schedule.importance_decay
         for name, term in self._taylor.items():
             self.raw_importance(name).mul_(decay).add_(term.square(), alpha=1 - decay)
-        self._taylor.clear()
+        self.forget_step_()
         self.num_updates += 1
 
     # ---- resource ----------------------------------------------------------------------------------------------------
@@ -314,8 +325,10 @@ class _Accumulate:
     """Gradient hook of a log mask: sum the Taylor terms of the micro-batches of a step."""
 
     totals: dict[str, Tensor]
+    gathered: set[str]
     name: str
 
     def __call__(self, grad: Tensor) -> None:
+        self.gathered.add(self.name)
         total = self.totals.get(self.name)
         self.totals[self.name] = grad.detach().clone() if total is None else total.add_(grad)

@@ -193,8 +193,24 @@ def test_importance_starts_at_zero_and_is_a_moving_average():
     for name in DIMS:
         expected = 0.75 * 0.25 * terms[0][name] + 0.25 * terms[1][name]
         assert relative_difference(gates.raw_importance(name), expected) < 1e-6
-    gates.update_importance_()  # no backward pass in between: nothing to fold in
-    assert relative_difference(gates.raw_importance("mlp"), 0.1875 * terms[0]["mlp"] + 0.25 * terms[1]["mlp"]) < 1e-6
+
+
+def test_a_step_without_a_backward_pass_in_training_mode_is_not_counted():
+    model, gates = gated(search=False)
+    message = r"no backward pass went through the model in training mode .* call model.train\(\) before the loop"
+    for mode in (model.eval(), None):  # as from_pretrained returns it; and no backward pass at all
+        if mode is not None:
+            loss = model(**token_batch(), labels=token_batch()["input_ids"]).loss
+            loss.backward()
+        gates.step_terms()  # what several processes average
+        with pytest.raises(ValueError, match=message):
+            gates.update_importance_()
+    assert gates.num_updates == 0
+    backward(model, token_batch())  # in training mode
+    gates.update_importance_()
+    with pytest.raises(ValueError, match=message):
+        gates.update_importance_()
+    assert gates.num_updates == 1
 
 
 def test_importance_takes_the_average_over_processes():
@@ -217,7 +233,8 @@ def test_a_step_that_is_not_taken_leaves_no_trace_in_the_importance():
     model, gates = gated(search=False)
     backward(model, token_batch())
     gates.forget_step_()
-    gates.update_importance_()
+    with pytest.raises(ValueError, match="no backward pass"):
+        gates.update_importance_()
     assert not any(gates.raw_importance(name).any() for name in DIMS)
 
 

@@ -19,13 +19,26 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
+def check_searched(gates, plan):
+    """What a training loop is for: importance of every unit, ratios that moved, and a cut that follows both."""
+    assert gates.num_updates == 12
+    assert all((gates.raw_importance(name) > 0).all() for name in gates.dims)
+    assert float(gates.prune_ratio.detach().max()) > 0
+    rows = [(name, i, row) for name, kept in plan.kept.items() for i, row in enumerate(kept)]
+    for name, i, row in rows:
+        assert torch.equal(row, gates.raw_importance(name)[i].topk(len(row)).indices.sort().values)
+    last = [torch.equal(row, torch.arange(gates.dims[name].units)[-len(row) :]) for name, i, row in rows]
+    assert not all(last)  # as if all units were alike
+    assert not last[[name for name, *_ in rows].index("hidden")]
+
+
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*")  # the README's TrainingArguments are for any machine
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     trainer_block, loop_block, repair_block = BLOCKS[:3]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda path: tiny_llama())
     names = {"dataset": Tokens(), "collator": default_data_collator}
-    exec(trainer_block.replace("max_steps=500", "max_steps=4, disable_tqdm=True").replace("16}", "4}"), names)
+    exec(trainer_block.replace("max_steps=500", "max_steps=12, disable_tqdm=True").replace("16}", "4}"), names)
     dense = sum(parameter.numel() for parameter in tiny_llama().parameters())
     assert sum(parameter.numel() for parameter in names["pruned"].parameters()) <= 0.6 * dense
     assert (tmp_path / "smaller" / "config.json").is_file()
@@ -33,6 +46,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     names |= {"model": tiny_llama(), "batches": batches}
     exec(loop_block, names)
     assert sum(parameter.numel() for parameter in names["pruned"].parameters()) <= 0.6 * dense
+    check_searched(names["gates"], names["plan"])
     before = copy.deepcopy(names["pruned"])
     exec(repair_block, names)
     assert not torch.equal(outputs_of(names["pruned"], batches[0]), outputs_of(before, batches[0]))

@@ -20,6 +20,7 @@ from ..errors import HfDmsError
 from ..gates import Gates
 from ..gating.attach import attach_, check_gates_outside, detach_, gates_of, has_gates
 from ..gating.checks import check_model
+from ..gating.outcome import say_outcome
 from ..gating.rounding import round_sizes
 from ..resource import Sizes
 from ..topk import topk_mask
@@ -71,6 +72,9 @@ def prune(
             "prune: no search has run on these gates; units are chosen by weight magnitude, at equal ratios.",
             stacklevel=2,
         )
+    else:
+        check_searched(gates)
+        say_outcome(model)
     plan = plan_of(model)
     pruned = cut(model, bound, plan, config.layout)
     sizes = {name: torch.tensor(units) for name, units in plan.sizes.items()}
@@ -78,6 +82,21 @@ def prune(
         inputs = inputs if inputs is not None else dummy_inputs(model)
         check_same(model, pruned, inputs, ("masked", "cut"), output_units(model, bound, plan))
     return pruned
+
+
+def check_searched(gates: Gates) -> None:
+    """Check that a search has told the units of every dim apart.
+
+    Raises:
+        ValueError: the importance of a dim is zero everywhere, so that its first units would be cut.
+    """
+    for name in gates.dims:
+        if not gates.raw_importance(name).any():
+            raise HfDmsError(
+                f"prune: after {gates.num_updates} updates every unit of {name} has importance 0, so the first ones "
+                "would be cut whatever they do. The loss does not depend on them, or its gradients are zero or "
+                "underflow: look at the loss, and train in float32 or bfloat16."
+            )
 
 
 def plan_of(model: PreTrainedModel) -> Plan:

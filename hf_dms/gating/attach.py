@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,18 +34,19 @@ from .rounding import check_target
 
 @dataclass(frozen=True)
 class Attachment:
-    """Where gates are: the architecture they are bound to, the request, and the hooks that read them."""
+    """Where gates are: the architecture they are bound to, the request, the hooks that read them, what they froze."""
 
     bound: BoundSpec
     config: DMSConfig
     hooks: list[RemovableHandle]
+    frozen: list[str] = field(default_factory=list)  # parameters that `freeze_` took the gradient from
 
 
 def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
     """Put gates on a model, in place; they are `model.dms_gates`.
 
     In training mode the model then runs on soft masks, in evaluation mode on hard ones. Its parameters keep their names
-    and its state dict its keys. For a training loop of your own, after each backward pass of
+    and its state dict its keys. For a training loop of your own: `model.train()`, and after each backward pass of
     `loss + model.dms_gates.resource_loss(progress)`: `model.dms_gates.update_importance_()`, then the optimizer's step.
 
     Args:
@@ -89,7 +90,7 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
 
 
 def detach_(model: PreTrainedModel) -> None:
-    """Take the gates off a model, in place, without a trace.
+    """Take the gates off a model, in place, without a trace; weights that `freeze_` froze may train again.
 
     Raises:
         ValueError: the model has no gates.
@@ -97,11 +98,35 @@ def detach_(model: PreTrainedModel) -> None:
     gates, model = gates_of(model), base_model_of(model)
     for hook in gates.attachment.hooks:
         hook.remove()
+    for name, parameter in model.named_parameters():
+        if name in gates.attachment.frozen:
+            parameter.requires_grad_(True)
     for module in model.modules():
         forward = module.__dict__.get("forward")
         if isinstance(forward, functools.partial) and forward.func is _masked_norm_forward:
             del module.forward
     del model.dms_gates
+
+
+def freeze_(model: nn.Module) -> None:
+    """Freeze the weights of a model with gates until `detach_`, in place: only the prune ratios train."""
+    gates, base = gates_of(model), base_model_of(model)
+    for name, parameter in base.named_parameters():
+        if parameter.requires_grad and parameter is not gates.prune_ratio:
+            parameter.requires_grad_(False)
+            gates.attachment.frozen.append(name)
+
+
+def frozen_mode_(model: nn.Module) -> None:
+    """Put what is frozen into evaluation mode, in place: no dropout. The gates train, and batch norms see batches.
+
+    Layers with activation checkpointing keep their own flag, which switches the checkpointing on; what is in them does
+    not. Call it after each `model.train()`.
+    """
+    gates, base = gates_of(model), base_model_of(model)
+    for module in base.modules():
+        if module not in (base, gates) and not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.training = getattr(module, "gradient_checkpointing", False)
 
 
 def check_gates_outside(model: nn.Module) -> None:

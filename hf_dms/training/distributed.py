@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from ..archs.plain_view import base_model_of, is_packed
 from ..errors import HfDmsError
 from ..gates import Gates
-from ..gating.attach import copy_search_, has_gates
+from ..gating.attach import copy_search_, gates_of, has_gates
 
 
 class MainProcessError(HfDmsError):
@@ -145,8 +145,12 @@ def whole(model: PreTrainedModel) -> PreTrainedModel:
     state = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in
              model.state_dict().items()}  # fmt: skip
     found.load_state_dict(state)
+    trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     if has_gates(model):
         copy_search_(model, found)
+        gates_of(found).attachment.frozen.extend(gates_of(model).attachment.frozen)
+    for name, parameter in found.named_parameters():
+        parameter.requires_grad_(trains[name])
     return found.train(model.training)
 
 

@@ -24,7 +24,8 @@ from ..config import DMSConfig
 from ..cut.prune import prune
 from ..errors import HfDmsError
 from ..gates import Gates
-from ..gating.attach import attach_, gates_of
+from ..gating.attach import attach_, freeze_, frozen_mode_, gates_of
+from ..gating.outcome import SearchOutcome, say_outcome, search_outcome
 from .distributed import check_launch, check_plugin, leave_gates_out_, whole, without_ddp_for_frozen
 from .exact_resume import ExactCheckpointsMixin, loss_is_summed_over_micro_batches
 from .progress import show_progress_
@@ -54,11 +55,12 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         check_training_arguments(self.args)
         check_plugin(self.accelerator, self.model)
         self.dms_config = dms_config
+        if self.args.max_steps > 0:
+            dms_config.check_length(self.args.max_steps)
         attach_(self.model, dms_config)
         leave_gates_out_(self.model, self.gates, self.accelerator)
         if dms_config.pipeline == "p-":
-            self.model.requires_grad_(False)
-            self.gates.prune_ratio.requires_grad_(True)
+            freeze_(self.model)
         self._step_task_loss = torch.zeros((), device=self.args.device)
         self._task_loss = torch.zeros((), device=self.args.device)
         self._gate_grad_norm = torch.zeros((), device=self.args.device)
@@ -82,6 +84,10 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         """The constant learning rate of the prune ratios."""
         steps = self.state.max_steps or self.args.max_steps
         return float(self.dms_config.with_defaults_for(steps).gate_learning_rate or 0)
+
+    def search_outcome(self) -> SearchOutcome:
+        """How the search ended: what it learned and what the cut keeps, beside the target (`gating/outcome.py`)."""
+        return search_outcome(self._unwrapped())
 
     def prune(self) -> PreTrainedModel:
         """Cut the model to the exact budget and prove the result on a batch of the trainer's data.
@@ -132,6 +138,8 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
 
     # ---- Trainer's hooks ---------------------------------------------------------------------------------------------
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        if model.training and self.dms_config.pipeline == "p-":
+            frozen_mode_(self._unwrapped())  # the Trainer has just put all of it into training mode
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         loss = result[0] if return_outputs else result
         if model.training:
@@ -295,10 +303,15 @@ class _GateCallback(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer.dms_config.check_length(state.max_steps)
+
     def on_train_end(self, args, state, control, **kwargs) -> None:
         if args.load_best_model_at_end and state.best_model_checkpoint is None:
             target = self.trainer.dms_config.target
             logger.warning(f"No checkpoint meets the target {target:g}, so none is the best one: the last model stays.")
+        if self.trainer.is_world_process_zero():
+            say_outcome(self.trainer._unwrapped())
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         for group in self.trainer.optimizer.param_groups:

@@ -428,3 +428,13 @@ def test_the_public_names_are_those_of_the_modules():
     assert hf_dms.prune is prune
     assert hf_dms.attach_ is attach_
     assert hf_dms.save_pruned is save_pruned
+
+
+def test_importance_that_is_zero_everywhere_in_a_dim_is_refused():
+    """Ties break by index, so the first units of the dim would go without a word."""
+    model = tiny_llama()
+    attach_(model, DMSConfig(target=0.6))
+    search_(model)
+    gates_of(model).raw_importance("mlp").zero_()
+    with pytest.raises(ValueError, match=r"prune: after 8 updates every unit of mlp has importance 0"):
+        prune(model, inputs=token_batch())

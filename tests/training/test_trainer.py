@@ -1,15 +1,29 @@
 """The search as a Trainer: what it adds, and what it must not change."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.laws import tiny
-from helpers.searches import Images, Poisoned, arguments, bit_equal, dms, logged, stories, trained, weights
+from helpers.searches import (
+    Classified,
+    Images,
+    Poisoned,
+    arguments,
+    bit_equal,
+    dms,
+    keep_open_,
+    logged,
+    stories,
+    trained,
+    weights,
+)
 from helpers.tiny import Tokens, relative_difference, search_, tiny_llama, token_batch
 from safetensors import safe_open
 from transformers import (
+    BertForSequenceClassification,
     EarlyStoppingCallback,
     Trainer,
     TrainerCallback,
@@ -17,13 +31,13 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_dms import DMSConfig, DMSTrainer, detach_
+from hf_dms import DMSConfig, DMSTrainer, attach_, detach_
 from hf_dms.checkpoint.search_state import load_search_state_
 from hf_dms.cut.prune import make_plan
 from hf_dms.cut.slicing import cut
 from hf_dms.cut.verify import outputs_of
 from hf_dms.errors import NonFiniteError
-from hf_dms.gating.attach import gates_of
+from hf_dms.gating.attach import frozen_mode_, gates_of
 from hf_dms.training.exact_resume import train_or_resume_
 from hf_dms.training.trainer import check_training_arguments
 
@@ -34,7 +48,12 @@ def test_open_masks_without_resource_loss_train_like_the_plain_trainer(accumulat
     options = dict(gradient_accumulation_steps=accumulation, per_device_train_batch_size=8 // accumulation)
     plain = Trainer(model=tiny_llama(), args=arguments(tmp_path / "plain", **options), train_dataset=Tokens())
     plain.train()
-    open_ = trained(tmp_path / "open", dict(warmup_steps=1000, resource_weight=0.0), **options)
+    open_ = DMSTrainer(
+        model=tiny_llama(), args=arguments(tmp_path / "open", **options), train_dataset=Tokens(),
+        dms_config=dms(resource_weight=0.0),
+    )  # fmt: skip
+    keep_open_(open_)
+    open_.train()
     assert len(logged(plain, "loss")) == 6
     assert logged(open_, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-5)
     assert logged(open_, "task_loss") == pytest.approx(logged(plain, "loss"), rel=1e-5)
@@ -140,6 +159,52 @@ def test_pipeline_p_minus_moves_the_gates_alone(tmp_path):
     assert bit_equal(weights(model), before)
     assert float(trainer.gates.prune_ratio.detach().max()) > 0
     assert all(trainer.gates.raw_importance(name).any() for name in trainer.gates.dims)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_frozen_model_has_no_dropout(checkpointing, tmp_path):
+    """Nor is activation checkpointing lost with it, which transformers has in training mode alone."""
+    found = []
+    for dropout in (0.0, 0.5):
+        model = tiny(BertForSequenceClassification, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+        calls, layer = [], model.bert.encoder.layer[0]
+        trainer = DMSTrainer(
+            model=model, dms_config=dms(pipeline="p-"), train_dataset=Classified(),
+            args=arguments(tmp_path / str(dropout), activation_checkpointing=checkpointing),
+        )  # fmt: skip
+        layer.attention.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        trainer.train()
+        assert len(calls) == 6 * (2 if checkpointing else 1)  # again in the backward pass
+        found.append((trainer.gates.search_state(), logged(trainer, "loss")))
+    assert bit_equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
+def test_a_model_in_training_has_dropout(tmp_path):
+    found = [logged(trained(tmp_path / str(p), model=tiny_llama(attention_dropout=p)), "loss") for p in (0.0, 0.5)]
+    assert found[0] != found[1]
+
+
+def test_batch_norms_of_a_frozen_model_see_batches():
+    model = tiny_llama()
+    attach_(model, dms(pipeline="p-"))
+    model.norm, model.dropout = torch.nn.BatchNorm1d(3), torch.nn.Dropout(0.5)
+    model.train()
+    frozen_mode_(model)
+    assert model.norm.training
+    assert model.dms_gates.training
+    assert not any(module.training for module in (model.dropout, model.model, *model.model.modules()))
+
+
+@pytest.mark.parametrize("pipeline", ["p", "p-"])
+def test_after_detach_requires_grad_is_as_it_was_before_the_search(pipeline, tmp_path):
+    model = tiny_llama()
+    model.model.embed_tokens.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    trained(tmp_path, dict(pipeline=pipeline), model=model, max_steps=3)
+    detach_(model)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    assert set(before.values()) == {False, True}
 
 
 def test_pipeline_p_trains_the_weights_too(tmp_path):
@@ -531,7 +596,59 @@ def test_the_best_model_is_loaded_whatever_its_files_call_its_parameters(tmp_pat
     assert bit_equal(weights(trainer.model), weights(best))
 
 
+# ---- how it ended ----
+def with_ratios(folder, ratio, **options):
+    trainer = DMSTrainer(model=tiny_llama(), dms_config=dms(**options), args=arguments(folder), train_dataset=Tokens())
+    search_(trainer.model, ratios=(ratio, ratio))
+    return trainer
+
+
+def test_a_search_that_ends_on_target_says_nothing(tmp_path, caplog):
+    trainer = with_ratios(tmp_path, 0.4, prune=("mlp",), resource_scope="layers", target=1.0)
+    learned = trainer.search_outcome()["learned"]
+    for target in (learned / 1.009, learned / 0.971):
+        outcome = with_ratios(tmp_path, 0.4, prune=("mlp",), resource_scope="layers", target=target).search_outcome()
+        assert outcome["verdict"] == "on target"
+        assert outcome["message"] == ""
+        assert outcome["learned"] == learned
+        assert target - 0.02 < outcome["cut"] <= target
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict", "message"),
+    [
+        (0.1, "above", r"search ended at 0.7\d\d of the dense params, above the target 0.6: the cut shrinks .* to 0.5"),
+        (0.5, "below", r"search ended at 0.180 of the dense params, below the target 0.6: the cut fills up to 0.5"),
+    ],
+)
+def test_a_search_that_ends_off_its_target_is_told_in_words_and_in_numbers(ratio, verdict, message, tmp_path, caplog):
+    trainer = with_ratios(tmp_path, ratio)
+    outcome = trainer.search_outcome()
+    assert outcome["verdict"] == verdict
+    assert re.search(message, outcome["message"])
+    assert outcome["target"] == 0.6
+    assert outcome["learned"] == pytest.approx(float(trainer.gates.resource().detach()))
+    assert json.loads(json.dumps(outcome)) == outcome
+    pruned = trainer.prune()
+    assert sum(p.numel() for p in pruned.parameters()) / tiny_llama().num_parameters() == pytest.approx(outcome["cut"])
+    assert outcome["message"] in caplog.text
+
+
+def test_the_end_of_a_search_says_that_it_missed_its_target(tmp_path, caplog):
+    trainer = trained(tmp_path, dict(gate_learning_rate=1e-4))
+    assert trainer.search_outcome()["verdict"] == "above"
+    assert trainer.search_outcome()["message"] in caplog.text
+
+
 # ---- what cannot be served ----
+@pytest.mark.parametrize("length", [{"max_steps": 6}, {"max_steps": -1, "num_train_epochs": 1.5}])
+def test_a_search_that_is_all_warm_up_is_refused(length, tmp_path):
+    message = r"dms.warmup_steps = 6 and the search has 6 steps .* lower dms.warmup_steps to at most 5"
+    with pytest.raises(ValueError, match=message):
+        trained(tmp_path, dict(warmup_steps=6), **length)
+    trained(tmp_path, dict(warmup_steps=5), **length)
+
+
 def make(folder, model=None, **options):
     kwargs = {} if model is None else {"model": model}
     model_init = options.pop("model_init", None)
@@ -567,7 +684,7 @@ def test_a_model_with_gates_already_is_refused(tmp_path):
 
 
 def test_example_inputs_are_those_of_the_evaluation_data(tmp_path):
-    trainer = trained(tmp_path, max_steps=1)
+    trainer = trained(tmp_path)
     inputs = trainer.example_inputs()
     assert torch.equal(inputs["input_ids"][0], Tokens(8, seed=1)[0]["input_ids"])
     assert outputs_of(trainer.model, inputs).shape == (1, 8, 33)

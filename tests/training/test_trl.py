@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers.recipes import WORDS, save_tokenizer
-from helpers.searches import QUIET, bit_equal, dms, logged, weights
+from helpers.searches import QUIET, bit_equal, dms, keep_open_, logged, weights
 from helpers.tiny import TINY, tiny_llama, token_batch
 from transformers import AutoTokenizer
 
@@ -45,11 +45,13 @@ def arguments(folder, **options):
     return trl.SFTConfig(str(folder), **(QUIET | defaults | options))
 
 
-def searched(folder, chats, tokenizer, dms_options=None, resume=None, seed=0, **options):
+def searched(folder, chats, tokenizer, dms_options=None, resume=None, seed=0, prepare=None, **options):
     trainer = DMSSFTTrainer(
         model=tiny_llama(seed=seed), dms_config=dms(**(dms_options or {})), args=arguments(folder, **options),
         train_dataset=chats, eval_dataset=chats, processing_class=tokenizer,
     )  # fmt: skip
+    if prepare is not None:
+        prepare(trainer)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -61,7 +63,7 @@ def test_open_masks_without_resource_loss_train_like_the_plain_trainer(chats, to
         processing_class=tokenizer,
     )  # fmt: skip
     plain.train()
-    open_ = searched(tmp_path / "open", chats, tokenizer, dict(warmup_steps=1000, resource_weight=0.0), **options)
+    open_ = searched(tmp_path / "open", chats, tokenizer, dict(resource_weight=0.0), prepare=keep_open_, **options)
     for key in ("loss", "mean_token_accuracy"):
         assert logged(open_, key) == pytest.approx(logged(plain, key), rel=1e-5)
     assert logged(open_, "task_loss") == pytest.approx(logged(plain, "loss"), rel=1e-5)
