@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import HfDmsError
+from .restoring import restoring
 
 PACKED = ("Params4bit", "Int8Params")  # of bitsandbytes
 
@@ -158,16 +159,10 @@ def exact_packed_maps(model: nn.Module) -> Iterator[None]:
     8-bit maps round their inputs too, which the cut model, whose weights are not packed, does not.
     """
     packed: list[Any] = [module for module in model.modules() if is_packed(module)]
-    before = [module.__dict__.get("forward") for module in packed]  # accelerate may have put one there
-    for module in packed:
-        module.forward = functools.partial(_multiply_by_unpacked, module)
-    try:
+    with restoring(packed):
+        for module in packed:
+            module.forward = functools.partial(_multiply_by_unpacked, module)
         yield
-    finally:
-        for module, forward in zip(packed, before):
-            del module.forward
-            if forward is not None:
-                module.forward = forward
 
 
 def _multiply_by_unpacked(module: Any, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..archs.bind import BoundSpec, dim_size
 from ..archs.registry import ARCHS
+from ..archs.restoring import evaluating
 from ..errors import VerificationError
 from ..gating.attach import gates_of, norms
 from ..resource import Sizes
@@ -24,14 +25,13 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torc
 @contextlib.contextmanager
 def hard_masked(model: PreTrainedModel, sizes: Sizes) -> Iterator[None]:
     """Run a model with gates in evaluation mode on hard masks of exactly these sizes for a while."""
-    gates, training = gates_of(model), model.training
+    gates = gates_of(model)
     gates.rounded = sizes
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         gates.rounded = None
-        model.train(training)
 
 
 def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -68,7 +68,7 @@ def check_same(
     names: tuple[str, str],
     units: Tensor | None = None,
 ) -> float:
-    """Compare the outputs of two models on one batch.
+    """Compare the outputs of two models in evaluation mode on one batch.
 
     Args:
         model: the first one.
@@ -83,7 +83,8 @@ def check_same(
     Raises:
         VerificationError: it is above `TOLERANCE` for the model's dtype, or not a number.
     """
-    expected, found = outputs_of(model, inputs).double(), outputs_of(other, inputs).double()
+    with evaluating(model, other):
+        expected, found = outputs_of(model, inputs).double(), outputs_of(other, inputs).double()
     if units is not None:
         expected = expected.index_select(-1, units.to(expected.device))
     difference = float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-30))

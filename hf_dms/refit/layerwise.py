@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..archs.bind import BoundSpec
+from ..archs.restoring import restoring
 from ..cut.verify import TOLERANCE
 from ..errors import HfDmsError
 
@@ -176,17 +177,6 @@ def targets_of_layers(teacher: Walk, places: Places, layers: range, units: Tenso
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a model in evaluation mode for a while."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-@contextlib.contextmanager
 def _skipped(layers: list[nn.Module]) -> Iterator[list[tuple[Tensor, Call]]]:
     """Let layers return their hidden state as it is for a while, and list what they are called with."""
     calls: list[tuple[Tensor, Call]] = []
@@ -197,13 +187,7 @@ def _skipped(layers: list[nn.Module]) -> Iterator[list[tuple[Tensor, Call]]]:
         calls.append((args[0], (args[1:], kwargs)))
         return args[0]
 
-    before = [layer.__dict__.get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = skip
-    try:
+    with restoring(layers):
+        for layer in layers:
+            layer.forward = skip
         yield calls
-    finally:
-        for layer, forward in zip(layers, before):
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward

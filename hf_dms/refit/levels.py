@@ -21,9 +21,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..archs.bind import BoundSpec
+from ..archs.restoring import evaluating
 from ..errors import HfDmsError
 from .curvature import Key, Sums, Writer, collect_, with_bias, writers
-from .layerwise import Walk, evaluating, find_places, stream_dim, targets_of_layers
+from .layerwise import Walk, find_places, stream_dim, targets_of_layers
 from .order import Elimination, eliminate
 
 ORDER_RIDGE, REFIT_RIDGE = 0.01, 0.1  # relative to the mean square of a map's inputs

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..archs.bind import BoundSpec, bind
 from ..archs.registry import spec_for
+from ..archs.restoring import evaluating
 from ..config import DMSConfig
 from ..cut.plan import Plan
 from ..cut.prune import make_plan
@@ -25,7 +26,7 @@ from ..gating.gates_for import build_gates
 from ..gating.rounding import round_sizes
 from ..resource import Sizes
 from .curvature import Key, stream_factors
-from .layerwise import Walk, evaluating, find_places
+from .layerwise import Walk, find_places
 from .levels import RefittedMap, sweep
 
 Batches = Iterable[Mapping[str, Tensor]]

@@ -26,11 +26,12 @@ from transformers import PreTrainedModel
 
 from ..archs.bind import bind
 from ..archs.registry import spec_for
+from ..archs.restoring import evaluating
 from ..cut.plan import Plan, kept_units
 from ..errors import HfDmsError
 from ..gating.attach import has_gates
 from .curvature import Sums, collect_
-from .layerwise import Batches, Places, Walk, evaluating, find_places, stream_dim, targets_of_layers
+from .layerwise import Batches, Places, Walk, find_places, stream_dim, targets_of_layers
 
 
 @torch.no_grad()
@@ -64,7 +65,7 @@ def repair_(
     stream = stream_dim(bound)
     units = kept_units(plan, stream, None, bound.sizes[stream])
     kept_layers = kept_units(plan, bound.depth, None, bound.num_layers).tolist()
-    with evaluating(dense), evaluating(pruned):
+    with evaluating(dense, pruned):
         teacher, student = Walk(dense, bound, batches), Walk(pruned, bound, batches)
         _check_plan(student, teacher, kept_layers, units)
         places = find_places(teacher, bound)

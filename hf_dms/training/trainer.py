@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor
+from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.modelcard import TrainingSummary
 from transformers.utils import logging
 
 from ..archs.plain_view import is_packed, packed_weights_may_stay
+from ..archs.restoring import restoring
 from ..checkpoint.hub import push
 from ..checkpoint.save import save_pruned
 from ..checkpoint.search_state import load_search_state_, save_search_state
@@ -105,25 +110,44 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
             pruned.config.use_cache = self._use_cache
         return pruned
 
-    def push_to_hub(self, commit_message: str | None = None, **options: Any) -> str | None:
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> str | Future[str] | None:
         """Prune, save the result as `pruned` in `args.output_dir`, and push it to `args.hub_model_id`.
 
         Args:
             commit_message: of the commit.
-            options: private, revision, token of `hf_dms.hub.push`; the defaults are the arguments'.
+            blocking: whether to wait until everything is sent.
+            token: default: that of the arguments.
+            revision: branch to push to. Default: that of the arguments.
+            private: whether a repository that is made is private. Default: as the arguments say.
+            card: what `Trainer.create_model_card` takes: model_name, finetuned_from, tasks, tags, language, ...
 
         Returns:
-            The URL of the model; None in processes that do not push.
+            The URL of the model, or where not blocking its future; None in processes that do not push.
         """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         pruned, inputs = self.prune(), self.example_inputs()
         if not self.is_world_process_zero():
             return None
-        folder = Path(self.args.output_dir, "pruned")
-        save_pruned(pruned, folder, processor=self.processing_class, inputs=inputs, overwrite=True)
-        defaults = {name: getattr(self.args, f"hub_{name}") for name in ("revision", "token")}
-        options = {"private": self.args.hub_private_repo} | defaults | options
         repo_id = self.args.hub_model_id or Path(self.args.output_dir).name
-        return push(folder, repo_id, commit_message=commit_message, **options)
+        folder, name = Path(self.args.output_dir, "pruned"), repo_id.rpartition("/")[2]
+        files = {"README.md": _model_card(self, **{"model_name": name} | card)}
+        save_pruned(pruned, folder, processor=self.processing_class, inputs=inputs, files=files, overwrite=True)
+        options: dict[str, Any] = {
+            "private": self.args.hub_private_repo if private is None else private,
+            "revision": revision or self.args.hub_revision,
+            "token": token or self.args.hub_token,
+        }
+        if blocking:
+            return push(folder, repo_id, commit_message=commit_message, **options)
+        return HfApi().run_as_future(push, folder, repo_id, commit_message=commit_message, **options)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Training checkpoints stay local: what is pushed is the pruned model."""
@@ -131,9 +155,14 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
     def example_inputs(self) -> dict[str, Tensor] | None:
         """One example of the evaluation data, else the training data, as tensors for a forward pass."""
         dataset = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
-        if dataset is None or isinstance(dataset, dict) or not hasattr(dataset, "__getitem__"):
+        if isinstance(dataset, dict):
+            dataset = next(iter(dataset.values()), None)
+        if dataset is None:
             return None
-        batch = self._get_collator_with_removed_columns(self.data_collator)([dataset[0]])
+        example = next(iter(dataset), None) if isinstance(dataset, IterableDataset) else dataset[0]
+        if example is None:
+            return None
+        batch = self._get_collator_with_removed_columns(self.data_collator)([example])
         return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
 
     # ---- Trainer's hooks ---------------------------------------------------------------------------------------------
@@ -267,16 +296,19 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         return self.dms_config.pipeline == "p-" and any(map(is_packed, self._unwrapped().modules()))
 
 
+def _model_card(trainer: Any, tags: str | list[str] | None = None, **options: Any) -> str:
+    """The draft of a model card that a Trainer makes."""
+    given = [tags] if isinstance(tags, str) else tags or []
+    known = ["dms", "pruned", *(getattr(trainer.model, "model_tags", None) or [])]
+    summary = TrainingSummary.from_trainer(trainer, tags=list(dict.fromkeys([*given, *known])), **options)
+    return summary.to_model_card()
+
+
 @contextlib.contextmanager
 def _without_autocast(model: PreTrainedModel, accelerator: Any) -> Iterator[PreTrainedModel]:
     """A model in its own precision for a while: accelerate wraps its forward in autocast for mixed precision."""
-    wrapped: dict[str, Any] = {
-        name: model.__dict__[name] for name in ("forward", "_original_forward") if name in model.__dict__
-    }
-    try:
+    with restoring([model], "forward", "_original_forward"):
         yield accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    finally:
-        model.__dict__.update(wrapped)
 
 
 def check_training_arguments(arguments: TrainingArguments) -> None:
@@ -293,7 +325,7 @@ def check_training_arguments(arguments: TrainingArguments) -> None:
         raise HfDmsError("use_reentrant=True is not supported. Leave it out: non-reentrant is the default.")
 
 
-class DMSTrainer(DMSMixin, Trainer):  # type: ignore[misc]  # push_to_hub
+class DMSTrainer(DMSMixin, Trainer):  # type: ignore[misc]  # push_to_hub returns what hf_dms.push does
     """A `transformers.Trainer` that searches with DMS: `DMSTrainer(model=..., dms_config=..., args=..., ...)`."""
 
 

@@ -160,8 +160,20 @@ def test_a_trainer_pushes_the_pruned_model(hub, folder):
     assert hub.results["trainer"]["out"] == f"{hub.url}/tester/trained"
     assert same_files(hub, "tester/trained", folder / "out/pruned")
     assert hub.repos["tester/trained"].private
-    assert hub.repos["tester/trained"].messages == ["From the trainer"]  # no training checkpoints
+    assert hub.repos["tester/trained"].messages == ["Pruned with hf_dms", "From the trainer"]  # no training checkpoints
     assert AutoModelForCausalLM.from_pretrained(folder / "out/pruned").num_parameters() < tiny_llama().num_parameters()
+
+
+def test_a_trainer_pushes_with_all_that_trainer_takes(hub):
+    assert hub.results["trainer later"]["out"] == f"{hub.url}/tester/trained/tree/with-card"
+    text = hub.files("tester/trained", "with-card")["README.md"].decode()
+    data = ModelCard(text).data
+    assert (data.base_model, data.license) == ("tester/stock", "mit")
+    assert set(data.tags) >= {"mine", "dms", "pruned"}
+    assert "# Named" in text
+    plain = hub.files("tester/trained")["README.md"].decode()
+    assert {"dms", "pruned"} <= set(ModelCard(plain).data.tags)
+    assert "# trained" in plain
 
 
 def test_a_recipe_prunes_a_model_of_the_hub_and_pushes_the_result(hub, folder):

@@ -69,6 +69,9 @@ def push_by_trainer() -> None:
     config = DMSConfig(target=0.6, warmup_steps=1)
     trainer = DMSTrainer(model=tiny_llama(), args=arguments, dms_config=config, train_dataset=Tokens())
     trainer.train()
+    card = {"finetuned_from": "tester/stock", "tasks": "text-generation", "tags": "mine", "license": "mit"}
+    job = trainer.push_to_hub(blocking=False, revision="with-card", model_name="Named", **card)
+    RESULTS["trainer later"] = {"code": 0, "out": job.result(), "err": ""}
     RESULTS["trainer"] = {"code": 0, "out": trainer.push_to_hub("From the trainer"), "err": ""}
 
 
