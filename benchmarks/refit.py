@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from quality import HERE, append, cut_by, load_text, one_shot_plan, request, rows_of, shuffled
+from quality import HERE, append, cut_by, dms_plan, load_text, one_shot_plan, request, rows_of, shuffled
 from repair import load_plan
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,6 +28,7 @@ REPAIR = 16384
 RUNS = {
     "taylor": ("taylor", {"batches": 24}, 24 * 512),
     "obs": ("obs", {"sequences": 24, "walks": 2}, 3 * 24 * 256),
+    "refitted": ("refitted", {"steps": 80}, 80 * 512 + 4 * 24 * 256),
 }
 
 
@@ -48,7 +49,8 @@ def make_plan(model, strategy, options, target, sequences, seed):
     if strategy == "obs":
         batches = labelled(sequences[: options["sequences"]])
         return one_shot_obs_plan(model, request(target), batches, walks=options["walks"])
-    raise ValueError(strategy)
+    config = request(target, search_over="refitted", warmup_steps=0)
+    return dms_plan(model, config, sequences, options["steps"], seed)
 
 
 def main():

@@ -18,6 +18,7 @@ RESOURCE_SCOPES = ("model", "layers")
 LAYOUTS = ("uniform", "per_layer", "padded")
 PIPELINES = ("p", "np", "p-")
 TARGET_SCHEDULES = ("geometric", "constant")
+SEARCHES_OVER = ("masks", "refitted")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -70,6 +71,13 @@ class DMSConfig:
         "p: pretrained weights train during the search. np: randomly initialised weights do. "
         "p-: weights are frozen, only the prune ratios move.",
     )
+    search_over: str = _option(
+        "masks",
+        "What the ratios are learned on. masks: units fade out, the rest stays as it is. refitted: the maps that write "
+        "into the residual stream are refitted by least squares at every width, and the ratio goes between widths, so "
+        "that the search sees the model as `repair_` will leave it. For frozen weights (pipeline p-) and a repair "
+        "afterwards; units of kv, heads and mlp go in the order of what their removal costs after a refit.",
+    )
     sharpness: float | None = _option(
         None,
         "Steepness λ of the soft mask, as a multiple of a dim's number of units N. Default: λ = N, but not below "
@@ -120,10 +128,16 @@ class DMSConfig:
             "layout": LAYOUTS,
             "pipeline": PIPELINES,
             "target_schedule": TARGET_SCHEDULES,
+            "search_over": SEARCHES_OVER,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise HfDmsError(f"dms.{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
+
+        if self.search_over == "refitted" and self.pipeline != "p-":
+            raise HfDmsError(
+                f"dms.search_over = refitted needs frozen weights, got pipeline {self.pipeline}. Write pipeline: p-"
+            )
 
     def _check_numbers(self) -> None:
         ranges = {  # name: (lowest, highest, is the lowest allowed, is the highest allowed)

@@ -93,7 +93,9 @@ class Gates(nn.Module):
         self.num_updates = 0
         self.rounded: Sizes | None = None  # exact sizes that hard masks take instead of the ratios' own
         self.attachment: Any = None  # where in a model these gates are (masking.Attachment)
-        self.log_masks: dict[str, tuple[Tensor, ...]] = {}
+        self.refitted: frozenset[str] = frozenset()  # dims whose maps run refitted in training (refit/search.py)
+        self.refit_ratio: Tensor | None = None  # the prune ratios when they were refitted
+        self.log_masks: dict[str, tuple[Any, ...]] = {}  # tensors; None: no mask
         self._taylor: dict[str, Tensor] = {}
         self._gathered: set[str] = set()  # dims that a backward pass has reached since the last update
         lower, upper = [], []
@@ -134,6 +136,7 @@ class Gates(nn.Module):
     def search_state(self) -> dict[str, Tensor]:
         """Everything that a search must not lose, as tensors."""
         state = {f"importance_{name}": self.raw_importance(name) for name in self.dims}
+        state |= {} if self.refit_ratio is None else {"refit_ratio": self.refit_ratio}
         return state | {"prune_ratio": self.prune_ratio.detach(), "num_updates": torch.tensor(self.num_updates)}
 
     @torch.no_grad()
@@ -143,7 +146,7 @@ class Gates(nn.Module):
         Raises:
             ValueError: when the state belongs to other gates.
         """
-        mine = self.search_state()
+        mine = {name: tensor for name, tensor in self.search_state().items() if name != "refit_ratio"}
         for name, tensor in mine.items():
             if name not in state or state[name].shape != tensor.shape:
                 found = "is missing" if name not in state else f"has shape {tuple(state[name].shape)}"
@@ -152,6 +155,7 @@ class Gates(nn.Module):
                     "It was saved by a search over other dims, or with another layout."
                 )
         self.prune_ratio.copy_(state["prune_ratio"])
+        self.refit_ratio = state.get("refit_ratio")
         self.num_updates = int(state["num_updates"])
         for name in self.dims:
             self.raw_importance(name).copy_(state[f"importance_{name}"])
@@ -167,6 +171,9 @@ class Gates(nn.Module):
         if self.training:
             self.clamp_ratios_()
         for name, dim in self.dims.items():
+            if self.training and name in self.refitted:
+                self.log_masks[name] = (None,) * dim.rows
+                continue
             if not self.training:
                 log_mask = topk_mask(self.importance(name), self.hard_units(name)).log()
             elif self.is_warming_up:
@@ -233,7 +240,7 @@ class Gates(nn.Module):
         Raises:
             ValueError: there was no backward pass through the model in training mode, so there is nothing to count.
         """
-        if not self._gathered:
+        if not self._gathered and not self.refitted:
             raise HfDmsError(
                 "update_importance_: no backward pass went through the model in training mode since the last call, so "
                 "no importance was gathered. from_pretrained returns a model in evaluation mode: call model.train() "
@@ -241,7 +248,8 @@ class Gates(nn.Module):
             )
         decay = self.schedule.importance_decay
         for name, term in self._taylor.items():
-            self.raw_importance(name).mul_(decay).add_(term.square(), alpha=1 - decay)
+            if name not in self.refitted:
+                self.raw_importance(name).mul_(decay).add_(term.square(), alpha=1 - decay)
         self.forget_step_()
         self.num_updates += 1
 

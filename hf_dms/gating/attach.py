@@ -209,7 +209,9 @@ def _compute_masks(gates: Gates, module: nn.Module, args: tuple) -> None:
 
 
 def _mask_input(gates: Gates, name: str, row: int, shape: tuple[int, int, int], module: nn.Module, args: tuple):
-    return (MaskUnits.apply(args[0], gates.log_masks[name][row], shape), *args[1:])
+    if (log_mask := gates.log_masks[name][row]) is None:
+        return None
+    return (MaskUnits.apply(args[0], log_mask, shape), *args[1:])
 
 
 def _mask_output(gates: Gates, name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor:

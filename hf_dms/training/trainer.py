@@ -34,6 +34,7 @@ from ..gating.outcome import SearchOutcome, say_outcome, search_outcome
 from .distributed import check_launch, check_plugin, leave_gates_out_, whole, without_ddp_for_frozen
 from .exact_resume import ExactCheckpointsMixin, loss_is_summed_over_micro_batches
 from .progress import show_progress_
+from .refitting import RefitCallback
 from .step_guard import FiniteStepsMixin
 
 logger = logging.get_logger(__name__)
@@ -71,6 +72,8 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         self._gate_grad_norm = torch.zeros((), device=self.args.device)
         self._steps_since_log = 0
         self.add_callback(_GateCallback(self))
+        if dms_config.search_over == "refitted":
+            self.add_callback(RefitCallback(self))
         show_progress_(self, "search")
 
     @property

@@ -1,0 +1,110 @@
+"""A search over refitted weights: while ratios train, each map that writes runs as least squares would leave it.
+
+In training mode a map of a refitted dim gives y = W(k) x, with k = (1 − a) N and W(k) between two refits of levels.py,
+in place of the masked y = W (m ∘ x). Ratio, resource loss and rounding are those of every search; the units' order is
+that of order.py, computed anew with the refits by each `refresh_`. In evaluation mode hard masks and the model's own
+weights run, as they are cut. Dims that no layer owns (hidden, layers) keep their masks, and are open in the walk.
+
+Nothing of this is stored in a checkpoint but the ratios at the last refresh: weights are frozen, and the same examples
+and ratios give the same refits again.
+
+Memory: per map its Cholesky factor n² and n·outputs, and two levels, in float32 on the model's device, and one
+`[hidden, hidden]` factor in float64.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..cut.verify import hard_masked
+from ..errors import HfDmsError
+from ..gates import Gates
+from ..gating.attach import gates_of
+from .curvature import Key
+from .levels import RefittedMap, sweep
+from .one_shot import factors_of, rank_
+
+
+class RefittedSearch:
+    """What a search over refitted weights keeps beside the gates.
+
+    Args:
+        model: a model with gates, its weights frozen.
+        batches: keyword arguments of forward passes with `labels`: what is refitted on.
+        options: of `RefittedMap`.
+
+    Raises:
+        ValueError: no dim of layers is pruned, or batches without labels.
+    """
+
+    def __init__(self, model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], **options: Any) -> None:
+        self.model, self.gates, self.options = model, gates_of(model), options
+        self.bound = self.gates.attachment.bound
+        self.batches = [{name: value.to(model.device) for name, value in batch.items()} for batch in batches]
+        self.dims = [name for name in self.gates.dims if self.bound.spec.dim(name).scope == "layer"]
+        if not self.dims:
+            raise HfDmsError(
+                "dms.search_over = refitted refits widths of layers, prune names only "
+                f"{', '.join(self.gates.dims)}. Add one, or write search_over: masks."
+            )
+        self.factors: dict[Key, Tensor] | None = None
+
+    @torch.no_grad()
+    def refresh_(self, ratio: Tensor | None = None) -> None:
+        """Refit every map and order its units, on the model as it is cut at these ratios.
+
+        Args:
+            ratio: all prune ratios of the gates. Default: as they are now.
+        """
+        gates = self.gates
+        gates.refit_ratio = (gates.prune_ratio if ratio is None else ratio).detach().clone()
+        now = gates.prune_ratio.clone()
+        gates.prune_ratio.copy_(gates.refit_ratio)
+        widths = {name: _width(gates, name) for name in self.dims}
+        gates.prune_ratio.copy_(now)
+        everything = {name: torch.full((dim.rows,), dim.units) for name, dim in gates.dims.items()}
+        with hard_masked(self.model, everything):
+            gates.compute_masks_()
+            if self.factors is None:
+                self.factors = factors_of(self.model, self.bound, self.batches)
+            maps = sweep(self.model, self.bound, self.batches, self.factors, widths, **self.options)
+        rank_(gates, maps)
+        self._install_(maps)
+
+    def _install_(self, maps: Mapping[Key, RefittedMap]) -> None:
+        """Let the maps run refitted in training mode, until the gates are taken off."""
+        first = not self.gates.refitted
+        layers: list[nn.Module] = list(self.model.base_model.get_submodule(self.bound.spec.layers).children())
+        for (layer, path), refitted in maps.items():
+            module: Any = layers[layer].get_submodule(path)
+            module.forward = functools.partial(_forward, module, self.gates, refitted, layer)
+            if first:
+                self.gates.attachment.hooks.append(_Replaced(module))
+        self.gates.refitted = frozenset(self.dims)
+
+
+class _Replaced:
+    """A handle, as of a hook, that gives a module its own forward back."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def remove(self) -> None:
+        self.module.__dict__.pop("forward", None)
+
+
+def _width(gates: Gates, name: str) -> Tensor:
+    """k = (1 − a) N of every row, at least one unit, `[rows]`."""
+    return ((1 - gates.ratio(name)) * gates.dims[name].units).clamp(min=1)
+
+
+def _forward(module: nn.Module, gates: Gates, refitted: RefittedMap, layer: int, inputs: Tensor) -> Tensor:
+    if not gates.training:
+        return type(module).forward(module, inputs)
+    return refitted.apply(inputs, _width(gates, refitted.dim)[layer])

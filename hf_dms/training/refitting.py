@@ -1,0 +1,81 @@
+"""When a search over refitted weights refits, and on which examples: a callback of DMSTrainer. See refit/search.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from ..errors import HfDmsError
+from ..refit.search import RefittedSearch
+
+REFRESHES = 3  # evenly over the search; one costs about a forward pass over its examples, three times
+POSITIONS_PER_INPUT = 4  # tokens or patches to refit on, per input of the widest map
+
+
+class RefitCallback(TrainerCallback):
+    """Refits when the warm-up ends, a few times after it, and when a search goes on from a checkpoint.
+
+    Args:
+        trainer: a DMSTrainer; its training data must be map-style, with labels.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.search: RefittedSearch | None = None
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        step, gates = state.global_step, self.trainer.gates
+        due = step in refresh_steps(self.trainer.dms_config.warmup_steps, state.max_steps)
+        if not due and (self.search is not None or gates.refit_ratio is None):
+            return
+        if self.search is None:
+            self.search = RefittedSearch(self.trainer._unwrapped(), examples_to_refit_on(self.trainer))
+        self.search.refresh_(None if due else gates.refit_ratio)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.search = None
+
+
+def refresh_steps(warmup_steps: int, max_steps: int) -> list[int]:
+    """The steps in front of which a search refits."""
+    length = max(max_steps - warmup_steps, 0)
+    return sorted({warmup_steps + length * number // REFRESHES for number in range(REFRESHES)})
+
+
+def examples_to_refit_on(trainer: Any) -> list[dict[str, Tensor]]:
+    """Batches of the training data, the same ones whenever they are asked for.
+
+    Raises:
+        ValueError: the data is no map-style dataset.
+    """
+    data = trainer.train_dataset
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        raise HfDmsError(
+            f"dms.search_over = refitted needs a dataset with a length and an index, got a {type(data).__name__}. "
+            "Use search_over: masks for streamed data."
+        )
+    bound = trainer.gates.attachment.bound
+    widest = max(bound.product(axis) for param in bound.params.values() for axis in param.axes[1:] if param.layer == 0)
+    collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
+    batches: list[dict[str, Tensor]] = []
+    missing, size = POSITIONS_PER_INPUT * widest, trainer.args.per_device_train_batch_size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for start in range(0, len(order), size):
+            batch = collate([data[i] for i in order[start : start + size]])
+            batches.append({name: value for name, value in batch.items() if isinstance(value, Tensor)})
+            missing -= _positions(batch, bound)
+            if missing <= 0:
+                break
+    return batches
+
+
+def _positions(batch: dict[str, Tensor], bound: Any) -> int:
+    """Tokens or patches of a batch."""
+    if "input_ids" not in batch:
+        return len(next(iter(batch.values()))) * bound.product(bound.spec.tokens)
+    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
