@@ -11,11 +11,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from hf_dms.archs.bind import bind
 from hf_dms.archs.registry import SPECS
+from hf_dms.archs.skeleton import skeleton
 from hf_dms.archs.spec import ArchSpec
 from hf_dms.archs.stock import limits_in_words
 from hf_dms.config import LAYOUTS
@@ -59,10 +59,8 @@ def heads(spec: ArchSpec) -> list[str]:
 
 
 def _binds(spec: ArchSpec, cls: type, config: PreTrainedConfig) -> bool:
-    with torch.device("meta"):
-        model = cls(config)
     try:
-        bind(spec, model)
+        bind(spec, skeleton(cls, config))
     except ValueError:
         return False
     return True

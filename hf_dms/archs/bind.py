@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import HfDmsError
 from ..resource import Monomial
-from .plain_view import plain_parameters
+from .plain_view import names_by_tensor, plain_parameters
 from .spec import ArchSpec, Axes, Dim, parse_axes
 
 
@@ -97,9 +97,7 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
     lines = [(_compile(pattern), text) for pattern, text in spec.lines(type(model).__name__).items()]
     params: dict[str, BoundParam] = {}
-    owners: dict[int, str] = {}
-    tied = set()
-    for name, parameter, shape in plain_parameters(model):
+    for name, _, shape in plain_parameters(model):
         matches = [(m, text) for regex, text in lines if (m := regex.fullmatch(name.removeprefix(prefix)))]
         if len(matches) != 1:
             raise HfDmsError(
@@ -116,9 +114,8 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
             )
         layer = match.groupdict().get("i")
         params[name] = BoundParam(axes, None if layer is None else int(layer), _positions(text, sizes))
-        if owners.setdefault(id(parameter), name) != name:
-            tied.add(name)
-    return BoundSpec(spec, prefix, sizes, params, frozenset(tied))
+    tied = frozenset(name for names in names_by_tensor(model).values() for name in names[1:])
+    return BoundSpec(spec, prefix, sizes, params, tied)
 
 
 def _check_variant(spec: ArchSpec, model: nn.Module) -> None:

@@ -46,6 +46,14 @@ def plain_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str,
             yield from plain_parameters(child, f"{prefix}{name}.")
 
 
+def names_by_tensor(model: nn.Module) -> dict[int, list[str]]:
+    """All names of every parameter of a plain model, several for tied ones, by the `id` of its tensor."""
+    names: dict[int, list[str]] = {}
+    for name, parameter, _ in plain_parameters(model):
+        names.setdefault(id(parameter), []).append(name)
+    return names
+
+
 def plain_module(module: nn.Module) -> nn.Module:
     """The module below adapters, or the copy that PEFT trains in its place; any other module as it is."""
     if _is(module, "ModulesToSaveWrapper"):
@@ -185,9 +193,7 @@ def check_adapters(model: nn.Module) -> None:
     if _is(model, "PeftModel") and model.active_peft_config.is_prompt_learning:  # type: ignore[union-attr]
         kind = model.active_peft_config.peft_type.value  # type: ignore[union-attr]
         raise HfDmsError(f"{kind} learns a prompt, which is no part of any weight. Use LoRA, or none.")
-    owners: dict[int, list[str]] = {}
-    for name, parameter, _ in plain_parameters(base_model_of(model)):
-        owners.setdefault(id(parameter), []).append(name)
+    owners = names_by_tensor(base_model_of(model))
     for path, module in model.named_modules():
         if _is(module, "AuxiliaryTrainingWrapper") and not _is(module, "ModulesToSaveWrapper"):
             raise HfDmsError(

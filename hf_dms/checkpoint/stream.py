@@ -7,8 +7,8 @@ the class that will load them, and every tensor equals the slice of its source. 
 
 from __future__ import annotations
 
-import copy
 import json
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -20,17 +20,21 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, initialization
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..archs.bind import BoundSpec, bind
+from ..archs.plain_view import names_by_tensor
 from ..archs.registry import spec_for
+from ..archs.skeleton import skeleton
 from ..cut.formats import pruned_class_and_config
 from ..cut.plan import PLAN_FILE, Plan, load_plan, plan_to_json
 from ..cut.slicing import cut_tensor, slice_tensor, source_names
 from ..errors import HfDmsError, VerificationError
+
+ROWS_AT_A_TIME = 4096  # of an embedding, when two are compared
 
 
 @dataclass(frozen=True)
@@ -83,13 +87,20 @@ def prepare_cut(folder: Path, plan_path: str | Path) -> StreamedCut:
     """
     files = weight_files(folder)
     dense = _dense_on_meta(folder, files[0])
+    tensors, left_out = stored_tensors(files, dense)
+    if differing := _tied_but_different(tensors, dense):
+        warnings.warn(
+            f"tie_word_embeddings is true in {folder}/config.json, but {differing} is another tensor than the one that "
+            "it is tied to. Both are kept and counted, and the cut model's config will say false.",
+            stacklevel=2,
+        )
+        dense, tensors = _untied(dense, tensors)
     bound = bind(spec_for(dense.config), dense)
     plan, layout = load_plan(plan_path, bound)
-    tensors, left_out = stored_tensors(files, dense)
     if wrong := _first_mismatch(tensors, dense):
         raise HfDmsError(f"{folder}: {wrong} Is config.json that of the weights?")
     cls, config = pruned_class_and_config(dense, bound, plan, layout)
-    return StreamedCut(dense, _on_meta(cls, config, dense.dtype), bound, plan, layout, tensors, left_out)
+    return StreamedCut(dense, skeleton(cls, config, dense.dtype), bound, plan, layout, tensors, left_out)
 
 
 def write_cut(job: StreamedCut, folder: Path, target: Path) -> dict[str, int]:
@@ -191,19 +202,43 @@ def _dense_on_meta(folder: Path, file: Path) -> PreTrainedModel:
     if config.dtype is None:  # from_pretrained goes by the first tensor too
         with safe_open(file, "pt") as content:
             config.dtype = content.get_tensor(next(iter(content.keys()))).dtype
-    return _on_meta(cls, config, config.dtype)
+    return skeleton(cls, config, config.dtype)
 
 
-def _on_meta(cls: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    with torch.device("meta"), initialization.no_init_weights():
-        model = cls._from_config(copy.deepcopy(config), dtype=dtype)
-    model.tie_weights()
-    return model
+def _tied_but_different(tensors: dict[str, Stored], model: PreTrainedModel) -> str | None:
+    """The first name of a tensor in files that differs from the one that it is tied to, if any has its shape."""
+    for names in names_by_tensor(model).values():
+        first, *others = [name for name in names if name in tensors] or names[:1]
+        for name in others:
+            if tensors[name].shape == tensors[first].shape and not _equal(tensors[name], tensors[first]):
+                return name
+    return None
+
+
+def _equal(stored: Stored, other: Stored) -> bool:
+    """Whether two tensors of one shape in files are equal, read a few rows at a time."""
+    with safe_open(stored.file, "pt") as content, safe_open(other.file, "pt") as others:
+        mine, its = content.get_slice(stored.key), others.get_slice(other.key)
+        rows = range(0, stored.shape[0], ROWS_AT_A_TIME)
+        return all(torch.equal(mine[row : row + ROWS_AT_A_TIME], its[row : row + ROWS_AT_A_TIME]) for row in rows)
+
+
+def _untied(model: PreTrainedModel, tensors: dict[str, Stored]) -> tuple[PreTrainedModel, dict[str, Stored]]:
+    """A model on the meta device whose config ties no embeddings, and the tensors of all of its names.
+
+    A name that files lack, since it was tied, gets the tensor that it was tied to.
+    """
+    shared = dict(tensors)
+    for names in names_by_tensor(model).values():
+        if stored := [tensors[name] for name in names if name in tensors]:
+            shared |= {name: stored[0] for name in names if name not in tensors}
+    model.config.tie_word_embeddings = False
+    return skeleton(type(model), model.config, model.dtype), shared
 
 
 def _first_mismatch(tensors: dict[str, Stored], model: PreTrainedModel) -> str | None:
     """What is wrong first with the tensors of a model: one of another shape, or one that is not there."""
-    for names in _tied_names(model):
+    for names in names_by_tensor(model).values():
         shape = tuple(model.get_parameter(names[0]).shape)
         for name in names:
             if name in tensors and tensors[name].shape != shape:
@@ -215,23 +250,15 @@ def _first_mismatch(tensors: dict[str, Stored], model: PreTrainedModel) -> str |
 
 def _count(tensors: dict[str, Stored], model: PreTrainedModel) -> int:
     """Parameters in files, tied ones once."""
-    stored = (next(tensors[name] for name in names if name in tensors) for names in _tied_names(model))
+    stored = (next(tensors[name] for name in names if name in tensors) for names in names_by_tensor(model).values())
     return sum(prod(tensor.shape) for tensor in stored)
 
 
 def _count_kept(job: StreamedCut) -> int:
     """Parameters of the cut model without what pads it, tied ones once."""
     sources = source_names(job.pruned, job.bound, job.plan)
-    kept = (sources[names[0]] for names in _tied_names(job.pruned))
+    kept = (sources[names[0]] for names in names_by_tensor(job.pruned).values())
     return sum(slice_tensor(job.dense.get_parameter(name), job.bound, name, job.plan).numel() for name in kept)
-
-
-def _tied_names(model: PreTrainedModel) -> list[list[str]]:
-    """All names of each parameter of a model."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return list(names.values())
 
 
 def _read(stored: Stored) -> Tensor:

@@ -12,6 +12,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..archs.bind import BoundSpec
+from ..archs.skeleton import config_as_tied
 from ..archs.spec import parse_axes
 from ..archs.stock import has_alternative, padded_sizes, product_of, within_limits
 from ..errors import HfDmsError
@@ -32,7 +33,7 @@ def pruned_class_and_config(
     per_layer = [config_values(bound, layer_sizes) for layer_sizes in sizes]
     common = {key: max(values[key] for values in per_layer) for key in per_layer[0]}
     common[_config_key(bound, bound.depth)] = len(kept_layers)
-    values = model.config.to_dict() | common
+    values = config_as_tied(model).to_dict() | common
     for key in (
         "architectures",
         "auto_map",

@@ -20,6 +20,7 @@ from ..errors import HfDmsError
 from ..gates import Gates
 from ..gating.attach import attach_, check_gates_outside, detach_, gates_of, has_gates
 from ..gating.checks import check_model
+from ..gating.gates_for import recount_
 from ..gating.outcome import say_outcome
 from ..gating.rounding import round_sizes
 from ..resource import Sizes
@@ -66,6 +67,7 @@ def prune(
         )
     check_gates_outside(model)
     gates = gates_of(model)
+    recount_(gates, model)
     bound, config = gates.attachment.bound, gates.attachment.config
     if gates.num_updates == 0:
         warnings.warn(
@@ -107,6 +109,7 @@ def plan_of(model: PreTrainedModel) -> Plan:
     """
     model = base_model_of(model)
     gates = gates_of(model)
+    recount_(gates, model)
     with _ranked(model):
         return make_plan(gates, round_sizes(gates, gates.attachment.bound, gates.attachment.config, model.config))
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import functools
+import warnings
 
-import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
-from transformers import PreTrainedModel, initialization
+from transformers import PreTrainedModel
 
-from ..archs.plain_view import PACKED, plain_parameters
+from ..archs.plain_view import PACKED, names_by_tensor, plain_parameters
+from ..archs.skeleton import config_as_tied, skeleton, untied_names
 from ..errors import HfDmsError
 
 
@@ -82,17 +82,17 @@ def check_checkpointing(model: nn.Module) -> None:
 
 
 def check_as_built(model: PreTrainedModel) -> None:
-    """Check that a model has the parameters that its class and config give it, tied as they tie them.
+    """Check that a model has the parameters that its class and config give it.
+
+    Embeddings that the config ties may be tensors of their own; then a warning says so.
 
     The cut model is built from them.
 
     Raises:
         ValueError: one is missing, added, of another shape, tied or untied.
     """
-    with torch.device("meta"), initialization.no_init_weights():
-        built = type(model)._from_config(copy.deepcopy(model.config))
-    built.tie_weights()
-    found, expected = _shapes_and_owners(model), _shapes_and_owners(built)
+    config = config_as_tied(model)
+    found, expected = _shapes_and_owners(model), _shapes_and_owners(skeleton(type(model), config))
     for name in [*found, *expected]:
         if found.get(name) != expected.get(name):
             raise HfDmsError(
@@ -101,12 +101,18 @@ def check_as_built(model: PreTrainedModel) -> None:
                 "quantised, or the parameter resized, tied or untied by hand. Put gates on the model as "
                 "from_pretrained returns it, and change it afterwards."
             )
+    if untied := untied_names(model):
+        warnings.warn(
+            f"tie_word_embeddings is true in this model's config, but {untied[0]} is a tensor of its own. Both are "
+            "kept and counted, and the cut model's config will say false.",
+            stacklevel=3,
+        )
 
 
 def _shapes_and_owners(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape of every parameter by name, and the first name of the tensor."""
-    owners: dict[int, str] = {}
-    return {name: (shape, owners.setdefault(id(p), name)) for name, p, shape in plain_parameters(model)}
+    owners = names_by_tensor(model)
+    return {name: (shape, owners[id(parameter)][0]) for name, parameter, shape in plain_parameters(model)}
 
 
 def _told(shape_and_owner: tuple[tuple[int, ...], str] | None, name: str) -> str:

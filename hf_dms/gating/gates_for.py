@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import gcd, lcm
 
 import torch
 from transformers import PreTrainedModel
 
-from ..archs.bind import BoundSpec
+from ..archs.bind import BoundSpec, bind
 from ..archs.costs import build_cost
+from ..archs.registry import spec_for
 from ..archs.stock import check_padding, tied_sizes
 from ..config import DMSConfig
 from ..errors import HfDmsError
@@ -59,6 +61,29 @@ def build_gates(
         resource_weight=config.resource_weight,
     )
     return Gates(dims, fixed_sizes, cost, schedule, device=model.device if device is None else device)
+
+
+def recount_(gates: Gates, model: PreTrainedModel) -> None:
+    """Let gates count their model as it is now, in place: its vocabulary may have been resized since `attach_`.
+
+    Raises:
+        ValueError: a dim that has gates has another size now.
+    """
+    attachment = gates.attachment
+    before, now, config = attachment.bound, bind(spec_for(model.config), model), attachment.config
+    if (before.sizes, before.tied) == (now.sizes, now.tied):
+        return
+    for name in gates.dims:
+        if before.sizes[name] != now.sizes[name]:
+            raise HfDmsError(
+                f"The model has {now.sizes[name]} units of {name}, and had {before.sizes[name]} when its gates were "
+                "put on. Take them off with hf_dms.detach_(model), attach them again, and search."
+            )
+    gates.fixed_sizes = {name: size for name, size in now.sizes.items() if name not in gates.dims}
+    cost = build_cost(now, model, config.resource, config.resource_scope, config.sequence_length)
+    gates.cost = cost.to(gates.prune_ratio.device)
+    gates.dense_resource = float(gates.count(gates.dense_sizes()))
+    gates.attachment = replace(attachment, bound=now)
 
 
 def dims_to_prune(bound: BoundSpec, config: DMSConfig) -> list[str]:

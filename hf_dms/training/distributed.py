@@ -7,7 +7,6 @@ Every process holds all gates. DDP and FSDP know nothing of them: their gradient
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..archs.plain_view import base_model_of, is_packed
+from ..archs.skeleton import config_as_tied
 from ..errors import HfDmsError
 from ..gates import Gates
 from ..gating.attach import copy_search_, gates_of, has_gates
@@ -140,7 +140,7 @@ def whole(model: PreTrainedModel) -> PreTrainedModel:
     if not isinstance(model, FSDPModule):
         return model
     original: Any = type(model).__bases__[1]  # fully_shard derives a class from it
-    config = copy.deepcopy(model.config)
+    config = config_as_tied(model)
     found = original._from_config(config, dtype=config.dtype, attn_implementation=config._attn_implementation)
     state = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in
              model.state_dict().items()}  # fmt: skip

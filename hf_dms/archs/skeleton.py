@@ -1,0 +1,64 @@
+"""A model without its weights, as its class and config build it; and where a model with weights is tied otherwise.
+
+A config can say that the output embedding is the input embedding while the file holds two different tensors, as some
+merges leave it. `from_pretrained` then keeps both. So does everything here: what is tied is what shares a tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, initialization
+
+from ..errors import HfDmsError
+from .plain_view import names_by_tensor
+
+
+def skeleton(cls: Any, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A model on the meta device, tied as its config says, with no time spent on first weights.
+
+    Args:
+        cls: the model class.
+        config: its config; the model gets a copy.
+        dtype: of the parameters. Default: the config's.
+    """
+    with torch.device("meta"), initialization.no_init_weights():
+        model = cls._from_config(copy.deepcopy(config), **({} if dtype is None else {"dtype": dtype}))
+    model.tie_weights()
+    return model
+
+
+def untied_names(model: PreTrainedModel) -> list[str]:
+    """Names of parameters that a model's config ties to another one, but that are tensors of their own in the model.
+
+    Raises:
+        ValueError: of several tensors that the config ties, some are tied in the model and some are not.
+    """
+    groups = [names for names in names_by_tensor(skeleton(type(model), model.config)).values() if len(names) > 1]
+    owners = {name: tensor for tensor, names in names_by_tensor(model).items() for name in names}
+    apart = [[name for name in names[1:] if owners.get(name) != owners.get(names[0])] for names in groups]
+    if any(apart) and [names[1:] for names in groups] != apart:
+        tied = next(name for names, own in zip(groups, apart) for name in names[1:] if name not in own)
+        raise HfDmsError(
+            f"tie_word_embeddings is true in this model's config, but {_first(apart)} is a tensor of its own, while "
+            f"'{tied}' is tied. Give it a tensor of its own too: a copy of the one that it is tied to."
+        )
+    return [name for own in apart for name in own]
+
+
+def config_as_tied(model: PreTrainedModel) -> PreTrainedConfig:
+    """A copy of a model's config that says whether the model's embeddings are tied, whatever its own says.
+
+    Raises:
+        ValueError: see `untied_names`.
+    """
+    config = copy.deepcopy(model.config)
+    if untied_names(model):
+        config.tie_word_embeddings = False
+    return config
+
+
+def _first(apart: list[list[str]]) -> str:
+    return f"'{next(name for own in apart for name in own)}'"
