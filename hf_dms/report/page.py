@@ -22,7 +22,7 @@ from .runtimes import STATUSES, layout_of, verdicts
 
 PAGE = "report.html"
 TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    loader=jinja2.PackageLoader("hf_dms.report", ""),
     autoescape=True,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,

@@ -54,6 +54,8 @@ def test_the_wheel_works_outside_the_tree(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {"hf_dms/recipes/quickstart.yaml", "hf_dms/recipes/data/sotu_train.jsonl"} <= set(names)
+    files = [path for path in (ROOT / "hf_dms").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert {str(path.relative_to(ROOT)) for path in files} <= set(names)  # templates, schemas and tables too
     site = tmp_path / "site"
     run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel))
     environment = os.environ | {"PYTHONPATH": str(site)}

@@ -325,9 +325,10 @@ def test_what_is_not_finite_is_null():
 def test_a_report_conforms_and_mistakes_are_found():
     report = make_report()
     assert mistakes(report) == []
-    assert mistakes(report | {"seconds": 1.5}) == ["report.seconds is 1.5, expected ['integer']"]
-    assert mistakes(report | {"sample": ""}) == ["report.sample is unknown"]
-    assert "report.layout is 'x'" in mistakes(report | {"layout": "x"})[0]
+    assert mistakes(report | {"seconds": 1.5}) == ["$.seconds: 1.5 is not of type 'integer'"]
+    assert "'sample' was unexpected" in mistakes(report | {"sample": ""})[0]
+    assert "$.layout: 'x' is not one of" in mistakes(report | {"layout": "x"})[0]
+    assert "is valid under each of" in mistakes(report | {"model": {}, "proof": "tensors", "left_out": []})[0]
 
 
 def test_every_key_is_in_the_document():

@@ -8,7 +8,7 @@ import transformers
 from helpers.tiny import tiny_llama
 
 from hf_dms.archs.registry import ARCHS, SPECS
-from hf_dms.report.runtimes import END, PATTERNS, ROWS, STATUSES, renewed, table, verdicts
+from hf_dms.report.runtimes import END, ROWS, STATUSES, renewed, table, verdicts
 
 ROOT = Path(__file__).parents[2]
 RUNTIMES = {row.runtime for row in ROWS}
@@ -37,7 +37,7 @@ def test_every_architecture_and_runtime_has_one_row_per_layout(spec):
         found = verdicts(config_of(prefix + spec.model_type))
         assert sorted(verdict.runtime for verdict in found) == sorted(RUNTIMES)
         assert {verdict.status for verdict in found} <= set(STATUSES)
-    assert {name for row in ROWS for name in row.models} <= set(ARCHS)
+    assert {name for row in ROWS for name in row.model_types()} <= set(ARCHS)
 
 
 def test_of_other_models_nothing_is_said():
@@ -65,7 +65,7 @@ def test_every_run_of_these_runtimes_is_in_the_rows():
     for row in ROWS:
         for layout, (status, _) in (("uniform", row.stock), ("per_layer", row.per_layer)):
             if row.runtime in NAMES.values() and status == "run":
-                assert {(row.runtime, name, layout) for name in row.models} <= ran
+                assert {(row.runtime, name, layout) for name in row.model_types()} <= ran
 
 
 # ---- what sizes change -----------------------------------------------------------------------------------------------
@@ -85,7 +85,9 @@ def test_a_head_size_that_a_runtime_overlooks_is_told(runtime, model_type):
 def test_layers_whose_order_a_runtime_takes_for_granted_are_told(runtime, cls):
     name = {"Gemma3": "Gemma3Text"}.get(cls, cls)
     config = getattr(transformers, f"{name}Config")(num_hidden_layers=12, head_dim=4).to_dict()
-    key, _, period = PATTERNS[runtime, config["model_type"]]
+    key, _, period = next(
+        row.order[config["model_type"]] for row in ROWS if row.runtime == runtime and config["model_type"] in row.order
+    )
     assert told(runtime, config).status != "no"
     tail = config | {key: config[key][:-period]}
     assert told(runtime, tail).status != "no"
