@@ -13,7 +13,7 @@ from ..archs.bind import BoundSpec, dim_size
 from ..archs.registry import ARCHS
 from ..archs.restoring import evaluating
 from ..errors import VerificationError
-from ..gating.attach import gates_of, norms
+from ..gating.attach import gates_of, has_gates, norms
 from ..resource import Sizes
 from .plan import Plan
 
@@ -32,6 +32,18 @@ def hard_masked(model: PreTrainedModel, sizes: Sizes) -> Iterator[None]:
             yield
     finally:
         gates.rounded = None
+
+
+@contextlib.contextmanager
+def open_gates(model: PreTrainedModel) -> Iterator[None]:
+    """Run a model in evaluation mode as if it had no gates, for a while; parts of it can run by themselves."""
+    if not has_gates(model):
+        yield
+        return
+    gates = gates_of(model)
+    with hard_masked(model, {name: torch.full((dim.rows,), dim.units) for name, dim in gates.dims.items()}):
+        gates.compute_masks_()
+        yield
 
 
 def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -135,15 +135,18 @@ class RepairConfig:
     """The `recover.repair` section: least squares on the maps that write into the residual stream, see repair.py."""
 
     examples: int = field(default=64, metadata={"help": "Examples of the training data to repair on, evenly spaced."})
-    ridge: float = field(
-        default=0.1,
-        metadata={"help": "How strongly a weight is held back, relative to the mean square of its inputs."},
+    ridge: float | None = field(
+        default=None,
+        metadata={
+            "help": "How strongly a weight is held back, relative to the mean square of its inputs. Default: chosen for "
+            "each map on held-out examples."
+        },
     )
 
     def __post_init__(self) -> None:
         if self.examples < 1:
             raise HfDmsError(f"recover.repair.examples must be at least 1, got {self.examples}.")
-        if not self.ridge > 0:
+        if self.ridge is not None and not self.ridge > 0:
             raise HfDmsError(f"recover.repair.ridge must be above 0, got {self.ridge}.")
 
 

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from ..archs.bind import BoundSpec
 from ..errors import HfDmsError
 from ..gating.attach import masked_inputs
-from .layerwise import Batches, Places, Walk
+from .layerwise import Places, Walk
+from .shelf import Shelf
 
 Key = tuple[int, str]  # a layer, and the path of a map inside it
 
@@ -127,7 +128,13 @@ def with_bias(module: Any) -> Tensor:
 
 @torch.no_grad()
 def collect_(
-    sums: Sequence[Sums], student: Walk, places: Places, layer: int, path: str, targets: list[Tensor], batches: Batches
+    sums: Sequence[Sums],
+    student: Walk,
+    places: Places,
+    layer: int,
+    path: str,
+    targets: Shelf,
+    masks: Sequence[Tensor | None],
 ) -> None:
     """Run every batch up to a map of a layer, and add what its output lacks to the sums, in turn.
 
@@ -138,18 +145,18 @@ def collect_(
         layer: the student's.
         path: of the map.
         targets: per batch, what the stream should be after the map, `[batch, tokens, hidden]`.
-        batches: what the walk was made of; only their attention masks are read.
+        masks: per batch its attention mask `[batch, tokens]`, None if every position counts.
     """
-    for number, (target, batch) in enumerate(zip(targets, batches)):
+    for number, mask in enumerate(masks):
         recorder = student.run(layer, number, places, until=path)
-        counts = positions(batch, target)
+        target = targets[number].to(recorder.sums[path].device)
+        counts = positions(mask, target)
         found, inputs = recorder.sums[path][counts], recorder.inputs[path][counts]
         sums[number % len(sums)].add_(inputs, _wide(target[counts]) - _wide(found))
 
 
-def positions(batch: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-    """Which positions of a batch count, `[batch, tokens]` bool."""
-    mask = batch.get("attention_mask")
+def positions(mask: Tensor | None, hidden: Tensor) -> Tensor:
+    """Which positions of a batch count, `[batch, tokens]` bool, by its attention mask if it has one."""
     if mask is None:
         return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
     return mask.to(hidden.device).bool()

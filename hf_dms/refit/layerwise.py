@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,8 @@ from ..archs.bind import BoundSpec
 from ..archs.restoring import restoring
 from ..cut.verify import TOLERANCE
 from ..errors import HfDmsError
+from .shelf import Shelf
 
-Batches = Sequence[Mapping[str, Tensor]]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -128,26 +129,46 @@ class Walk:
         layers: the layers.
         calls: per batch and layer, what the model calls the layer with beside the hidden state.
         hidden: per batch, the hidden state `[batch, tokens, hidden]` in front of the layer that comes next.
+
+    Args:
+        model: the model.
+        bound: its architecture.
+        batches: keyword arguments of forward passes; they are read once.
+        offload: a folder for calls and hidden states. Default: memory.
     """
 
-    def __init__(self, model: PreTrainedModel, bound: BoundSpec, batches: Batches) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        bound: BoundSpec,
+        batches: Iterable[Mapping[str, Tensor]] = (),
+        offload: str | os.PathLike | None = None,
+    ) -> None:
         base: Any = model.base_model
         self.layers: list[nn.Module] = list(base.get_submodule(bound.spec.layers).children())
-        self.calls: list[list[Call]] = []
-        self.hidden: list[Tensor] = []
-        options = {} if bound.spec.cache is None else {"use_cache": False}
+        self.offload = offload
+        self.calls, self.hidden = Shelf(offload), Shelf(offload)
+        self._base = base
+        self._options = {} if bound.spec.cache is None else {"use_cache": False}
         for batch in batches:
-            with _skipped(self.layers) as calls:
-                base(**{name: value.to(model.device) for name, value in batch.items()}, **options)
-            self.hidden.append(calls[0][0])
-            self.calls.append([call for _, call in calls])
+            self.add_(batch)
+
+    def add_(self, batch: Mapping[str, Tensor]) -> None:
+        """Put another batch in front of the first layer; labels are left out."""
+        device = self._base.device
+        inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+        with _skipped(self.layers) as calls:
+            self._base(**inputs, **self._options)
+        self.hidden.append(calls[0][0])
+        self.calls.append([call for _, call in calls])
 
     def run(self, layer: int, batch: int, places: Places, until: str | None = None) -> Recorder:
         """Run a layer on a batch, no further than to what the map `until` writes."""
         args, kwargs = self.calls[batch][layer]
-        recorder = Recorder(self.hidden[batch], until)
+        hidden = self.hidden[batch]
+        recorder = Recorder(hidden, until)
         with contextlib.suppress(_Stop), recorder.on(self.layers[layer], places):
-            output = self.layers[layer](self.hidden[batch], *args, **kwargs)
+            output = self.layers[layer](hidden, *args, **kwargs)
             recorder.output = output[0] if isinstance(output, tuple) else output
         return recorder
 
@@ -157,14 +178,14 @@ class Walk:
             self.hidden[batch] = self.run(layer, batch, Places()).output
 
 
-def targets_of_layers(teacher: Walk, places: Places, layers: range, units: Tensor) -> list[dict[str, Tensor]]:
+def targets_of_layers(teacher: Walk, places: Places, layers: range, units: Tensor) -> dict[str, Shelf]:
     """Let the dense model pass a kept layer and the dropped ones that follow it.
 
     Returns:
-        Per batch and map, what the stream should be after it `[batch, tokens, kept hidden units]`: the dense one after
-        the same map, for a layer's last map after the last one of these layers.
+        Per map, for every batch, what the stream should be after it `[batch, tokens, kept hidden units]`: the dense one
+        after the same map, for a layer's last map after the last one of these layers.
     """
-    targets, units = [], units.to(teacher.hidden[0].device)
+    targets = {path: Shelf(teacher.offload) for path in places.writes}
     for batch in range(len(teacher.hidden)):
         for layer in layers:
             recorder = teacher.run(layer, batch, places)
@@ -172,7 +193,8 @@ def targets_of_layers(teacher: Walk, places: Places, layers: range, units: Tenso
             if layer == layers[0]:
                 sums = recorder.sums
         sums |= {places.writes[-1]: recorder.sums[places.writes[-1]]}
-        targets.append({path: tensor.index_select(-1, units) for path, tensor in sums.items()})
+        for path, tensor in sums.items():
+            targets[path].append(tensor.index_select(-1, units.to(tensor.device)))
     return targets
 
 

@@ -145,6 +145,7 @@ def sweep(
         Per layer and path of a map that reads one of these dims, the map at every width.
     """
     batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+    masks = [batch.get("attention_mask") for batch in batches]
     found: dict[Key, RefittedMap] = {}
     everything = torch.arange(bound.sizes[stream_dim(bound)])
     with evaluating(model):
@@ -157,8 +158,7 @@ def sweep(
                 for path, writer in by_path.items():
                     module: Any = student.layers[layer].get_submodule(path)
                     sums = Sums.of(module)
-                    target = [batch.pop(path) for batch in targets]
-                    collect_([sums], student, places, layer, path, target, batches)
+                    collect_([sums], student, places, layer, path, targets[path], masks)
                     refitted = RefittedMap(module, writer, sums, factors.get((layer, path)), **options)
                     width = widths[writer.dim][layer]
                     whole = not width.is_floating_point()

@@ -20,7 +20,7 @@ from ..config import DMSConfig
 from ..cut.plan import Plan
 from ..cut.prune import make_plan
 from ..errors import HfDmsError
-from ..gates import GatedDim, Gates
+from ..gates import Gates
 from ..gating.attach import has_gates
 from ..gating.gates_for import build_gates
 from ..gating.rounding import round_sizes
@@ -60,13 +60,15 @@ def one_shot_obs_plan(model: PreTrainedModel, dms_config: DMSConfig, batches: Ba
         maps = sweep(model, bound, batches, factors, widths)
         costs = rank_(gates, maps)
         widths = sizes_below_one_threshold(gates, costs)
-    gates.prune_ratio.copy_(torch.cat([_ratios(gates.dims[name], width) for name, width in widths.items()]))
+    set_sizes_(gates, widths)
     return make_plan(gates, round_sizes(gates, bound, dms_config, model.config))
 
 
-def _ratios(dim: GatedDim, widths: Tensor) -> Tensor:
-    """The prune ratios at which a dim has these widths, `[num_ratios]`."""
-    return 1 - widths[: dim.num_ratios].float() / dim.units
+@torch.no_grad()
+def set_sizes_(gates: Gates, sizes: Sizes) -> None:
+    """Set the prune ratios to those at which hard masks keep these sizes, per dim `[rows]`; equal ones where shared."""
+    ratios = [1 - sizes[name][: dim.num_ratios].float() / dim.units for name, dim in gates.dims.items()]
+    gates.prune_ratio.copy_(torch.cat(ratios))
 
 
 def check_layer_dims(bound: BoundSpec, dims: Iterable[str], name: str) -> None:

@@ -11,13 +11,20 @@ so a cut that changes nothing is left as it is. The last map of a layer aims pas
 the stream itself is normalised (BERT) the layer takes over the norm of the last one dropped, which belongs to the sum
 aimed at. A bias is one more input, always 1. Nothing else of the model moves.
 
-Both models walk side by side, one layer at a time. Memory: the hidden states of all batches for both models and one
-layer's targets; never the activations of all layers, never a second copy of a model.
+The ridge is chosen for each map: the one whose solution on three quarters of the batches leaves the least error on the
+last quarter. The map is then solved on all of them.
+
+Both models walk side by side, one layer at a time, and batches stream. Memory: one map's sums (inputs² and inputs times
+hidden, in float64), and the hidden states of all batches, for both models and for one layer's targets, which `offload`
+keeps in files. Never the activations of all layers, never a second copy of a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,46 +35,59 @@ from ..archs.bind import bind
 from ..archs.registry import spec_for
 from ..archs.restoring import evaluating
 from ..cut.plan import Plan, kept_units
+from ..cut.prune import plan_of
+from ..cut.verify import open_gates
 from ..errors import HfDmsError
 from ..gating.attach import has_gates
 from .curvature import Sums, collect_
-from .layerwise import Batches, Places, Walk, find_places, stream_dim, targets_of_layers
+from .layerwise import Places, Walk, find_places, stream_dim, targets_of_layers
+
+RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # that one is chosen from
+FIXED_RIDGE = 0.1  # with a single batch, of which none can be held out
+HELD_OUT = 4  # one batch of so many, to choose the ridge on
 
 
 @torch.no_grad()
 def repair_(
     pruned: PreTrainedModel,
     dense: PreTrainedModel,
-    plan: Plan,
+    plan: Plan | None,
     batches: Iterable[Mapping[str, Tensor]],
     *,
-    ridge: float = 0.1,
+    ridge: float | None = None,
+    offload: str | os.PathLike | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Bring the residual stream of a cut model back to the dense one's, in place.
 
     Args:
         pruned: the cut model, on one device.
-        dense: the model it was cut from, without gates; it is left as it was. After a search that trained the weights:
-            the model before it, since with open masks the trained one is no model to aim at.
-        plan: the units that were kept: `plan_of` the model while it had gates.
-        batches: keyword arguments of forward passes; all are held at once. Positions where an `attention_mask`
-            `[batch, tokens]` is 0 do not count; labels are left out.
-        ridge: how strongly a weight is held back, relative to the mean square of its inputs.
+        dense: the model it was cut from; it is left as it was. Gates on it are open. After a search that trained the
+            weights: the model before it, since with open masks the trained one is no model to aim at.
+        plan: the units that were kept. None: those that the gates of `dense` keep, as `prune` cut it.
+        batches: keyword arguments of forward passes, read once; more of them repair better. Positions where an
+            `attention_mask` `[batch, tokens]` is 0 do not count; labels are left out.
+        ridge: how strongly a weight is held back, relative to the mean square of its inputs. Default: chosen for each
+            map on held-out batches, one in four; 0.1 for a single batch.
+        offload: a folder for the hidden states of all batches, `[tokens, hidden]` for both models and twice for the
+            targets of a layer. Default: the device's memory.
+        progress: called after each layer with the number of layers that are done and that of all.
 
     Raises:
-        ValueError: no batches, a model with gates, a plan of another cut, activations that are not finite, or layers
-            that do not write into the stream as a Llama's or a BERT's do. Layers before the one that an error is about
-            are repaired by then.
+        ValueError: no batches, a pruned model with gates, no plan, a plan of another cut, activations that are not
+            finite, or layers that do not write into the stream as a Llama's or a BERT's do. Layers before the one that
+            an error is about are repaired by then.
     """
-    batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
-    _check(pruned, dense, batches, ridge)
+    _check(pruned, dense, plan, ridge)
+    plan = plan_of(dense) if plan is None else plan
     bound = bind(spec_for(dense.config), dense)
     stream = stream_dim(bound)
     units = kept_units(plan, stream, None, bound.sizes[stream])
     kept_layers = kept_units(plan, bound.depth, None, bound.num_layers).tolist()
-    with evaluating(dense, pruned):
-        teacher, student = Walk(dense, bound, batches), Walk(pruned, bound, batches)
-        _check_plan(student, teacher, kept_layers, units)
+    with evaluating(dense, pruned), open_gates(dense), _folder_in(offload) as folder:
+        teacher, student = Walk(dense, bound, offload=folder), Walk(pruned, bound, offload=folder)
+        masks = [_start_(batch, teacher, student) for batch in batches]
+        _check_walks(student, teacher, kept_layers, units)
         places = find_places(teacher, bound)
         for layer in range(kept_layers[0]):
             teacher.advance(layer)
@@ -75,14 +95,16 @@ def repair_(
             end = kept_layers[position + 1] if position + 1 < len(kept_layers) else bound.num_layers
             targets = targets_of_layers(teacher, places, range(layer, end), units)
             for path in places.writes:
-                target = [batch.pop(path).to(pruned.device) for batch in targets]
                 module: Any = student.layers[position].get_submodule(path)
-                sums = Sums.of(module)
-                collect_([sums], student, places, position, path, target, batches)
-                _update_(module, sums, ridge, f"{path} of layer {layer}")
+                parts = [Sums.of(module) for _ in range(min(HELD_OUT, len(masks)))]
+                collect_(parts, student, places, position, path, targets[path], masks)
+                _update_(module, parts, ridge, f"{path} of layer {layer}")
+                targets[path].clear()
             if end > layer + 1:
                 _take_over_norm_(student.layers[position], teacher.layers[end - 1], places, units)
             student.advance(position)
+            if progress is not None:
+                progress(position + 1, len(kept_layers))
 
 
 # ---- both models, layer by layer -------------------------------------------------------------------------------------
@@ -94,44 +116,93 @@ def _take_over_norm_(kept: nn.Module, dropped: nn.Module, places: Places, units:
             parameter.copy_(source.index_select(0, units.to(source.device)))
 
 
+def _folder_in(offload: str | os.PathLike | None) -> contextlib.AbstractContextManager[str | None]:
+    """A temporary folder in another one, if there is one."""
+    if offload is None:
+        return contextlib.nullcontext()
+    return tempfile.TemporaryDirectory(prefix="hf_dms-", dir=offload)
+
+
+def _start_(batch: Mapping[str, Tensor], teacher: Walk, student: Walk) -> Tensor | None:
+    """Put a batch in front of both models' first layers; returns its attention mask.
+
+    Raises:
+        ValueError: the mask is not one of positions.
+    """
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.dim() != 2:
+        raise HfDmsError(
+            f"repair: the attention_mask of a batch has shape {tuple(mask.shape)}, expected [batch, tokens]."
+        )
+    teacher.add_(batch)
+    student.add_(batch)
+    return mask
+
+
 # ---- least squares ---------------------------------------------------------------------------------------------------
-def _update_(module: Any, sums: Sums, ridge: float, name: str) -> None:
-    """Add (AᵀA + ridge·mean(diag AᵀA)·I)⁻¹ AᵀR to a linear map; its bias is the last input, which the mean leaves out.
+def _update_(module: Any, parts: Sequence[Sums], ridge: float | None, name: str) -> None:
+    """Change a linear map by the ridge regression of what its output lacks.
 
     Raises:
         ValueError: the sums are not finite, or not positive definite.
     """
-    width, gram, moment = module.in_features, sums.gram, sums.moment
-    damping = (ridge * gram.diagonal()[:width].mean()).clamp(min=torch.finfo(gram.dtype).tiny)
-    gram.diagonal().add_(damping)
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    change = torch.cholesky_solve(moment, factor).T
-    if failed or not change.isfinite().all():
+    *fitted, last = parts
+    if ridge is None:
+        ridge = best_ridge(sum(fitted[1:], fitted[0]), last, module.in_features) if fitted else FIXED_RIDGE
+    change = ridge_change(sum(fitted, last), module.in_features, ridge).T
+    if not change.isfinite().all():
         raise HfDmsError(
             f"repair: the least squares of {name} have no finite solution at ridge {ridge}. Raise it; if that does not "
             "help, the activations of the model on these batches are not finite: check the data, or use a wider dtype."
         )
-    module.weight.copy_(module.weight.double() + change[:, :width])
+    module.weight.copy_(module.weight.double() + change[:, : module.in_features])
     if module.bias is not None:
-        module.bias.copy_(module.bias.double() + change[:, width])
+        module.bias.copy_(module.bias.double() + change[:, module.in_features])
 
 
-def _check(pruned: PreTrainedModel, dense: PreTrainedModel, batches: Batches, ridge: float) -> None:
-    if not batches:
+def ridge_change(sums: Sums, width: int, ridge: float) -> Tensor:
+    """ΔWᵀ = (AᵀA + ridge·mean(diag AᵀA)·I)⁻¹ AᵀR, `[inputs, outputs]`; not finite where there is no solution.
+
+    Args:
+        sums: of a map.
+        width: inputs that are no bias; the mean is theirs.
+        ridge: relative to their mean square.
+    """
+    gram = sums.gram.clone()
+    gram.diagonal().add_((ridge * gram.diagonal()[:width].mean()).clamp(min=torch.finfo(gram.dtype).tiny))
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    return torch.full_like(sums.moment, torch.nan) if failed else torch.cholesky_solve(sums.moment, factor)
+
+
+def best_ridge(fitted: Sums, held_out: Sums, width: int) -> float:
+    """Of `RIDGES`, the one whose change leaves the least squared error |R − A ΔWᵀ|² on held-out sums."""
+
+    def error(ridge: float) -> float:
+        change = ridge_change(fitted, width, ridge)
+        left = (change * (held_out.gram @ change - 2 * held_out.moment)).sum() + held_out.missing
+        return float(left.nan_to_num(torch.inf))
+
+    return min(RIDGES, key=error)
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+def _check(pruned: PreTrainedModel, dense: PreTrainedModel, plan: Plan | None, ridge: float | None) -> None:
+    if ridge is not None and not ridge > 0:
+        raise HfDmsError(
+            f"repair: ridge must be positive, got {ridge}. Leave it out to have it chosen on held-out batches."
+        )
+    if has_gates(pruned):
+        raise HfDmsError("repair: the pruned model has gates. Take them off with hf_dms.detach_(model) first.")
+    if plan is None and not has_gates(dense):
+        raise HfDmsError(
+            "repair: the dense model has no gates that say what was kept, so a plan is needed. Give what "
+            "hf_dms.plan_of(model) returned before they were taken off."
+        )
+
+
+def _check_walks(student: Walk, teacher: Walk, kept_layers: list[int], units: Tensor) -> None:
+    if not len(student.hidden):
         raise HfDmsError("repair needs at least one batch, got none.")
-    for batch in batches:
-        if (mask := batch.get("attention_mask")) is not None and mask.dim() != 2:
-            raise HfDmsError(
-                f"repair: the attention_mask of a batch has shape {tuple(mask.shape)}, expected [batch, tokens]."
-            )
-    if not ridge > 0:
-        raise HfDmsError(f"repair: ridge must be positive, got {ridge}. 0.01 is the default.")
-    for name, model in (("pruned", pruned), ("dense", dense)):
-        if has_gates(model):
-            raise HfDmsError(f"repair: the {name} model has gates. Take them off with hf_dms.detach_(model) first.")
-
-
-def _check_plan(student: Walk, teacher: Walk, kept_layers: list[int], units: Tensor) -> None:
     found, dense = ((len(walk.layers), walk.hidden[0].shape[-1]) for walk in (student, teacher))
     planned = (len(kept_layers), len(units))
     if found != planned or kept_layers[-1] >= dense[0] or units[-1] >= dense[1]:

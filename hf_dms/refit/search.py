@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..cut.verify import hard_masked
+from ..cut.verify import open_gates
 from ..errors import HfDmsError
 from ..gates import Gates
 from ..gating.attach import gates_of
@@ -68,9 +68,7 @@ class RefittedSearch:
         gates.prune_ratio.copy_(gates.refit_ratio)
         widths = {name: _width(gates, name) for name in self.dims}
         gates.prune_ratio.copy_(now)
-        everything = {name: torch.full((dim.rows,), dim.units) for name, dim in gates.dims.items()}
-        with hard_masked(self.model, everything):
-            gates.compute_masks_()
+        with open_gates(self.model):
             if self.factors is None:
                 self.factors = factors_of(self.model, self.bound, self.batches)
             maps = sweep(self.model, self.bound, self.batches, self.factors, widths, **self.options)

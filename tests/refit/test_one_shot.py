@@ -10,7 +10,7 @@ from hf_dms import DMSConfig, attach_, detach_, plan_of, repair_
 from hf_dms.cut.verify import outputs_of
 from hf_dms.gating.attach import gates_of
 from hf_dms.gating.gates_for import build_gates
-from hf_dms.refit.one_shot import one_shot_obs_plan, sizes_below_one_threshold
+from hf_dms.refit.one_shot import one_shot_obs_plan, set_sizes_, sizes_below_one_threshold
 
 CLASSES = (LlamaForCausalLM, BertForMaskedLM, ViTForImageClassification)
 
@@ -77,6 +77,14 @@ def test_a_unit_goes_no_sooner_than_those_behind_it_in_its_order():
     cost[0, :10] = 0.0  # cheap, but ten dear ones have to go first
     sizes = sizes_below_one_threshold(gates, {"kv": torch.full((3, 3), 1e9).double(), "mlp": cost})
     assert sizes["mlp"][0] == sizes["mlp"][1] == sizes["mlp"][2]
+
+
+def test_ratios_are_set_dim_by_dim_whatever_the_order_of_the_sizes():
+    model = tiny(LlamaForCausalLM)
+    gates = build_gates(bound_of(model), model, request(model))
+    sizes = {"mlp": torch.tensor([20, 7, 1]), "kv": torch.tensor([1, 3, 2])}
+    set_sizes_(gates, sizes)
+    assert all(torch.equal(gates.hard_units(name), size) for name, size in sizes.items())
 
 
 def test_what_it_cannot_choose_is_an_error():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.laws import tiny
 from helpers.refit import batches_for, captured, cut_by, layers_of, text
-from helpers.tiny import relative_difference, token_batch
+from helpers.tiny import relative_difference, search_, token_batch
 from transformers import (
     BertForMaskedLM,
     Dinov2ForImageClassification,
@@ -20,9 +20,11 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_dms import DMSConfig, attach_, repair_
+from hf_dms import DMSConfig, attach_, plan_of, prune, repair_
 from hf_dms.cut.plan import Plan
 from hf_dms.cut.verify import outputs_of
+from hf_dms.refit.curvature import Sums
+from hf_dms.refit.repair import RIDGES, best_ridge, ridge_change
 
 CLASSES = (
     LlamaForCausalLM,
@@ -171,6 +173,66 @@ def test_padding_does_not_count(cls):
         assert relative_difference(tensor, expected[name]) < 1e-5
 
 
+def test_with_gates_on_the_dense_model_their_plan_is_repaired_and_they_are_open():
+    model = tiny(LlamaForCausalLM)
+    attach_(model, DMSConfig(target=0.7, prune=("kv", "mlp", "hidden"), layout="per_layer", pipeline="p-"))
+    search_(model)
+    plan, pruned = plan_of(model), prune(model)
+    other = cut_by(tiny(LlamaForCausalLM), plan)
+    repair_(other, tiny(LlamaForCausalLM), plan, text(1))
+    repair_(pruned, model, None, text(1))
+    for name, tensor in pruned.state_dict().items():
+        assert relative_difference(tensor, other.state_dict()[name]) < 1e-3
+
+
+def test_hidden_states_may_wait_in_files(tmp_path):
+    model = tiny(Qwen2ForCausalLM)
+    pruned, other = cut_by(model, PLANS["all"]), cut_by(model, PLANS["all"])
+    repair_(pruned, model, PLANS["all"], text(1))
+    repair_(other, model, PLANS["all"], text(1), offload=tmp_path)
+    assert same_tensors(other, pruned.state_dict())
+    assert not any(tmp_path.iterdir())
+
+
+def test_progress_is_told_after_each_layer():
+    model, told = tiny(LlamaForCausalLM), []
+    repair_(
+        cut_by(model, PLANS["depth"]), model, PLANS["depth"], text(1, batches=2),
+        progress=lambda done, total: told.append((done, total)),
+    )  # fmt: skip
+    assert told == [(1, 2), (2, 2)]
+
+
+# ---- the ridge ----
+def sums_of(rows, noise, seed=0, truth=None):
+    """Sums of a map of 10 inputs whose output lacks `truth` of them, and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    sums = Sums.of(torch.nn.Linear(10, 3, bias=False))
+    inputs = torch.randn(rows, 10, generator=generator).double()
+    sums.add_(inputs, inputs @ truth + noise * torch.randn(rows, 3, generator=generator).double())
+    return sums, inputs
+
+
+def test_the_chosen_ridge_leaves_the_least_error_on_held_out_positions():
+    truth = torch.randn(10, 3, generator=torch.Generator().manual_seed(9)).double()
+    for rows, noise in ((12, 3.0), (200, 0.1)):
+        fitted, _ = sums_of(rows, noise, 1, truth)
+        generator = torch.Generator().manual_seed(2)
+        inputs = torch.randn(50, 10, generator=generator).double()
+        missing = inputs @ truth + noise * torch.randn(50, 3, generator=generator).double()
+        held_out = Sums.of(torch.nn.Linear(10, 3, bias=False))
+        held_out.add_(inputs, missing)
+        errors = {r: float((missing - inputs @ ridge_change(fitted, 10, r)).square().sum()) for r in RIDGES}
+        assert best_ridge(fitted, held_out, 10) == min(errors, key=errors.get)
+
+
+def test_noisy_activations_get_a_larger_ridge_than_clean_ones():
+    truth = torch.randn(10, 3, generator=torch.Generator().manual_seed(9)).double()
+    noisy = best_ridge(sums_of(12, 3.0, 1, truth)[0], sums_of(50, 3.0, 2, truth)[0], 10)
+    clean = best_ridge(sums_of(200, 0.1, 1, truth)[0], sums_of(50, 0.1, 2, truth)[0], 10)
+    assert noisy > clean == RIDGES[0]
+
+
 def test_batches_may_be_a_generator_and_may_have_labels():
     model = tiny(LlamaForCausalLM)
     pruned = cut_by(model, PLANS["all"])
@@ -211,7 +273,7 @@ def test_what_cannot_be_repaired_is_an_error():
     pruned = cut_by(model, plan)
     with pytest.raises(ValueError, match="repair needs at least one batch, got none"):
         repair_(pruned, model, plan, [])
-    with pytest.raises(ValueError, match=r"ridge must be positive, got 0\. 0\.01 is the default"):
+    with pytest.raises(ValueError, match=r"ridge must be positive, got 0\. Leave it out to have it chosen on held-out"):
         repair_(pruned, model, plan, text(1), ridge=0)
     with pytest.raises(ValueError, match=r"attention_mask of a batch has shape \(6, 1, 12, 12\), expected .batch, tok"):
         repair_(pruned, model, plan, [next(text(1)) | {"attention_mask": torch.ones(6, 1, 12, 12)}])
@@ -222,9 +284,11 @@ def test_what_cannot_be_repaired_is_an_error():
     shallow = cut_by(model, PLANS["depth"])
     with pytest.raises(ValueError, match=r"up to layer 2, .* the dense model has 2 and 24\. Give the plan and the de"):
         repair_(shallow, shallow, PLANS["depth"], text(1))
+    with pytest.raises(ValueError, match=r"no gates that say what was kept, so a plan is needed\. Give what hf_dms"):
+        repair_(pruned, model, None, text(1))
     attach_(model, DMSConfig(target=0.9))
-    with pytest.raises(ValueError, match=r"the dense model has gates. Take them off with hf_dms.detach_"):
-        repair_(pruned, model, plan, text(1))
+    with pytest.raises(ValueError, match=r"the pruned model has gates\. Take them off with hf_dms\.detach_"):
+        repair_(model, model, plan, text(1))
 
 
 def test_activations_that_are_not_finite_are_an_error_with_the_name_of_the_map():
