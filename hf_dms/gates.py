@@ -288,9 +288,12 @@ class Gates(nn.Module):
             `[...]` float64.
         """
         cost = self.cost if cost is None else cost.to(self.prune_ratio.device)
-        if "layers" not in self.dims:
-            return cost.count(sizes)
-        return cost.count(sizes, linear_topk_count(self.importance("layers")[0], sizes["layers"].squeeze(-1)))
+        kept = {
+            stack: linear_topk_count(self.importance(stack)[0], sizes[stack].squeeze(-1))
+            for stack in cost.stacks
+            if stack in self.dims
+        }
+        return cost.count(sizes, kept)
 
     def target(self, progress: float) -> float:
         """The falling target at a point of the search, as a fraction of the dense resource; 1 while warming up."""

@@ -2,7 +2,8 @@
 
 A cost is a polynomial in the sizes of the dims: a Llama layer has `2·kv·rep·d·hidden + ... + 3·mlp·hidden + 2·hidden`
 parameters. Sizes may be whole (an exact count) or not (the differentiable relaxation k̃ = (1 - a) N, whose gradient in
-a is the same everywhere). Each layer's cost is multiplied by how much of the layer is kept.
+a is the same everywhere). Each layer's cost is multiplied by how much of the layer is kept. Layers come in stacks of
+equal ones: a Llama has one, a staged network one a stage.
 """
 
 from __future__ import annotations
@@ -22,41 +23,48 @@ class Cost:
 
     Attributes:
         model: coefficient of each monomial outside the layers, e.g. `{("hidden",): 49152.0}`.
-        layer: coefficient of each monomial of each layer, `[layers]` float64, e.g. `{("hidden", "mlp"): [3., 3.]}`.
+        stacks: for each stack of layers, by the name of its depth dim, the coefficient of each monomial of each layer,
+            `[layers]` float64, e.g. `{"layers": {("hidden", "mlp"): [3., 3.]}}`.
     """
 
     model: dict[Monomial, float]
-    layer: dict[Monomial, Tensor]
+    stacks: dict[str, dict[Monomial, Tensor]]
 
-    def count(self, sizes: Sizes, layers_kept: Tensor | None = None) -> Tensor:
+    def count(self, sizes: Sizes, layers_kept: dict[str, Tensor] | None = None) -> Tensor:
         """Evaluate the polynomial.
 
         Args:
             sizes: units kept per dim, `[..., layers]`, or `[..., 1]` for a dim that the whole model shares; float or
                 int, differentiable.
-            layers_kept: `[..., layers]` in [0, 1], how much of each layer is counted. Default: all of each.
+            layers_kept: `[..., layers]` in [0, 1] per stack, how much of each layer is counted. Default: all of each.
 
         Returns:
             `[...]` float64.
         """
-        total = self.per_layer(sizes)
-        total = total.sum(-1) if layers_kept is None else (total * layers_kept.double()).sum(-1)
+        total = torch.zeros((), dtype=torch.float64, device=next(iter(sizes.values())).device)
+        for stack in self.stacks:
+            cost, kept = self.per_layer(sizes, stack), (layers_kept or {}).get(stack)
+            total = total + (cost if kept is None else cost * kept.double()).sum(-1)
         for monomial, coefficient in self.model.items():
             total = total + coefficient * _product(sizes, monomial).squeeze(-1)
         return total
 
-    def per_layer(self, sizes: Sizes) -> Tensor:
-        """Cost of each layer, `[..., layers]` float64."""
-        terms = [coefficient * _product(sizes, monomial) for monomial, coefficient in self.layer.items()]
+    def per_layer(self, sizes: Sizes, stack: str = "layers") -> Tensor:
+        """Cost of each layer of a stack, `[..., layers]` float64."""
+        terms = [coefficient * _product(sizes, monomial) for monomial, coefficient in self.stacks[stack].items()]
         return torch.stack(torch.broadcast_tensors(*terms)).sum(0)
 
     def to(self, device: torch.device) -> Cost:
         """The same cost for sizes on another device."""
-        return Cost(self.model, {monomial: tensor.to(device) for monomial, tensor in self.layer.items()})
+        moved = {
+            stack: {monomial: tensor.to(device) for monomial, tensor in terms.items()}
+            for stack, terms in self.stacks.items()
+        }
+        return Cost(self.model, moved)
 
     def layers_only(self) -> Cost:
         """The same cost without what lies outside the layers."""
-        return Cost(model={}, layer=self.layer)
+        return Cost(model={}, stacks=self.stacks)
 
 
 def _product(sizes: Sizes, monomial: Monomial) -> Tensor:

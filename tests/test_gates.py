@@ -369,7 +369,7 @@ def test_a_step_of_the_search_mixes_no_devices():
     attach_(model, DMSConfig(target=0.5, warmup_steps=0, layout="per_layer", protect={"layers": [0]}))
     gates = gates_of(model)
     model.to("meta").train()
-    assert {tensor.device.type for tensor in gates.cost.layer.values()} == {"meta"}
+    assert {tensor.device.type for terms in gates.cost.stacks.values() for tensor in terms.values()} == {"meta"}
     loss = model(input_ids=torch.ones(1, 4, dtype=torch.long, device="meta")).logits.sum() + gates.resource()
     loss.backward()
     assert gates.prune_ratio.grad.device.type == "meta"

@@ -14,9 +14,11 @@ from hf_dms.resource import Cost, resource_loss, scheduled_target
 
 COST = Cost(
     model={("hidden",): 7.0, (): 3.0},
-    layer={
-        ("hidden", "mlp"): torch.tensor([3.0, 3.0, 2.0], dtype=torch.float64),
-        ("kv",): torch.tensor([5.0, 0.0, 1.0], dtype=torch.float64),
+    stacks={
+        "layers": {
+            ("hidden", "mlp"): torch.tensor([3.0, 3.0, 2.0], dtype=torch.float64),
+            ("kv",): torch.tensor([5.0, 0.0, 1.0], dtype=torch.float64),
+        }
     },
 )
 
@@ -44,10 +46,25 @@ def brute_force(hidden, mlp, kv, layers_kept=(1, 1, 1)):
 def test_the_polynomial_equals_brute_force(hidden, widths, kept):
     mlp, kv = widths[:3], widths[3:]
     assert float(COST.count(sizes(hidden, mlp, kv))) == brute_force(hidden, mlp, kv)
-    counted = COST.count(sizes(hidden, mlp, kv), torch.tensor(kept))
+    counted = COST.count(sizes(hidden, mlp, kv), {"layers": torch.tensor(kept)})
     assert float(counted) == brute_force(hidden, mlp, kv, kept)
     inside = COST.layers_only().count(sizes(hidden, mlp, kv))
     assert float(inside) == brute_force(hidden, mlp, kv) - 7 * hidden - 3
+
+
+def test_each_stack_is_counted_with_its_own_layers_kept():
+    two = Cost(
+        model={(): 3.0},
+        stacks={
+            "layers0": {("mlp0",): torch.tensor([2.0, 2.0], dtype=torch.float64)},
+            "layers1": {("mlp1",): torch.tensor([5.0, 5.0, 7.0], dtype=torch.float64)},
+        },
+    )
+    found = {"mlp0": torch.tensor([1, 2]), "mlp1": torch.tensor([1, 2, 3])}
+    assert float(two.count(found)) == 3 + 2 * 3 + 5 * 3 + 7 * 3
+    kept = {"layers0": torch.tensor([0, 1]), "layers1": torch.tensor([1, 0, 1])}
+    assert float(two.count(found, kept)) == 3 + 4 + 5 + 21
+    assert float(two.count(found, {"layers1": kept["layers1"]})) == 3 + 6 + 26
 
 
 def test_batched_counts_equal_single_ones():

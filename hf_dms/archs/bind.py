@@ -7,7 +7,7 @@ are sliced, what the config says.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -25,13 +25,15 @@ class BoundParam:
 
     Attributes:
         axes: the dims that each of its axes is a product of.
-        layer: the layer that it belongs to, None outside the layers.
+        layer: the layer of its stack that it belongs to, None outside the layers.
+        stack: name of the depth dim of these layers, None outside the layers.
         positions: number of positions of a sequence at which its matmul runs, None for all.
     """
 
     axes: Axes
     layer: int | None
     positions: int | None = None
+    stack: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,20 +55,55 @@ class BoundSpec:
     tied: frozenset[str]
 
     @property
+    def stacks(self) -> dict[str, str]:
+        """Path of each stack of layers, below the model, by the name of its depth dim."""
+        return {depth: self.prefix + path for depth, path in self.spec.stacks.items()}
+
+    @property
     def depth(self) -> str:
-        return next(dim.name for dim in self.spec.dims if dim.scope == "depth")
+        """The depth dim of the one stack of layers.
+
+        Raises:
+            ValueError: the model has several.
+        """
+        if len(self.spec.stacks) > 1:
+            raise HfDmsError(
+                f"{self.spec.model_type} has several stacks of layers ({', '.join(self.spec.stacks)}), and this works "
+                "on models with one only."
+            )
+        return next(iter(self.spec.stacks))
 
     @property
     def num_layers(self) -> int:
+        """Layers of the one stack."""
         return self.sizes[self.depth]
 
     @property
     def layers_path(self) -> str:
-        return self.prefix + self.spec.layers
+        """Path of the one stack of layers, below the model."""
+        return self.stacks[self.depth]
+
+    @property
+    def total_layers(self) -> int:
+        """Layers of all stacks."""
+        return sum(self.sizes[stack] for stack in self.stacks)
+
+    def stack_of(self, name: str) -> str | None:
+        """Depth dim of the layers that a dim is in; None for one that lies across or outside them."""
+        dim = self.spec.dim(name)
+        return dim.stack if dim.scope == "layer" else None
 
     def rows(self, name: str) -> int:
         """Independent sets of units of a dim: its layers, or 1."""
-        return self.num_layers if self.spec.dim(name).scope == "layer" else 1
+        stack = self.stack_of(name)
+        return 1 if stack is None else self.sizes[stack]
+
+    def layer_of(self, name: str) -> tuple[str | None, int | None]:
+        """Depth dim of the stack, and index in it, of the layer that a parameter or module is in; None outside."""
+        for depth, path in self.stacks.items():
+            if name.startswith(f"{path}."):
+                return depth, int(name.removeprefix(f"{path}.").partition(".")[0])
+        return None, None
 
     def product(self, factors: str | tuple[str, ...]) -> int:
         """Size of a product of dims before pruning."""
@@ -96,15 +133,16 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
             spec = spec.with_one_name(dim.name, dim.same_as)
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
     lines = [(_compile(pattern), text) for pattern, text in spec.lines(type(model).__name__).items()]
+    bound = BoundSpec(spec, prefix, sizes, {}, frozenset())
     params: dict[str, BoundParam] = {}
     for name, _, shape in plain_parameters(model):
-        matches = [(m, text) for regex, text in lines if (m := regex.fullmatch(name.removeprefix(prefix)))]
+        matches = [text for regex, text in lines if regex.fullmatch(name.removeprefix(prefix))]
         if len(matches) != 1:
             raise HfDmsError(
                 f"{spec.model_type}: parameter '{name}' {shape} matches {len(matches)} lines of the "
                 f"description of a {type(model).__name__}, expected 1. Add or correct its line in the ArchSpec."
             )
-        match, text = matches[0]
+        text = matches[0]
         axes = parse_axes(text)
         expected = tuple(prod(sizes[factor] for factor in axis) for axis in axes)
         if shape != expected:
@@ -112,10 +150,10 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
                 f"{spec.model_type}: parameter '{name}' has shape {shape}, but its description "
                 f"'{text}' means {expected}. Correct it in the ArchSpec."
             )
-        layer = match.groupdict().get("i")
-        params[name] = BoundParam(axes, None if layer is None else int(layer), _positions(text, sizes))
+        stack, layer = bound.layer_of(name)
+        params[name] = BoundParam(axes, layer, _positions(text, sizes), stack)
     tied = frozenset(name for names in names_by_tensor(model).values() for name in names[1:])
-    return BoundSpec(spec, prefix, sizes, params, tied)
+    return replace(bound, params=params, tied=tied)
 
 
 def _check_variant(spec: ArchSpec, model: nn.Module) -> None:
@@ -154,4 +192,4 @@ def _positions(text: str, sizes: dict[str, int]) -> int | None:
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
-    return re.compile(re.escape(pattern).replace(r"\{i\}", r"(?P<i>\d+)"))
+    return re.compile(re.escape(pattern).replace(r"\{i\}", r"\d+"))

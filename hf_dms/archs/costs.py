@@ -30,21 +30,22 @@ def build_cost(bound: BoundSpec, model: nn.Module, resource: str, scope: str, se
         bound, model, sequence_length
     )
     outside: dict[Monomial, float] = defaultdict(float)
-    layered: dict[Monomial, Tensor] = defaultdict(lambda: torch.zeros(bound.num_layers, dtype=torch.float64))
-    for factors, coefficient, layer in terms:
+    layered: dict[str, dict[Monomial, Tensor]] = {stack: {} for stack in bound.stacks}
+    for factors, coefficient, stack, layer in terms:
         monomial, number = bound.monomial(factors)
-        if layer is None:
+        if stack is None:
             outside[monomial] += coefficient * number
         else:
-            layered[monomial][layer] += coefficient * number
-    cost = Cost(dict(outside), dict(layered))
+            zeros = torch.zeros(bound.sizes[stack], dtype=torch.float64)
+            layered[stack].setdefault(monomial, zeros)[layer] += coefficient * number
+    cost = Cost(dict(outside), layered)
     return cost.layers_only() if scope == "layers" else cost
 
 
 def _param_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):
     for name, param in bound.params.items():
         if name not in bound.tied:
-            yield flat(param.axes), 1.0, param.layer
+            yield flat(param.axes), 1.0, param.stack, param.layer
 
 
 def _mac_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):
@@ -56,9 +57,10 @@ def _mac_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):
         module_path, _, leaf = name.rpartition(".")
         if leaf == "weight" and isinstance(plain_module(submodule(model, module_path)), (nn.Linear, nn.Conv2d)):
             share = 1.0 if param.positions is None else param.positions / sequence_length
-            yield flat(param.axes), share, param.layer
-    for layer in range(bound.num_layers):
-        yield tuple(bound.spec.attention.split()), 2.0 * sequence_length, layer
+            yield flat(param.axes), share, param.stack, param.layer
+    if bound.spec.attention:
+        for layer in range(bound.num_layers):
+            yield tuple(bound.spec.attention.split()), 2.0 * sequence_length, bound.depth, layer
 
 
 def _cache_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):
@@ -68,4 +70,4 @@ def _cache_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None
         )
     bytes_per_number = next(model.parameters()).dtype.itemsize
     for layer in range(bound.num_layers):
-        yield tuple(bound.spec.cache.split()), 2.0 * bytes_per_number, layer
+        yield tuple(bound.spec.cache.split()), 2.0 * bytes_per_number, bound.depth, layer

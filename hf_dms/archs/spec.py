@@ -25,6 +25,7 @@ class Dim:
         size: config attribute, `"a // b"` of two of them, a number, or a function of the config.
         scope: "layer" (each layer has its own gate), "model" (one gate for the model), "depth" (the layers
             themselves) or "fixed" (never pruned).
+        stack: name of the depth dim of the layers that a dim with scope "layer" is in.
         follows: name of the dim that decides how many units this one has; which ones, it decides itself.
         same_as: name of a dim that this one is, unit for unit, in models in which the two have one size.
     """
@@ -34,6 +35,7 @@ class Dim:
     scope: str = "fixed"
     follows: str | None = None
     same_as: str | None = None
+    stack: str = "layers"
 
 
 def with_dims(dims: tuple[Dim, ...], *changed: Dim) -> tuple[Dim, ...]:
@@ -48,8 +50,9 @@ class ArchSpec:
 
     Attributes:
         model_type: the config's.
-        layers: path of the list of layers, below the base model.
-        dims: the named sizes. The one with scope "depth" is the number of layers.
+        layers: path of the list of layers, below the base model; for several stacks of layers, that of each by the
+            name of its depth dim.
+        dims: the named sizes. Those with scope "depth" are the numbers of layers of the stacks.
         params: parameter name pattern, below the base model or the model (`{i}` is the layer), to its axes, e.g.
             `"(kv rep d) hidden"`. A matmul that does not run at every token of a sequence says at how many positions it
             does: `"label pool @ 1"`, `"hidden channels height width @ patches"`. Names of parameters that a variant
@@ -78,7 +81,7 @@ class ArchSpec:
     """
 
     model_type: str
-    layers: str
+    layers: str | dict[str, str]
     dims: tuple[Dim, ...]
     params: dict[str, str]
     config: dict[str, str]
@@ -103,6 +106,11 @@ class ArchSpec:
 
     def dim(self, name: str) -> Dim:
         return next(dim for dim in self.dims if dim.name == name)
+
+    @property
+    def stacks(self) -> dict[str, str]:
+        """Path of each stack of layers, below the base model, by the name of its depth dim."""
+        return {"layers": self.layers} if isinstance(self.layers, str) else self.layers
 
     @property
     def prunable(self) -> tuple[str, ...]:
@@ -157,7 +165,13 @@ def check_spec(spec: ArchSpec) -> None:
                     f"{spec.model_type}: what is said of '{name}' names '{factor}', which is none of the dims "
                     f"{', '.join(names)}. Correct it, or add the dim."
                 )
-    if (depth := [dim.name for dim in spec.dims if dim.scope == "depth"]) != ["layers"]:
+    if (depth := [dim.name for dim in spec.dims if dim.scope == "depth"]) != (stacks := list(spec.stacks)):
         raise HfDmsError(
-            f"{spec.model_type}: one dim must have scope='depth' and be called layers; got {depth or 'none'}."
+            f"{spec.model_type}: one dim must have scope='depth' and be called {' and one '.join(stacks)}; got "
+            f"{depth or 'none'}."
         )
+    for dim in spec.dims:
+        if dim.scope == "layer" and dim.stack not in stacks:
+            raise HfDmsError(
+                f"{spec.model_type}: dim '{dim.name}' has stack='{dim.stack}', which is none of {', '.join(stacks)}."
+            )

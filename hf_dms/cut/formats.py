@@ -17,7 +17,7 @@ from ..archs.spec import parse_axes
 from ..archs.stock import has_alternative, padded_sizes, product_of, within_limits
 from ..errors import HfDmsError
 from . import modeling_dms
-from .plan import Plan, kept_units
+from .plan import Plan, kept_layers, kept_units
 
 
 def pruned_class_and_config(
@@ -28,11 +28,9 @@ def pruned_class_and_config(
     Raises:
         ValueError: no stock config can express the sizes, and the layout asks for one.
     """
-    kept_layers = kept_units(plan, bound.depth, None, bound.num_layers).tolist()
     sizes = written_sizes(bound, plan, layout, model.config)
     per_layer = [config_values(bound, layer_sizes) for layer_sizes in sizes]
     common = {key: max(values[key] for values in per_layer) for key in per_layer[0]}
-    common[_config_key(bound, bound.depth)] = len(kept_layers)
     values = config_as_tied(model).to_dict() | common
     for key in (
         "architectures",
@@ -44,7 +42,7 @@ def pruned_class_and_config(
         values.pop(key, None)
     for key in bound.spec.config_lists:
         if isinstance(values.get(key), list):
-            values[key] = [values[key][layer] for layer in kept_layers]
+            values[key] = [values[key][layer] for _, layer in kept_layers(plan, bound)]
     cls: Any = type(model)
     stock: Any = type(model.config)
     overrides = {
@@ -76,23 +74,26 @@ def written_sizes(bound: BoundSpec, plan: Plan, layout: str, model_config: Any) 
         layout: uniform, per_layer or padded.
         model_config: the dense model's config.
     """
-    kept_layers = kept_units(plan, bound.depth, None, bound.num_layers).tolist()
     layers = [
-        {name: len(kept_units(plan, name, layer, units)) for name, units in bound.sizes.items()}
-        for layer in kept_layers
+        {
+            name: len(kept_units(plan, name, layer, units))
+            for name, units in bound.sizes.items()
+            if bound.stack_of(name) in (None, stack)
+        }
+        for stack, layer in kept_layers(plan, bound)
     ]
     return layers if layout != "padded" else [padded_sizes(bound, layers, model_config)] * len(layers)
 
 
 def config_values(bound: BoundSpec, sizes: dict[str, int]) -> dict[str, int]:
     """What the config says of a layer of these sizes: attribute → size."""
-    products = bound.spec.config.items()
-    return {key: product_of(sizes, product) for key, product in products if product != bound.depth}
+    return {key: product_of(sizes, product) for key, product in bound.spec.config.items()}
 
 
 def layer_description(bound: BoundSpec) -> dict[str, Any]:
     """What modeling_dms.py must know to build a layer from its sizes: the part of the description inside a layer."""
-    spec, inside = bound.spec, f"{bound.spec.layers}.{{i}}."
+    spec, path = bound.spec, bound.spec.stacks[bound.depth]
+    inside = f"{path}.{{i}}."
     axes = {
         pattern.removeprefix(inside): axes
         for pattern, axes in spec.params.items()
@@ -102,16 +103,12 @@ def layer_description(bound: BoundSpec) -> dict[str, Any]:
     recorded = {product: key for key, product in spec.config.items()}
     dims = {dim.name: recorded.get(dim.name, dim.size) for dim in spec.dims if dim.name in used}
     return {
-        "path": spec.layers,
+        "path": path,
         "dims": {name: str(bound.sizes[name]) if callable(size) else size for name, size in dims.items()},
         "axes": axes,
         "attributes": {pattern.removeprefix(inside): product for pattern, product in spec.attributes.items()},
         "build_with": spec.build_with,
     }
-
-
-def _config_key(bound: BoundSpec, product: str) -> str:
-    return next(key for key, value in bound.spec.config.items() if value == product)
 
 
 def _alternative_class_and_config(cls: Any, stock: Any, bound: BoundSpec, values: dict[str, Any]) -> tuple[Any, Any]:

@@ -42,6 +42,13 @@ def kept_units(plan: Plan, name: str, layer: int | None, units: int) -> Tensor:
     return rows[layer if layer is not None and len(rows) > 1 else 0]
 
 
+def kept_layers(plan: Plan, bound: BoundSpec) -> list[tuple[str, int]]:
+    """Layers of the dense model that stay, in order: (depth dim of their stack, index in it)."""
+    return [
+        (stack, layer) for stack in bound.stacks for layer in kept_units(plan, stack, None, bound.sizes[stack]).tolist()
+    ]
+
+
 def plan_to_json(plan: Plan, bound: BoundSpec, layout: str) -> str:
     """A plan as JSON text.
 

@@ -145,8 +145,8 @@ def sum_over_units(bound: BoundSpec, gates: Gates, values: Callable[[str], Tenso
         if name in bound.tied:
             continue
         each = values(name).float().cpu()
-        if param.layer is not None and bound.depth in totals:
-            totals[bound.depth][0, param.layer] += each.sum()
+        if param.stack in totals:
+            totals[param.stack][0, param.layer] += each.sum()
         for place, axis in enumerate(param.axes):
             for dim in set(axis) & set(totals):
                 row = param.layer if gates.dims[dim].rows > 1 else 0

@@ -53,13 +53,14 @@ def source_names(pruned: PreTrainedModel, bound: BoundSpec, plan: Plan) -> dict[
         bound: the dense model's architecture.
         plan: which units of it stay.
     """
-    kept_layers = kept_units(plan, bound.depth, None, bound.num_layers).tolist()
+    kept = {stack: kept_units(plan, stack, None, bound.sizes[stack]).tolist() for stack in bound.stacks}
     prefix = f"{pruned.base_model_prefix}." if bound.prefix else ""  # MistralForQuestionAnswering's is not Llama's
     sources = {}
     for name, _ in pruned.named_parameters(remove_duplicate=False):
         source = bound.prefix + name.removeprefix(prefix) if name.startswith(prefix) else name
-        if (position := _layer_position(source, bound.layers_path)) is not None:
-            head, tail = f"{bound.layers_path}.{position}.", f"{bound.layers_path}.{kept_layers[position]}."
+        stack, position = bound.layer_of(source)
+        if stack is not None and position is not None:
+            head, tail = f"{bound.stacks[stack]}.{position}.", f"{bound.stacks[stack]}.{kept[stack][position]}."
             source = tail + source.removeprefix(head)
         sources[name] = source
     return sources
@@ -133,9 +134,3 @@ def axis_indices(axis: tuple[str, ...], bound: BoundSpec, layer: int | None, pla
         kept = kept_units(plan, factor, layer, bound.sizes[factor])
         indices = (indices[:, None] * bound.sizes[factor] + kept).flatten()
     return indices
-
-
-def _layer_position(name: str, layers_path: str) -> int | None:
-    if not name.startswith(f"{layers_path}."):
-        return None
-    return int(name.removeprefix(f"{layers_path}.").partition(".")[0])

@@ -71,8 +71,8 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
     model.add_module("dms_gates", gates)
     hooks = [model.register_forward_pre_hook(functools.partial(_compute_masks, gates))]
     for name in gates.dims:
-        if name == bound.depth:
-            for layer, module in enumerate(submodule(model, bound.layers_path).children()):
+        if name in bound.stacks:
+            for layer, module in enumerate(submodule(model, bound.stacks[name]).children()):
                 hook = functools.partial(_gate_residual, gates, name, layer)
                 hooks.append(module.register_forward_hook(hook, with_kwargs=True))
         elif paths := list(norms(bound, name)):

@@ -29,13 +29,12 @@ def build_gates(
     check_request(bound, config)
     if config.layout == "padded":
         check_padding(bound, dims_to_prune(bound, config), model.config)
-    depth = bound.depth
-    kept_layers = sorted({layer % bound.num_layers for layer in config.protect.get("layers", ())})
+    kept_layers = protected_layers(bound, config)
     dims, leaders = [], gated_dims(bound, config)
     for name, leader in leaders.items():
         units, rows = bound.sizes[name], bound.rows(name)
         low, high, step = size_range(bound, config, leaders, name)
-        whole = kept_layers if rows > 1 else []
+        whole = kept_layers.get(bound.stack_of(name) or "", [])
         dims.append(
             GatedDim(
                 name=name,
@@ -45,7 +44,7 @@ def build_gates(
                 shared=config.layout == "uniform" or rows == 1,
                 lowest=tuple(units if row in whole else low for row in range(rows)),
                 highest=tuple(units if row in whole else high for row in range(rows)),
-                protected=tuple(kept_layers) if name == depth else (),
+                protected=tuple(kept_layers.get(name, ())),
                 step=step,
                 follows=leader,
             )
@@ -92,6 +91,16 @@ def dims_to_prune(bound: BoundSpec, config: DMSConfig) -> list[str]:
     return [n for n in bound.spec.prunable if n in wanted and n not in config.protect.get("dims", ())]
 
 
+def protected_layers(bound: BoundSpec, config: DMSConfig) -> dict[str, list[int]]:
+    """Layers that a request keeps whole, per stack; it counts them through all stacks, in order."""
+    wanted = {layer % bound.total_layers for layer in config.protect.get("layers", ())}
+    found, first = {}, 0
+    for stack in bound.stacks:
+        found[stack] = sorted(layer - first for layer in wanted if 0 <= layer - first < bound.sizes[stack])
+        first += bound.sizes[stack]
+    return found
+
+
 def gated_dims(bound: BoundSpec, config: DMSConfig) -> dict[str, str | None]:
     """Every dim that a request gives gates, and the dim that it follows in size, if any.
 
@@ -112,8 +121,8 @@ def size_range(bound: BoundSpec, config: DMSConfig, leaders: dict[str, str | Non
     """
     step, protect = config.round_to.get(name, 1), config.protect
     low, high = protect.get("min", {}).get(name, 1), protect.get("max", {}).get(name, bound.sizes[name])
-    if name == bound.depth:
-        low = max(low, len({layer % bound.num_layers for layer in protect.get("layers", ())}))
+    if name in bound.stacks:
+        low = max(low, len(protected_layers(bound, config)[name]))
     for follower in (follower for follower, leader in leaders.items() if leader == name):
         factor = bound.sizes[follower] // bound.sizes[name]
         least, most, its_step = size_range(bound, config, leaders, follower)
@@ -153,8 +162,8 @@ def check_request(bound: BoundSpec, config: DMSConfig) -> None:
     if not pruned:
         raise HfDmsError("Nothing is left to prune: dms.protect.dims names every dim of dms.prune.")
     for layer in protect.get("layers", ()):
-        if not isinstance(layer, int) or not -bound.num_layers <= layer < bound.num_layers:
-            raise HfDmsError(f"dms.protect.layers: the model has layers 0 to {bound.num_layers - 1}, got {layer!r}.")
+        if not isinstance(layer, int) or not -bound.total_layers <= layer < bound.total_layers:
+            raise HfDmsError(f"dms.protect.layers: the model has layers 0 to {bound.total_layers - 1}, got {layer!r}.")
     widths = [name for name in pruned if spec.dim(name).scope == "layer"]
     if protect.get("layers") and widths and config.layout == "uniform":
         raise HfDmsError(

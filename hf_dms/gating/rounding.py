@@ -58,7 +58,8 @@ class _Rounding:
         self.budget = config.target * gates.dense_resource
         self.limits = divisors(bound, config, model_config, gates.dims)
         self.fixed = bound.sizes
-        self.depth = bound.depth
+        self.stacks = list(bound.stacks)
+        self.stack_of = {name: bound.stack_of(name) for name in gates.dims}
         self.step, self.low, self.high, self.learned = {}, {}, {}, {}
         for name, dim in gates.dims.items():
             if dim.follows is not None:
@@ -85,10 +86,11 @@ class _Rounding:
         state = self._with_free_dims_whole(state)
         while (grown := self._grow(state, scale)) is not None:
             state = grown
-        dropped = list(self._dropped_layers(state))  # growing them unit by unit would take long and change nothing
+        dropped = self._dropped_layers(state)  # growing them unit by unit would take long and change nothing
         for name, value in state.items():
             if len(value) > 1:
-                value[dropped] = self.high[name][dropped]
+                rows = list(dropped[str(self.stack_of[name])])
+                value[rows] = self.high[name][rows]
         return {name: self.rows(state, name).clone() for name in self.gates.dims}
 
     def rows(self, state: State, name: str) -> Tensor:
@@ -185,7 +187,10 @@ class _Rounding:
         """The state after one more allowed step of the dim that is furthest below its learned size, if any fits."""
         dropped = self._dropped_layers(state)
         gates = [
-            (name, i) for name, value in state.items() for i in range(len(value)) if len(value) == 1 or i not in dropped
+            (name, i)
+            for name, value in state.items()
+            for i in range(len(value))
+            if len(value) == 1 or i not in dropped[str(self.stack_of[name])]
         ]
         steps = [(name, i, size) for name, i in gates if (size := self._next(state, name, i))]
         if not steps:
@@ -202,12 +207,14 @@ class _Rounding:
                 best, best_lack = row, lack
         return None if best is None else {name: value[best] for name, value in candidates.items()}
 
-    def _dropped_layers(self, state: State) -> set[int]:
-        """Layers that go as a whole: their widths cost nothing and say nothing."""
-        if self.depth not in state:
-            return set()
-        mask = topk_mask(self.gates.importance(self.depth)[0].cpu(), state[self.depth].squeeze())
-        return set((mask == 0).nonzero().flatten().tolist())
+    def _dropped_layers(self, state: State) -> dict[str, set[int]]:
+        """Layers of each stack that go as a whole: their widths cost nothing and say nothing."""
+        dropped: dict[str, set[int]] = {stack: set() for stack in self.stacks}
+        for stack in self.stacks:
+            if stack in state:
+                mask = topk_mask(self.gates.importance(stack)[0].cpu(), state[stack].squeeze())
+                dropped[stack] = set((mask == 0).nonzero().flatten().tolist())
+        return dropped
 
     def _next(self, state: State, name: str, i: int) -> int | None:
         """The next larger allowed size of one prune ratio, all others unchanged."""

@@ -183,7 +183,7 @@ def stream_factors(
     Raises:
         ValueError: no batches, or batches without labels.
     """
-    layers: list[nn.Module] = list(model.base_model.get_submodule(bound.spec.layers).children())
+    layers: list[nn.Module] = list(model.base_model.get_submodule(bound.spec.stacks[bound.depth]).children())
     factors: dict[Key, Tensor] = {}
     terms = 0
     with contextlib.ExitStack() as stack:

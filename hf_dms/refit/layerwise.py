@@ -145,7 +145,7 @@ class Walk:
         offload: str | os.PathLike | None = None,
     ) -> None:
         base: Any = model.base_model
-        self.layers: list[nn.Module] = list(base.get_submodule(bound.spec.layers).children())
+        self.layers: list[nn.Module] = list(base.get_submodule(bound.spec.stacks[bound.depth]).children())
         self.offload = offload
         self.calls, self.hidden = Shelf(offload), Shelf(offload)
         self._base = base

@@ -78,7 +78,9 @@ class RefittedSearch:
     def _install_(self, maps: Mapping[Key, RefittedMap]) -> None:
         """Let the maps run refitted in training mode, until the gates are taken off."""
         first = not self.gates.refitted
-        layers: list[nn.Module] = list(self.model.base_model.get_submodule(self.bound.spec.layers).children())
+        layers: list[nn.Module] = list(
+            self.model.base_model.get_submodule(self.bound.spec.stacks[self.bound.depth]).children()
+        )
         for (layer, path), refitted in maps.items():
             module: Any = layers[layer].get_submodule(path)
             module.forward = functools.partial(_forward, module, self.gates, refitted, layer)

@@ -85,14 +85,13 @@ def line_chart(
     )
 
 
-def bar_chart(dim: str, kept: list[int], units: int, kept_layers: list[int]) -> Chart:
+def bar_chart(dim: str, kept: list[int], units: int) -> Chart:
     """Units kept of a dim, a bar for each layer of the dense model; a layer that is gone is marked over its height.
 
     Args:
         dim: its name.
-        kept: units kept per layer.
+        kept: units kept per layer, 0 where the layer is gone.
         units: units of the dense model's layers.
-        kept_layers: the layers that stay.
     """
     step = (WIDTH - LEFT - RIGHT) / len(kept)
     width = max(step * 0.8, 0.6)
@@ -100,7 +99,7 @@ def bar_chart(dim: str, kept: list[int], units: int, kept_layers: list[int]) -> 
     bars = []
     for layer, count in enumerate(kept):
         x = LEFT + layer * step + (step - width) / 2
-        gone = layer not in kept_layers
+        gone = count == 0
         words = f"layer {layer}: " + ("dropped" if gone else f"{count:,} of {units:,} {dim}")
         bars.append((x, full, width, HEIGHT - BOTTOM - full, words, "gone" if gone else "dense"))
         if not gone:

@@ -53,7 +53,7 @@ def draw_cut(figure: Any, report: dict[str, Any]) -> bool:
     panels = figure.subplots(len(dims), squeeze=False, sharex=True)[:, 0]
     for axes, (dim, kept) in zip(panels, dims.items()):
         units, layers = report["units"][dim], range(len(kept))
-        gone = [layer for layer in layers if layer not in report["kept_layers"]]
+        gone = [layer for layer in layers if kept[layer] == 0]
         axes.bar(layers, [units] * len(kept), color="0.88", label="cut")
         axes.bar(layers, kept, color="#1f5fbf", label="kept")
         if gone:

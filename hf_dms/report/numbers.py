@@ -16,7 +16,7 @@ from ..archs.plain_view import base_model_of
 from ..config import RESOURCES
 from ..cut.formats import written_sizes
 from ..cut.modeling_dms import AUTO_CLASSES
-from ..cut.plan import Plan, kept_units
+from ..cut.plan import Plan, kept_layers
 from ..gates import Gates
 from ..gating.attach import gates_of
 from ..resource import Sizes
@@ -38,9 +38,11 @@ ROWS = {  # key of dms_report.json: (words of the table, format)
 
 def sizes_by_layer(plan: Plan, bound: BoundSpec) -> dict[str, list[int]]:
     """Units that a plan keeps of each dim, per layer of the dense model, 0 where the layer is gone."""
-    layers = kept_units(plan, bound.depth, None, bound.num_layers).tolist()
+    kept = kept_layers(plan, bound)
     return {
-        name: [units if len(rows) == 1 or layer in layers else 0 for layer, units in enumerate(rows)]
+        name: [
+            units if len(rows) == 1 or (bound.stack_of(name), layer) in kept else 0 for layer, units in enumerate(rows)
+        ]
         for name, rows in plan.sizes.items()
     }
 
@@ -50,12 +52,14 @@ def shape(plan: Plan, bound: BoundSpec) -> dict[str, Any]:
 
     Returns:
         `sizes`, see `sizes_by_layer`; `units`, how many of each the dense model has; `kept_layers`, the indices of the
-        dense model's layers that stay.
+        dense model's layers that stay, counted through all stacks.
     """
+    layers = [(stack, layer) for stack in bound.stacks for layer in range(bound.sizes[stack])]
+    kept = kept_layers(plan, bound)
     return {
         "sizes": sizes_by_layer(plan, bound),
         "units": {name: bound.sizes[name] for name in plan.kept},
-        "kept_layers": kept_units(plan, bound.depth, None, bound.num_layers).tolist(),
+        "kept_layers": [index for index, layer in enumerate(layers) if layer in kept],
     }
 
 

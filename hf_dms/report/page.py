@@ -53,11 +53,7 @@ def render(report: dict[str, Any], config: dict[str, Any], name: str) -> str:
         whole_model=[
             (dim, units[0], report["units"][dim]) for dim, units in report["sizes"].items() if len(units) == 1
         ],
-        cut=[
-            bar_chart(dim, units, report["units"][dim], report["kept_layers"])
-            for dim, units in report["sizes"].items()
-            if len(units) > 1
-        ],
+        cut=[bar_chart(dim, units, report["units"][dim]) for dim, units in report["sizes"].items() if len(units) > 1],
         search=search_charts(report),
         samples=report.get("samples") or [],
         verdicts=verdicts(config),

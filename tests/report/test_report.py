@@ -184,7 +184,7 @@ def test_a_page_is_dark_where_the_reader_wants_it_dark(tmp_path):
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 def test_a_bar_is_as_high_as_the_share_that_is_kept_and_a_dropped_layer_has_none():
-    chart = bar_chart("mlp", [10, 5, 0], 10, [0, 1])
+    chart = bar_chart("mlp", [10, 5, 0], 10)
     kept = [bar for bar in chart.bars if bar[5] == "kept"]
     dense = [bar for bar in chart.bars if bar[5] == "dense"]
     assert [round(a[3] / b[3], 2) for a, b in zip(kept, dense)] == [1, 0.5]
