@@ -75,6 +75,7 @@ BERT = ArchSpec(
     },
     build_with={"num_attention_heads": 1},  # any hidden size is a multiple of it
     attention="heads d",
+    outputs={"pooler_output": "pool"},
     # The stock class divides hidden_size by num_attention_heads and knows no other head size.
     must_equal=(("heads d", "hidden"),),
 )

@@ -51,5 +51,6 @@ DINOV2 = replace(
     must_be_false=("use_swiglu_ffn",),
     attributes={"encoder.layer.{i}.attention.num_attention_heads": "heads"},
     build_with={"mlp_ratio": 1},
+    outputs={},
     must_divide=(("hidden", "mlp"),),
 )

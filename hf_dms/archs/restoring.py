@@ -1,11 +1,17 @@
-"""States of a model that hold for a while: evaluation mode, other `forward`s. All is put back, even after an error."""
+"""States of a model that hold for a while: evaluation mode, other `forward`s, float32.
+
+Everything is put back in the end, even after an error.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @contextlib.contextmanager
@@ -40,3 +46,76 @@ def restoring(modules: Iterable[nn.Module], *names: str) -> Iterator[None]:
             for name in names:
                 module.__dict__.pop(name, None)
             module.__dict__.update(attributes)
+
+
+# ---- float32 ---------------------------------------------------------------------------------------------------------
+HALF = (torch.float16, torch.bfloat16)
+
+
+@contextlib.contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Run a model of half precision in float32 for a while, with the values that its parameters have.
+
+    Each layer of a stack is upcast when it runs and put back after it, everything else for the whole time. So the room
+    that it takes is that of the embeddings, the head and one layer, not that of a second model. Parameters stay the
+    objects that they are. Products of float32 matrices are not rounded to TF32 meanwhile.
+    """
+    layers = list(_stacked_layers(model))
+    stacked = {module for layer in layers for module in layer.modules()}
+    with contextlib.ExitStack() as stack, _exact_products():
+        stack.enter_context(_upcast(module for module in model.modules() if module not in stacked))
+        for layer in layers:
+            whole = contextlib.ExitStack()
+            stack.callback(whole.close)  # if the layer fails
+            before = layer.register_forward_pre_hook(functools.partial(_enter, whole), prepend=True)
+            after = layer.register_forward_hook(functools.partial(_leave, whole))
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+        yield
+
+
+def _stacked_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules in the outermost lists of modules."""
+    for child in module.children():
+        yield from child.children() if isinstance(child, nn.ModuleList) else _stacked_layers(child)
+
+
+def _enter(whole: contextlib.ExitStack, layer: nn.Module, args: tuple) -> None:
+    whole.enter_context(_upcast(layer.modules()))
+
+
+def _leave(whole: contextlib.ExitStack, layer: nn.Module, args: tuple, output: object) -> None:
+    whole.close()
+
+
+@contextlib.contextmanager
+def _upcast(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Give modules float32 copies of their parameters and buffers of half precision for a while."""
+    before: list[tuple[dict[str, Any], str, Tensor]] = []
+    for module in modules:
+        tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for own in tables:
+            for name, tensor in own.items():
+                if tensor is not None and tensor.dtype in HALF:
+                    before.append((own, name, tensor))
+                    whole = tensor.detach().float()
+                    own[name] = nn.Parameter(whole, False) if isinstance(tensor, nn.Parameter) else whole
+    try:
+        yield
+    finally:
+        for own, name, tensor in before:
+            own[name] = tensor
+
+
+@contextlib.contextmanager
+def _exact_products() -> Iterator[None]:
+    cudnn: Any = torch.backends.cudnn
+    backends: list[Any] = [torch.backends.cuda.matmul, cudnn.conv]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before):
+            backend.fp32_precision = precision

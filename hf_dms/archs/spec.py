@@ -72,6 +72,7 @@ class ArchSpec:
         cache: product of dims that one position's key (and value) has; None for a model without a cache.
         tokens: product of dims that is the number of tokens of a sequence; empty where the input decides.
         image: dims of the axes of an input image; empty for text.
+        outputs: name of an output of the base model to the dim of its last axis, where that is not the residual stream.
         must_divide: `(a, b)`: in the stock config the product a must divide the product b.
         must_equal: `(a, b)`: in the stock config the product a must be the dim b.
         must_differ: `(a, b)`: if the fixed dim a and the dim b have one size, the stock class is another architecture.
@@ -97,6 +98,7 @@ class ArchSpec:
     cache: str | None = None
     tokens: str = ""
     image: str = ""
+    outputs: dict[str, str] = field(default_factory=dict)
     must_divide: tuple[tuple[str, str], ...] = ()
     must_equal: tuple[tuple[str, str], ...] = ()
     must_differ: tuple[tuple[str, str], ...] = ()

@@ -79,6 +79,7 @@ VIT = ArchSpec(
     },
     attributes={"layers.{i}.attention.num_attention_heads": "heads"},
     attention="heads d",
+    outputs={"pooler_output": "pool"},
     tokens="tokens",
     image="channels height width",
 )

@@ -10,15 +10,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..archs.bind import BoundSpec, dim_size
+from ..archs.plain_view import adapted_layers, is_packed, plain_parameters
 from ..archs.registry import ARCHS
-from ..archs.restoring import evaluating
+from ..archs.restoring import HALF, evaluating, in_float32
 from ..errors import VerificationError
 from ..gating.attach import gates_of, has_gates, norms
 from ..resource import Sizes
 from .plan import Plan
 
-# Largest |difference| of outputs, relative to their largest magnitude, between a masked, a cut and a reloaded model:
-# the same sums in another order. float64 is bounded by norms that transformers computes in float32.
+# Largest |difference| of an output, relative to its largest magnitude, between a masked, a cut and a reloaded model:
+# the same sums in another order. float64 is bounded by norms that transformers computes in float32. Models of half
+# precision are compared in float32; their own tolerance is for those that cannot be, see `can_be_upcast`.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -59,18 +61,48 @@ def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     return inputs
 
 
-@torch.no_grad()
 def outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
     """Logits of a model, or the last hidden state if it has no head."""
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items() if name != "labels"}
-    output = model(**inputs)
-    return output["logits"] if "logits" in output else output[0]
+    outputs = all_outputs_of(model, inputs)
+    return outputs["logits"] if "logits" in outputs else next(iter(outputs.values()))
 
 
-def output_units(model: PreTrainedModel, bound: BoundSpec, plan: Plan) -> Tensor | None:
-    """Units of the last axis of a dense model's output that stay: without a head that is the residual stream."""
-    streams = [rows[0] for name, rows in plan.kept.items() if list(norms(bound, name))]
-    return streams[0] if streams and model.base_model is model else None
+@torch.no_grad()
+def all_outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor that a model returns, by name: logits, hidden states, what a pooler makes of them.
+
+    Args:
+        model: the model.
+        inputs: keyword arguments of a forward pass; labels are left out.
+    """
+    batch = {name: tensor.to(model.device) for name, tensor in inputs.items() if name != "labels"}
+    batch = {name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+    output = model(**batch)
+    named = output.items() if isinstance(output, Mapping) else ((str(i), value) for i, value in enumerate(output))
+    return {name: value for name, value in named if isinstance(value, Tensor)}
+
+
+def output_units(model: PreTrainedModel, bound: BoundSpec, plan: Plan) -> dict[str, Tensor]:
+    """Units of the last axis of a dense model's outputs that stay, by the outputs' names; none for a model with a head.
+
+    Without a head a model returns its residual stream, and what the description says of its other outputs.
+    """
+    if model.base_model is not model:
+        return {}
+    streams = [name for name in plan.kept if list(norms(bound, name))]
+    dims = dict.fromkeys(("last_hidden_state", "pooler_output"), *streams[:1]) | bound.spec.outputs
+    return {name: plan.kept[dim][0] for name, dim in dims.items() if dim in plan.kept}
+
+
+def can_be_upcast(model: PreTrainedModel) -> bool:
+    """Whether a model of half precision computes in float32 what it is, and so does what is cut from it.
+
+    Not if the cut rounds weights (merged adapters, unpacked ones, those of another precision than the rest), or if its
+    attention takes half precision only.
+    """
+    plain = not any(map(is_packed, model.modules())) and not list(adapted_layers(model))
+    same = {tensor.dtype for _, tensor, _ in plain_parameters(model) if tensor.is_floating_point()} == {model.dtype}
+    return plain and same and "flash" not in str(model.config._attn_implementation)
 
 
 def check_same(
@@ -78,33 +110,52 @@ def check_same(
     other: PreTrainedModel,
     inputs: Mapping[str, Tensor],
     names: tuple[str, str],
-    units: Tensor | None = None,
+    units: Mapping[str, Tensor] | None = None,
 ) -> float:
-    """Compare the outputs of two models in evaluation mode on one batch.
+    """Compare all outputs of two models in evaluation mode on one batch, in float32 if they are of half precision.
 
     Args:
         model: the first one.
         other: the second one.
         inputs: keyword arguments of a forward pass.
         names: what to call them in an error.
-        units: positions on the last axis of the first one's output that the second one has. Default: all.
+        units: by the name of an output, positions on the last axis of the first model's that the second one has.
+            Default: all.
 
     Returns:
-        The largest |difference|, relative to the largest magnitude.
+        The largest |difference|, relative to the largest magnitude of the output.
 
     Raises:
-        VerificationError: it is above `TOLERANCE` for the model's dtype, or not a number.
+        VerificationError: an output differs by more than `TOLERANCE`, is not a number, or is missing.
     """
-    with evaluating(model, other):
-        expected, found = outputs_of(model, inputs).double(), outputs_of(other, inputs).double()
-    if units is not None:
-        expected = expected.index_select(-1, units.to(expected.device))
-    difference = float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-30))
-    tolerance = TOLERANCE[model.dtype]
+    upcast = model.dtype in HALF and can_be_upcast(model) and can_be_upcast(other)
+    dtype = torch.float32 if upcast else model.dtype
+    expected, found = (_proof_outputs(each, inputs, upcast) for each in (model, other))
+    for name, kept in (units or {}).items():
+        if name in expected:
+            expected[name] = expected[name].index_select(-1, kept.to(expected[name].device))
+    return max(_difference(name, expected, found, names, dtype) for name in expected | found)
+
+
+def _proof_outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor], upcast: bool) -> dict[str, Tensor]:
+    with evaluating(model), in_float32(model) if upcast else contextlib.nullcontext():
+        return all_outputs_of(model, inputs)
+
+
+def _difference(
+    name: str, expected: dict[str, Tensor], found: dict[str, Tensor], names: tuple[str, str], dtype: torch.dtype
+) -> float:
+    """Largest |difference| of one output, relative to its largest magnitude."""
+    failure = f"The {names[1]} model does not compute what the {names[0]} model does: {name}"
+    report = "Nothing was saved. Please report this with the model's config."
+    shapes = [tuple(outputs[name].shape) if name in outputs else "missing" for outputs in (found, expected)]
+    if shapes[0] != shapes[1]:
+        raise VerificationError(f"{failure} is {shapes[0]}, expected {shapes[1]}. {report}")
+    mine, other = expected[name].double(), found[name].double().to(expected[name].device)
+    difference = float((mine - other).abs().max() / mine.abs().max().clamp(min=1e-30)) if mine.numel() else 0.0
+    tolerance = TOLERANCE[dtype]
     if not difference <= tolerance:
         raise VerificationError(
-            f"The {names[1]} model does not compute what the {names[0]} model does: relative difference "
-            f"{difference:.2e}, tolerance {tolerance:.0e} for {model.dtype}. Nothing was saved. "
-            "Please report this with the model's config."
+            f"{failure} has relative difference {difference:.2e}, tolerance {tolerance:.0e} for {dtype}. {report}"
         )
     return difference

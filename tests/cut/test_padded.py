@@ -7,7 +7,6 @@ import torch
 from helpers.laws import (
     SHIPPED,
     TASKS,
-    all_outputs,
     assert_same,
     batch_for,
     heads_of,
@@ -38,6 +37,7 @@ from hf_dms.archs.registry import spec_for
 from hf_dms.archs.spec import Dim, parse_axes, with_dims
 from hf_dms.cut.prune import plan_of
 from hf_dms.cut.slicing import pad_tensor
+from hf_dms.cut.verify import all_outputs_of
 from hf_dms.report.numbers import sizes_and_costs, table
 
 BERTS = ("bert", "roberta", "distilbert", "electra")
@@ -71,7 +71,7 @@ def test_a_padded_model_is_stock_and_computes_what_the_per_layer_cut_does(head, 
     assert all(torch.equal(size, sizes[name]) for name, size in same_sizes.items())
     per_layer = prune(model, inputs=batch_for(model))
     assert counted == per_layer.num_parameters() < pruned.num_parameters()
-    found, expected = (all_outputs(other, batch_for(model)) for other in (pruned, per_layer))
+    found, expected = (all_outputs_of(other, batch_for(model)) for other in (pruned, per_layer))
     assert found.keys() == expected.keys()
     assert all(relative_difference(found[name], expected[name]) < SHIPPED for name in expected)
 

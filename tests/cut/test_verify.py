@@ -1,12 +1,14 @@
 """The proof: two models that must compute the same are compared on one batch."""
 
+import peft
 import pytest
 import torch
+from helpers.laws import tiny
 from helpers.tiny import search_, tiny_llama, token_batch
-from transformers import LlamaForQuestionAnswering, LlamaModel
+from transformers import BertModel, LlamaForQuestionAnswering, LlamaModel
 
 from hf_dms import DMSConfig, attach_
-from hf_dms.cut.verify import check_same, dummy_inputs, hard_masked, outputs_of
+from hf_dms.cut.verify import all_outputs_of, can_be_upcast, check_same, dummy_inputs, hard_masked, outputs_of
 from hf_dms.errors import VerificationError
 from hf_dms.gating.attach import gates_of
 
@@ -22,6 +24,43 @@ def test_outputs_that_differ_or_are_not_numbers_are_an_error():
     with torch.no_grad():
         other.lm_head.weight.fill_(torch.nan)
     with pytest.raises(VerificationError, match="difference nan"):
+        check_same(model, other, token_batch(), ("first", "second"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_half_precision_is_compared_in_float32(dtype):
+    """A weight that is a hundredth off passes any tolerance that the noise of half precision needs."""
+    model, other = (tiny_llama(dtype=dtype) for _ in range(2))
+    assert check_same(model, other, token_batch(), ("first", "second")) == 0
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight[3] *= 1.01
+    with pytest.raises(VerificationError, match=r"logits has relative difference .* tolerance 1e-04 for torch.float32"):
+        check_same(model, other, token_batch(), ("first", "second"))
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_what_the_cut_rounds_is_compared_in_its_own_precision():
+    model = tiny_llama(dtype=torch.bfloat16)
+    assert can_be_upcast(model)
+    model.model.norm.float()
+    assert not can_be_upcast(model)
+    model.model.norm.bfloat16()
+    model.config._attn_implementation = "flash_attention_2"
+    assert not can_be_upcast(model)
+    lora = peft.LoraConfig(target_modules=["q_proj"])
+    assert not can_be_upcast(peft.inject_adapter_in_model(lora, tiny_llama(dtype=torch.bfloat16)))
+
+
+def test_every_output_is_compared():
+    model, other = tiny(BertModel), tiny(BertModel)
+    with torch.no_grad():
+        other.pooler.dense.weight[0] += 0.1
+    assert set(all_outputs_of(model, token_batch())) == {"last_hidden_state", "pooler_output"}
+    with pytest.raises(VerificationError, match="what the first model does: pooler_output has relative difference"):
+        check_same(model, other, token_batch(), ("first", "second"))
+    other = tiny(BertModel)
+    other.pooler = None
+    with pytest.raises(VerificationError, match=r"pooler_output is missing, expected \(2, 24\)"):
         check_same(model, other, token_batch(), ("first", "second"))
 
 

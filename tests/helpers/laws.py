@@ -10,7 +10,7 @@ from hf_dms.archs.bind import bind
 from hf_dms.archs.registry import spec_for
 from hf_dms.checkpoint.save import save_pruned
 from hf_dms.cut.prune import make_plan
-from hf_dms.cut.verify import dummy_inputs, hard_masked
+from hf_dms.cut.verify import all_outputs_of, dummy_inputs, hard_masked
 from hf_dms.gating.attach import gates_of
 from hf_dms.gating.rounding import round_sizes
 
@@ -88,18 +88,12 @@ def searched(model, seed=0, share=0.4, **options):
     return gates, round_sizes(gates, bound, config, model.config)
 
 
-def all_outputs(model, inputs):
-    """Every tensor that a model returns."""
-    with torch.no_grad():
-        return {name: tensor for name, tensor in model(**inputs).items() if isinstance(tensor, torch.Tensor)}
-
-
 def masked_cut_reloaded(model, sizes, folder):
     """All outputs of the hard-masked, the cut and the reloaded model, and the cut one itself."""
     inputs = batch_for(model)
     pruned = prune(model, inputs=inputs)
     with hard_masked(model, sizes):
-        masked = all_outputs(model, inputs)
+        masked = all_outputs_of(model, inputs)
     kept = make_plan(gates_of(model), sizes).kept
     pooled = "pool" if "pool" in gates_of(model).attachment.bound.sizes else "hidden"
     for name, dim in (("last_hidden_state", "hidden"), ("pooler_output", pooled)):
@@ -107,7 +101,7 @@ def masked_cut_reloaded(model, sizes, folder):
             masked[name] = masked[name][..., kept[dim][0]]
     save_pruned(pruned, folder, inputs=inputs)
     reloaded = type(pruned).from_pretrained(folder, dtype=pruned.dtype)
-    return masked, all_outputs(pruned, inputs), all_outputs(reloaded, inputs), pruned
+    return masked, all_outputs_of(pruned, inputs), all_outputs_of(reloaded, inputs), pruned
 
 
 def assert_same(masked, cut_, reloaded, tolerance):
