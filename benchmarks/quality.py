@@ -24,8 +24,9 @@ from hf_dms.archs.registry import spec_for
 from hf_dms.cut.prune import magnitude_importance, make_plan, plan_of
 from hf_dms.cut.slicing import cut
 from hf_dms.gating.attach import gates_of
-from hf_dms.tasks.data import DataConfig, as_dataset, load_sequences
-from hf_dms.tasks.evaluate import evenly_spaced, perplexity
+from hf_dms.tasks.data import DataConfig
+from hf_dms.tasks.evaluate import evenly_spaced
+from hf_dms.tasks.generation import as_dataset, load_sequences, perplexity
 
 HERE = Path(__file__).parent
 DATA = HERE.parent / "recipes" / "data"

@@ -26,8 +26,8 @@ from hf_dms.cut.plan import PLAN_FILE, load_plan, plan_to_json
 from hf_dms.experiment.prepare import load_model_config, load_processor, model_class, training_arguments
 from hf_dms.experiment.recipe import load_recipe
 from hf_dms.experiment.stages import dense_model, recover_, score, search
-from hf_dms.tasks.data import load_examples
 from hf_dms.tasks.evaluate import summary
+from hf_dms.tasks.registry import load_examples
 
 HERE = Path(__file__).parent
 
@@ -44,10 +44,10 @@ def main():
     work = Path(recipe.output.path + ".benchmark")
     work.mkdir(parents=True, exist_ok=True)
     processor = load_processor(recipe)
-    examples = load_examples(recipe.data, recipe.task, processor, load_model_config(recipe).label2id)
+    examples = load_examples(recipe.data, recipe.task, processor, load_model_config(recipe))
     arguments = training_arguments(recipe, "train", work / "search")
     with torch.device("meta"):
-        meta = model_class(recipe).from_config(load_model_config(recipe, examples.labels))
+        meta = model_class(recipe).from_config(load_model_config(recipe, examples.config))
 
     def measured(name, model):
         """Scores of a row, made once and kept."""
@@ -61,11 +61,11 @@ def main():
     def report(name, scores):
         row = {"recipe": Path(options.recipe).name, "overrides": options.overrides, "row": name}
         row |= summary(
-            recipe.task.metric, scores, None if name == "dense" else load_file(work / "dense.safetensors")["scores"]
+            recipe.task, scores, None if name == "dense" else load_file(work / "dense.safetensors")["scores"]
         )
         rival = work / f"dms{name.removeprefix('taylor-longer').removeprefix('taylor')}.safetensors"
         if name.startswith("taylor") and rival.is_file():
-            versus = summary(recipe.task.metric, scores, load_file(rival)["scores"])
+            versus = summary(recipe.task, scores, load_file(rival)["scores"])
             row |= {"from_dms": versus["difference"], "from_dms_stderr": versus["difference_stderr"]}
         print(json.dumps(row), flush=True)
         with Path(options.results).open("a") as file:

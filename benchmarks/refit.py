@@ -21,7 +21,8 @@ from repair import load_plan
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_dms import one_shot_obs_plan, repair_
-from hf_dms.tasks.evaluate import evenly_spaced, perplexity
+from hf_dms.tasks.evaluate import evenly_spaced
+from hf_dms.tasks.generation import perplexity
 
 REPAIR = 16384
 # name: strategy, its options; tokens that it uses before the repair

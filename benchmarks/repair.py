@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_dms import repair_
 from hf_dms.cut.plan import Plan
-from hf_dms.tasks.evaluate import perplexity
+from hf_dms.tasks.generation import perplexity
 
 # Tokens to repair on and ridge, per strategy; None: as cut.
 REPAIRS = {

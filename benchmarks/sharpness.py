@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_dms import DMSConfig, attach_, detach_
 from hf_dms.gating.attach import gates_of
-from hf_dms.tasks.data import DataConfig, load_sequences
+from hf_dms.tasks.data import DataConfig
+from hf_dms.tasks.generation import load_sequences
 
 DATA = Path(__file__).parent.parent / "recipes" / "data" / "sotu_train.jsonl"
 

@@ -59,7 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--baseline", help="another one to measure beside it, such as the dense model")
     evaluate.add_argument("--tasks", nargs="+", help="of the harness; further options are handed to `lm_eval run`")
     evaluate.add_argument("--data", help="a file, folder or Hub id: perplexity, or accuracy where there are labels")
-    evaluate.add_argument("--lengths", nargs="+", type=int, default=[128, 2048], help="tokens per window of perplexity")
+    evaluate.add_argument(
+        "--lengths",
+        nargs="+",
+        type=int,
+        help="tokens per window of perplexity; default: 128 and 2048, as far as the text goes",
+    )
     evaluate.add_argument("--text-column", default="text")
     evaluate.add_argument("--image-column", default="image")
     evaluate.add_argument("--label-column", default="label")
@@ -125,7 +130,7 @@ def _prune(options: argparse.Namespace) -> int:
     if report is None:
         say(f"{recipe.output.path} is finished already. For another run set output.overwrite: true.")
     else:
-        if recipe.model.task == "text-generation" and report["samples"]:
+        if recipe.task.generates and report["samples"]:
             say(f"\nIt continues:\n    {list(report['samples'][0]['outputs'].values())[-1]}")
         say(f"\nSaved to {recipe.output.path} ({report['model_class']}). Load it with\n")
         say(loading_lines(report["model_class"], recipe.output.path))
@@ -152,8 +157,7 @@ def _validate(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from .experiment.eval_command import measure_files, run_lm_eval, whole_file
-    from .tasks.evaluate import task_of
+    from .experiment.eval_command import measure_files, run_lm_eval, whole_data
 
     if not options.tasks and not options.data:
         raise HfDmsError("eval needs --tasks (of lm-evaluation-harness) or --data (a file).")
@@ -163,11 +167,9 @@ def _eval(options: argparse.Namespace) -> int:
         run_lm_eval(path, ["--tasks", *options.tasks, "--batch_size", str(options.batch_size), *options.rest])
     if options.data:
         columns = {name: getattr(options, name) for name in ("text_column", "image_column", "label_column")}
-        by_length = options.lengths if task_of(options.path)[0].metric == "perplexity" else [512]
-        for length in by_length:
-            data = whole_file(options.data, sequence_length=length, **columns)
-            for row in measure_files(paths, data, options.examples, options.batch_size):
-                print(json.dumps(row), flush=True)
+        data = whole_data(options.data, **columns)
+        for row in measure_files(paths, data, options.lengths, options.examples, options.batch_size):
+            print(json.dumps(row), flush=True)
     return 0
 
 

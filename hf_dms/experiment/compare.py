@@ -34,8 +34,9 @@ from ..measure.versions import versions
 from ..refit.repair import repair_
 from ..report.comparison import comparison_table
 from ..strategies.one_shot import CRITERIA, check_criterion, choose_
-from ..tasks.data import Examples, load_examples
 from ..tasks.evaluate import evenly_spaced, example_scores, summary
+from ..tasks.registry import load_examples, load_more_examples
+from ..tasks.task import Examples
 from ..training.finetune import train_
 from ..training.trainer import DMSTrainer
 from .prepare import load_model_config, load_processor, lora_config, training_arguments
@@ -150,12 +151,12 @@ def _strategy(name: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _setup(recipe: Recipe, folder: Path) -> Setup:
     processor = load_processor(recipe)
-    label_ids = load_model_config(recipe).label2id
-    examples = load_examples(recipe.data, recipe.task, processor, label_ids)
+    config = load_model_config(recipe)
+    examples = load_examples(recipe.data, recipe.task, processor, config, new_head=recipe.dms.pipeline == "np")
     texts = {"held out": held_out_examples(recipe, examples)}
     for name, path in recipe.compare.texts.items():
         data = dataclasses.replace(recipe.data, path=path, held_out=path)
-        other = load_examples(data, recipe.task, processor, label_ids)
+        other = load_more_examples(data, recipe.task, processor, config, examples)
         texts[name] = evenly_spaced(other.held_out, len(texts["held out"]))
     return Setup(recipe, processor, examples, texts, folder)
 
@@ -256,9 +257,9 @@ def _batches(examples: Examples, count: int, recipe: Recipe) -> list[dict[str, T
 
 
 def _measured(model: PreTrainedModel, setup: Setup, rows: Any) -> dict[str, Any]:
-    metric = setup.recipe.task.metric
-    scores = example_scores(model.eval(), metric, rows, setup.examples.collate, setup.recipe.eval.batch_size)
-    return summary(metric, scores) | {"scores": [round(value, 6) for value in scores.tolist()]}
+    task = setup.recipe.task
+    scores = example_scores(model.eval(), task, rows, setup.examples.collate, setup.recipe.eval.batch_size)
+    return summary(task, scores) | {"scores": [round(value, 6) for value in scores.tolist()]}
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

@@ -2,21 +2,33 @@
 
 The harness is the real one, with its own options, task files and JSON; hf_dms adds that per-layer folders load without
 trust_remote_code. Perplexity is that of the literature: the text as one stream of tokens, cut into windows of a
-length that do not overlap, each scored by itself from its second token on, exp of the mean over all tokens.
+length that do not overlap, each scored by itself from its second token on, exp of the mean over all tokens. A window
+begins with the token that the tokenizer puts before a text, if it puts one there (tasks/generation.py).
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 import transformers
 
+from ..archs.inputs import max_tokens
 from ..errors import HfDmsError
-from ..tasks.data import DataConfig, load_examples
-from ..tasks.evaluate import evenly_spaced, example_scores, summary, task_of
+from ..tasks.data import DataConfig
+from ..tasks.evaluate import evenly_spaced, example_scores, summary
+from ..tasks.generation import load_streams, windows_of
+from ..tasks.registry import load_examples, task_of
+from ..tasks.task import Examples, Task
+from ..tasks.texts import check_length
+
+LENGTHS = (128, 2048)  # tokens per window, unless they are given
+TEXT_LENGTH = 512  # tokens at which a text to classify is cut off, or earlier if the model has positions for fewer
 
 
 def run_lm_eval(path: str, arguments: list[str]) -> None:
@@ -27,7 +39,7 @@ def run_lm_eval(path: str, arguments: list[str]) -> None:
         arguments: the harness's own, `["--tasks", "lambada_openai", "--limit", "100"]`.
 
     Raises:
-        ValueError: lm-eval is not installed.
+        HfDmsError: lm-eval is not installed.
     """
     try:
         from lm_eval.__main__ import cli_evaluate
@@ -38,37 +50,102 @@ def run_lm_eval(path: str, arguments: list[str]) -> None:
         cli_evaluate()
 
 
-def measure_files(paths: list[str], data: DataConfig, examples: int | None, batch_size: int) -> list[dict[str, Any]]:
+def measure_files(
+    paths: list[str], data: DataConfig, lengths: Sequence[int] | None, examples: int | None, batch_size: int
+) -> list[dict[str, Any]]:
     """Perplexity or accuracy of saved models on the same data.
 
     Args:
         paths: folders or Hub ids; the first one is what the others are compared with.
         data: where the data is; all of it is measured on.
+        lengths: tokens per window of perplexity. None: those of `LENGTHS` that the text is long enough for, or the
+            whole text as one window.
         examples: examples to measure on, at most; None for all.
         batch_size: examples per forward pass.
 
     Returns:
-        Per model its `path`, `examples`, the metric, `stderr`, and but for the first `difference` and
+        Per length and model its `path`, `examples`, the metric, `stderr`, and but for the first `difference` and
         `difference_stderr` (see `evaluate.summary`).
 
     Raises:
-        ValueError: a folder without a model, or with one for another purpose; data that does not fit.
+        HfDmsError: a folder without a model, or models for several purposes; data that does not fit; models whose
+            tokenizers make other windows of the text.
     """
-    rows: list[dict[str, Any]] = []
-    first = None
-    for path in paths:
-        task, config = task_of(path)
-        model = getattr(transformers, task.model_class).from_pretrained(path, dtype="auto").eval()
-        processor = getattr(transformers, task.processor_class).from_pretrained(path)
-        loaded = load_examples(data, task, processor, config.label2id)
-        held_out = evenly_spaced(loaded.held_out, examples)
-        scores = example_scores(model, task.metric, held_out, loaded.collate, batch_size)
-        row = {"path": path, "examples": f"{len(scores)} {loaded.unit}"}
-        rows.append(row | summary(task.metric, scores, first))
-        first = scores if first is None else first
+    found = [task_of(path) for path in paths]
+    task = found[0][0]
+    for path, (other, _) in zip(paths, found):
+        if other is not task:
+            raise HfDmsError(
+                f"{paths[0]} is a model for {task.name}, {path} one for {other.name}. They cannot be compared on the "
+                "same data; give models of one task."
+            )
+    processors = [getattr(transformers, task.processor_class).from_pretrained(path) for path in paths]
+    configs = [config for _, config in found]
+    load = _windows_of_all if task.generates else _examples_of_all
+    by_length = load(task, paths, processors, configs, data, lengths)
+    models = [_load(task, *each) for each in zip(paths, configs, by_length[0])]
+    rows = []
+    for per_model in by_length:
+        first = None
+        for path, model, loaded in zip(paths, models, per_model):
+            held_out = evenly_spaced(loaded.held_out, examples)
+            scores = example_scores(model, task, held_out, loaded.collate, batch_size)
+            row = {"path": path, "examples": f"{len(scores)} {loaded.unit}"}
+            rows.append(row | summary(task, scores, first))
+            first = scores if first is None else first
     return rows
 
 
-def whole_file(path: str, **options: Any) -> DataConfig:
-    """The data of a file that is all held out."""
-    return DataConfig(path=path, held_out=path if Path(path).exists() else options.pop("split", "test"), **options)
+def _load(task: Task, path: str, config: Any, examples: Examples) -> Any:
+    config.update(examples.config)
+    return getattr(transformers, task.model_class).from_pretrained(path, config=config, dtype="auto").eval()
+
+
+def whole_data(path: str, **options: Any) -> DataConfig:
+    """The data of a file or folder that is all held out; of a dataset on the Hub its split test."""
+    if Path(path).exists():
+        return DataConfig(path=path, held_out=path, **options)
+    return DataConfig(path=path, split="test", held_out="test", **options)
+
+
+# ---- examples --------------------------------------------------------------------------------------------------------
+def _examples_of_all(
+    task: Task, paths: list[str], processors: list[Any], configs: list[Any], data: DataConfig, lengths: Any
+) -> list[list[Examples]]:
+    """The examples of each classifier; lengths are those of language models."""
+    longest = [min(TEXT_LENGTH, max_tokens(config) or TEXT_LENGTH) for config in configs]
+    data_of = [replace(data, sequence_length=length) for length in longest]
+    return [[load_examples(*each[:1], task, *each[1:]) for each in zip(data_of, processors, configs)]]
+
+
+def _windows_of_all(
+    task: Task,
+    paths: list[str],
+    processors: list[Any],
+    configs: list[Any],
+    data: DataConfig,
+    lengths: Sequence[int] | None,
+) -> list[list[Examples]]:
+    """For each length the windows of each language model, of a text that is tokenised once for each."""
+    streams = [load_streams(data, *each) for each in zip(processors, configs)]
+    for path, other in zip(paths, streams):
+        if not torch.equal(other.held_out, streams[0].held_out):
+            raise HfDmsError(
+                f"The tokenizers of {paths[0]} and {path} make different tokens of {data.path}, so that windows hold "
+                "different texts and perplexities per token cannot be compared. Measure each model by itself, or in "
+                "bits per byte by --tasks."
+            )
+    chosen = lengths or _fitting(len(streams[0].held_out))
+    for length in chosen:
+        for config in configs:
+            check_length(length, "A window has", config)
+    return [[windows_of(stream, length) for stream in streams] for length in chosen]
+
+
+def _fitting(tokens: int) -> list[int]:
+    """The lengths of `LENGTHS` that a text is long enough for; its own if it is for none."""
+    fitting = [length for length in LENGTHS if length <= tokens]
+    for length in LENGTHS:
+        if length > tokens:
+            print(f"Windows of {length} tokens are left out: the text has {tokens}.", file=sys.stderr)
+    return fitting or [max(tokens, 2)]

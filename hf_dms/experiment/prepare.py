@@ -17,8 +17,7 @@ from ..checkpoint.hub import check_repo_id, check_token
 from ..errors import HfDmsError
 from ..gating.gates_for import build_gates
 from ..gating.rounding import check_target
-from ..tasks.data import load_examples, load_more_examples
-from ..tasks.task import TASKS
+from ..tasks.registry import TASKS, load_examples, load_more_examples
 from ..training.trainer import check_training_arguments
 from .recipe import Recipe, coerce_fields, saying_where
 
@@ -45,7 +44,6 @@ def training_arguments(recipe: Recipe, section: str, output_dir: Path) -> Any:
     defaults: dict[str, Any] = {"logging_steps": 10, "report_to": "none", "save_total_limit": 1}
     accelerated = torch.accelerator.is_available()
     defaults |= {"dataloader_pin_memory": accelerated, "use_cpu": not accelerated}  # without use_cpu bf16 needs a GPU
-    defaults |= {"remove_unused_columns": recipe.model.task != "image-classification"}  # images are decoded on demand
     values = defaults | coerce_fields(TrainingArguments, given, section)
     if values.get("max_steps", -1) <= 0 and "num_train_epochs" not in values:
         raise HfDmsError(f"{section}.max_steps is required (or {section}.num_train_epochs): how long it runs.")
@@ -93,24 +91,22 @@ def packing(recipe: Recipe, dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-def load_model_config(recipe: Recipe, labels: tuple[str, ...] = ()) -> Any:
+def load_model_config(recipe: Recipe, values: dict[str, Any] | None = None) -> Any:
     """The dense model's config.
 
     Args:
         recipe: where the model is.
-        labels: names of the classes of its head, if it has one.
+        values: what it must say for the examples, `Examples.config`.
 
     Raises:
         ValueError: there is none at model.path.
     """
-    named = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     try:
         config = AutoConfig.from_pretrained(recipe.model.path, revision=recipe.model.revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise HfDmsError(f"model.path: no model can be read from '{recipe.model.path}'. {reason}") from error
-    if labels:
-        config.update(named)
+    config.update(values or {})
     return config
 
 
@@ -152,16 +148,17 @@ def check_recipe(recipe: Recipe) -> None:
     config = load_model_config(recipe)
     spec = spec_for(config)
     auto = model_class(recipe)
-    if type(config) not in auto._model_mapping or (recipe.model.task == "text-generation" and spec.cache is None):
+    if type(config) not in auto._model_mapping or (recipe.task.generates and spec.cache is None):
         raise HfDmsError(
             f"model.task: there is no {recipe.model.task} model of type '{config.model_type}'. "
             f"Tasks are {', '.join(TASKS)}."
         )
-    examples = load_examples(recipe.data, recipe.task, load_processor(recipe), config.label2id)
+    processor, new_head = load_processor(recipe), recipe.dms.pipeline == "np"
+    examples = load_examples(recipe.data, recipe.task, processor, config, new_head=new_head)
     if recipe.recover.data is not None:
         with saying_where("recover."):
-            load_more_examples(recipe.recover.data, recipe.task, load_processor(recipe), examples)
-    config = load_model_config(recipe, examples.labels)
+            load_more_examples(recipe.recover.data, recipe.task, processor, config, examples)
+    config = load_model_config(recipe, examples.config)
     with torch.device("meta"):
         model = auto.from_config(config)
     bound = bind(spec, model)

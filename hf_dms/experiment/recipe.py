@@ -21,8 +21,9 @@ import yaml
 
 from ..config import DMSConfig
 from ..errors import HfDmsError
-from ..tasks.data import BUILDERS, DataConfig
-from ..tasks.task import TASKS, Task
+from ..tasks.data import DataConfig, is_data_file
+from ..tasks.registry import TASKS
+from ..tasks.task import Task
 from ..training.distillation import DistillationConfig
 from .sections import CompareConfig, EvalConfig, HubConfig, ModelConfig, OutputConfig, RecoverConfig, RepairConfig
 
@@ -269,5 +270,5 @@ def _use_files_beside_the_recipe_(values: dict[str, Any], folder: Path) -> None:
             continue
         for key in ("path", "held_out"):
             value = data.get(key)
-            if isinstance(value, str) and Path(value).suffix in BUILDERS and (folder / value).is_file():
+            if isinstance(value, str) and is_data_file(value) and (folder / value).is_file():
                 data[key] = str(folder / value)

@@ -21,12 +21,12 @@ from ..measure.versions import versions
 from ..report.card import base_metadata, model_card
 from ..report.numbers import REPORT, as_written, table, to_json
 from ..report.page import PAGE, render
-from ..tasks.data import Examples, load_examples
 from ..tasks.evaluate import summary
+from ..tasks.registry import load_examples
+from ..tasks.task import Examples
 from ..training.distributed import check_launch, on_main, say
 from .prepare import load_model_config, load_processor, training_arguments
 from .recipe import Recipe
-from .samples import add_outputs_, inputs_of
 from .stages import dense_model, held_out_examples, recover_, score, scores_on_soft_masks, search, speeds
 from .unfinished import may_start, tidy
 
@@ -55,7 +55,8 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
         return None
     set_seed(arguments.seed)
     processor = load_processor(recipe)
-    examples = load_examples(recipe.data, recipe.task, processor, load_model_config(recipe).label2id)
+    new_head = recipe.dms.pipeline == "np"
+    examples = load_examples(recipe.data, recipe.task, processor, load_model_config(recipe), new_head=new_head)
     report, pruned, plan = _experiment(recipe, processor, examples, arguments, unfinished)
     say(f"Saving to {output} ...")
     report["seconds"] = round(time.time() - started)
@@ -84,15 +85,17 @@ def _experiment(
     """
     report: dict[str, Any] = {"recipe": recipe.to_dict(), "seed": arguments.seed, "versions": versions()}
     report["protocol"] = f"{len(held_out_examples(recipe, examples))} held-out {examples.unit}"
-    report["samples"] = inputs_of(processor, recipe, examples)
+    report["samples"] = recipe.task.samples(examples, processor, recipe.eval)
 
     def measure(name: str, model: PreTrainedModel) -> Tensor:
         say(f"Measuring the {name} model on {report['protocol']} ...")
         return on_main(lambda: score(model, recipe, examples))
 
     def ask_(name: str, model: PreTrainedModel) -> None:
-        samples = report["samples"]
-        report["samples"] = on_main(lambda: add_outputs_(samples, name, model, processor, recipe, examples))
+        answers = functools.partial(
+            recipe.task.answers, report["samples"], name, model, processor, examples, recipe.eval
+        )
+        report["samples"] = on_main(answers)
 
     dense = dense_model(recipe, examples, folder).to(arguments.device).eval()
     scores = {"dense": measure("dense", dense)}
@@ -106,7 +109,7 @@ def _experiment(
     for step in recover_(pruned, dense, plan, recipe, examples, folder, processor):
         scores[step] = measure(step, pruned)
     ask_(list(scores)[-1], pruned)
-    summarized = functools.partial(summary, recipe.task.metric)
+    summarized = functools.partial(summary, recipe.task)
     report["masks"] = {"soft": summarized(soft, scores["dense"])}
     for name, values in scores.items():
         report.setdefault(name, {}).update(summarized(values, None if name == "dense" else scores["dense"]))

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import HfDmsError
 from ..tasks.data import DataConfig
-from ..tasks.task import TASKS
+from ..tasks.registry import TASKS
 from ..training.distillation import DistillationConfig
 
 

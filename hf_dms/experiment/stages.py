@@ -19,16 +19,15 @@ from ..gating.attach import copy_search_, gates_of
 from ..measure.speed import seconds_per_batch
 from ..refit.repair import repair_
 from ..report.numbers import sizes_and_costs
-from ..tasks.data import Examples, load_more_examples
 from ..tasks.evaluate import evenly_spaced, example_scores
+from ..tasks.registry import load_more_examples
+from ..tasks.task import Examples
 from ..training.distributed import make_whole_, say
 from ..training.exact_resume import train_or_resume_
 from ..training.finetune import train_
 from ..training.trainer import DMSTrainer
 from .prepare import load_model_config, lora_config, model_class, packing, training_arguments
 from .recipe import Recipe
-
-SEQUENCES = 64  # held-out sequences that perplexity is measured on, unless the recipe says otherwise
 
 
 def dense_model(recipe: Recipe, examples: Examples, folder: Path) -> PreTrainedModel:
@@ -129,7 +128,7 @@ def recover_(
         say("Retraining the pruned model ...")
         teacher = dense if distillation else None
         if recipe.recover.data is not None:
-            examples = load_more_examples(recipe.recover.data, recipe.task, processor, examples)
+            examples = load_more_examples(recipe.recover.data, recipe.task, processor, pruned.config, examples)
         arguments = training_arguments(recipe, "recover", folder / "recover")
         train_(
             pruned,
@@ -148,13 +147,12 @@ def recover_(
 def score(model: PreTrainedModel, recipe: Recipe, examples: Examples) -> Tensor:
     """What each held-out example adds to the metric of the recipe's task, `[examples]`."""
     held_out = held_out_examples(recipe, examples)
-    return example_scores(model, recipe.task.metric, held_out, examples.collate, recipe.eval.batch_size)
+    return example_scores(model, recipe.task, held_out, examples.collate, recipe.eval.batch_size)
 
 
 def held_out_examples(recipe: Recipe, examples: Examples) -> Any:
     """The held-out examples that a recipe measures on."""
-    default = SEQUENCES if recipe.model.task == "text-generation" else None
-    return evenly_spaced(examples.held_out, recipe.eval.examples or default)
+    return evenly_spaced(examples.held_out, recipe.eval.examples or recipe.task.num_held_out)
 
 
 def scores_on_soft_masks(model: PreTrainedModel, measure: Any) -> Tensor:
@@ -173,7 +171,7 @@ def speeds(
     """Speeds of both models for the report: tokens, texts or images per second of one batch."""
     count = min(recipe.eval.batch_size, len(examples.held_out))
     batch = examples.collate([examples.held_out[i] for i in range(count)])
-    amount = batch["input_ids"].numel() if recipe.model.task == "text-generation" else count
+    amount = recipe.task.amount(batch)
     key, _ = recipe.task.speed
     seconds = seconds_per_batch([model, pruned], batch)
     return {name: {key: amount / each} for name, each in zip(("dense", "pruned"), seconds)}
@@ -181,7 +179,7 @@ def speeds(
 
 def _load_model(recipe: Recipe, examples: Examples, **packed: Any) -> PreTrainedModel:
     dtype = recipe.model.dtype if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
-    config = load_model_config(recipe, examples.labels)
+    config = load_model_config(recipe, examples.config)
     if recipe.dms.pipeline == "np":
         dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
         options = {"attn_implementation": recipe.model.attn_implementation} if recipe.model.attn_implementation else {}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import HfDmsError
-from ..tasks.evaluate import task_of
+from ..tasks.registry import task_of
 from .shortfall import ALIGNED_BYTES, Shape, falls_short, reasons
 from .speed import Run, costs_of, in_turns, inputs_for, load_model, peak_bytes, profiled, run_with, timed, widths
 from .versions import versions
@@ -58,7 +58,7 @@ def bench(
     paths = [each for each in (baseline, path) if each is not None]
     _check_options(batch_sizes, sequence_length, new_tokens, repeats, device)
     task, configs = _same_task(paths)
-    if task.name != "text-generation":
+    if not task.generates:
         new_tokens = 0
     if task.processor_class != "AutoImageProcessor":
         _check_lengths(paths, configs, sequence_length + new_tokens)

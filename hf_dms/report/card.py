@@ -15,7 +15,7 @@ from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import validate_repo_id
 
 from ..config import DMSConfig
-from ..tasks.task import TASKS, task_of_class
+from ..tasks.registry import TASKS, task_of_class
 from .numbers import columns_of, loading_lines, sizes_table, table
 
 LOCAL = ".../"  # what a report puts before the last part of a local path

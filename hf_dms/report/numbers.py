@@ -20,7 +20,7 @@ from ..cut.plan import Plan, kept_layers
 from ..gates import Gates
 from ..gating.attach import gates_of
 from ..resource import Sizes
-from ..tasks.task import TASKS, task_of_class
+from ..tasks.registry import TASKS, task_of_class
 
 REPORT = "dms_report.json"
 FORMAT = 1  # of dms_report.json, see dms_report.schema.json

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from ..errors import HfDmsError
-from ..tasks.task import TASKS
+from ..tasks.registry import TASKS
 from . import charts
 from .card import source_of
 from .charts import Chart, bar_chart, course, kept_ranges, line_chart

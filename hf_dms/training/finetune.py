@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from ..archs.plain_view import with_adapters
 from ..config import DMSConfig
-from ..tasks.data import Examples
+from ..tasks.task import Examples
 from .distillation import DistillationConfig
 from .distributed import check_plugin, make_whole_
 from .exact_resume import ExactCheckpointsMixin, loss_is_summed_over_micro_batches, train_or_resume_

@@ -20,10 +20,10 @@ from helpers.tiny import tiny_llama
 from PIL import Image
 
 from hf_dms.cli import main
-from hf_dms.experiment.samples import picture
 from hf_dms.report.charts import bar_chart, course, line_chart, ticks
 from hf_dms.report.numbers import as_written, without_local_paths
 from hf_dms.report.page import render
+from hf_dms.tasks.images import picture
 
 NASTY = (
     "<script>document.title='owned'</script>\"'><img src=x onerror=\"document.title='owned'\"> ünïcödé 数 {{ 7 * 7 }}"

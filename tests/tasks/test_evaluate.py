@@ -9,7 +9,11 @@ from helpers.tiny import tiny_llama, token_batch
 from torch.utils.data import default_collate
 from transformers import BertForSequenceClassification, ViTForImageClassification
 
-from hf_dms.tasks.evaluate import evenly_spaced, example_scores, perplexity, summary
+from hf_dms.tasks.evaluate import evenly_spaced, example_scores, summary
+from hf_dms.tasks.generation import perplexity
+from hf_dms.tasks.registry import TASKS
+
+ACCURACY, PERPLEXITY = TASKS["text-classification"], TASKS["text-generation"]
 
 
 def test_perplexity_is_exp_of_the_mean_loss_whatever_the_batch_size():
@@ -29,28 +33,28 @@ def test_accuracy_is_the_share_of_largest_logits_at_the_label(head):
     labels = torch.stack([guesses[0], (guesses[1] + 1) % 3])  # the first is right, the second wrong
     examples = [{name: tensor[i] for name, tensor in inputs.items()} | {"labels": labels[i]} for i in range(2)]
     for batch_size in (1, 2):
-        assert example_scores(model, "accuracy", examples, default_collate, batch_size).tolist() == [1.0, 0.0]
+        assert example_scores(model, ACCURACY, examples, default_collate, batch_size).tolist() == [1.0, 0.0]
 
 
 def test_a_standard_error_is_that_of_the_mean_and_of_the_paired_difference():
     dense, pruned = torch.tensor([1.0, 1, 1, 0]).double(), torch.tensor([1.0, 0, 1, 0]).double()
-    found = summary("accuracy", pruned, dense)
+    found = summary(ACCURACY, pruned, dense)
     assert found["accuracy"] == 0.5
     assert found["stderr"] == pytest.approx(math.sqrt(1 / 3 / 4))
     assert found["difference"] == -0.25
     assert found["difference_stderr"] == pytest.approx(math.sqrt(0.25 / 4))
-    assert "difference" not in summary("accuracy", dense)
+    assert "difference" not in summary(ACCURACY, dense)
 
 
 def test_the_standard_error_of_perplexity_is_that_of_the_log_times_itself():
     losses = torch.tensor([1.0, 2.0, 3.0]).double()
-    found = summary("perplexity", losses)
+    found = summary(PERPLEXITY, losses)
     assert found["perplexity"] == pytest.approx(math.exp(2))
     assert found["stderr"] == pytest.approx(math.exp(2) / math.sqrt(3))
 
 
 def test_one_example_has_no_standard_error():
-    assert math.isnan(summary("accuracy", torch.ones(1).double())["stderr"])
+    assert math.isnan(summary(ACCURACY, torch.ones(1).double())["stderr"])
 
 
 def test_sequences_are_spread_over_all():

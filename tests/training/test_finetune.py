@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import ViTForImageClassification, default_data_collator
 
 from hf_dms.errors import NonFiniteError
-from hf_dms.tasks.data import Examples
+from hf_dms.tasks.task import Examples
 from hf_dms.training.distillation import DistillationConfig
 from hf_dms.training.finetune import DistillationTrainer, distillation_loss, train_
 

@@ -1,0 +1,251 @@
+"""text-generation: documents packed into windows of equal length, and perplexity on them.
+
+The documents are one stream of tokens, each followed by the end-of-text token, cut into windows that do not overlap.
+A model whose tokenizer begins every text with a token (BOS; Llama, Gemma) never saw a text without it. So each document
+begins with it, and so does each window: one that begins inside a document holds one token of text less.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import default_collate
+from transformers import PreTrainedModel, default_data_collator
+
+from ..errors import HfDmsError
+from .data import DataConfig
+from .evaluate import example_scores
+from .sources import Source, load_sources
+from .task import Examples, Sample, SampleOptions, Task
+from .texts import check_ids, check_length, map_texts
+
+
+class TooFewTokens(HfDmsError):
+    """A text is shorter than one window."""
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Documents as streams of tokens.
+
+    Attributes:
+        train, held_out: `[tokens]` int64.
+        start: the token that every window begins with; None for none.
+    """
+
+    train: Tensor
+    held_out: Tensor
+    start: int | None
+
+
+def load_examples(config: DataConfig, tokenizer: Any, model_config: Any, labels: Any = None) -> Examples:
+    """Packed windows to train on and to measure on; see `Task.load`."""
+    check_length(config.sequence_length, "data.sequence_length is", model_config)
+    return windows_of(load_streams(config, tokenizer, model_config), config.sequence_length)
+
+
+def windows_of(streams: Streams, sequence_length: int) -> Examples:
+    """Examples of a length from streams that were tokenised once.
+
+    Raises:
+        TooFewTokens: a stream is shorter than one window.
+    """
+    train = pack(streams.train, sequence_length, "data.path", streams.start)
+    held_out = pack(streams.held_out, sequence_length, "data.held_out", streams.start)
+    unit = f"sequences of {sequence_length} tokens"
+    return Examples(as_dataset(train), as_dataset(held_out), default_data_collator, (), unit)
+
+
+def load_streams(config: DataConfig, tokenizer: Any, model_config: Any = None) -> Streams:
+    """Tokenise the text of a recipe, once.
+
+    Args:
+        config: where the text is.
+        tokenizer: the model's.
+        model_config: the model's; None checks no token ids against it.
+
+    Raises:
+        HfDmsError: there is no text, or a token that the model does not know.
+    """
+    train_source, held_out_source = load_sources(config)
+    start = start_token(tokenizer)
+    train = _tokens(train_source, config, tokenizer, start)
+    if held_out_source is None:
+        place = int(len(train) * (1 - float(config.held_out)))
+        train, held_out = train[:place], train[place:]
+    else:
+        same = held_out_source is train_source
+        held_out = train if same else _tokens(held_out_source, config, tokenizer, start)
+    if model_config is not None:
+        check_ids(max(int(part.max()) for part in (train, held_out) if len(part)), tokenizer, model_config)
+    return Streams(train, held_out, start)
+
+
+def load_sequences(config: DataConfig, tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Packed token sequences to search on and to evaluate on.
+
+    Args:
+        config: where the text is.
+        tokenizer: the model's.
+
+    Returns:
+        Two `[sequences, sequence_length]` int64 tensors.
+
+    Raises:
+        HfDmsError: no text, or not enough for one sequence.
+    """
+    streams, length = load_streams(config, tokenizer), config.sequence_length
+    return (
+        pack(streams.train, length, "data.path", streams.start),
+        pack(streams.held_out, length, "data.held_out", streams.start),
+    )
+
+
+def start_token(tokenizer: Any) -> int | None:
+    """The token that a tokenizer puts before every text (BOS), None if it puts none there."""
+    first = tokenizer("a")["input_ids"][:1]
+    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else None
+
+
+def pack(tokens: Tensor, sequence_length: int, source: str = "data", start: int | None = None) -> Tensor:
+    """Cut a stream of tokens into sequences; what is left at the end is dropped.
+
+    Args:
+        tokens: `[tokens]`.
+        sequence_length: tokens per sequence.
+        source: what the stream is called in an error.
+        start: a token that every sequence begins with: it is put before those that begin with another.
+
+    Returns:
+        `[sequences, sequence_length]`.
+
+    Raises:
+        TooFewTokens: there is not one whole sequence.
+
+    Example:
+        >>> pack(torch.tensor([1, 5, 6, 7, 8, 9]), 3, start=1)
+        tensor([[1, 5, 6],
+                [1, 7, 8]])
+    """
+    places, place = [], 0
+    while (end := place + sequence_length - _lacks(start, tokens, place)) <= len(tokens):
+        places.append(place)
+        place = end
+    if not places:
+        raise TooFewTokens(
+            f"{source} has {len(tokens)} tokens, less than one sequence of {sequence_length}. "
+            "Give more text, or lower data.sequence_length."
+        )
+    if start is None:
+        return tokens[:place].view(-1, sequence_length)
+    first = torch.tensor([start])
+    rows = [tokens[at : at + sequence_length] for at in places]
+    return torch.stack([row if row[0] == start else torch.cat([first, row[: sequence_length - 1]]) for row in rows])
+
+
+def _lacks(start: int | None, tokens: Tensor, place: int) -> bool:
+    return start is not None and place < len(tokens) and int(tokens[place]) != start
+
+
+def as_dataset(sequences: Tensor) -> Any:
+    """Sequences as a `datasets.Dataset` of a causal model's arguments: the labels are the tokens themselves."""
+    from datasets import Dataset
+
+    rows = sequences.numpy()
+    return Dataset.from_dict({"input_ids": rows, "labels": rows}).with_format("torch")
+
+
+def _tokens(source: Source, config: DataConfig, tokenizer: Any, start: int | None) -> Tensor:
+    """All documents of a source as one stream of tokens, each between the tokens that begin and end a text."""
+    from datasets import Features, List, Value
+
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def encode(texts: list[str | None], places: list[int]) -> dict[str, list]:
+        documents = [text for text in texts if text]
+        ids = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"] if documents else []
+        begin = [[start] if start is not None and each[:1] != [start] else [] for each in ids]  # a chat has its own
+        return {"input_ids": [[*first, *each, *end] for first, each in zip(begin, ids)]}
+
+    documents = map_texts(source, config, tokenizer, encode, features=Features({"input_ids": List(Value("int32"))}))
+    if not len(documents):
+        what = f"column '{config.text_column}'" if config.template is None else "what data.template makes of it"
+        raise HfDmsError(f"{source.key}: {source.path} has no text in {what}.")
+    flat = documents.data.column("input_ids").combine_chunks().flatten()
+    return torch.from_numpy(flat.to_numpy(zero_copy_only=False).astype("int64"))
+
+
+# ---- quality, speed, samples -----------------------------------------------------------------------------------------
+def sequence_losses(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """Mean negative log-likelihood per predicted token of each sequence, `[batch]` float64, in nats.
+
+    Each sequence is scored by itself, from its second token on, with no context from the one before.
+
+    Args:
+        model: a causal language model.
+        batch: `input_ids` `[batch, tokens]`, without padding.
+    """
+    logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].float()
+    labels = batch["input_ids"][:, 1:]
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return losses.double().view(labels.shape).mean(1)
+
+
+def continuation(model: PreTrainedModel, tokenizer: Any, prompt: str, new_tokens: int) -> str:
+    """What a language model makes of a prompt (greedy), prompt included."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    check_ids(int(inputs["input_ids"].max()), tokenizer, model.config)
+    generate: Any = model.generate
+    tokens = generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def prompts(examples: Examples, tokenizer: Any, options: SampleOptions) -> list[Sample]:
+    """The recipe's prompts; see `Task.samples`."""
+    texts = options.prompt if isinstance(options.prompt, list) else [options.prompt]
+    return [{"input": prompt, "outputs": {}} for prompt in texts if prompt]
+
+
+def continued(
+    samples: list[Sample], name: str, model: PreTrainedModel, tokenizer: Any, examples: Examples, options: SampleOptions
+) -> list[Sample]:
+    """Each prompt with what a model makes of it; see `Task.answers`."""
+    texts = [continuation(model, tokenizer, sample["input"], options.new_tokens) for sample in samples]
+    return [sample | {"outputs": sample["outputs"] | {name: text}} for sample, text in zip(samples, texts)]
+
+
+TEXT_GENERATION = Task(
+    name="text-generation",
+    model_class="AutoModelForCausalLM",
+    processor_class="AutoTokenizer",
+    ending="ForCausalLM",
+    peft="CAUSAL_LM",
+    generates=True,
+    metric="perplexity",
+    log_scores=True,
+    num_held_out=64,
+    speed=("tokens_per_second", "prefill tokens/s"),
+    amount=lambda batch: batch["input_ids"].numel(),
+    load=load_examples,
+    score=sequence_losses,
+    samples=prompts,
+    answers=continued,
+)
+
+
+def perplexity(model: PreTrainedModel, sequences: Tensor, batch_size: int = 4) -> float:
+    """exp of the mean negative log-likelihood per predicted token, over sequences that do not overlap.
+
+    Args:
+        model: a causal language model; its mode (training or evaluation) is kept.
+        sequences: `[sequences, tokens]` int64.
+        batch_size: sequences per forward pass.
+    """
+    examples = [{"input_ids": row} for row in sequences]
+    return math.exp(float(example_scores(model, TEXT_GENERATION, examples, default_collate, batch_size).mean()))

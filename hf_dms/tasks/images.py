@@ -1,0 +1,178 @@
+"""image-classification: one class for each image, which is decoded and resized when it is asked for."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import default_data_collator
+
+from ..archs.inputs import image_shape
+from ..errors import HfDmsError
+from .classification import config_values, correct_predictions, load_labelled, predicted, samples_shown_as
+from .data import DataConfig
+from .evaluate import evenly_spaced
+from .labels import Head
+from .sources import Source, load_sources
+from .task import Examples, Task
+
+MODES = {1: "L", 3: "RGB"}  # PIL's name of the colours, by number of channels
+CHECKED = 20_000  # images of a source that are decoded before anything else; at 3 ms each that is a minute
+THUMBNAIL = 64  # pixels, the longer side of a picture that is shown
+
+
+class Pictures(Dataset):
+    """Images as a model's arguments, decoded and resized on demand.
+
+    Args:
+        rows: a `datasets.Dataset` with the image, the number of its class (`labels`) and its place in the source.
+        source: where they are from, for errors.
+        column: that of the image.
+        prepare: `[images, channels, height, width]` of PIL images.
+    """
+
+    def __init__(self, rows: Any, source: Source, column: str, prepare: Callable[[list[Any]], Tensor]) -> None:
+        self.rows, self.source, self.column, self.prepare = rows, source, column, prepare
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """A batch, which a DataLoader asks for at once."""
+        pixels = self.prepare([decoded(self.rows, index, self.source, self.column) for index in indices])
+        rest = self.rows.select_columns(["labels"])
+        return [{"pixel_values": each, "labels": rest[index]["labels"]} for each, index in zip(pixels, indices)]
+
+
+def decoded(rows: Any, index: int, source: Source, column: str) -> Any:
+    """One image of a source, of rows that know their `place` in it.
+
+    Raises:
+        HfDmsError: it is missing or cannot be decoded.
+    """
+    try:
+        image = rows[index][column]
+    except (OSError, ValueError, SyntaxError) as error:  # what PIL raises for a file that is cut short or no image
+        image, why = None, str(error).strip() or type(error).__name__
+    else:
+        why = "there is none"
+    if image is None:
+        place = rows.select_columns(["place"])[index]["place"]
+        raise HfDmsError(f"{source.cell(place, column)} has no image that can be decoded ({why}). Leave such rows out.")
+    return image
+
+
+def load_examples(config: DataConfig, processor: Any, model_config: Any, head: Head) -> Examples:
+    """Images with the numbers of their classes; see `Task.load`."""
+    prepare = preparation(processor, model_config)
+    sources = load_sources(config)
+
+    def rows_of(source: Source, numbers: list[int]) -> Any:
+        _check_images(source, config)
+        rows = source.rows.select_columns([config.image_column])
+        rows = rows.add_column("labels", numbers).add_column("place", range(len(rows)))
+        for index in evenly_spaced(range(len(rows)), CHECKED):
+            decoded(rows, index, source, config.image_column)
+        return rows
+
+    train, held_out, names = load_labelled(sources, config, head, rows_of)
+    train = Pictures(train, sources[0], config.image_column, prepare)
+    held_out = Pictures(held_out, sources[1] or sources[0], config.image_column, prepare)
+    train[0]  # whether the model takes what the processor makes
+    return Examples(train, held_out, default_data_collator, names, "images", config_values(names))
+
+
+def _check_images(source: Source, config: DataConfig) -> None:
+    import datasets
+
+    source.check_column(config, "image_column")
+    feature = source.rows.features[config.image_column]
+    if not isinstance(feature, datasets.Image):
+        raise HfDmsError(
+            f"data.image_column: column '{config.image_column}' of {source.path} holds {feature}, not images. Give a "
+            "folder of images, or a dataset whose column is of the type datasets.Image."
+        )
+
+
+def preparation(processor: Any, config: Any) -> Callable[[list[Any]], Tensor]:
+    """A function that makes a batch of pixels that a model takes of PIL images in any colours.
+
+    Args:
+        processor: the model's image processor; for a grey model three equal means and deviations count as one.
+        config: the model's.
+
+    Raises:
+        HfDmsError: the model takes neither one nor three channels; or, from the function, the processor makes images
+            that it does not take.
+    """
+    channels, height, width = image_shape(config)
+    if channels not in MODES:
+        raise HfDmsError(f"model.path: the model takes images of {channels} channels; hf_dms reads those of 1 or 3.")
+    options = {}
+    for name in ("image_mean", "image_std"):
+        values = getattr(processor, name, None)
+        if channels == 1 and isinstance(values, list | tuple) and len(values) == 3 and len(set(values)) == 1:
+            options[name] = list(values[:1])
+
+    def prepare(images: list[Any]) -> Tensor:
+        try:
+            pixels = processor([image.convert(MODES[channels]) for image in images], return_tensors="pt", **options)
+            found = tuple(pixels["pixel_values"].shape[1:])
+        except ValueError as error:
+            raise HfDmsError(
+                f"model.path: the image processor takes no images of {channels} channels ({error})."
+            ) from error
+        expected = (channels, height or found[1], width or found[2])
+        if found != expected:
+            raise HfDmsError(
+                f"model.path: the image processor makes {found} of an image (channels, height, width), and the model "
+                f"takes {expected}. Set size, image_mean and image_std in preprocessor_config.json to what it takes."
+            )
+        return pixels["pixel_values"]
+
+    return prepare
+
+
+# ---- samples ---------------------------------------------------------------------------------------------------------
+def picture(pixels: Tensor) -> str:
+    """What a model sees of an image, as a small PNG in a data URI; its colours are stretched over the whole range.
+
+    Args:
+        pixels: `[channels, height, width]`, with one or three channels; of others the first is shown.
+    """
+    from PIL import Image
+
+    pixels = pixels.float()[: 3 if len(pixels) == 3 else 1]
+    low, high = pixels.min(), pixels.max()
+    levels = ((pixels - low) / (high - low).clamp_min(1e-12) * 255).byte().cpu()
+    image = Image.fromarray(levels.permute(1, 2, 0).squeeze(-1).numpy())
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+IMAGE_CLASSIFICATION = Task(
+    name="image-classification",
+    model_class="AutoModelForImageClassification",
+    processor_class="AutoImageProcessor",
+    ending="ForImageClassification",
+    peft=None,
+    generates=False,
+    metric="accuracy",
+    log_scores=False,
+    num_held_out=None,
+    speed=("images_per_second", "images/s"),
+    amount=lambda batch: len(batch["labels"]),
+    load=load_examples,
+    score=correct_predictions,
+    samples=samples_shown_as(lambda example, processor: picture(example["pixel_values"])),
+    answers=predicted,
+)

@@ -1,0 +1,244 @@
+"""Which class a label of the data is. A trained head keeps its classes: a label is the name of one, or its number.
+
+The rule, for all labels of the data together, `read_labels` and `number_labels`:
+1. A label that is text, or the name of a `ClassLabel`, is the name of a class: exactly, else regardless of case and of
+   blanks around it.
+2. A label that is a whole number (an integer, a float, a bool, or text of one) is the number of a class.
+3. The number of a `ClassLabel` is that of a class if the head has no names of its own (LABEL_0, LABEL_1, ...).
+If 1 and 2 both read all labels and differ, or none reads them all, that is an error that names both lists.
+A head that is not trained gets the classes of the data: numbers in order, names in alphabetical order.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers.utils import logging
+
+from ..errors import HfDmsError
+from .data import DataConfig
+from .sources import Source
+
+logger = logging.get_logger(__name__)
+SHOWN = 20  # labels of a list in an error
+
+
+@dataclass(frozen=True)
+class Label:
+    """A label of the data.
+
+    Attributes:
+        name: its text.
+        number: the whole number that it is, None if it is none.
+        index: its place among the names of a `ClassLabel`, if its author numbered them.
+        is_class_name: whether it is one of the names of a `ClassLabel`.
+    """
+
+    name: str
+    number: int | None
+    index: int | None = None
+    is_class_name: bool = False
+
+
+@dataclass(frozen=True)
+class LabelColumn:
+    """The label of every row, and the names of a `ClassLabel`, those of classes that do not occur among them."""
+
+    labels: list[Label]
+    names: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Head:
+    """The classes that a model's config names.
+
+    Attributes:
+        names: in the order of their numbers.
+        is_fixed: whether the head is trained, so that they must stay.
+    """
+
+    names: tuple[str, ...]
+    is_fixed: bool
+
+    @property
+    def has_own_names(self) -> bool:
+        return not all(re.fullmatch(r"LABEL_\d+", name) for name in self.names)
+
+
+def head_of(config: Any, ending: str, is_new: bool = False) -> Head:
+    """The classes of a model, for one class per example.
+
+    Args:
+        config: the model's.
+        ending: what ends the name of a model class with such a head; it is in the config if the head was saved.
+        is_new: whether the head is randomly initialised whatever the config says.
+
+    Raises:
+        HfDmsError: the head is for regression or for several labels at once.
+    """
+    is_fixed = not is_new and any(name.endswith(ending) for name in config.architectures or ())
+    kind = config.problem_type
+    if kind in (None, "single_label_classification") and is_fixed and config.num_labels == 1:
+        kind = "regression"
+    if kind not in (None, "single_label_classification"):
+        raise HfDmsError(
+            f"model.path: the head is for {kind.replace('_', ' ')} ({config.num_labels} outputs); hf_dms takes heads "
+            "for one class per example, problem_type single_label_classification."
+        )
+    if sorted(config.id2label) != list(range(config.num_labels)):
+        raise HfDmsError(
+            f"model.path: id2label in config.json has the numbers {sorted(config.id2label)}, not 0, 1, ..."
+        )
+    return Head(tuple(str(config.id2label[number]) for number in range(config.num_labels)), is_fixed)
+
+
+# ---- reading a column ------------------------------------------------------------------------------------------------
+def read_labels(source: Source, config: DataConfig) -> LabelColumn:
+    """The label of every row.
+
+    Raises:
+        HfDmsError: there is no such column, a row has no label, or one that is no class.
+    """
+    column = config.label_column
+    source.check_column(config, "label_column")
+    names = getattr(source.rows.features[column], "names", None)
+    known: dict[tuple[type, Any], Label] = {}
+    labels = []
+    for row, value in enumerate(source.rows.select_columns([column])[:][column]):
+        if isinstance(value, list | tuple | dict):
+            raise HfDmsError(
+                f"{source.cell(row, column)} holds several labels, {value!r:.60}. hf_dms takes one class per example."
+            )
+        if (type(value), value) not in known:
+            known[type(value), value] = _label(value, names, source, row, column)
+        labels.append(known[type(value), value])
+    return LabelColumn(labels, None if names is None else tuple(names))
+
+
+def _label(value: Any, names: list[str] | None, source: Source, row: int, column: str) -> Label:
+    is_missing = value is None or value != value or (isinstance(value, str) and not value.strip())
+    if is_missing or (names is not None and not 0 <= value < len(names)):
+        raise HfDmsError(f"{source.cell(row, column)} has no label ({value!r}). Leave such rows out, or label them.")
+    if names is not None:
+        return Label(names[value], _whole(names[value]), value if source.has_own_numbers else None, True)
+    number = _whole(value)
+    if number is None and not isinstance(value, str):
+        raise HfDmsError(
+            f"{source.cell(row, column)} holds {value!r}, which is no class. Labels are names or whole numbers; "
+            "regression is not supported."
+        )
+    return Label(str(number) if isinstance(value, float) else str(value), number)
+
+
+def _whole(value: Any) -> int | None:
+    """The whole number that a value, or its text, is."""
+    if isinstance(value, str):
+        text = value.strip()
+        return int(float(text)) if re.fullmatch(r"-?\d{1,15}(\.0*)?", text) else None
+    if isinstance(value, float):
+        return int(value) if math.isfinite(value) and value == int(value) else None
+    return int(value) if isinstance(value, int) else None
+
+
+# ---- classes ---------------------------------------------------------------------------------------------------------
+def number_labels(train: LabelColumn, held_out: LabelColumn, head: Head) -> tuple[tuple[str, ...], dict[Label, int]]:
+    """Names of the classes in order, and the number of each label of the data.
+
+    Args:
+        train: the labels of what is trained on.
+        held_out: those of what is held out.
+        head: the model's classes.
+
+    Raises:
+        HfDmsError: the labels are not classes of the head, or could be in two ways; there are less than two classes.
+    """
+    labels = {*train.labels, *held_out.labels}
+    if head.is_fixed:
+        numbers = _read_as_classes(labels, head)
+        if numbers is None:
+            raise HfDmsError(_unlike(labels, head))
+        return head.names, numbers
+    numbers = _read_as_classes(labels, head) if head.has_own_names else _by_name(labels, head.names)
+    return _own_classes(train, held_out) if numbers is None else (head.names, numbers)
+
+
+def _read_as_classes(labels: set[Label], head: Head) -> dict[Label, int] | None:
+    """The class of each label in the only way that reads them all, None if none does."""
+    by_name, count = _by_name(labels, head.names), len(head.names)
+    if by_name is not None and all(label.is_class_name for label in labels):
+        return by_name
+    by_number = _in_range({label: label.number for label in labels}, count)
+    by_index = None if head.has_own_names else _in_range({label: label.index for label in labels}, count)
+    readings = [reading for reading in (by_name, by_number, by_index) if reading is not None]
+    if any(reading != readings[0] for reading in readings):
+        raise HfDmsError(
+            f"data.label_column: the labels {_listed(labels)} can be read as names and as numbers of different classes "
+            f"of the model, {', '.join(head.names[:SHOWN])}. Write the names, in a ClassLabel column."
+        )
+    return readings[0] if readings else None
+
+
+def _by_name(labels: set[Label], names: tuple[str, ...]) -> dict[Label, int] | None:
+    """Classes by name: all of them exactly, else all regardless of case and blanks, which is said."""
+    exact = {name: number for number, name in enumerate(names)}
+    if len(exact) == len(names) and all(label.name in exact for label in labels):
+        return {label: exact[label.name] for label in labels}
+    plain = {_plain(name): number for number, name in enumerate(names)}
+    if len(plain) < len(names) or not all(_plain(label.name) in plain for label in labels):
+        return None
+    logger.warning(f"The labels {_listed(labels)} are taken as {', '.join(names[:SHOWN])}, regardless of case.")
+    return {label: plain[_plain(label.name)] for label in labels}
+
+
+def _plain(name: str) -> str:
+    return name.strip().casefold()
+
+
+def _in_range(numbers: dict[Label, int | None], count: int) -> dict[Label, int] | None:
+    """The numbers, if all labels have one and all are of classes."""
+    found = {label: number for label, number in numbers.items() if number is not None and 0 <= number < count}
+    return found if len(found) == len(numbers) else None
+
+
+def _own_classes(train: LabelColumn, held_out: LabelColumn) -> tuple[tuple[str, ...], dict[Label, int]]:
+    """The classes that the data itself has, for a new head."""
+    names = train.names or tuple(_in_order(train.labels))
+    if len(names) < 2:
+        raise HfDmsError(f"data.label_column: all labels are {names[0]!r}. A classifier needs two classes at least.")
+    places = {name: place for place, name in enumerate(names)}
+    for name in _in_order(held_out.labels):
+        if name not in places:
+            raise HfDmsError(
+                f"data.held_out: label '{name}' is not among those of data.path: {', '.join(names[:SHOWN])}."
+            )
+    return names, {label: places[label.name] for label in {*train.labels, *held_out.labels}}
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+def _in_order(labels: Iterable[Label]) -> list[str]:
+    """The names of labels: by number if all are numbers, else as text."""
+    distinct = set(labels)
+    if all(label.number is not None for label in distinct):
+        return list(
+            dict.fromkeys(label.name for label in sorted(distinct, key=lambda label: (label.number, label.name)))
+        )
+    return sorted({label.name for label in distinct})
+
+
+def _listed(labels: Iterable[Label]) -> str:
+    names = _in_order(labels)
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def _unlike(labels: set[Label], head: Head) -> str:
+    classes = ", ".join(f"{name} ({number})" for number, name in enumerate(head.names[:SHOWN]))
+    return (
+        f"data.label_column: the labels are {_listed(labels)}; the model has the classes {classes}"
+        f"{', ...' if len(head.names) > SHOWN else ''}. A label must be the name or the number of one of them, since a "
+        "trained head is never relabelled. Rename them in the data or in the model's config.json (id2label), or give a "
+        "model without a head, which gets the classes of the data."
+    )

@@ -1,0 +1,164 @@
+"""Rows of the data that a recipe names, read by `datasets`; what cannot be read is an error that names the file.
+
+What the rows mean is not known here, only that there are some, in the columns asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import HfDmsError
+from .data import BUILDERS, DataConfig, is_data_file, suffix_of
+
+OPTIONS: dict[str, dict[str, Any]] = {  # of the readers; a text file is one document, a cell "NA" is this text
+    ".txt": {"sample_by": "document", "encoding": "utf-8-sig"},
+    ".csv": {"keep_default_na": False},
+    ".tsv": {"keep_default_na": False, "sep": "\t"},
+}
+IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows, and where they are from.
+
+    Attributes:
+        rows: a `datasets.Dataset` of at least one row.
+        key: what names them in a recipe, data.path or data.held_out.
+        path: a file, a folder or a Hub id.
+        has_own_numbers: whether the numbers of its labels, if they have some, are its author's: not those that a
+            folder's names were given in their order.
+    """
+
+    rows: Any
+    key: str
+    path: str
+    has_own_numbers: bool = True
+
+    def cell(self, row: int, column: str) -> str:
+        """A cell in words, for errors; rows count from 1."""
+        return f"{self.key}: row {row + 1} of {self.path}, column '{column}',"
+
+    def check_column(self, config: DataConfig, option: str) -> None:
+        """Raise an error if the column that an option of the config names is not there."""
+        name = getattr(config, option)
+        if name not in self.rows.column_names:
+            has = f"It has {', '.join(self.rows.column_names)}."
+            if self.key == "data.path":
+                raise HfDmsError(f"data.{option}: the data has no column '{name}'. {has}")
+            raise HfDmsError(f"{self.key}: {self.path} has no column '{name}' (data.{option}). {has}")
+
+
+def load_sources(config: DataConfig) -> tuple[Source, Source | None]:
+    """Rows to train on, and rows held out: None if those are a share of the first.
+
+    Raises:
+        HfDmsError: something cannot be read, or holds no rows.
+    """
+    train = _load(config, config.path, config.split, "data.path")
+    if not isinstance(config.held_out, str):
+        return train, None
+    path, split = _held_out_place(config, config.held_out)
+    same = (path, split) == (config.path, config.split)
+    return train, train if same else _load(config, path, split, "data.held_out")
+
+
+def _held_out_place(config: DataConfig, held_out: str) -> tuple[str, str]:
+    """Path and split of the held-out data, if it is not a share."""
+    if held_out == config.path:
+        return config.path, config.split
+    is_path = is_data_file(held_out) or Path(held_out).is_dir()
+    return (held_out, "train") if is_path else (config.path, held_out)
+
+
+def _load(config: DataConfig, path: str, split: str, key: str) -> Source:
+    has_own_numbers = True
+    with _one_error(path, key):
+        if Path(path).is_dir():
+            rows, has_own_numbers = _load_folder(config, Path(path), split)
+        elif is_data_file(path):
+            rows = _load_files([path])
+        elif Path(path).exists():
+            raise HfDmsError(f"{key}: {path} is no kind of file that can be read. Known are {', '.join(BUILDERS)}.")
+        else:
+            rows = _datasets().load_dataset(path, config.name, split=split)
+    if not len(rows):
+        raise HfDmsError(f"{key}: {path} holds no rows. Give data that has some.")
+    return Source(rows, key, path, has_own_numbers)
+
+
+def _load_folder(config: DataConfig, folder: Path, split: str) -> tuple[Any, bool]:
+    """Rows of a folder, and whether the numbers of its labels are its author's."""
+    datasets = _datasets()
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():  # Dataset.save_to_disk
+        saved = datasets.load_from_disk(str(folder))
+        if isinstance(saved, datasets.Dataset):
+            return saved, True
+        if split not in saved:
+            raise HfDmsError(f"data.split: {folder} has no split '{split}'. It has {', '.join(saved)}.")
+        return saved[split], True
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    if any(file.suffix.lower() in IMAGES for file in files):
+        return datasets.load_dataset("imagefolder", data_dir=str(folder), split=split), False
+    readable = [file for file in files if is_data_file(file) and file.suffix != ".json"] or [
+        file for file in files if is_data_file(file)
+    ]
+    if not readable:
+        raise HfDmsError(f"data.path: the folder {folder} holds neither images nor {', '.join(BUILDERS)} files.")
+    options = OPTIONS.get(suffix_of(readable[0]), {})
+    try:
+        return datasets.load_dataset(str(folder.absolute()), config.name, split=split, **options), True
+    except Exception:
+        for file in readable:
+            with _one_error(str(file), "data.path"):
+                _load_files([str(file)])  # which one it is
+        raise
+
+
+def _load_files(files: list[str]) -> Any:
+    suffix = suffix_of(files[0])
+    return _datasets().load_dataset(BUILDERS[suffix], data_files=files, split="train", **OPTIONS.get(suffix, {}))
+
+
+@contextlib.contextmanager
+def _one_error(path: str, key: str) -> Iterator[None]:
+    """Turn whatever a reader raises into one error that names the file; its log says no more than that."""
+    logging = _datasets().utils.logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    except HfDmsError:
+        raise
+    except Exception as error:  # readers raise their own, pandas', pyarrow's, the decoders' and StopIteration
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise HfDmsError(f"{key}: {_what_is_wrong(path, cause)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _what_is_wrong(path: str, cause: BaseException) -> str:
+    if Path(path).is_file() and Path(path).stat().st_size == 0:
+        return f"{path} is empty."
+    if isinstance(cause, UnicodeDecodeError):
+        return (
+            f"{path} is not UTF-8 ({cause.reason} at byte {cause.start}). Save it as UTF-8: iconv -t utf-8 -f latin1 …"
+        )
+    if isinstance(cause, StopIteration) or "corresponds to no data" in str(cause):
+        return f"{path} holds no rows."
+    reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+    where = f"{path} cannot be read as {BUILDERS[suffix_of(path)]}" if is_data_file(path) else f"cannot read '{path}'"
+    return f"{where} ({reason})."
+
+
+def _datasets() -> Any:
+    """`datasets`, imported when data is read: `import hf_dms` does not wait for it."""
+    import datasets
+
+    return datasets
