@@ -36,8 +36,8 @@ class DataConfig:
     path: str = field(  # type: ignore[assignment]  # None is refused below
         default=None,
         metadata={
-            "help": "A file (txt, jsonl, json, parquet, csv, tsv, also compressed), a folder of such files, a folder of "
-            "images with a subfolder per label, a folder that `Dataset.save_to_disk` wrote, or the Hub id of a "
+            "help": "A file (txt, jsonl, json, parquet, csv, tsv, also compressed), a folder of such files, a folder "
+            "of images with a subfolder per label, a folder that `Dataset.save_to_disk` wrote, or the Hub id of a "
             "dataset. Text is UTF-8. Required."
         },
     )

@@ -153,6 +153,7 @@ def padding_of(tokenizer: Any, config: Any) -> tuple[Any, dict[str, int]]:
     if may_be_longer(config) and known != tokenizer.pad_token_id:
         raise HfDmsError(
             f"model.path: the tokenizer pads with token {tokenizer.pad_token_id}, and the model takes {known} "
-            "as padding (pad_token_id in config.json), so it would read its answer off a padding token. Make both the same."
+            "as padding (pad_token_id in config.json), so it would read its answer off a padding token. "
+            "Make both the same."
         )
     return tokenizer, {}

