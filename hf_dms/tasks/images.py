@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -29,7 +30,8 @@ class Pictures(Dataset):
     """Images as a model's arguments, decoded and resized on demand.
 
     Args:
-        rows: a `datasets.Dataset` with the image, the number of its class (`labels`) and its place in the source.
+        rows: a `datasets.Dataset` with the undecoded image, the number of its class (`labels`) and its `place` in
+            the source.
         source: where they are from, for errors.
         column: that of the image.
         prepare: `[images, channels, height, width]` of PIL images.
@@ -52,31 +54,37 @@ class Pictures(Dataset):
 
 
 def decoded(rows: Any, index: int, source: Source, column: str) -> Any:
-    """One image of a source, of rows that know their `place` in it.
+    """One image of a source, of rows that hold its bytes or its path and know their `place` in the source.
 
     Raises:
         HfDmsError: it is missing or cannot be decoded.
     """
+    row = rows[index]
+    file = row[column]
+    if file is None:
+        raise HfDmsError(f"{source.cell(row['place'], column)} has no image. Leave such rows out.")
     try:
-        image = rows[index][column]
+        content = Path(file["path"]).read_bytes() if file["bytes"] is None else file["bytes"]
+        return source.rows.features[column].decode_example({"bytes": content, "path": None})
     except (OSError, ValueError, SyntaxError) as error:  # what PIL raises for a file that is cut short or no image
-        image, why = None, str(error).strip() or type(error).__name__
-    else:
-        why = "there is none"
-    if image is None:
-        place = rows.select_columns(["place"])[index]["place"]
-        raise HfDmsError(f"{source.cell(place, column)} has no image that can be decoded ({why}). Leave such rows out.")
-    return image
+        name = f" {file['path']}" if file["path"] else ""
+        raise HfDmsError(
+            f"{source.cell(row['place'], column)} has an image{name} that cannot be decoded ({error}). "
+            "Leave such rows out."
+        ) from error
 
 
 def load_examples(config: DataConfig, processor: Any, model_config: Any, head: Head) -> Examples:
     """Images with the numbers of their classes; see `Task.load`."""
+    import datasets
+
     prepare = preparation(processor, model_config)
     sources = load_sources(config)
 
     def rows_of(source: Source, numbers: list[int]) -> Any:
         _check_images(source, config)
         rows = source.rows.select_columns([config.image_column])
+        rows = rows.cast_column(config.image_column, datasets.Image(decode=False))
         rows = rows.add_column("labels", numbers).add_column("place", range(len(rows)))
         for index in evenly_spaced(range(len(rows)), CHECKED):
             decoded(rows, index, source, config.image_column)

@@ -111,7 +111,9 @@ def _load_folder(config: DataConfig, folder: Path, split: str) -> tuple[Any, boo
         raise HfDmsError(f"data.path: the folder {folder} holds neither images nor {', '.join(BUILDERS)} files.")
     options = OPTIONS.get(suffix_of(readable[0]), {})
     try:
-        return datasets.load_dataset(str(folder.absolute()), config.name, split=split, **options), True
+        rows = datasets.load_dataset(str(folder.absolute()), config.name, split=split, **options)
+        rows.data.validate(full=True)
+        return rows, True
     except Exception:
         for file in readable:
             with _one_error(str(file), "data.path"):
@@ -121,7 +123,9 @@ def _load_folder(config: DataConfig, folder: Path, split: str) -> tuple[Any, boo
 
 def _load_files(files: list[str]) -> Any:
     suffix = suffix_of(files[0])
-    return _datasets().load_dataset(BUILDERS[suffix], data_files=files, split="train", **OPTIONS.get(suffix, {}))
+    rows = _datasets().load_dataset(BUILDERS[suffix], data_files=files, split="train", **OPTIONS.get(suffix, {}))
+    rows.data.validate(full=True)  # the reader of JSON lets other encodings pass
+    return rows
 
 
 @contextlib.contextmanager
@@ -146,10 +150,8 @@ def _one_error(path: str, key: str) -> Iterator[None]:
 def _what_is_wrong(path: str, cause: BaseException) -> str:
     if Path(path).is_file() and Path(path).stat().st_size == 0:
         return f"{path} is empty."
-    if isinstance(cause, UnicodeDecodeError):
-        return (
-            f"{path} is not UTF-8 ({cause.reason} at byte {cause.start}). Save it as UTF-8: iconv -t utf-8 -f latin1 …"
-        )
+    if isinstance(cause, UnicodeDecodeError) or "Invalid UTF8" in str(cause):
+        return f"{path} is not UTF-8 ({cause}). Save it as UTF-8, such as by iconv -f latin1 -t utf-8."
     if isinstance(cause, StopIteration) or "corresponds to no data" in str(cause):
         return f"{path} holds no rows."
     reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
