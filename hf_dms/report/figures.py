@@ -1,22 +1,67 @@
-"""The pictures of a report as PNG files for a paper, by matplotlib (the extra `hf_dms[figures]`).
+"""The pictures of a report, drawn once by matplotlib: SVG for `report.html`, PNG files for a paper.
 
-`cut.png`: units kept per layer and dim, of all; `search.png`: loss, resource against target, units kept.
+A panel is one picture. The page shows each by itself, as wide as a phone; a PNG file may hold several. `lines_panel`
+draws any named lines, so a new plot is another call of it.
 """
 
 from __future__ import annotations
 
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import HfDmsError
-from .charts import course, kept_ranges
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.style import context
+from matplotlib.ticker import MaxNLocator
 
-DOTS_PER_INCH = 300
-STYLES = ("-", "--", ":", "-.")  # so that lines differ without colour too
+from .svg import TITLE, inline
+
+Points = list[tuple[float, float]]
+Bands = dict[str, list[tuple[float, float, float]]]
+
+COLOURS = {  # light values of the page's CSS variables; the page has dark ones
+    **{"c0": "#1f5fbf", "c1": "#b4520a", "c2": "#1a7f4b", "c3": "#8a3fa8", "c4": "#7a6a00", "c5": "#b0244a"},
+    **{"soft": "#565d66", "rule": "#d5d9de", "cut": "#dfe3e8"},
+}
+SERIES = [COLOURS[f"c{number}"] for number in range(6)]
+LINES = ("-", "--", ":", "-.")  # so that lines differ without colour too
+SOFT, RULE = COLOURS["soft"], COLOURS["rule"]
+STYLE = {
+    **{f"axes.spines.{side}": False for side in ("top", "left", "right")},
+    **{"axes.edgecolor": RULE, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "axes.xmargin": 0},
+    **{"grid.color": RULE, "grid.linewidth": 0.6, "hatch.linewidth": 0.6, "lines.linewidth": 1.5},
+    **{f"{axis}tick.{key}": value for axis in "xy" for key, value in (("color", SOFT), ("major.size", 0))},
+    **{"axes.labelcolor": SOFT, "text.color": SOFT, "text.parse_math": False, "font.family": "DejaVu Sans"},
+    **dict.fromkeys(("axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"), "medium"),
+    **{"legend.frameon": False, "legend.borderpad": 0, "legend.columnspacing": 1.2, "legend.handlelength": 1.8},
+    **{"svg.fonttype": "none", "figure.facecolor": "none", "axes.facecolor": "none"},
+}
 
 
+@dataclass(frozen=True)
+class Panel:
+    """One picture.
+
+    Attributes:
+        name: letters and hyphens, unique among the panels of a page.
+        title: a few words.
+        summary: what it shows, in a sentence, for readers who cannot see it.
+        draw: puts it on axes.
+    """
+
+    name: str
+    title: str
+    summary: str
+    draw: Callable[[Axes], None]
+
+
+# ---- files and pages -------------------------------------------------------------------------------------------------
 def write_figures(report: dict[str, Any], folder: str | Path) -> list[Path]:
-    """Draw a report.
+    """Draw a report as PNG files: `cut.png`, units kept per layer and dim, and `search.png`, the course of the search.
 
     Args:
         report: the content of `dms_report.json`.
@@ -24,67 +69,163 @@ def write_figures(report: dict[str, Any], folder: str | Path) -> list[Path]:
 
     Returns:
         The files; none for what the report does not have, such as the search of a cut by a plan.
-
-    Raises:
-        ValueError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise HfDmsError("--figures needs matplotlib: pip install 'hf_dms[figures]'.") from None
     Path(folder).mkdir(parents=True, exist_ok=True)
+    cut, search = cut_panels(report), search_panels(report)
+    files = {"cut.png": (cut, 1, (5.5, 1.6)), "search.png": (search, len(search), (2.6, 2.2))}
     found = []
-    with matplotlib.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
-        for name, draw in (("cut.png", draw_cut), ("search.png", draw_search)):
-            figure = Figure(layout="constrained")
-            if draw(figure, report):
-                figure.savefig(Path(folder, name), dpi=DOTS_PER_INCH)
-                found.append(Path(folder, name))
+    for name, (panels, columns, size) in files.items():
+        if panels:
+            found.append(Path(folder, name))
+            save(found[-1], panels, columns, size, font_size=8, dpi=300, facecolor="white")
     return found
 
 
-def draw_cut(figure: Any, report: dict[str, Any]) -> bool:
-    """Units kept per layer, a panel for each dim; layers that are gone are hatched. False if no dim has layers."""
-    dims = {dim: sizes for dim, sizes in report["sizes"].items() if len(sizes) > 1}
-    if not dims:
-        return False
-    figure.set_size_inches(5.5, 1.5 * len(dims) + 0.3)
-    panels = figure.subplots(len(dims), squeeze=False, sharex=True)[:, 0]
-    for axes, (dim, kept) in zip(panels, dims.items()):
-        units, layers = report["units"][dim], range(len(kept))
-        gone = [layer for layer in layers if kept[layer] == 0]
-        axes.bar(layers, [units] * len(kept), color="0.88", label="cut")
-        axes.bar(layers, kept, color="#1f5fbf", label="kept")
+def svg(panel: Panel) -> str:
+    """A panel as an `<svg>` element of a page that defines `COLOURS` as CSS variables; 360 units wide, as a phone."""
+    file = io.StringIO()
+    save(file, [panel], 1, (5.0, 2.8), font_size=11, format="svg", metadata={"Date": None})
+    return inline(file.getvalue(), panel.name, panel.title, panel.summary, COLOURS)
+
+
+def save(
+    file: Any, panels: list[Panel], columns: int, size: tuple[float, float], font_size: float, **options: Any
+) -> None:
+    """Draw panels side by side, whatever the user's own matplotlibrc says.
+
+    Args:
+        file: path or file object.
+        panels: what to draw.
+        columns: panels in a row.
+        size: width and height of a panel in inches.
+        font_size: of every word, in points.
+        options: for `Figure.savefig`.
+    """
+    rows = math.ceil(len(panels) / columns)
+    with context(["default", STYLE | {"font.size": font_size, "svg.hashsalt": panels[0].name}]):
+        figure = Figure((size[0] * columns, size[1] * rows), layout="constrained")
+        for axes, panel in zip(figure.subplots(rows, columns, squeeze=False).flat, panels):
+            panel.draw(axes)
+        figure.savefig(file, **options)
+
+
+# ---- kinds of panels -------------------------------------------------------------------------------------------------
+def lines_panel(
+    name: str,
+    title: str,
+    labels: tuple[str, str],
+    series: dict[str, Points],
+    bands: Bands | None = None,
+    from_zero: bool = False,
+) -> Panel:
+    """Named lines.
+
+    Args:
+        name, title: see `Panel`.
+        labels: of the x and the y axis.
+        series: name → points (x, y) in order of x; where y is nan the line has a gap.
+        bands: name → (x, lowest y, highest y), drawn behind the series of that name.
+        from_zero: whether the y axis begins at 0.
+    """
+
+    def draw(axes: Axes) -> None:
+        for number, (label, points) in enumerate(series.items()):
+            colour = SERIES[number % len(SERIES)]
+            axes.plot(*zip(*points), LINES[number % len(LINES)], label=label, color=colour)
+            if band := (bands or {}).get(label):
+                x, low, high = zip(*band)
+                axes.fill_between(x, low, high, alpha=0.15, color=colour, linewidth=0)
+        if from_zero:
+            axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        _finish(axes, labels, legend=len(series) > 1)
+
+    ends = ", ".join(f"{label} from {_ends(points)}" for label, points in series.items())
+    return Panel(name, title, f"{title}: {ends}.", draw)
+
+
+def bars_panel(dim: str, kept: list[int], units: int) -> Panel:
+    """Units kept of a dim, a bar for each layer of the dense model; a dropped layer is hatched over its whole height.
+
+    Args:
+        dim: its name.
+        kept: units kept per layer, 0 where the layer is gone.
+        units: units of each layer of the dense model.
+    """
+    stay = [layer for layer, count in enumerate(kept) if count > 0]
+    gone = [layer for layer, count in enumerate(kept) if count == 0]
+    counts = {layer: f"layer {layer}: {kept[layer]:,} of {units:,} {dim}" for layer in stay}
+
+    def bars(axes: Axes, at: list[int], heights: list[int], words: dict[int, str], **look: Any) -> None:
+        for layer, bar in zip(at, axes.bar(at, heights, clip_on=False, **look)):
+            bar.set_gid(f"{TITLE}{words.get(layer, f'layer {layer}: dropped')}")
+
+    def draw(axes: Axes) -> None:
+        bars(axes, stay, [units] * len(stay), counts, color=COLOURS["cut"], label="cut")
+        bars(axes, stay, [kept[layer] for layer in stay], counts, color=COLOURS["c0"], label="kept")
         if gone:
-            axes.bar(
-                gone, units, color="white", edgecolor="#b0244a", hatch="////", linewidth=0.6, label="layer dropped"
-            )
-        axes.set_ylabel(f"{dim} (of {units:,})")
-        axes.set_ylim(0, units)
-    panels[-1].xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
-    panels[-1].set_xlabel("layer of the dense model")
-    return True
+            look = {"facecolor": "none", "edgecolor": COLOURS["c5"], "hatch": "////", "linewidth": 0.6}
+            bars(axes, gone, [units] * len(gone), {}, label="layer dropped", **look)
+        axes.set(xlim=(-0.6, len(kept) - 0.4), ylim=(0, units))
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+        below = (y for y in MaxNLocator(4, integer=True).tick_values(0, units) if 0 <= y < 0.9 * units)
+        axes.set_yticks([*below, units])
+        _finish(axes, ("layer of the dense model", f"{dim} (of {units:,})"), legend=True)
+
+    summary = f"Units of {dim} kept per layer, of {units:,}: {', '.join(map(str, kept))}."
+    return Panel(f"cut-{dim}", f"{dim}: units kept in each layer", summary, draw)
 
 
-def draw_search(figure: Any, report: dict[str, Any]) -> bool:
-    """Loss, resource against target and units kept over the steps. False if the report has no search."""
-    lines = course(report)
-    if not lines:
-        return False
-    labels = {"loss": "task loss", "resource": "share of the dense resource", "kept": "share of the dense units"}
-    shown = [name for name in labels if lines[name]]
-    figure.set_size_inches(2.4 * len(shown), 2.1)
-    ranges = kept_ranges(report)
-    for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
-        for number, (series, points) in enumerate(lines[name].items()):
-            axes.plot(*zip(*points), STYLES[number % len(STYLES)], label=series, color=f"C{number}", linewidth=1.2)
-            if name == "kept" and series in ranges:
-                steps, low, high = zip(*ranges[series])
-                axes.fill_between(steps, low, high, alpha=0.15, color=f"C{number}", linewidth=0)
-        axes.set_xlabel("step")
-        axes.set_ylabel(labels[name])
-        if len(lines[name]) > 1:
-            axes.legend(frameon=False)
-    return True
+def _finish(axes: Axes, labels: tuple[str, str], legend: bool) -> None:
+    """Labels, and a legend above; in a column of panels the outer ones alone have them."""
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:,.6g}")
+    place: Any = axes.get_subplotspec()
+    axes.set_ylabel(labels[1])
+    if place.is_last_row():
+        axes.set_xlabel(labels[0])
+    if legend and place.is_first_row():
+        names = axes.get_legend_handles_labels()[1]
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3 if len(names) < 4 else math.ceil(len(names) / 2))
+
+
+def _ends(points: Points) -> str:
+    numbers = [y for _, y in points if math.isfinite(y)]
+    return f"{numbers[0]:.4g} to {numbers[-1]:.4g}"
+
+
+# ---- the panels of a report ------------------------------------------------------------------------------------------
+def cut_panels(report: dict[str, Any]) -> list[Panel]:
+    """Units kept per layer, a panel for each dim that layers have."""
+    return [bars_panel(dim, kept, report["units"][dim]) for dim, kept in report["sizes"].items() if len(kept) > 1]
+
+
+def search_panels(report: dict[str, Any]) -> list[Panel]:
+    """The course of the search: loss, resource against target, and the mean share of the units kept over the layers,
+    with its range. None if the report has no search.
+    """
+    logs, units = report.get("search") or [], report.get("units", {})
+    dims = [dim for dim in units if logs and f"kept/{dim}" in logs[0]]
+
+    def line(key: str, scale: float = 1.0) -> Points:
+        return [(row["step"], math.nan if row.get(key) is None else row[key] * scale) for row in logs]
+
+    bands: Bands = {
+        dim: [
+            (row["step"], row[f"kept_min/{dim}"] / units[dim], row[f"kept_max/{dim}"] / units[dim])
+            for row in logs
+            if f"kept_min/{dim}" in row
+        ]
+        for dim in dims
+    }
+    loss = {"task loss": line("task_loss")}
+    resource = {"resource": line("resource"), "target": line("target")}
+    kept = {dim: line(f"kept/{dim}", 1 / units[dim]) for dim in dims}
+    titles = ("Loss", "Resource against target", "Units kept: mean over layers, and the range")
+    labels = ("task loss", "share of the dense model's", "share of the dense units")
+    return [
+        lines_panel(f"search-{name}", title, ("step", label), series, bands if series is kept else None, series is kept)
+        for name, title, label, series in zip(("loss", "resource", "kept"), titles, labels, (loss, resource, kept))
+        if any(math.isfinite(y) for points in series.values() for _, y in points)
+    ]

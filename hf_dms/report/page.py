@@ -1,6 +1,6 @@
 """`report.html`: one file that opens offline and shows a prune, made from the content of `dms_report.json`.
 
-Jinja2 fills `report.html.jinja` and escapes every value; `charts.py` says where lines and bars go. The page has no
+Jinja2 fills `report.html.jinja` and escapes every value but the pictures, which `figures.py` escapes. The page has no
 script and fetches nothing, and its own content policy forbids both.
 """
 
@@ -14,9 +14,8 @@ import jinja2
 
 from ..errors import HfDmsError
 from ..tasks.registry import TASKS
-from . import charts
 from .card import source_of
-from .charts import Chart, bar_chart, course, kept_ranges, line_chart
+from .figures import COLOURS, cut_panels, search_panels, svg, write_figures
 from .numbers import FORMAT, REPORT, columns_of, loading_lines, sizes_table, table, table_rows
 from .runtimes import STATUSES, layout_of, verdicts
 
@@ -28,9 +27,7 @@ TEMPLATES = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-TEMPLATES.globals.update(
-    {name: getattr(charts, name) for name in ("WIDTH", "HEIGHT", "LEFT", "RIGHT", "TOP", "BOTTOM")}
-)
+TEMPLATES.globals.update(svg=svg, colours=COLOURS)
 
 
 def render(report: dict[str, Any], config: dict[str, Any], name: str) -> str:
@@ -53,8 +50,8 @@ def render(report: dict[str, Any], config: dict[str, Any], name: str) -> str:
         whole_model=[
             (dim, units[0], report["units"][dim]) for dim, units in report["sizes"].items() if len(units) == 1
         ],
-        cut=[bar_chart(dim, units, report["units"][dim]) for dim, units in report["sizes"].items() if len(units) > 1],
-        search=search_charts(report),
+        cut=cut_panels(report),
+        search=search_panels(report),
         samples=report.get("samples") or [],
         verdicts=verdicts(config),
         statuses=STATUSES,
@@ -102,22 +99,6 @@ def _plus_minus(error: float | None) -> str:
     return "" if error is None else f" ± {error:.2g}"
 
 
-def search_charts(report: dict[str, Any]) -> list[Chart]:
-    """The course of the search: loss, resource against target, units kept."""
-    lines = course(report)
-    if not lines:
-        return []
-    whole = ("resource", "share of the dense model's")
-    charts = [
-        line_chart("Loss", "step", "task loss", lines["loss"]),
-        line_chart("Resource against target", "step", whole[1], lines["resource"]),
-    ]
-    if lines["kept"]:
-        title = "Units kept: mean over layers, and the range"
-        charts.append(line_chart(title, "step", "share of the dense units", lines["kept"], kept_ranges(report), True))
-    return [chart for chart in charts if any(chart.series)]
-
-
 # ---- `hf-dms report` -------------------------------------------------------------------------------------------------
 def show(path: str, page: str | None = None, figures: str | None = None) -> str:
     """Write a report's page anew, and its figures if asked; what they say in words.
@@ -131,7 +112,7 @@ def show(path: str, page: str | None = None, figures: str | None = None) -> str:
         The text for the terminal.
 
     Raises:
-        ValueError: there is no model, no report to make a page or figures of, or no matplotlib.
+        ValueError: there is no model, or no report to make a page or figures of.
     """
     report, config = read(path)
     name = Path(path).resolve().name
@@ -139,13 +120,9 @@ def show(path: str, page: str | None = None, figures: str | None = None) -> str:
         if page or figures:
             raise HfDmsError(f"'{path}' has no {REPORT}: hf_dms did not prune it, so there is nothing to show.")
         return runtimes(config)
-    if figures:
-        from .figures import write_figures
-
-        written = [str(file) for file in write_figures(report, figures)]
     target = Path(page) if page else Path(path, PAGE)
     target.write_text(render(report, config, name), encoding="utf-8")
-    written = [str(target), *(written if figures else [])]
+    written = [str(target), *(str(file) for file in (write_figures(report, figures) if figures else []))]
     lines = loading_lines(report["model_class"], path)
     return "\n\n".join(
         [table(report), sizes_table(report["sizes"]), runtimes(config), lines, "Wrote " + ", ".join(written)]
