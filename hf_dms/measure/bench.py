@@ -2,14 +2,14 @@
 
 Both models run in turns in one process, after one turn that does not count; a ratio is the median of the ratios of the
 turns, and its spread their quartiles. Where a ratio is clearly below the promise the run is profiled, and what was
-measured and counted says why. What runs and how it is timed, counted and profiled is in `speed.py`.
+measured and counted says why. What runs and how it is timed, counted and profiled is in `speed.py`, the
+reasons in `reasons.py`.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 
 from ..errors import HfDmsError
 from ..tasks.registry import task_of
-from .shortfall import ALIGNED_BYTES, Shape, falls_short, reasons
+from .reasons import ALIGNED_BYTES, Shape, falls_short, reasons
 from .speed import Run, costs_of, in_turns, inputs_for, load_model, peak_bytes, profiled, run_with, timed, widths
 from .versions import versions
 
@@ -68,7 +68,7 @@ def bench(
         {"path": each, "peak_bytes": {str(run.batch_size): peak_bytes(each, *how, run) for run in runs}}
         for each in paths
     ]
-    loads = in_turns(lambda each: {"load": timed_load(each, *how)}, paths, repeats)
+    loads = in_turns(lambda each: {"load": timed(lambda: load_model(each, *how))[1]}, paths, repeats)
     loaded = [load_model(each, *how) for each in paths]
     for entry, model, times in zip(models, loaded, loads):
         entry |= {"num_params": model.num_parameters(), "load_seconds": quartiles(times["load"])}
@@ -116,13 +116,6 @@ def _check_lengths(paths: list[str], configs: list[Any], tokens: int) -> None:
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
-def timed_load(path: str, auto: str, dtype: str, device: str) -> float:
-    """Seconds that loading takes, with its files in the system's cache."""
-    start = time.perf_counter()
-    load_model(path, auto, dtype, device)
-    return time.perf_counter() - start
-
-
 def measure(loaded: list[Any], configs: list[Any], auto: str, run: Run, repeats: int) -> list[dict[str, Any]]:
     """Time and count the phases of a run of one or two models (the baseline first).
 

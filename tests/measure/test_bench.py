@@ -17,7 +17,7 @@ from hf_dms.checkpoint.save import save_pruned
 from hf_dms.cli import main
 from hf_dms.measure import speed
 from hf_dms.measure.bench import bench, explain_, measure, quartiles, shape_of, table
-from hf_dms.measure.shortfall import Shape, falls_short, odd_widths, reasons
+from hf_dms.measure.reasons import Shape, falls_short, odd_widths, reasons
 from hf_dms.measure.speed import Run, costs_of, in_turns, inputs_for, peak_bytes, profiled, run_with, seconds_per_batch
 
 CAUSAL = "AutoModelForCausalLM"
