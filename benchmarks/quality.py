@@ -137,12 +137,12 @@ def cut_by(plan, model, layout="per_layer"):
 
 
 def rows_of(results):
-    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()] if results.exists() else []
 
 
 def append(row, results):
     print(row, flush=True)
-    with results.open("a") as file:
+    with results.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 

@@ -68,7 +68,7 @@ def main():
             versus = summary(recipe.task, scores, load_file(rival)["scores"])
             row |= {"from_dms": versus["difference"], "from_dms_stderr": versus["difference_stderr"]}
         print(json.dumps(row), flush=True)
-        with Path(options.results).open("a") as file:
+        with Path(options.results).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def dense():
@@ -87,7 +87,9 @@ def main():
                 plan = one_shot_plan(model, recipe.dms, "taylor", taylor_batches())
                 pruned = cut_by(plan, model, recipe.dms.layout)
             pruned.save_pretrained(folder)
-            (folder / PLAN_FILE).write_text(plan_to_json(plan, bind(spec_for(model.config), model), recipe.dms.layout))
+            (folder / PLAN_FILE).write_text(
+                plan_to_json(plan, bind(spec_for(model.config), model), recipe.dms.layout), encoding="utf-8"
+            )
         plan, _ = load_plan(folder, bind(spec_for(meta.config), meta))
         return plan, model_class(recipe).from_pretrained(folder).eval()
 

@@ -64,7 +64,7 @@ def tokenizer():
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = ["<unk>", "<s>", "</s>", "<pad>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    text = Path(__file__).with_name("README.md").read_text().splitlines()
+    text = Path(__file__).with_name("README.md").read_text(encoding="utf-8").splitlines()
     bpe.train_from_iterator(
         text, trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
     )

@@ -40,7 +40,7 @@ def make(folder, layers, shard, keep, tiny):
         )
         for name in bound.spec.prunable
     }
-    (folder / PLAN_FILE).write_text(plan_to_json(Plan(kept), bound, "per_layer"))
+    (folder / PLAN_FILE).write_text(plan_to_json(Plan(kept), bound, "per_layer"), encoding="utf-8")
 
 
 def load(folder):

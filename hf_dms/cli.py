@@ -208,7 +208,7 @@ def _bench(options: argparse.Namespace) -> int:
     result = bench(**{name: getattr(options, name) for name in names}, batch_sizes=tuple(options.batch_sizes))
     print(table(result))
     if options.json:
-        with open(options.json, "w") as file:
+        with open(options.json, "w", encoding="utf-8") as file:
             file.write(json.dumps(result, indent=2) + "\n")
     return 0
 

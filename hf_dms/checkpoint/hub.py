@@ -122,7 +122,11 @@ def check_complete(path: str | os.PathLike) -> None:
     if (folder / STATE_JSON).is_file():
         raise HfDmsError(f"{path} is a checkpoint of a search, not a pruned model. Save what `prune` returns.")
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {SAFE_WEIGHTS_NAME}
+    shards = (
+        set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if index.is_file()
+        else {SAFE_WEIGHTS_NAME}
+    )
     missing = [name for name in ["config.json", *sorted(shards)] if not (folder / name).is_file()]
     if missing:
         raise HfDmsError(

@@ -36,7 +36,7 @@ def save_search_state(model: PreTrainedModel, folder: str | os.PathLike) -> None
         "hard_resource": float(gates.resource(gates.hard_sizes())),
         "kept_units": kept_units(gates),
     }
-    (folder / STATE_JSON).write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / STATE_JSON).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
 def load_search_state_(model: PreTrainedModel, folder: str | os.PathLike) -> None:

@@ -144,7 +144,9 @@ def weight_files(folder: Path) -> list[Path]:
             + (f", only {', '.join(kinds)} files, which cannot be read tensor by tensor" if kinds else "")
             + ". Save it as safetensors first: from_pretrained(...).save_pretrained(folder)."
         )
-    files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    files = [
+        folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    ]
     for file in files:
         if not file.is_file():
             raise HfDmsError(f"{folder} lacks {file.name}, which {index.name} names. Download or copy it again.")
@@ -297,7 +299,7 @@ def _write_all_but_weights(job: StreamedCut, folder: Path, target: Path) -> None
     if job.pruned.can_generate() and (folder / GENERATION_CONFIG_NAME).is_file():
         job.pruned.generation_config = GenerationConfig.from_pretrained(folder)
     job.pruned.save_pretrained(target, state_dict={})
-    (target / PLAN_FILE).write_text(plan_to_json(job.plan, job.bound, job.layout))
+    (target / PLAN_FILE).write_text(plan_to_json(job.plan, job.bound, job.layout), encoding="utf-8")
 
 
 def _write_weights(job: StreamedCut, target: Path) -> list[Path]:
@@ -330,5 +332,7 @@ def _name_shards(shards: list[Path]) -> list[Path]:
                 weight_map[key] = named[-1].name
                 size += content.get_tensor(key).nbytes
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    shards[0].with_name(SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    shards[0].with_name(SAFE_WEIGHTS_INDEX_NAME).write_text(
+        json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
     return named

@@ -87,7 +87,7 @@ def load_plan(path: str | os.PathLike, bound: BoundSpec) -> tuple[Plan, str]:
     if not file.is_file():
         raise HfDmsError(f"There is no plan '{file}'. A finished `hf-dms prune` leaves one in its output.path.")
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise HfDmsError(f"{file} is not valid JSON: {error}") from None
     _check(content, bound, file)

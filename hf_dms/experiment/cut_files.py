@@ -53,7 +53,7 @@ def cut_by_plan(plan: str, model: ModelConfig, output: OutputConfig) -> dict[str
             for file in filter(Path.is_file, folder.glob(pattern)):
                 shutil.copyfile(file, temporary / file.name)
         report = as_written(_report(job, counts, model) | {"seconds": round(time.time() - started)})
-        (temporary / REPORT).write_text(to_json(report))
+        (temporary / REPORT).write_text(to_json(report), encoding="utf-8")
         name = Path(output.path).name
         page = render(report, job.pruned.config.to_dict(), name)
         (temporary / PAGE).write_text(page, encoding="utf-8")

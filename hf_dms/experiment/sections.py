@@ -138,8 +138,8 @@ class RepairConfig:
     ridge: float | None = field(
         default=None,
         metadata={
-            "help": "How strongly a weight is held back, relative to the mean square of its inputs. Default: chosen for "
-            "each map on held-out examples."
+            "help": "How strongly a weight is held back, relative to the mean square of its inputs. Default: chosen "
+            "for each map on held-out examples."
         },
     )
 

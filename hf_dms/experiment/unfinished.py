@@ -44,13 +44,13 @@ def _claim(unfinished: Path, recipe: Recipe) -> None:
             "choose another output.path, or delete the folder."
         )
     unfinished.mkdir(parents=True, exist_ok=True)
-    mark.with_suffix(".tmp").write_text(_content(recipe))
+    mark.with_suffix(".tmp").write_text(_content(recipe), encoding="utf-8")
     os.replace(mark.with_suffix(".tmp"), mark)
 
 
 def _is_claimed(unfinished: Path, recipe: Recipe) -> bool:
     mark = unfinished / CLAIM
-    return mark.is_file() and mark.read_text() == _content(recipe)
+    return mark.is_file() and mark.read_text(encoding="utf-8") == _content(recipe)
 
 
 def _content(recipe: Recipe) -> str:

@@ -253,7 +253,11 @@ def peak_resident_bytes() -> int | None:
     """The most resident memory of this process so far; None where the system does not tell."""
     status = Path("/proc/self/status")
     if status.is_file():  # of this program alone; ru_maxrss begins with that of the process it was started from
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return next(
+            int(line.split()[1]) * 1024
+            for line in status.read_text(encoding="utf-8").splitlines()
+            if line.startswith("VmHWM")
+        )
     if sys.platform == "darwin":
         import resource
 

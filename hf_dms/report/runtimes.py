@@ -141,4 +141,4 @@ def renewed(text: str) -> str:
 
 if __name__ == "__main__":
     for path in map(Path, sys.argv[1:]):
-        path.write_text(renewed(path.read_text()))
+        path.write_text(renewed(path.read_text(encoding="utf-8")), encoding="utf-8")

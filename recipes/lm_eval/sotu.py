@@ -29,6 +29,6 @@ def next_sentences(**_) -> dict[str, datasets.Dataset]:
 
 def _passages() -> list[list[str]]:
     """Every four sentences in a row, none of them twice."""
-    documents = [json.loads(line)["text"] for line in TEXT.read_text().splitlines()]
+    documents = [json.loads(line)["text"] for line in TEXT.read_text(encoding="utf-8").splitlines()]
     sentences = [re.split(r"(?<=[.;?!]) ", document) for document in documents]
     return [row[i : i + 4] for row in sentences for i in range(0, len(row) - 3, 4)]
