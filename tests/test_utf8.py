@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(
-    path for folder in ("hf_dms", "benchmarks", "tools") for path in (ROOT / folder).rglob("*.py")
+    path for folder in ("hf_dms", "recipes", "benchmarks", "tools") for path in (ROOT / folder).rglob("*.py")
 )
 TEXT = {"read_text": 0, "write_text": 1}  # position of the encoding among the arguments
 
