@@ -29,6 +29,7 @@ COLOURS = {  # light values of the page's CSS variables; the page has dark ones
 }
 SERIES = [COLOURS[f"c{number}"] for number in range(6)]
 LINES = ("-", "--", ":", "-.")  # so that lines differ without colour too
+FEW = 12  # points of a line that are marked one by one
 SOFT, RULE = COLOURS["soft"], COLOURS["rule"]
 STYLE = {
     **{f"axes.spines.{side}": False for side in ("top", "left", "right")},
@@ -131,7 +132,13 @@ def lines_panel(
     def draw(axes: Axes) -> None:
         for number, (label, points) in enumerate(series.items()):
             colour = SERIES[number % len(SERIES)]
-            axes.plot(*zip(*points), LINES[number % len(LINES)], label=label, color=colour)
+            look: dict[str, Any] = {
+                "color": colour,
+                "clip_on": False,
+                "marker": "o" if len(points) < FEW else None,
+                "markersize": 3,
+            }
+            axes.plot(*zip(*points), LINES[number % len(LINES)], label=label, **look)
             if band := (bands or {}).get(label):
                 x, low, high = zip(*band)
                 axes.fill_between(x, low, high, alpha=0.15, color=colour, linewidth=0)
@@ -187,7 +194,7 @@ def _finish(axes: Axes, labels: tuple[str, str], legend: bool) -> None:
         axes.set_xlabel(labels[0])
     if legend and place.is_first_row():
         names = axes.get_legend_handles_labels()[1]
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3 if len(names) < 4 else math.ceil(len(names) / 2))
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3 if len(names) < 4 else 2)
 
 
 def _ends(points: Points) -> str:

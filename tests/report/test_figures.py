@@ -53,6 +53,14 @@ def test_a_line_breaks_where_there_is_no_number():
     assert LINE.summary == "t: one from 1 to 2."
 
 
+def test_few_points_are_marked_so_that_a_single_one_is_seen():
+    few = {"one": [(0.5, 47.0)], "two": [(0.5, 158.2), (0.8, 49.6)]}
+    budgets = lines_panel("budgets", "Quality over budget", ("parameters kept", "perplexity"), few)
+    assert svg(budgets).count("<use") == 3 + 2  # each point, and each line of the legend
+    many = lines_panel("many", "t", ("x", "y"), {"one": [(step, 1.0) for step in range(50)]})
+    assert "<use" not in svg(many)
+
+
 def test_the_search_is_told_by_steps_as_shares_of_the_dense_model():
     report = make_report()
     report["search"][1]["task_loss"] = None
@@ -88,7 +96,7 @@ def test_words_are_text_without_markup_or_formulas():
         for panel in (lines, bars_panel(words, [1, 0], 2)):
             page = Tags(svg(panel))
             assert words in page.text
-            allowed = {"svg", "title", "desc", "g", "path", "text", "defs", "clippath", "rect", "pattern"}
+            allowed = {"svg", "title", "desc", "g", "path", "text", "defs", "clippath", "rect", "pattern", "use"}
             assert {tag for tag, _ in page.tags} <= allowed
 
 
