@@ -165,7 +165,8 @@ def saying_where(prefix: str) -> Iterator[None]:
     try:
         yield
     except HfDmsError as error:
-        raise HfDmsError(f"{prefix}{error}") from error
+        where = prefix if str(error).startswith("data.") else ""
+        raise HfDmsError(f"{where}{error}") from error
 
 
 def _subsection(given: dict[str, Any], name: str, prefix: str) -> dict[str, Any] | None:

@@ -126,13 +126,18 @@ def _sample_rows(examples: Examples, options: SampleOptions) -> list[Any]:
 # ---- texts -----------------------------------------------------------------------------------------------------------
 def load_examples(config: DataConfig, tokenizer: Any, model_config: Any, head: Head) -> Examples:
     """Tokenised texts with the numbers of their classes; see `Task.load`."""
+    from pyarrow import compute
+
     padding, values = padding_of(tokenizer, model_config)
 
     def prepare(source: Source, numbers: list[int]) -> Any:
         rows = map_texts(source, config, tokenizer, lambda texts, places: encode(texts, places, source, numbers))
         ids = rows.data.column("input_ids")
-        check_length(max(map(len, ids)), f"A text of {source.key} has", model_config)
-        check_ids(max([padding.pad_token_id, *(max(row.as_py()) for row in ids)]), tokenizer, model_config)
+        longest, largest = (
+            compute.max(each(ids)).as_py() for each in (compute.list_value_length, compute.list_flatten)
+        )
+        check_length(longest, f"A text of {source.key} has", model_config)
+        check_ids(max(largest, padding.pad_token_id), tokenizer, model_config)
         return rows
 
     def encode(texts: list[str | None], places: list[int], source: Source, numbers: list[int]) -> dict[str, list]:

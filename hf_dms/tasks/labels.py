@@ -74,13 +74,15 @@ def head_of(config: Any, ending: str, is_new: bool = False) -> Head:
 
     Args:
         config: the model's.
-        ending: what ends the name of a model class with such a head; it is in the config if the head was saved.
+        ending: what ends the name of a model class with such a head. The config has the name of the class that was
+            saved; a config without a name may be of a trained head, and is taken so.
         is_new: whether the head is randomly initialised whatever the config says.
 
     Raises:
         HfDmsError: the head is for regression or for several labels at once.
     """
-    is_fixed = not is_new and any(name.endswith(ending) for name in config.architectures or ())
+    saved_as = config.architectures or ["?" + ending]
+    is_fixed = not is_new and any(name.endswith(ending) for name in saved_as)
     kind = config.problem_type
     if kind in (None, "single_label_classification") and is_fixed and config.num_labels == 1:
         kind = "regression"
@@ -240,5 +242,5 @@ def _unlike(labels: set[Label], head: Head) -> str:
         f"data.label_column: the labels are {_listed(labels)}; the model has the classes {classes}"
         f"{', ...' if len(head.names) > SHOWN else ''}. A label must be the name or the number of one of them, since a "
         "trained head is never relabelled. Rename them in the data or in the model's config.json (id2label), or give a "
-        "model without a head, which gets the classes of the data."
+        "model without a head (architectures in its config.json names none), which gets the classes of the data."
     )

@@ -24,7 +24,7 @@ def load(tmp_path, config, tokenizer=None, rows=ROWS, **options):
 
 
 def bert(**options):
-    return BertConfig(**TEXT | {"pad_token_id": 0} | options)
+    return BertConfig(**TEXT | {"pad_token_id": 0, "architectures": ["BertModel"]} | options)
 
 
 def test_texts_are_cut_off_padded_and_their_labels_numbered(tmp_path):
@@ -66,7 +66,7 @@ def test_a_missing_column_is_named(option, message, tmp_path):
     ids=["bert", "roberta"],
 )
 def test_texts_longer_than_the_positions_of_the_model_are_refused(config, longest, tmp_path):
-    config = config(**TEXT | {"pad_token_id": 0 if longest == 16 else 1})
+    config = config(**TEXT | {"pad_token_id": 0 if longest == 16 else 1, "architectures": ["BertModel"]})
     rows = [{"text": "a" * 40, "label": "no"}, ROWS[1]]
     with pytest.raises(
         ValueError, match=f"has 40 tokens, and the model has positions for {longest}. Set data.sequence"
@@ -85,7 +85,7 @@ def test_short_texts_need_no_positions_for_the_default_length(tmp_path):
 
 
 def test_texts_longer_than_a_decoder_was_made_for_warn(tmp_path, caplog):
-    config = LlamaConfig(**TINY | {"max_position_embeddings": 8})
+    config = llama(max_position_embeddings=8)
     with caplog.at_level(logging.WARNING):
         load(tmp_path, config, rows=[{"text": "a" * 9, "label": "no"}, ROWS[1]])
     assert "A text of data.path has 9 tokens, and the model was made for at most 8" in caplog.text
@@ -106,7 +106,7 @@ def test_a_padding_token_beyond_the_vocabulary_is_refused(tmp_path):
 
 # ---- padding ----
 def llama(**options):
-    return LlamaConfig(**TINY | options)
+    return LlamaConfig(**TINY | {"architectures": ["LlamaModel"]} | options)
 
 
 @pytest.mark.parametrize(

@@ -241,6 +241,13 @@ def test_a_head_that_will_be_random_gets_the_classes_of_the_data(tmp_path):
     assert load(path, classifier(["good", "bad"]).config, new_head=True).labels == ("neg", "pos")
 
 
+def test_a_config_that_names_no_class_of_model_is_taken_as_one_of_a_trained_head(tmp_path):
+    config = BertConfig(**TEXT | {"num_labels": 2})
+    assert [row["labels"] for row in load(labelled(tmp_path / "a.jsonl", [1, 0]), config).train] == [1, 0]
+    with pytest.raises(ValueError, match=r"give a model without a head \(architectures in its config.json names none"):
+        load(labelled(tmp_path / "b.jsonl", ["neg", "pos"]), config)
+
+
 def test_one_class_is_none(tmp_path):
     with pytest.raises(ValueError, match=r"all labels are 'yes'. A classifier needs two classes"):
         load(labelled(tmp_path / "a.jsonl", ["yes", "yes"]), untrained())
