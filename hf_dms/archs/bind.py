@@ -131,6 +131,7 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
     for dim in spec.dims:
         if dim.same_as is not None and sizes[dim.name] == sizes[dim.same_as]:
             spec = spec.with_one_name(dim.name, dim.same_as)
+            del sizes[dim.name]
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
     lines = [(_compile(pattern), text) for pattern, text in spec.lines(type(model).__name__).items()]
     bound = BoundSpec(spec, prefix, sizes, {}, frozenset())

@@ -125,19 +125,38 @@ class ArchSpec:
         return self.params if head is None else self.params | self.heads[head]
 
     def with_one_name(self, dim: str, name: str) -> ArchSpec:
-        """The same with another name in place of a dim's, of which it is a dim no more."""
+        """The same with another dim's name in the place of a dim's, which goes: the two are one.
 
-        def rename(lines: dict[str, str]) -> dict[str, str]:
-            return {key: re.sub(rf"\b{dim}\b", name, line) for key, line in lines.items()}
+        Limits between the two hold by themselves then, or never will, and go too.
+        """
 
-        return replace(
-            self,
-            dims=tuple(other for other in self.dims if other.name != dim),
-            params=rename(self.params),
-            heads={head: rename(lines) for head, lines in self.heads.items()},
-            config=rename(self.config),
-            must_differ=tuple(pair for pair in self.must_differ if dim not in pair),
-        )
+        def renamed(text: str) -> str:
+            return re.sub(rf"\b{dim}\b", name, text)
+
+        def lines(of: dict[str, str]) -> dict[str, str]:
+            return {key: renamed(text) for key, text in of.items()}
+
+        def pairs(of: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+            both = [(renamed(a), renamed(b)) for a, b in of]
+            return tuple(pair for pair in both if pair[0] != pair[1])
+
+        def linked(other: Dim) -> Dim:
+            links: dict[str, Any] = {key: name for key in DIM_LINKS if getattr(other, key) == dim}
+            return replace(other, **links)
+
+        changes: dict[str, Any] = {key: lines(getattr(self, key)) for key in NAMED_PRODUCTS}
+        changes |= {key: renamed(getattr(self, key)) for key in PRODUCTS}
+        changes |= {key: pairs(getattr(self, key)) for key in LIMITS}
+        changes["heads"] = {head: lines(of) for head, of in self.heads.items()}
+        changes["cache"] = None if self.cache is None else renamed(self.cache)
+        return replace(self, dims=tuple(linked(other) for other in self.dims if other.name != dim), **changes)
+
+
+# Where dims are named, beside `heads` and `cache`, whose lines and product may be missing.
+DIM_LINKS = ("follows", "same_as")  # of a Dim
+NAMED_PRODUCTS = ("params", "config", "attributes", "outputs")  # name → product
+PRODUCTS = ("attention", "tokens", "image")
+LIMITS = ("must_divide", "must_equal", "must_differ")  # pairs of products
 
 
 def parse_axes(text: str) -> Axes:
@@ -151,22 +170,32 @@ def flat(axes: Axes) -> tuple[str, ...]:
 
 
 def check_spec(spec: ArchSpec) -> None:
-    """Check that a description speaks of its own dims only, and has layers.
+    """Check that a description speaks of its own dims, modules and config attributes only, and has layers.
 
     Raises:
         ValueError: it does not.
     """
     names = [dim.name for dim in spec.dims]
-    lines = [*spec.params.items(), *(line for head in spec.heads.values() for line in head.items())]
-    products = [(name, " ".join(flat(parse_axes(text)))) for name, text in lines]
-    products += [(name, text.partition("**")[0]) for name, text in (spec.config | spec.attributes).items()]
-    for name, product in products:
+    for where, product in _products(spec):
         for factor in product.split():
             if factor not in names:
                 raise HfDmsError(
-                    f"{spec.model_type}: what is said of '{name}' names '{factor}', which is none of the dims "
+                    f"{spec.model_type}: what is said of '{where}' names '{factor}', which is none of the dims "
                     f"{', '.join(names)}. Correct it, or add the dim."
                 )
+    _check_stacks(spec)
+    recorded = {factor for product in spec.config.values() for factor in product.split()}
+    for name in spec.prunable:
+        if name not in recorded:
+            raise HfDmsError(
+                f"{spec.model_type}: '{name}' can be pruned, but no attribute in `config` holds its size, so that a "
+                "cut model's config would not say it. Add it, or give the dim scope='fixed'."
+            )
+    _check_names(spec)
+
+
+def _check_stacks(spec: ArchSpec) -> None:
+    """Check that every stack of layers has its depth dim, and every layer's dim its stack."""
     if (depth := [dim.name for dim in spec.dims if dim.scope == "depth"]) != (stacks := list(spec.stacks)):
         raise HfDmsError(
             f"{spec.model_type}: one dim must have scope='depth' and be called {' and one '.join(stacks)}; got "
@@ -177,3 +206,40 @@ def check_spec(spec: ArchSpec) -> None:
             raise HfDmsError(
                 f"{spec.model_type}: dim '{dim.name}' has stack='{dim.stack}', which is none of {', '.join(stacks)}."
             )
+
+
+def _check_names(spec: ArchSpec) -> None:
+    """Check that config attributes and modules that a description mentions are those that it describes."""
+    quotients = [key for pair in spec.config_ratios.values() for key in pair]
+    for where, keys in {"build_with": [*spec.build_with], "config_ratios": quotients}.items():
+        for key in keys:
+            if key not in spec.config and key not in spec.config_ratios:
+                raise HfDmsError(
+                    f"{spec.model_type}: `{where}` mentions '{key}', which `config` does not: {', '.join(spec.config)}."
+                )
+    for path in spec.unnormed:
+        if f"{path}.weight" not in spec.params:
+            raise HfDmsError(f"{spec.model_type}: `unnormed` mentions '{path}', but `params` has no '{path}.weight'.")
+    for where, text in _lines(spec):
+        if not re.fullmatch(r"(\(\w+( \w+)*\)|\w+)( (\(\w+( \w+)*\)|\w+))*( @ \w+)?", text):
+            raise HfDmsError(
+                f"{spec.model_type}: '{text}', said of '{where}', is no list of axes, such as '(heads d) hidden' or "
+                "'label pool @ 1'."
+            )
+
+
+def _lines(spec: ArchSpec) -> list[tuple[str, str]]:
+    """Every parameter's name and line."""
+    return [*spec.params.items(), *(line for head in spec.heads.values() for line in head.items())]
+
+
+def _products(spec: ArchSpec) -> list[tuple[str, str]]:
+    """Everything in a description that is a product of dims, and what it is said of."""
+    found = [(where, " ".join(flat(parse_axes(text)))) for where, text in _lines(spec)]
+    found += [(where, at) for where, text in _lines(spec) if not (at := text.partition("@")[2].strip()).isdigit()]
+    found += [
+        (where, text.partition("**")[0]) for where, text in (spec.config | spec.attributes | spec.outputs).items()
+    ]
+    found += [(key, getattr(spec, key)) for key in PRODUCTS] + [("cache", spec.cache or "")]
+    found += [(key, product) for key in LIMITS for pair in getattr(spec, key) for product in pair]
+    return found + [(dim.name, getattr(dim, key) or "") for dim in spec.dims for key in DIM_LINKS]

@@ -140,6 +140,7 @@ def resize_layers_(model) -> None:
 
 
 def _parse(axes: str) -> list[list[str]]:
+    axes = axes.partition("@")[0]  # what follows says how often the map runs
     return [token.strip("()").split() for token in re.findall(r"\([^)]*\)|\S+", axes)]
 
 

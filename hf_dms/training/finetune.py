@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from ..archs.plain_view import with_adapters
+from ..archs.plain_view import base_model_of, with_adapters
 from ..config import DMSConfig
 from ..tasks.task import Examples
 from .distillation import DistillationConfig
@@ -94,18 +94,22 @@ class DistillationTrainer(FiniteStepsMixin, ExactCheckpointsMixin, Trainer):
             summed = loss_is_summed_over_micro_batches(self, num_items_in_batch)
             share = 1 / self.current_gradient_accumulation_steps if summed else 1.0
             weight, temperature = self.distillation.weight, self.distillation.temperature
-            divergence = distillation_loss(outputs.logits, taught, temperature, inputs["labels"])
+            causal = base_model_of(self.accelerator.unwrap_model(model)).can_generate()  # it predicts the next label
+            divergence = distillation_loss(outputs.logits, taught, temperature, inputs["labels"], shifted=causal)
             loss = (1 - weight) * loss + weight * share * divergence
         return (loss, outputs) if return_outputs else loss
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, temperature: float, labels: Tensor | None = None) -> Tensor:
+def distillation_loss(
+    student: Tensor, teacher: Tensor, temperature: float, labels: Tensor | None = None, shifted: bool = False
+) -> Tensor:
     """T²·KL(teacher / T ‖ student / T), mean over predictions: a float32 scalar.
 
     Args:
         student, teacher: logits `[..., classes]`.
         temperature: T.
-        labels: `[...]`; predictions whose label is -100 do not count.
+        labels: `[...]`; predictions whose label is -100 do not count. Where no label counts the loss is 0.
+        shifted: whether the prediction at a position is of the next position's label, as in a causal language model.
 
     Example:
         >>> distillation_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0986]]), 1.0)
@@ -115,5 +119,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float, labe
     log_teacher = F.log_softmax(teacher.float() / temperature, -1)
     divergence = F.kl_div(log_student, log_teacher, log_target=True, reduction="none").sum(-1)
     if labels is not None and labels.shape == divergence.shape:
+        if shifted:
+            divergence, labels = divergence[..., :-1], labels[..., 1:]
         divergence = divergence[labels != -100]
-    return temperature**2 * divergence.mean()
+    return temperature**2 * divergence.sum() / max(divergence.numel(), 1)

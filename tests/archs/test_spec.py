@@ -1,13 +1,16 @@
 """The description of an architecture, bound to live models: it accounts for every parameter, and counts them."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
+from helpers.laws import tiny
 from helpers.tiny import tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
+    ElectraModel,
     LlamaForCausalLM,
     LlamaForQuestionAnswering,
     LlamaForSequenceClassification,
@@ -17,9 +20,10 @@ from transformers import (
 
 from hf_dms.archs.bind import bind, dim_size
 from hf_dms.archs.costs import build_cost
+from hf_dms.archs.electra import ELECTRA
 from hf_dms.archs.llama import LLAMA
 from hf_dms.archs.registry import ARCHS, spec_for
-from hf_dms.archs.spec import Dim, parse_axes, with_dims
+from hf_dms.archs.spec import LIMITS, NAMED_PRODUCTS, PRODUCTS, ArchSpec, Dim, check_spec, flat, parse_axes, with_dims
 
 HEADS = (
     LlamaModel,
@@ -128,26 +132,107 @@ def test_costs_that_cannot_be_are_errors():
 
 # ---- the descriptions themselves ----
 @pytest.mark.parametrize("spec", ARCHS.values(), ids=ARCHS)
-def test_a_description_is_consistent(spec):
-    names = [dim.name for dim in spec.dims]
-    assert len(set(names)) == len(names)
+def test_a_description_is_consistent_and_has_no_dim_that_nothing_uses(spec):
+    check_spec(spec)
     lines = [*spec.params.values(), *(line for head in spec.heads.values() for line in head.values())]
-    used = {factor for line in lines for axis in parse_axes(line) for factor in axis}
-    used |= {spec.dim(name).name for name in names if spec.dim(name).scope == "depth"}
-    positions = {where for line in lines if (where := line.partition("@")[2].strip()) and not where.isdigit()}
-    used |= {*positions, *spec.tokens.split(), *spec.image.split()}
-    assert used == set(names)
-    remembered = [product.partition("**")[0] for product in spec.attributes.values()]
-    products = [*spec.config.values(), *remembered, spec.attention, spec.cache or ""]
-    products += [product for pair in spec.must_divide + spec.must_equal + spec.must_differ for product in pair]
-    assert {factor for product in products for factor in product.split()} <= set(names)
-    assert sum(dim.scope == "depth" for dim in spec.dims) == 1
-    assert set(spec.prunable) <= {factor for product in spec.config.values() for factor in product.split()}
-    assert all(line.count("(") == line.count(")") for line in lines)
-    assert set(spec.build_with) <= {*spec.config, *spec.config_ratios}
-    assert {attribute for pair in spec.config_ratios.values() for attribute in pair} <= set(spec.config)
-    assert {dim.follows for dim in spec.dims} | {dim.same_as for dim in spec.dims} <= {None, *spec.prunable}
-    assert {f"{path}.weight" for path in spec.unnormed} <= set(spec.params)
+    used = {factor for line in lines for factor in flat(parse_axes(line))} | {"layers"}
+    used |= {line.partition("@")[2].strip() for line in lines} | {*spec.tokens.split(), *spec.image.split()}
+    assert {dim.name for dim in spec.dims} <= used
+
+
+WRONG = {
+    "params": LLAMA.params | {"norm.weight": "nothing"},
+    "heads": {"ForX": {"score.weight": "label nothing"}},
+    "config": LLAMA.config | {"width": "nothing"},
+    "attributes": {"layers.{i}.size": "nothing ** -0.5"},
+    "outputs": {"pooler_output": "nothing"},
+    "attention": "kv nothing",
+    "cache": "nothing",
+    "tokens": "nothing",
+    "image": "nothing height",
+    "must_divide": (("kv", "nothing"),),
+    "must_equal": (("nothing", "hidden"),),
+    "must_differ": (("nothing", "hidden"),),
+    "dims": with_dims(LLAMA.dims, Dim("pool", "1", follows="nothing")),
+}
+NO_DIMS = {
+    *("model_type", "layers", "config_ratios", "config_lists", "config_leaves_out", "unnormed", "must_be_false"),
+    *("build_with", "alternative", "alternative_overrides", "alternative_needs"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_dim_that_there_is_not_is_an_error_wherever_it_is_named(name):
+    with pytest.raises(ValueError, match="names 'nothing', which is none of the dims kv, mlp, hidden, layers"):
+        check_spec(dataclasses.replace(LLAMA, **{name: WRONG[name]}))
+
+
+def test_every_field_of_a_description_is_checked_and_renamed_or_names_no_dims():
+    fields = {field.name for field in dataclasses.fields(ArchSpec)}
+    assert fields == WRONG.keys() | NO_DIMS
+    assert WRONG.keys() == {"dims", "heads", "cache", *NAMED_PRODUCTS, *PRODUCTS, *LIMITS}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"params": LLAMA.params | {"norm.weight": "hidden @ nothing"}}, "of 'norm.weight' names 'nothing'"),
+        (
+            {"params": LLAMA.params | {"norm.weight": "(hidden"}},
+            r"'\(hidden', said of 'norm.weight', is no list of axes",
+        ),
+        (
+            {"params": LLAMA.params | {"norm.weight": "hidden @"}},
+            "'hidden @', said of 'norm.weight', is no list of axes",
+        ),
+        ({"config": {"head_dim": "d"}}, "'kv' can be pruned, but no attribute in `config` holds its size"),
+        ({"build_with": {"heads": 1}}, "`build_with` mentions 'heads', which `config` does not: num_attention_heads"),
+        (
+            {"config_ratios": {"ratio": ("mlp", "hidden_size")}},
+            "`config_ratios` mentions 'mlp', which `config` does not",
+        ),
+        ({"unnormed": ("proj",)}, "`unnormed` mentions 'proj', but `params` has no 'proj.weight'"),
+        ({"dims": LLAMA.dims[:3]}, "scope='depth' and be called layers"),
+    ],
+)
+def test_a_description_that_contradicts_itself_is_an_error(change, message):
+    spec = dataclasses.replace(LLAMA, **({"dims": LLAMA.dims} | change))
+    if "dims" in change:  # without its layers, and whatever names them
+        spec = dataclasses.replace(spec, config={"head_dim": "kv mlp hidden"}, params={}, must_divide=())
+        spec = dataclasses.replace(spec, attention="", cache=None)
+    with pytest.raises(ValueError, match=message):
+        check_spec(spec)
+
+
+@pytest.mark.parametrize(("embedding", "one"), [(24, True), (12, False)])
+def test_a_bound_model_has_sizes_of_its_dims_and_no_others(embedding, one):
+    bound = bind(ELECTRA, tiny(ElectraModel, hidden_size=24, embedding_size=embedding))
+    assert list(bound.sizes) == [dim.name for dim in bound.spec.dims]
+    assert ("embedding" not in bound.sizes) is one
+
+
+def test_one_name_for_two_dims_is_used_everywhere():
+    spec = dataclasses.replace(
+        ELECTRA,
+        dims=with_dims(ELECTRA.dims, Dim("pool", "hidden_size", scope="model", follows="embedding")),
+        params=ELECTRA.params | {"x.weight": "label hidden @ embedding"},
+        attributes={"encoder.layer.{i}.size": "embedding ** -0.5"},
+        outputs={"pooler_output": "embedding"},
+        attention="embedding", cache="embedding", tokens="embedding", image="embedding type",
+        must_divide=(("heads", "embedding"),),
+        must_equal=(("embedding", "hidden"), ("heads d", "embedding")),
+    )  # fmt: skip
+    found = spec.with_one_name("embedding", "hidden")
+    assert re.search(r"\bembedding\b", str(dataclasses.replace(spec, params={}, heads={})))
+    without_keys = dataclasses.replace(
+        found, **{key: tuple(getattr(found, key).values()) for key in ("params", "config", "attributes", "outputs")}
+    )
+    assert not re.search(r"'embedding'|\bembedding \*\*|embedding type|@ embedding", str(without_keys))
+    assert found.dim("pool").follows == "hidden"
+    assert (found.must_equal, found.must_differ) == ((("heads d", "hidden"),), ())
+    assert (found.attention, found.cache, found.image) == ("hidden", "hidden", "hidden type")
+    assert found.params["x.weight"] == "label hidden @ hidden"
+    check_spec(found)
 
 
 def test_a_spec_is_found_by_model_type():

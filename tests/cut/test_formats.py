@@ -1,12 +1,16 @@
 """What is written: the stock class where it can hold the model, the per-layer one where it cannot."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from helpers.tiny import tiny_llama
+from helpers.tiny import search_, tiny_llama, token_batch
 from transformers import LlamaForCausalLM, MistralForCausalLM
 
+from hf_dms import DMSConfig, attach_, prune, save_pruned
 from hf_dms.archs.bind import bind
 from hf_dms.archs.llama import LLAMA
+from hf_dms.archs.registry import ARCHS
 from hf_dms.cut.formats import layer_description, pruned_class_and_config
 from hf_dms.cut.plan import Plan
 
@@ -102,3 +106,14 @@ def test_the_layer_description_holds_this_variants_parameters_only():
     biases = [name for name in layer_description(bind(LLAMA, biased))["axes"] if name.endswith("bias")]
     assert biases == ["mlp.gate_proj.bias", "mlp.up_proj.bias", "mlp.down_proj.bias"]
     assert set(layer_description(bind(LLAMA, plain))["dims"]) == {"kv", "mlp", "hidden", "rep", "d"}
+
+
+def test_a_line_of_a_layer_that_says_at_how_many_positions_it_runs_reloads(monkeypatch, tmp_path):
+    lines = {name: f"{axes} @ 1" if "mlp.gate" in name else axes for name, axes in LLAMA.params.items()}
+    monkeypatch.setitem(ARCHS, "llama", replace(LLAMA, params=lines))
+    model = tiny_llama()
+    attach_(model, DMSConfig(target=0.7, layout="per_layer", prune=("mlp",)))
+    search_(model)
+    pruned = prune(model, inputs=token_batch())
+    assert type(pruned).__name__ == "DmsLlamaForCausalLM"
+    assert save_pruned(pruned, tmp_path / "out", inputs=token_batch()) < 1e-5

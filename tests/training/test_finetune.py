@@ -7,9 +7,9 @@ import pytest
 import torch
 from helpers.laws import tiny
 from helpers.searches import Images, Poisoned, arguments, bit_equal, logged, stories, weights
-from helpers.tiny import Tokens, tiny_llama
+from helpers.tiny import Tokens, tiny_llama, token_batch
 from torch.nn import functional as F
-from transformers import ViTForImageClassification, default_data_collator
+from transformers import BertForMaskedLM, ViTForImageClassification, default_data_collator
 
 from hf_dms.errors import NonFiniteError
 from hf_dms.tasks.task import Examples
@@ -42,7 +42,46 @@ def test_predictions_without_a_label_do_not_count():
     assert torch.allclose(distillation_loss(student, teacher, 2.0, labels), expected)
 
 
+def test_predictions_of_the_next_label_count_where_that_one_does():
+    """A prompt of two tokens: what is predicted at its last token is the first label that counts."""
+    student, teacher = torch.randn(1, 5, 7), torch.randn(1, 5, 7)
+    labels = torch.tensor([[-100, -100, 4, 2, -100]])
+    expected = distillation_loss(student[:, 1:3], teacher[:, 1:3], 2.0)
+    assert torch.allclose(distillation_loss(student, teacher, 2.0, labels, shifted=True), expected)
+
+
+def test_a_batch_without_labels_teaches_nothing():
+    student = torch.randn(1, 3, 5, requires_grad=True)
+    for shifted in (False, True):
+        loss = distillation_loss(student, torch.randn(1, 3, 5), 2.0, torch.full((1, 3), -100), shifted)
+        loss.backward()
+        assert loss == 0
+        assert student.grad.abs().sum() == 0
+
+
 # ---- the training ----
+def bert(seed=0):
+    return tiny(BertForMaskedLM, seed, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+
+
+@pytest.mark.parametrize(("make", "shifted"), [(tiny_llama, True), (bert, False)], ids=["llama", "bert"])
+def test_a_teacher_is_heard_where_the_model_predicts_labels(make, shifted, tmp_path):
+    """With all of the loss the teacher's, it is the divergence at the predictions that the labels are of."""
+    student, teacher = make(), make(seed=1)
+    ids = token_batch(2, 6)["input_ids"]
+    labels = ids.clone()
+    labels[:, :3] = -100  # a prompt
+    trainer = DistillationTrainer(
+        model=student, args=arguments(tmp_path), train_dataset=Tokens(), teacher=teacher,
+        distillation=DistillationConfig(1.0), max_nonfinite_steps=3,
+    )  # fmt: skip
+    trainer.current_gradient_accumulation_steps = 1
+    found = trainer.compute_loss(student.train(), {"input_ids": ids, "labels": labels})
+    positions = slice(2, 5) if shifted else slice(3, 6)
+    logits = [model.eval()(input_ids=ids).logits[:, positions].detach() for model in (student, teacher)]
+    assert float(found.detach()) == pytest.approx(float(distillation_loss(*logits, 2.0)), rel=1e-5)
+
+
 def test_a_teacher_alone_is_approached(tmp_path):
     teacher, student = tiny_llama(), tiny_llama(seed=1)
     before, ids = copy.deepcopy(student), Tokens()[0]["input_ids"][None]
