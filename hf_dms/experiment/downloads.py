@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import shutil
 import subprocess
@@ -27,7 +28,8 @@ def pip_download(package: str, folder: Path, *options: str) -> Path:
     Raises:
         HfDmsError: this Python has no pip, or the download failed.
     """
-    if importlib.util.find_spec("pip") is None:
+    # Not importlib.util.find_spec: setuptools answers that for pip, and warns where distutils is loaded already.
+    if importlib.machinery.PathFinder.find_spec("pip") is None:
         raise HfDmsError(
             f"{package} is downloaded with pip, which {sys.executable} has not. Install it: python -m ensurepip."
         )
