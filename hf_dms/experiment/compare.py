@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -175,7 +176,7 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
     _reset_peak()
     order = torch.randperm(len(setup.examples.train), generator=torch.Generator().manual_seed(cell.seed)).tolist()
     examples = dataclasses.replace(setup.examples, train=Subset(setup.examples.train, order))
-    dense = dense_model(recipe, setup.examples, setup.folder / "dense").eval()
+    dense = _dense(setup)
     row: dict[str, Any] = {"scores": {}, "seen": {}, "seconds": {}}
 
     def finish_(stage: str, model: PreTrainedModel, started: float, seen: int) -> None:
@@ -198,7 +199,7 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
         arguments.save_strategy = "no"
         distillation, lora = recipe.recover.distillation, lora_config(recipe, "recover.lora")
         train_(pruned, arguments, examples, dense if distillation else None, distillation, lora=lora)
-        finish_("recovered", pruned, started, arguments.max_steps * arguments.train_batch_size)
+        finish_("recovered", pruned, started, _examples_of(arguments, examples))
     return row | {"peak_bytes": peak_resident_bytes()}
 
 
@@ -215,7 +216,7 @@ def _choose(
     """The cut model of a strategy, its plan, what is kept of the resource, and how many examples it saw."""
     arguments = training_arguments(recipe, "train", Path(recipe.output.path, "search"))
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps
-    count = _examples_to_see(recipe, arguments.max_steps * batch)
+    count = _examples_to_see(recipe, _examples_of(arguments, examples))
     if "criterion" not in cell.settings:
         arguments.max_steps = max(count // batch, 1)
         trainer = DMSTrainer(
@@ -235,6 +236,21 @@ def _choose(
     resource = float(gates.resource(gates.dense_sizes() | sizes))
     detach_(searched)
     return pruned, plan, resource, seen
+
+
+def _dense(setup: Setup) -> PreTrainedModel:
+    """The dense model of all cells: loaded, and fine-tuned once if the recipe says so, whatever the cell's seed."""
+    kept = {"save_strategy": "epoch", "save_total_limit": 1}  # so that the next cell only loads it
+    finetune = setup.recipe.finetune and setup.recipe.finetune | kept
+    recipe = dataclasses.replace(setup.recipe, finetune=finetune)
+    return dense_model(recipe, setup.examples, setup.folder / "dense").eval()
+
+
+def _examples_of(arguments: Any, examples: Examples) -> int:
+    """Examples that a training by these arguments sees."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps * arguments.train_batch_size * arguments.gradient_accumulation_steps
+    return math.ceil(arguments.num_train_epochs * len(examples.train))
 
 
 def _examples_to_see(recipe: Recipe, asked: int) -> int:

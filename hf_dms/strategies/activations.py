@@ -13,6 +13,7 @@ Several inputs of one unit (a head's) count by their sum for Wanda-sp and by the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,11 +70,6 @@ def _moments(model: PreTrainedModel, batches: Batches) -> dict[str, list[tuple[i
     return found
 
 
-def _by_unit(values: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """`[units, inputs of a unit]` of values per input."""
-    return values.view(shape).movedim(1, 0).flatten(1)
-
-
 def wanda_metric(weight: Tensor, norm: Tensor) -> Tensor:
     """Σ_i |W_ij|·‖x_j‖₂ of every input j.
 
@@ -103,26 +99,34 @@ def flap_metric(weight: Tensor, variance: Tensor) -> Tensor:
     return (metric - metric.mean()) / metric.std().clamp(min=1e-30)
 
 
-def wanda_sp_scores(model: PreTrainedModel, batches: Batches) -> Scores:
-    """Σ |W_ij|·‖x_j‖₂ over the outputs of the maps that read a unit."""
+def _scores(
+    model: PreTrainedModel, batches: Batches, metric: Callable[[Tensor, _Moments], Tensor], pool: Callable[..., Tensor]
+) -> Scores:
+    """What units are worth by the maps that read them.
+
+    Args:
+        model: a model with gates.
+        batches: keyword arguments of forward passes.
+        metric: from a map's weight `[outputs, inputs]` and the moments of its inputs to a number per input.
+        pool: makes one number of those of a unit's inputs, such as `torch.sum`.
+    """
     gates = gates_of(model)
     scores = {name: torch.zeros(dim.rows, dim.units, dtype=torch.float64) for name, dim in gates.dims.items()}
     for name, maps in _moments(model, batches).items():
         for row, shape, path, moments in maps:
-            metric = wanda_metric(plain_weight(model, f"{path}.weight").double().cpu(), moments.norm())
-            scores[name][row] += _by_unit(metric, shape).sum(-1)
+            per_input = metric(plain_weight(model, f"{path}.weight").double().cpu(), moments)
+            scores[name][row] += pool(per_input.view(shape).movedim(1, 0).flatten(1), -1)
     return scores
+
+
+def wanda_sp_scores(model: PreTrainedModel, batches: Batches) -> Scores:
+    """Σ |W_ij|·‖x_j‖₂ over the outputs of the maps that read a unit, and over its inputs."""
+    return _scores(model, batches, lambda weight, moments: wanda_metric(weight, moments.norm()), torch.sum)
 
 
 def flap_scores(model: PreTrainedModel, batches: Batches) -> Scores:
-    """Var(x_j)·‖W_:j‖₂² of the map that reads a unit, standardised over the map's inputs."""
-    gates = gates_of(model)
-    scores = {name: torch.zeros(dim.rows, dim.units, dtype=torch.float64) for name, dim in gates.dims.items()}
-    for name, maps in _moments(model, batches).items():
-        for row, shape, path, moments in maps:
-            metric = flap_metric(plain_weight(model, f"{path}.weight").double().cpu(), moments.variance())
-            scores[name][row] += _by_unit(metric, shape).mean(-1)
-    return scores
+    """Var(x_j)·‖W_:j‖₂² of the map that reads a unit, standardised over the map's inputs; the mean of a unit's."""
+    return _scores(model, batches, lambda weight, moments: flap_metric(weight, moments.variance()), torch.mean)
 
 
 WANDA_SP = Criterion(wanda_sp_scores, allocation="equal", dims=("layer",))

@@ -53,6 +53,22 @@ def test_tokens_are_the_same_for_all_and_repair_is_among_them(table):
         assert sum(row["seen"].values()) * 16 == 160
 
 
+def test_a_search_by_epochs_is_a_search_of_whole_epochs_and_rivals_see_as_much(table):
+    epochs = ("train.max_steps=-1", "train.num_train_epochs=1", "compare.strategies={dms: {}, taylor: {}}")
+    *_, rows = table(*epochs, "recover={}", "dms.warmup_steps=1")
+    assert rows[0]["seen"]["cut"] in (rows[1]["seen"]["cut"], rows[1]["seen"]["cut"] - 1)  # steps are whole batches
+    assert rows[1]["seen"]["cut"] > 10
+
+
+def test_all_seeds_share_one_fine_tuned_dense_model(table):
+    finetuned = ("finetune={max_steps: 3, learning_rate: 0.01}", "compare.strategies={random: {}}", "recover={}")
+    *_, rows = table(*finetuned, "compare.seeds=[0, 1]")
+    plain = table("compare.strategies={random: {}}", "recover={}")[-1][-1]
+    assert rows[0]["scores"]["dense"] == rows[1]["scores"]["dense"]
+    assert rows[0]["scores"]["dense"] != plain["scores"]["dense"]
+    assert rows[0]["scores"]["cut"] != rows[1]["scores"]["cut"]
+
+
 def test_a_stopped_table_goes_on_where_it_stopped(table, monkeypatch, tmp_path):
     real = comparing.run_cell
 
