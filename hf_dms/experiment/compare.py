@@ -16,7 +16,7 @@ import os
 import platform
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ class Setup:
         examples: what is searched, repaired and recovered on.
         texts: what is measured on, by name; held-out examples.
         folder: where rows and checkpoints of recoveries go.
+        dense_scores: of the dense model, by text; the first cell fills it.
     """
 
     recipe: Recipe
@@ -85,6 +86,7 @@ class Setup:
     examples: Examples
     texts: dict[str, Any]
     folder: Path
+    dense_scores: dict[str, Any] = field(default_factory=dict)
 
 
 def compare(recipe: Recipe) -> str:
@@ -181,9 +183,11 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
 
     def finish_(stage: str, model: PreTrainedModel, started: float, seen: int) -> None:
         row["seconds"][stage], row["seen"][stage] = round(time.time() - started, 1), seen
-        row["scores"][stage] = {name: _measured(model, setup, rows) for name, rows in setup.texts.items()}
+        row["scores"][stage] = _measured(model, setup)
 
-    finish_("dense", dense, time.time(), 0)
+    if not setup.dense_scores:
+        setup.dense_scores.update(_measured(dense, setup))
+    row["scores"]["dense"] = setup.dense_scores
     started = time.time()
     pruned, plan, resource, seen = _choose(dense, recipe, examples, cell)
     row |= {"resource": resource, "sizes": plan.sizes}
@@ -272,10 +276,13 @@ def _batches(examples: Examples, count: int, recipe: Recipe) -> list[dict[str, T
     return list(DataLoader(rows, recipe.eval.batch_size, collate_fn=examples.collate)) if len(rows) else []
 
 
-def _measured(model: PreTrainedModel, setup: Setup, rows: Any) -> dict[str, Any]:
-    task = setup.recipe.task
-    scores = example_scores(model.eval(), task, rows, setup.examples.collate, setup.recipe.eval.batch_size)
-    return summary(task, scores) | {"scores": [round(value, 6) for value in scores.tolist()]}
+def _measured(model: PreTrainedModel, setup: Setup) -> dict[str, Any]:
+    """Metric, standard error and scores of the single examples, per text."""
+    task, found = setup.recipe.task, {}
+    for name, rows in setup.texts.items():
+        scores = example_scores(model.eval(), task, rows, setup.examples.collate, setup.recipe.eval.batch_size)
+        found[name] = summary(task, scores) | {"scores": [round(value, 6) for value in scores.tolist()]}
+    return found
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -294,11 +301,27 @@ def append_row(file: Path, row: dict[str, Any]) -> None:
 
 def _fingerprint(recipe: Recipe) -> str:
     """What must be the same for rows to stand in one table: all of the recipe but which cells there are."""
-    values = recipe.to_dict()
-    values.pop("output"), values.pop("hub")
-    values["compare"] = {key: values["compare"][key] for key in ("tokens", "texts")}
+    values = _said(recipe)
+    values.pop("output"), values.pop("hub", None)
+    values["compare"] = {key: values["compare"][key] for key in ("tokens", "texts") if key in values["compare"]}
     values["dms"].pop("target")
+    for key in ("path", "held_out"):  # the same files may lie in another folder
+        values["data"] |= {key: Path(str(values["data"][key])).name} if key in values["data"] else {}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _said(value: Any) -> Any:
+    """What a section says other than its defaults: an option that a later version adds does not change it."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    factories = {f.name: f.default_factory for f in dataclasses.fields(value) if callable(f.default_factory)}
+    defaults = {
+        f.name: factories[f.name]() if f.name in factories else f.default
+        for f in dataclasses.fields(value)
+        if f.default is not dataclasses.MISSING or f.name in factories
+    }
+    found = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    return {name: _said(each) for name, each in found.items() if name not in defaults or each != defaults[name]}
 
 
 def provenance() -> dict[str, Any]:

@@ -201,6 +201,14 @@ def make_fashion_mnist(out: Path, scratch: Path) -> None:
         rows.to_parquet(out / f"{name}.parquet")
 
 
+def make_python_reference(out: Path, scratch: Path) -> None:
+    """Python's language reference as this Python brings it (`pydoc_data.topics`), a row of topics.jsonl a topic."""
+    from pydoc_data.topics import topics
+
+    rows = "".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics))
+    (out / "topics.jsonl").write_text(rows, encoding="utf-8")
+
+
 # ---- the table -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Asset:
@@ -240,5 +248,9 @@ ASSETS = {
         make_fashion_mnist,
         "Fashion-MNIST (MIT) from the Debian package dataset-fashion-mnist: 6,000 images and 2,000 held out",
         (("PIL", "pillow"),),
+    ),
+    "python-reference": Asset(
+        make_python_reference,
+        "Python's language reference (PSF licence), as the Python that runs this brings it: a second domain",
     ),
 }

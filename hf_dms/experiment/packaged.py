@@ -15,13 +15,20 @@ def packaged_recipes() -> Path:
 
 def list_of_recipes() -> str:
     """The folder, and a line for each recipe: its name and the first line of its own header."""
-    files = sorted(packaged_recipes().glob("*.yaml"))
-    width = max(len(file.name) for file in files)
+    names = recipe_names()
+    width = max(map(len, names))
     lines = [str(packaged_recipes())]
-    for file in files:
-        first = file.read_text(encoding="utf-8").splitlines()[0]
-        lines.append(f"  {file.name:{width}}  {first.removeprefix('# ')}")
+    for name in names:
+        first = (packaged_recipes() / name).read_text(encoding="utf-8").splitlines()[0]
+        lines.append(f"  {name:{width}}  {first.removeprefix('# ')}")
     return "\n".join(lines)
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with hf_dms, as `load_recipe` finds them: those of searches, then those of comparisons."""
+    folder = packaged_recipes()
+    searches, comparisons = (sorted(folder.glob(pattern)) for pattern in ("*.yaml", "compare/*.yaml"))
+    return [file.relative_to(folder).as_posix() for file in (*searches, *comparisons)]
 
 
 def launch_config(name: str) -> str:

@@ -25,7 +25,7 @@ from ..tasks.data import DataConfig, is_data_file
 from ..tasks.registry import TASKS
 from ..tasks.task import Task
 from ..training.distillation import DistillationConfig
-from .packaged import packaged_recipes
+from .packaged import packaged_recipes, recipe_names
 from .sections import CompareConfig, EvalConfig, HubConfig, ModelConfig, OutputConfig, RecoverConfig, RepairConfig
 
 
@@ -79,8 +79,7 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
     if not file.is_file() and (packaged_recipes() / path).is_file():
         file = packaged_recipes() / path
     if not file.is_file():
-        names = ", ".join(sorted(recipe.name for recipe in packaged_recipes().glob("*.yaml")))
-        raise HfDmsError(f"There is no recipe '{path}'. Recipes that come with hf_dms: {names}.")
+        raise HfDmsError(f"There is no recipe '{path}'. Recipes that come with hf_dms: {', '.join(recipe_names())}.")
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:

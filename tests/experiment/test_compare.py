@@ -99,6 +99,15 @@ def test_rows_of_other_work_are_not_mixed_in(table):
     assert more[0]["work"] != more[1]["work"]
 
 
+def test_rows_stay_where_the_data_moves_or_an_option_says_its_default(table, recipe, tmp_path):
+    *_, rows = table("compare.strategies={taylor: {}}")
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    (other / "text.jsonl").write_bytes((tmp_path / "text.jsonl").read_bytes())
+    _, _, _, more = table("compare.strategies={taylor: {}}", f"data.path={other}/text.jsonl", "dms.target_ramp=0.7")
+    assert len(more) == len(rows) == 1
+
+
 def test_a_search_with_other_values_is_a_strategy_of_its_own(table):
     strategies = "compare.strategies={dms: {}, dms-forgetful: {dms: {importance_decay: 0.0}}}"
     _, out, _, rows = table(strategies, "recover={}")

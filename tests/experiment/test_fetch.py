@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import json
 import os
 import zipfile
 from pathlib import Path
@@ -71,6 +72,15 @@ def test_without_a_name_it_says_what_there_is(capsys):
     assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == list(fetch.ASSETS)
 
 
+def test_the_language_reference_is_a_text_that_compare_measures_on(tmp_path):
+    file = fetch.fetch("python-reference", str(tmp_path / "new")) / "topics.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) > 50
+    assert any('The "for" statement' in row["text"] for row in rows)
+    recipe = yaml.safe_load((packaged_recipes() / "compare" / "smollm2.yaml").read_text(encoding="utf-8"))
+    assert list(recipe["compare"]["texts"].values()) == ["models/python-reference/topics.jsonl"]
+
+
 def lacking(monkeypatch, module):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == module else found(name, *rest))
@@ -134,4 +144,6 @@ def test_an_unknown_launch_config_lists_those_there_are(capsys):
 def test_the_recipes_are_listed_with_their_folder(capsys):
     assert main(["recipes"]) == 0
     folder, *lines = capsys.readouterr().out.splitlines()
-    assert sorted(path.name for path in Path(folder).glob("*.yaml")) == [line.split()[0] for line in lines]
+    found = [str(path.relative_to(folder)) for name in ("*.yaml", "compare/*.yaml") for path in Path(folder).glob(name)]
+    assert sorted(found) == sorted(line.split()[0] for line in lines)
+    assert "compare/smollm2.yaml" in found

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import yaml
 
-from hf_dms.experiment.recipe import build_recipe, load_recipe, packaged_recipes
+from hf_dms.experiment.packaged import packaged_recipes, recipe_names
+from hf_dms.experiment.recipe import build_recipe, load_recipe
 
 MINIMAL = {
     "model": {"path": "somewhere"},
@@ -107,8 +108,9 @@ def test_a_missing_recipe_lists_those_that_come_with_hf_dms():
         load_recipe("nothing.yaml")
 
 
-@pytest.mark.parametrize("path", sorted(packaged_recipes().glob("*.yaml")), ids=lambda path: path.name)
-def test_every_shipped_recipe_is_sound_and_says_how_to_run_it(path, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_is_sound_and_says_how_to_run_it(name, tmp_path, monkeypatch):
+    path = packaged_recipes() / name
     monkeypatch.chdir(tmp_path)
     for place in yaml.safe_load(path.read_text())["data"].values():
         if str(place).startswith("models/"):  # fetched by `make data`
