@@ -194,7 +194,7 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
     finish_("cut", pruned, started, seen)
     if (repair := recipe.recover.repair) is not None:
         started = time.time()
-        batches = _batches(examples, repair.examples, recipe)
+        batches = _batches(examples, repair.examples, recipe.eval.batch_size)
         repair_(pruned, dense, plan, batches, ridge=repair.ridge)
         finish_("repaired", pruned, started, min(repair.examples, len(examples.train)))
     if recipe.recover.train:
@@ -232,9 +232,10 @@ def _choose(
         seen, pruned = arguments.max_steps * batch, trainer.prune()
     else:
         attach_(model, recipe.dms)
-        seen = count if CRITERIA[cell.settings["criterion"]].needs_data else 0
-        choose_(model, cell.settings["criterion"], _batches(examples, seen, recipe))
-        searched, pruned = model, prune(model)
+        criterion = CRITERIA[cell.settings["criterion"]]
+        used = max(count // criterion.passes, 1) if criterion.needs_data else 0
+        choose_(model, cell.settings["criterion"], _batches(examples, used, arguments.train_batch_size))
+        searched, seen, pruned = model, used * criterion.passes, prune(model)
     plan, gates = plan_of(searched), gates_of(searched)
     sizes = {name: torch.tensor(units, device=model.device) for name, units in plan.sizes.items()}
     resource = float(gates.resource(gates.dense_sizes() | sizes))
@@ -271,9 +272,9 @@ def _examples_to_see(recipe: Recipe, asked: int) -> int:
     return left
 
 
-def _batches(examples: Examples, count: int, recipe: Recipe) -> list[dict[str, Tensor]]:
+def _batches(examples: Examples, count: int, size: int) -> list[dict[str, Tensor]]:
     rows = Subset(examples.train, range(min(count, len(examples.train))))
-    return list(DataLoader(rows, recipe.eval.batch_size, collate_fn=examples.collate)) if len(rows) else []
+    return list(DataLoader(rows, size, collate_fn=examples.collate)) if len(rows) else []
 
 
 def _measured(model: PreTrainedModel, setup: Setup) -> dict[str, Any]:

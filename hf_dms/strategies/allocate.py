@@ -31,12 +31,14 @@ class Criterion:
             threshold on the score itself; equal: the same ratio everywhere.
         needs_data: whether it looks at batches at all.
         dims: the kinds of dims that it is defined for: layer (widths), model (hidden), depth (layers).
+        passes: how often it sees each batch, for counting what it has seen.
     """
 
     scores: Callable[[PreTrainedModel, Batches], Scores]
     allocation: str = "per_cost"
     needs_data: bool = True
     dims: tuple[str, ...] = ("layer", "model", "depth")
+    passes: int = 1
 
 
 @torch.no_grad()

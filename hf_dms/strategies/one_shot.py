@@ -9,12 +9,16 @@ from ..gating.attach import gates_of
 from .activations import FLAP, WANDA_SP
 from .allocate import Batches, Criterion, allocate_
 from .block_influence import BLOCK_INFLUENCE
+from .gisp import GISP
+from .kfac_obs import KFAC_OBS
 from .taylor import TAYLOR, TAYLOR_ELEMENTS
 from .weights import MAGNITUDE, RANDOM
 
 CRITERIA: dict[str, Criterion] = {
     "block_influence": BLOCK_INFLUENCE,
     "flap": FLAP,
+    "gisp": GISP,
+    "kfac_obs": KFAC_OBS,
     "magnitude": MAGNITUDE,
     "random": RANDOM,
     "taylor": TAYLOR,

@@ -48,7 +48,7 @@ def test_every_cell_is_a_row_within_the_budget_on_the_same_examples(table):
 
 
 def test_tokens_are_the_same_for_all_and_repair_is_among_them(table):
-    *_, rows = table("compare.tokens=160", "compare.strategies={dms: {}, taylor: {}}")
+    *_, rows = table("compare.tokens=160", "compare.strategies={dms: {}, taylor: {}, kfac_obs: {}}")
     for row in rows:
         assert sum(row["seen"].values()) * 16 == 160
 

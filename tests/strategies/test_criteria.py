@@ -7,13 +7,15 @@ import torch
 from helpers.laws import batch_for, tiny
 from helpers.tiny import relative_difference, tiny_llama, token_batch
 
-from hf_dms import DMSConfig, HfDmsError, attach_, prune
+from hf_dms import DMSConfig, HfDmsError, attach_, one_shot_obs_plan, prune
 from hf_dms.archs.plain_view import submodule
 from hf_dms.cut.prune import plan_of
 from hf_dms.gating.attach import gates_of
 from hf_dms.strategies.activations import _Moments, flap_metric, flap_scores, wanda_metric, wanda_sp_scores
 from hf_dms.strategies.allocate import allocate_
 from hf_dms.strategies.block_influence import block_influence_scores
+from hf_dms.strategies.gisp import gisp_scores
+from hf_dms.strategies.kfac_obs import rising
 from hf_dms.strategies.one_shot import CRITERIA, choose_
 from hf_dms.strategies.taylor import element_scores, vector_scores
 from hf_dms.strategies.weights import magnitude_scores
@@ -114,6 +116,42 @@ def test_block_influence_is_one_minus_the_cosine_of_a_layer_s_input_and_output()
     )
 
 
+def test_kfac_obs_chooses_what_the_plan_of_one_shot_obs_chooses():
+    config = DMSConfig(target=0.7, layout="per_layer", prune=("kv", "mlp"))
+    expected = one_shot_obs_plan(tiny_llama(), config, labelled())
+    model = gated()
+    choose_(model, "kfac_obs", labelled())
+    found = plan_of(model)
+    assert found.sizes == expected.sizes
+    for name, rows in expected.kept.items():
+        assert all(torch.equal(a, b) for a, b in zip(rows, found.kept[name]))
+
+
+def test_costs_that_do_not_rise_are_raised_by_one_step_of_float32():
+    found = rising(torch.tensor([0.0, 1.0, 5.0, 4.0, 5.0, 6.0, math.inf]))
+    assert found.diff().min() > 0
+    assert found.tolist() == pytest.approx([0.0, 1.0, 5.0, 5.0, 5.0, 6.0, math.inf])
+
+
+def test_iterative_taylor_scores_what_is_left_anew_and_its_cuts_are_nested():
+    model, batches = gated(prune=("mlp",), target=0.6, resource_scope="layers"), labelled(2)
+    first = element_scores(gated(prune=("mlp",)), batches[:1])["mlp"]
+    scores = gisp_scores(model, batches)["mlp"]
+    halfway = gates_of(model)
+    gone = torch.ones_like(scores)
+    for row, units in enumerate(halfway.hard_units("mlp")):
+        gone[row, first[row].argsort(descending=True)[: int(units)]] = 0
+    assert halfway.resource(halfway.hard_sizes()) == pytest.approx(0.6**0.5, abs=0.02)
+    assert gone.sum() > 10
+    assert torch.equal(scores == 0, gone == 1)
+    assert halfway.schedule.target == 0.6
+
+
+def test_iterative_taylor_in_one_step_is_the_one_shot_criterion():
+    batch = labelled(1)
+    assert torch.equal(gisp_scores(gated(), batch)["mlp"], element_scores(gated(), batch)["mlp"])
+
+
 # ---- allocation ----
 def test_a_global_threshold_drops_the_least_worthy_units_of_all_layers():
     model = gated(prune=("mlp",), target=0.75, resource_scope="layers")
@@ -149,7 +187,7 @@ def test_every_criterion_leads_to_a_cut_that_keeps_the_budget(name, layout):
         assert torch.equal(found, expected), name  # weights stay as they are
 
 
-@pytest.mark.parametrize("name", ["taylor", "wanda_sp", "flap", "magnitude"])
+@pytest.mark.parametrize("name", ["taylor", "wanda_sp", "flap", "magnitude", "gisp", "kfac_obs"])
 @pytest.mark.parametrize("kind", ["BertForSequenceClassification", "ViTForImageClassification"])
 def test_criteria_serve_encoders_of_text_and_images(name, kind):
     import transformers
@@ -179,6 +217,7 @@ def test_after_a_choice_the_masked_model_is_the_cut_one():
         ("flap", ("mlp", "layers"), "flap is not defined for layers. Prune mlp alone"),
         ("block_influence", ("mlp",), "block_influence is not defined for mlp. Prune other dims"),
         ("taylor", ("mlp",), "taylor needs batches"),
+        ("kfac_obs", ("mlp", "layers"), "kfac_obs is not defined for layers. Prune mlp alone"),
     ],
 )
 def test_mistakes_say_what_to_do(name, prune_dims, message):
