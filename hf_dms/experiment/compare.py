@@ -245,10 +245,7 @@ def _choose(
 
 def _dense(setup: Setup) -> PreTrainedModel:
     """The dense model of all cells: loaded, and fine-tuned once if the recipe says so, whatever the cell's seed."""
-    kept = {"save_strategy": "epoch", "save_total_limit": 1}  # so that the next cell only loads it
-    finetune = setup.recipe.finetune and setup.recipe.finetune | kept
-    recipe = dataclasses.replace(setup.recipe, finetune=finetune)
-    return dense_model(recipe, setup.examples, setup.folder / "dense").eval()
+    return dense_model(setup.recipe, setup.examples, setup.folder / "dense").eval()
 
 
 def _examples_of(arguments: Any, examples: Examples) -> int:

@@ -26,7 +26,7 @@ def training_arguments(recipe: Recipe, section: str, output_dir: Path) -> Any:
     """The `TrainingArguments` of the search, or of the training before or after it.
 
     Args:
-        section: train, finetune or recover (which take over the values of train, but for its length).
+        section: train, finetune or recover (which take over the values of train, but for its length and evaluations).
         output_dir: where checkpoints go.
 
     Raises:
@@ -34,8 +34,13 @@ def training_arguments(recipe: Recipe, section: str, output_dir: Path) -> Any:
     """
     given = recipe.train
     if section != "train":
-        shared = {key: value for key, value in given.items() if key not in ("max_steps", "num_train_epochs")}
-        given = shared | (recipe.finetune if section == "finetune" else recipe.recover.train)
+        own = recipe.finetune if section == "finetune" else recipe.recover.train
+        given = {key: value for key, value in given.items() if not _is_of_a_search(key, value)} | own
+        if own.get("eval_strategy") not in (None, False, "no") or own.get("load_best_model_at_end"):
+            raise HfDmsError(
+                f"{section}.eval_strategy, {section}.load_best_model_at_end: there is no evaluation during this "
+                "training, the model is measured after it. Leave them out; the search evaluates by train.eval_strategy."
+            )
     if "output_dir" in given:
         raise HfDmsError(f"{section}.output_dir: the output folder is output.path.")
     for key in ("push_to_hub", "hub_token"):
@@ -51,6 +56,13 @@ def training_arguments(recipe: Recipe, section: str, output_dir: Path) -> Any:
         return TrainingArguments(output_dir=str(output_dir), **values)
     except (ValueError, TypeError, ImportError) as error:
         raise HfDmsError(f"{section}: {error}") from error
+
+
+def _is_of_a_search(key: str, value: Any) -> bool:
+    """Whether a key of `train` is not meant for the trainings before and after the search: its length, evaluations."""
+    evaluation = ("do_eval", "load_best_model_at_end", "metric_for_best_model", "greater_is_better")
+    best = key == "save_strategy" and value == "best"
+    return key in ("max_steps", "num_train_epochs") or key.startswith("eval_") or key in evaluation or best
 
 
 def lora_config(recipe: Recipe, section: str) -> Any:

@@ -14,6 +14,7 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,8 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     kinds = [kind for kind in kinds if isinstance(kind, type)]
     if value is None or not kinds or (isinstance(value, bool) and bool in kinds):
         return value
+    if value is False and any(issubclass(kind, Enum) and "no" in [each.value for each in kind] for kind in kinds):
+        return "no"  # save_strategy: no, which YAML reads as false
     if any(isinstance(value, kind) for kind in kinds) and not isinstance(value, bool):
         return value
     if float in kinds and not isinstance(value, bool):

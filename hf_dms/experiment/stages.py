@@ -46,7 +46,8 @@ def dense_model(recipe: Recipe, examples: Examples, folder: Path) -> PreTrainedM
     if recipe.finetune:
         say("Fine-tuning the dense model ...")
         arguments = training_arguments(recipe, "finetune", finetuned)
-        train_(model, arguments, examples, stage="fine-tuning", max_nonfinite_steps=recipe.dms.max_nonfinite_steps)
+        limit = recipe.dms.max_nonfinite_steps
+        train_(model, arguments, examples, stage="fine-tuning", max_nonfinite_steps=limit, keep=True)
     return model
 
 
@@ -75,7 +76,7 @@ def search(
         eval_dataset=held_out_examples(recipe, examples),
         data_collator=examples.collate,
     )
-    train_or_resume_(trainer)
+    train_or_resume_(trainer, keep=True)
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # measure in the model's own precision
     if recipe.model.quantization is not None:
         whole = dense.to(arguments.device) if lora is None else with_adapters_of(model, dense.to(arguments.device))
@@ -139,6 +140,7 @@ def recover_(
             lora=lora_config(recipe, "recover.lora"),
             stage="retraining",
             max_nonfinite_steps=recipe.dms.max_nonfinite_steps,
+            keep=True,
         )
         yield "recovered"
 

@@ -1,4 +1,8 @@
-"""The folder of a run that has not ended, beside its output: whose it is, and that nothing of it stays behind."""
+"""The working folder of a run that has not ended, `OUTPUT.unfinished`: which of its stages a recipe may go on from.
+
+It holds a folder of checkpoints per stage, and the recipe that made them. A stage is done again only where what
+influences it has changed. Nothing is left of the folder when a run has ended.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,30 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import sort_checkpoints
 
 from ..checkpoint.folders import check_writable, replace_folder
 from ..errors import HfDmsError
 from ..report.numbers import REPORT
+from ..training.distributed import say
 from .prepare import check_recipe
 from .recipe import Recipe
 
 CLAIM = "recipe.json"
+STAGES = {"finetune": "fine-tuned model", "search": "search", "recover": "retraining"}  # folder: what it holds
+LENGTHS = ("max_steps", "num_train_epochs")
+IDLE = (  # how keys of TrainingArguments begin that change no weight and no ratio
+    "logging_", "save_", "log_", "report_to", "run_name", "disable_tqdm", "dataloader_num_workers",
+    "dataloader_prefetch", "dataloader_pin", "dataloader_persistent",
+)  # fmt: skip
 
 
 def may_start(recipe: Recipe, output: Path, unfinished: Path) -> bool:
     """Check a recipe and claim its folder; False if the result is there already."""
     if (output / REPORT).is_file() and not recipe.output.overwrite:
-        if _is_claimed(unfinished, recipe) or not unfinished.exists():
+        if not unfinished.exists() or _read_claim(unfinished) == _plain(recipe):
             tidy(unfinished, output)  # if it was killed when all was saved
         return False
     check_writable(output, recipe.output.overwrite)
@@ -35,23 +49,89 @@ def tidy(unfinished: Path, output: Path) -> None:
     replace_folder(unfinished)
 
 
+def influences(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
+    """The part of a recipe that the result of a stage depends on, by section; that of the stages before it included.
+
+    Args:
+        recipe: its plain values.
+        stage: finetune, search or recover.
+    """
+    model, dms, train = recipe["model"], recipe["dms"], recipe["train"]
+    found: dict[str, Any] = {
+        "model": {key: model[key] for key in ("path", "revision", "task", "dtype", "attn_implementation")},
+        "data": recipe["data"],
+        "finetune": _lasting(recipe["finetune"]),
+        "train": {key: value for key, value in _lasting(train).items() if key not in LENGTHS},
+        "dms": {"pipeline": "np" if dms["pipeline"] == "np" else "p or p-"},
+    }
+    if stage == "finetune":
+        return found
+    found["model"]["quantization"] = model["quantization"]
+    found["train"] = _lasting(train)
+    found["dms"] = {key: value for key, value in dms.items() if key != "max_nonfinite_steps"}
+    found["lora"] = recipe["lora"]
+    if train.get("eval_strategy") not in (None, "no", False):
+        found["eval"] = {"examples": recipe["eval"]["examples"]}
+    if stage == "recover":
+        recover = dict(recipe["recover"])
+        found["recover"] = _lasting(recover.pop("train")) | recover
+    return found
+
+
+def _lasting(given: dict[str, Any]) -> dict[str, Any]:
+    """Keys of `TrainingArguments` that influence what is trained; of the best checkpoint, when it is saved does too."""
+    if given.get("load_best_model_at_end"):
+        return given
+    return {key: value for key, value in given.items() if not key.startswith(IDLE)}
+
+
 def _claim(unfinished: Path, recipe: Recipe) -> None:
-    """Make the folder of an unfinished run, or check that an existing one is this recipe's."""
-    mark = unfinished / CLAIM
-    if mark.is_file() and not _is_claimed(unfinished, recipe):
-        raise HfDmsError(
-            f"{unfinished} holds an unfinished run of another recipe. Run that one again to finish it, "
-            "choose another output.path, or delete the folder."
-        )
+    """Make the folder of an unfinished run this recipe's, with those of its stages that the recipe would make alike.
+
+    Raises:
+        HfDmsError: there is work of a search, or of a fine-tuning before it, that the recipe would make otherwise.
+    """
+    now, before = _plain(recipe), _read_claim(unfinished)
+    for stage in STAGES:
+        folder = unfinished / stage
+        changed = "" if before is None else _changes(influences(before, stage), influences(now, stage))
+        if changed and sort_checkpoints(str(folder)):
+            if stage != "recover":
+                raise HfDmsError(
+                    f"{folder} holds the {STAGES[stage]} of another recipe: {changed}. Set it back to go on with that, "
+                    f"or choose another output.path, or delete {unfinished if stage == 'finetune' else folder} to do "
+                    "it again."
+                )
+            say(f"Retraining begins anew: {changed}.")
+        if changed:
+            replace_folder(folder)
     unfinished.mkdir(parents=True, exist_ok=True)
-    mark.with_suffix(".tmp").write_text(_content(recipe), encoding="utf-8")
-    os.replace(mark.with_suffix(".tmp"), mark)
+    written = unfinished / f"{CLAIM}.tmp"
+    written.write_text(json.dumps(now, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(written, unfinished / CLAIM)
 
 
-def _is_claimed(unfinished: Path, recipe: Recipe) -> bool:
-    mark = unfinished / CLAIM
-    return mark.is_file() and mark.read_text(encoding="utf-8") == _content(recipe)
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON has it."""
+    return json.loads(json.dumps(recipe.to_dict()))
 
 
-def _content(recipe: Recipe) -> str:
-    return json.dumps(recipe.to_dict(), indent=2, sort_keys=True) + "\n"
+def _read_claim(unfinished: Path) -> dict[str, Any] | None:
+    """The recipe that made what is in the folder; None if nothing is known of one."""
+    file = unfinished / CLAIM
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Which keys differ, in words; empty if none does."""
+    old, new = _flat(before), _flat(now)
+    keys = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+    return ", ".join(f"{key} was {old.get(key, 'left out')}, is {new.get(key, 'left out')}" for key in keys)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted key, without those that are None."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return {key: value for key, value in found.items() if value is not None}

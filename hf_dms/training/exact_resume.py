@@ -42,7 +42,7 @@ class ExactCheckpointsMixin(OverTrainer):
         return str(Path(folder, SAVING)) if self._saving else folder
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder, name = Path(self._get_output_dir(trial)), _name_at(self.state.global_step)
         if self.args.should_save:
             shutil.rmtree(folder / SAVING, ignore_errors=True)  # of a run that was killed
         self.accelerator.wait_for_everyone()
@@ -63,7 +63,7 @@ class ExactCheckpointsMixin(OverTrainer):
 
     def _name_best_checkpoint_(self, folder: Path, saved: str) -> None:
         """What Trainer writes down of the best checkpoint, with the name that the one in writing will have."""
-        best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        best = _name_at(self.state.best_global_step)
         if self.state.best_global_step and (best == saved or (folder / best).is_dir()):
             self.state.best_model_checkpoint = str(folder / best)
 
@@ -85,15 +85,17 @@ class ExactCheckpointsMixin(OverTrainer):
         return self.accelerator.unwrap_model(self.model)
 
 
-def train_or_resume_(trainer: Any) -> None:
+def train_or_resume_(trainer: Any, keep: bool = False) -> None:
     """Run a Trainer, from the last checkpoint in its folder if there is one; a finished run is only loaded.
 
     `Trainer.train` would add a step to a run that had reached its last one.
+
+    Args:
+        trainer: one with `ExactCheckpointsMixin`.
+        keep: whether its end is saved whatever `save_strategy` says (without the optimizer), so that the next call
+            only loads it.
     """
-    checkpoints = sort_checkpoints(str(trainer.args.output_dir))
-    # one without it was being removed when the run was killed: at the end, all but the best go if only one may stay
-    checkpoints = [folder for folder in checkpoints if Path(folder, TRAINER_STATE_NAME).is_file()]
-    if checkpoints:
+    if checkpoints := _checkpoints(trainer):
         state = TrainerState.load_from_json(str(Path(checkpoints[-1], TRAINER_STATE_NAME)))
         if state.global_step >= state.max_steps:
             trainer.state = state
@@ -103,6 +105,22 @@ def train_or_resume_(trainer: Any) -> None:
                 trainer._load_from_checkpoint(checkpoints[-1])
             return
     trainer.train(resume_from_checkpoint=checkpoints[-1] if checkpoints else None)
+    if keep and not any(Path(folder).name == _name_at(trainer.state.global_step) for folder in _checkpoints(trainer)):
+        trainer.args.save_only_model = True
+        trainer._save_checkpoint(trainer.model, trial=None)
+
+
+def _checkpoints(trainer: Any) -> list[str]:
+    """The checkpoints in a Trainer's folder, oldest first.
+
+    One without a state was being removed when the run was killed: at the end, all but the best go if only one may stay.
+    """
+    folders = sort_checkpoints(str(trainer.args.output_dir))
+    return [folder for folder in folders if Path(folder, TRAINER_STATE_NAME).is_file()]
+
+
+def _name_at(step: int) -> str:
+    return f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
 def loss_is_summed_over_micro_batches(trainer: Any, num_items_in_batch: Any) -> bool:

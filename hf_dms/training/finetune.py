@@ -29,6 +29,7 @@ def train_(
     lora: Any = None,
     stage: str = "training",
     max_nonfinite_steps: int = DMSConfig.max_nonfinite_steps,
+    keep: bool = False,
 ) -> None:
     """Train a model, in place, or go on from the last checkpoint of an earlier run; it ends in evaluation mode.
 
@@ -41,6 +42,7 @@ def train_(
         lora: `peft.LoraConfig` of adapters that train in place of the weights, and are merged into them in the end.
         stage: what its progress calls it.
         max_nonfinite_steps: steps in a row whose loss or gradients are not finite, before it stops.
+        keep: whether its end is saved in the Trainer's folder, see `train_or_resume_`.
 
     Raises:
         NonFiniteError: there were so many.
@@ -58,7 +60,7 @@ def train_(
     )
     check_plugin(trainer.accelerator, trained)
     show_progress_(trainer, stage)
-    train_or_resume_(trainer)
+    train_or_resume_(trainer, keep)
     if use_cache is not None:
         model.config.use_cache = use_cache  # the Trainer switches it off for training
     trainer.accelerator.unwrap_model(trained, keep_fp32_wrapper=False)

@@ -1,0 +1,149 @@
+"""A finished search is never lost: what a section influences, and only that, is done again by the same command."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from transformers import Trainer
+
+import hf_dms.experiment.run
+from hf_dms.experiment.recipe import build_recipe
+from hf_dms.experiment.unfinished import STAGES, influences
+
+WHOLE = {"finetune": 2, "search": 4, "recover": 3}  # steps of each stage
+OPTIONS = ["finetune.max_steps=2", "train.max_steps=4", "dms.warmup_steps=1", "recover.max_steps=3"]
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Training steps per stage since the last `clear`, by the folder that a Trainer writes to."""
+    count, train = Counter(), Trainer.training_step
+
+    def step(self, *args, **kwargs):
+        count[Path(self.args.output_dir).name] += 1
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", step)
+    return count
+
+
+@pytest.fixture
+def failed(recipe, steps, monkeypatch):
+    """A function that runs the recipe of all stages with further options, until its saving fails."""
+
+    def run(*options):
+        def fail(*args, **kwargs):
+            raise OSError("No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(hf_dms.experiment.run, "save_pruned", fail)
+            with pytest.raises(OSError, match="No space left"):
+                recipe(*OPTIONS, *options)
+        assert steps == {stage: count for stage, count in WHOLE.items() if count}
+        steps.clear()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("changes", "again"),
+    [
+        ([], []),
+        (["recover.learning_rate=0.01"], ["recover"]),
+        (["recover.max_steps=2"], ["recover"]),
+        (["recover.repair={examples: 2}"], ["recover"]),
+        (["recover.distillation={}"], ["recover"]),
+        (["recover.lora={r: 2}"], ["recover"]),
+        (["recover=null"], []),
+        (["eval={examples: 2, batch_size: 1}"], []),
+        (["train.logging_steps=1", "train.save_steps=2", "recover.save_steps=1"], []),
+        (["output.overwrite=true", "dms.max_nonfinite_steps=7"], []),
+    ],
+    ids=lambda value: " ".join(value),
+)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 asks for it
+def test_what_comes_after_a_finished_search_is_changed_and_the_search_stays(failed, recipe, steps, changes, again):
+    failed()
+    code, out = recipe(*OPTIONS, *changes)
+    assert code == 0
+    assert set(steps) == set(again)
+    report = json.loads((out / "dms_report.json").read_text())
+    assert ("recovered" in report) == (changes != ["recover=null"])
+    assert not out.with_name("out.unfinished").exists()
+
+
+def test_a_retraining_that_is_added_begins_at_the_finished_search(failed, recipe, steps, monkeypatch):
+    monkeypatch.setitem(WHOLE, "recover", 0)
+    failed("recover=null")
+    assert recipe(*OPTIONS)[0] == 0
+    assert steps == {"recover": 3}
+
+
+@pytest.mark.parametrize("change", ["save_strategy=no", "save_strategy=epoch"])
+def test_a_stage_that_saves_no_checkpoints_is_not_done_twice(failed, recipe, steps, change):
+    """Nor is the dense model of repair and distillation, which is that of the search, trained once more."""
+    options = [f"train.{change}", "recover.repair={examples: 2}", "recover.distillation={}"]
+    failed(*options)
+    assert recipe(*OPTIONS, *options)[0] == 0
+    assert not steps
+
+
+def test_of_a_search_for_the_best_checkpoint_that_one_stays(failed, recipe, steps, monkeypatch):
+    monkeypatch.setitem(WHOLE, "recover", 0)
+    best = ["eval_strategy=steps", "eval_steps=1", "save_steps=1", "load_best_model_at_end=true"]
+    options = [*(f"train.{option}" for option in best), "recover=null", "dms.target=0.8", "dms.gate_learning_rate=0.2"]
+    failed(*options)
+    assert recipe(*OPTIONS, *options)[0] == 0
+    assert not steps
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "deleted", "again"),
+    [
+        ("dms.target=0.5", "search of another recipe: dms.target was 0.6, is 0.5", "search", ["search", "recover"]),
+        ("train.learning_rate=0.01", "train.learning_rate was left out, is 0.01", "", list(WHOLE)),
+        ("train.max_steps=5", "search of another recipe: train.max_steps was 4, is 5", "search", ["search", "recover"]),
+        ("finetune.max_steps=3", "fine-tuned model of another recipe: finetune.max_steps was 2", "", list(WHOLE)),
+        ("finetune=null", "finetune.max_steps was 2, is left out", "", ["search", "recover"]),
+        ("data.sequence_length=12", "data.sequence_length was 16, is 12", "", list(WHOLE)),
+        ("lora={r: 2}", "lora.r was left out, is 2", "search", ["search", "recover"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 asks for it
+def test_another_search_does_not_take_its_place_until_the_folder_that_is_named_is_deleted(
+    failed, recipe, steps, capsys, change, words, deleted, again
+):
+    failed()
+    code, out = recipe(*OPTIONS, change)
+    message = capsys.readouterr().err
+    folder = out.with_name("out.unfinished") / deleted
+    assert code == 2
+    assert words in message
+    assert f"delete {folder} to do it again" in message
+    kept = out.with_name("kept")
+    shutil.copytree(out.with_name("out.unfinished"), kept)
+    shutil.rmtree(folder)
+    assert recipe(*OPTIONS, change)[0] == 0
+    assert set(steps) == set(again)
+    shutil.rmtree(out)
+    steps.clear()
+    kept.rename(out.with_name("out.unfinished"))
+    assert recipe(*OPTIONS)[0] == 0  # set back, it goes on from the finished search
+    assert not steps
+
+
+def test_every_key_of_a_recipe_is_known_to_influence_a_stage_or_none():
+    """A new key of a section is part of what is compared, or it is listed here with those that influence no stage."""
+    values = {"model": {"path": "a"}, "data": {"path": "b"}, "dms": {"target": 0.5}, "output": {"path": "c"}}
+    values = build_recipe(values).to_dict()
+    known = influences(values, list(STAGES)[-1])
+    left_out = {
+        f"{section}.{key}"
+        for section, keys in values.items()
+        for key in (keys or {})
+        if key not in (known.get(section) or {})
+    }
+    whole_sections = {key for key in left_out if key.partition(".")[0] in ("output", "hub", "compare", "eval")}
+    assert left_out - whole_sections == {"dms.max_nonfinite_steps", "recover.train"}
