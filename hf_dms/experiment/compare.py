@@ -192,6 +192,8 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
     pruned, plan, resource, seen = _choose(dense, recipe, examples, cell)
     row |= {"resource": resource, "sizes": plan.sizes}
     finish_("cut", pruned, started, seen)
+    if _trains_weights(recipe, cell):
+        dense = _dense(setup)
     if (repair := recipe.recover.repair) is not None:
         started = time.time()
         batches = _batches(examples, repair.examples, recipe.eval.batch_size)
@@ -241,6 +243,12 @@ def _choose(
     resource = float(gates.resource(gates.dense_sizes() | sizes))
     detach_(searched)
     return pruned, plan, resource, seen
+
+
+def _trains_weights(recipe: Recipe, cell: Cell) -> bool:
+    """Whether the dense model is another one after the choice, so that it can be nobody's teacher."""
+    criterion = cell.settings.get("criterion")
+    return recipe.dms.pipeline != "p-" if criterion is None else CRITERIA[criterion].changes_weights
 
 
 def _dense(setup: Setup) -> PreTrainedModel:

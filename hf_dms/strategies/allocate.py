@@ -32,6 +32,7 @@ class Criterion:
         needs_data: whether it looks at batches at all.
         dims: the kinds of dims that it is defined for: layer (widths), model (hidden), depth (layers).
         passes: how often it sees each batch, for counting what it has seen.
+        changes_weights: whether the model's weights are others afterwards.
     """
 
     scores: Callable[[PreTrainedModel, Batches], Scores]
@@ -39,6 +40,7 @@ class Criterion:
     needs_data: bool = True
     dims: tuple[str, ...] = ("layer", "model", "depth")
     passes: int = 1
+    changes_weights: bool = False
 
 
 @torch.no_grad()
@@ -56,9 +58,21 @@ def allocate_(gates: Gates, scores: Scores, allocation: str = "per_cost") -> Non
     for name, values in scores.items():
         gates.raw_importance(name).copy_(values)
     gates.num_updates = max(gates.num_updates, gates.schedule.warmup_steps, 1)
+    _set_ratios_(gates, sizes_within_budget(gates, allocation))
+
+
+def sizes_within_budget(gates: Gates, allocation: str = "per_cost") -> Sizes:
+    """The largest sizes within the budget that the importance in the gates asks for.
+
+    Args:
+        gates: their importance is the units' worth.
+        allocation: see `Criterion`.
+
+    Returns:
+        Per dim `[rows]`, those that follow another among them.
+    """
     if allocation == "equal":
-        _set_ratios_(gates, _largest_fitting(gates, lambda share: _equal_sizes(gates, share)))
-        return
+        return _largest_fitting(gates, lambda share: _equal_sizes(gates, share))
     ranked = {name: _worth(gates, name, allocation) for name in gates.dims if gates.dims[name].follows is None}
     levels = torch.cat([worth.flatten() for worth in ranked.values()])
     levels = levels[levels.isfinite()].sort().values
@@ -68,7 +82,7 @@ def allocate_(gates: Gates, scores: Scores, allocation: str = "per_cost") -> Non
         level = levels[min(int((1 - share) * len(levels)), len(levels) - 1)]
         return {name: (worth > level).sum(-1).clamp(min=1) for name, worth in ranked.items()}
 
-    _set_ratios_(gates, _largest_fitting(gates, sizes_above))
+    return _largest_fitting(gates, sizes_above)
 
 
 def _worth(gates: Gates, name: str, allocation: str) -> Tensor:
@@ -95,24 +109,25 @@ def _equal_sizes(gates: Gates, share: float) -> Sizes:
 
 def _largest_fitting(gates: Gates, sizes_at: Callable[[float], Sizes]) -> Sizes:
     """The sizes at the largest share of units, in [0, 1], whose resource is within the target."""
-    low, high, best = 0.0, 1.0, sizes_at(0.0)
+    low, high, best = 0.0, 1.0, of_every_row(gates, sizes_at(0.0))
     for _ in range(40):
         share = (low + high) / 2
-        sizes = sizes_at(share)
-        low, high, best = (share, high, sizes) if _fits(gates, sizes) else (low, share, best)
+        sizes = of_every_row(gates, sizes_at(share))
+        fits = gates.resource(gates.dense_sizes() | sizes) <= gates.schedule.target
+        low, high, best = (share, high, sizes) if fits else (low, share, best)
     return best
 
 
-def _fits(gates: Gates, sizes: Sizes) -> bool:
+def of_every_row(gates: Gates, sizes: Sizes) -> Sizes:
+    """Sizes of all gated dims, `[rows]` each, from those of ratios: shared ones expanded, followers added."""
     device = gates.prune_ratio.device
     whole = {name: size.to(device).double().expand(gates.dims[name].rows) for name, size in sizes.items()}
-    for name, dim in gates.dims.items():
-        if dim.follows is not None:
-            whole[name] = gates.following_units(name, whole[dim.follows])
-    return bool(gates.resource(gates.dense_sizes() | whole) <= gates.schedule.target)
+    followers = {name: dim.follows for name, dim in gates.dims.items() if dim.follows is not None}
+    return whole | {name: gates.following_units(name, whole[leader]) for name, leader in followers.items()}
 
 
 def _set_ratios_(gates: Gates, sizes: Sizes) -> None:
-    ratios = [1 - sizes[name].double() / dim.units for name, dim in gates.dims.items() if dim.follows is None]
+    dims = [(name, dim) for name, dim in gates.dims.items() if dim.follows is None]
+    ratios = [1 - sizes[name][: dim.num_ratios] / dim.units for name, dim in dims]
     gates.prune_ratio.copy_(torch.cat(ratios))
     gates.clamp_ratios_()

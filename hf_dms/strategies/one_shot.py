@@ -10,17 +10,28 @@ from .activations import FLAP, WANDA_SP
 from .allocate import Batches, Criterion, allocate_
 from .block_influence import BLOCK_INFLUENCE
 from .gisp import GISP
+from .hard_concrete import HARD_CONCRETE
 from .kfac_obs import KFAC_OBS
+from .projected import PROJECTED
+from .scaled import SCALED
+from .selection import ELEMENT_SELECTION, ESTIMATED_TOPK, NUMBER_SELECTION, PAS
 from .taylor import TAYLOR, TAYLOR_ELEMENTS
 from .weights import MAGNITUDE, RANDOM
 
 CRITERIA: dict[str, Criterion] = {
     "block_influence": BLOCK_INFLUENCE,
+    "element_selection": ELEMENT_SELECTION,
+    "estimated_topk": ESTIMATED_TOPK,
     "flap": FLAP,
     "gisp": GISP,
+    "hard_concrete": HARD_CONCRETE,
     "kfac_obs": KFAC_OBS,
     "magnitude": MAGNITUDE,
+    "number_selection": NUMBER_SELECTION,
+    "pas": PAS,
+    "projected": PROJECTED,
     "random": RANDOM,
+    "scaled": SCALED,
     "taylor": TAYLOR,
     "taylor_elements": TAYLOR_ELEMENTS,
     "wanda_sp": WANDA_SP,
@@ -33,7 +44,8 @@ def choose_(model: PreTrainedModel, name: str, batches: Batches = ()) -> None:
     After it, `prune(model)` cuts the model exactly as it would after a search.
 
     Args:
-        model: a model with gates (`attach_`); its weights stay as they are. It ends in evaluation mode.
+        model: a model with gates (`attach_`); its weights stay as they are, unless the criterion says
+            `changes_weights`. It ends in evaluation mode.
         name: of the criterion, see `CRITERIA`.
         batches: keyword arguments of forward passes, with labels where the criterion needs a loss.
 
@@ -46,6 +58,7 @@ def choose_(model: PreTrainedModel, name: str, batches: Batches = ()) -> None:
     if criterion.needs_data and not batches:
         raise HfDmsError(f"Criterion {name} needs batches of data, got none.")
     allocate_(gates, criterion.scores(model, batches), criterion.allocation)
+    model.eval()
 
 
 def check_criterion(name: str, scopes: list[str], dims: list[str]) -> None:

@@ -5,6 +5,8 @@ import math
 import re
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 import hf_dms.experiment.compare as comparing
 from hf_dms.experiment.compare import read_rows
@@ -97,6 +99,17 @@ def test_rows_of_other_work_are_not_mixed_in(table):
     assert len(more) == 2
     assert more[0] == rows[0]
     assert more[0]["work"] != more[1]["work"]
+
+
+@pytest.mark.parametrize("strategies", ["{dms: {}}", "{scaled: {}}"])
+def test_what_is_repaired_learns_from_the_dense_model_as_it_was(table, dense, monkeypatch, strategies):
+    expected = AutoModelForCausalLM.from_pretrained(dense).state_dict()
+    teachers = []
+    monkeypatch.setattr(comparing, "repair_", lambda pruned, teacher, *rest, **options: teachers.append(teacher))
+    code, *_ = table(f"compare.strategies={strategies}", "dms.pipeline=p", "train.learning_rate=0.01")
+    assert code == 0
+    found = teachers[0].state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_rows_stay_where_the_data_moves_or_an_option_says_its_default(table, recipe, tmp_path):

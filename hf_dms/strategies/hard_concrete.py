@@ -1,0 +1,79 @@
+"""Hard-concrete gates under a Lagrangian: how CoFi and Sheared-LLaMA choose structure.
+
+Each unit has log α. In training z = clamp(s·(ζ − γ) + γ, 0, 1), s = σ((log u − log(1 − u) + log α) / β), u uniform in
+(0, 1); it is open at all with probability σ(log α − β·log(−γ/ζ)) (Louizos et al., arXiv 1712.01312). With r the
+expected share of the resource and t the target, λ₁·(r − t) + λ₂·(r − t)² joins the loss, and both λ ascend (CoFi, Xia
+et al., arXiv 2204.00408; Sheared-LLaMA, arXiv 2310.06694).
+
+Faithful: the distribution, β = 2/3, γ = −0.1, ζ = 1.1, the min-max, a target that falls. Not: weights are frozen here
+and train along there; no distillation between layers; Sheared-LLaMA constrains each dim to a shape that is given, here
+as in CoFi one budget holds for all; gates start open (log α = 3), and all rates are 0.1, untuned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..gates import Gates
+from ..resource import scheduled_target
+from .allocate import Criterion, Scores
+from .learned import Masks, kept_resource, learner, units
+
+BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
+START = 3.0
+NOISE = 1e-6  # how near u may come to 0 and 1
+
+
+def hard_concrete(log_alpha: Tensor, u: Tensor) -> Tensor:
+    """z of each unit, in [0, 1], differentiable in log α.
+
+    Example:
+        >>> hard_concrete(torch.tensor([0.0, 0.0, 0.0]), torch.tensor([0.01, 0.5, 0.99]))
+        tensor([0.0000, 0.5000, 1.0000])
+    """
+    s = torch.sigmoid((u.log() - (1 - u).log() + log_alpha) / BETA)
+    return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+def open_probability(log_alpha: Tensor) -> Tensor:
+    """P(z > 0) of each unit.
+
+    Example:
+        >>> open_probability(torch.tensor([0.0]))  # 1 / (1 + 11^(-2/3))
+        tensor([0.8318])
+    """
+    return torch.sigmoid(log_alpha - BETA * math.log(-GAMMA / ZETA))
+
+
+class HardConcrete:
+    """log α of every unit and the two multipliers; see `Relaxation`."""
+
+    rate = 0.1
+
+    def __init__(self, gates: Gates) -> None:
+        self.gates, self.log_alpha = gates, units(gates, START)
+        self.multipliers = torch.zeros(2, device=gates.prune_ratio.device).requires_grad_()
+        self.multipliers.register_hook(lambda gradient: -gradient)  # they ascend
+
+    def parameters(self) -> Iterable[Tensor]:
+        return [*self.log_alpha.values(), self.multipliers]
+
+    def masks(self, progress: float) -> Masks:
+        uniform = {n: torch.empty_like(a).uniform_(NOISE, 1 - NOISE) for n, a in self.log_alpha.items()}
+        return {name: hard_concrete(log_alpha, uniform[name]) for name, log_alpha in self.log_alpha.items()}
+
+    def penalty(self, progress: float) -> Tensor:
+        schedule = self.gates.schedule
+        target = scheduled_target(schedule.target, progress, schedule.target_ramp, schedule.target_schedule)
+        excess = kept_resource(self.gates, {n: open_probability(a) for n, a in self.log_alpha.items()}) - target
+        return self.multipliers[0] * excess + self.multipliers[1] * excess.square()
+
+    def scores(self) -> Scores:
+        return {name: torch.sigmoid(log_alpha) for name, log_alpha in self.log_alpha.items()}
+
+
+HARD_CONCRETE = Criterion(learner(HardConcrete), allocation="global", dims=("layer", "depth"))

@@ -1,0 +1,137 @@
+"""What all learned strategies share: masks of their own on a model whose weights are frozen, and their training.
+
+A relaxation (the classes in hard_concrete.py, projected.py, scaled.py and selection.py) says what is learned, which
+masks it gives, and how the budget pulls at it. What comes out is a worth of every unit, from which sizes, rounding and
+the cut follow as for every criterion. Masks lie where the search's do: on the inputs of the maps that read a unit, and
+on what a layer adds to the stream. Unlike the search's, they are plain factors, so that a unit at 0 has a gradient too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..archs.plain_view import submodule
+from ..gates import Gates
+from ..gating.attach import gates_of, masked_inputs
+from ..refit.curvature import frozen
+from ..resource import resource_loss, scheduled_target
+from .allocate import Batches, Scores
+
+Masks = dict[str, Tensor]  # per dim `[rows, units]`
+
+
+class Relaxation(Protocol):
+    """What a strategy learns in place of the choice of units."""
+
+    rate: float  # of Adam
+
+    def parameters(self) -> Iterable[Tensor]:
+        """The leaves that are trained."""
+
+    def masks(self, progress: float) -> Masks:
+        """Masks for one forward pass, differentiable in the parameters, at a point of the search in [0, 1)."""
+
+    def penalty(self, progress: float) -> Tensor:
+        """What the budget adds to the loss, a scalar; called after `masks`."""
+
+    def scores(self) -> Scores:
+        """What every unit is worth at the end."""
+
+
+def learner(make: Callable[[Gates], Relaxation]) -> Callable[[PreTrainedModel, Batches], Scores]:
+    """The `scores` of a criterion that trains a relaxation, a step for each batch, with all weights frozen."""
+
+    def scores(model: PreTrainedModel, batches: Batches) -> Scores:
+        relaxation = train_masks(model, make(gates_of(model)), batches)
+        return {name: values.detach().clone() for name, values in relaxation.scores().items()}
+
+    return scores
+
+
+def train_masks(model: PreTrainedModel, relaxation: Any, batches: Batches) -> Any:
+    """Train a relaxation, in place, and return it.
+
+    Args:
+        model: a model with gates, which stay open meanwhile.
+        relaxation: see `Relaxation`.
+        batches: keyword arguments of forward passes, with labels.
+    """
+    optimizer = torch.optim.Adam(list(relaxation.parameters()), lr=relaxation.rate)
+    with frozen(model), masked_by(model) as masks:
+        for step, batch in enumerate(batches):
+            progress = step / len(batches)
+            masks.update(relaxation.masks(progress))
+            loss = model(**batch).loss + relaxation.penalty(progress)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return relaxation
+
+
+@contextlib.contextmanager
+def masked_by(model: PreTrainedModel) -> Iterator[Masks]:
+    """Multiply the units of a model with gates by the masks that are put into what this yields, for a while."""
+    gates, masks = gates_of(model), Masks()
+    bound, handles = gates.attachment.bound, []
+    for name in gates.dims:
+        if name in bound.stacks:
+            for layer, module in enumerate(submodule(model, bound.stacks[name]).children()):
+                hook = _on_residual(masks, name, layer)
+                handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        for path, row, shape in masked_inputs(bound, name):
+            handles.append(submodule(model, path).register_forward_pre_hook(_on_inputs(masks, name, row, shape)))
+    gates.rounded = {name: torch.full((dim.rows,), dim.units) for name, dim in gates.dims.items()}
+    try:
+        yield masks
+    finally:
+        gates.rounded = None
+        for handle in handles:
+            handle.remove()
+
+
+def _on_inputs(masks: Masks, name: str, row: int, shape: tuple[int, int, int]) -> Any:
+    def hook(module: nn.Module, args: tuple) -> tuple:
+        mask = masks[name][row][None, :, None].expand(shape).reshape(-1)
+        return (args[0] * mask.to(args[0].dtype), *args[1:])
+
+    return hook
+
+
+def _on_residual(masks: Masks, name: str, layer: int) -> Any:
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        before = args[0] if args else kwargs["hidden_states"]
+        after = output[0] if isinstance(output, tuple) else output
+        mixed = torch.lerp(before, after, masks[name][0, layer].to(after.dtype))
+        return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
+
+    return hook
+
+
+def units(gates: Gates, value: float) -> Masks:
+    """A number for every unit, to be learned: per dim `[rows, units]` float32 with a gradient."""
+    device = gates.prune_ratio.device
+    return {n: torch.full((d.rows, d.units), value, device=device).requires_grad_() for n, d in gates.dims.items()}
+
+
+def kept_resource(gates: Gates, kept: Masks) -> Tensor:
+    """Fraction of the dense resource that is kept if each unit is, as far as a number in [0, 1] says; differentiable.
+
+    Args:
+        kept: per dim `[rows, units]`. Units of the depth are the layers themselves, each with its own widths.
+    """
+    sizes = gates.dense_sizes() | {name: values.sum(-1) for name, values in kept.items()}
+    layers = {stack: kept[stack][0] for stack in gates.cost.stacks if stack in kept}
+    return (gates.cost.count(sizes, layers) / gates.dense_resource).float()
+
+
+def pull(gates: Gates, kept: Masks, progress: float) -> Tensor:
+    """The resource loss of the search for masks of any kind: λ·log(r / r_t) above the falling target, 0 below it."""
+    schedule = gates.schedule
+    target = scheduled_target(schedule.target, progress, schedule.target_ramp, schedule.target_schedule)
+    return schedule.resource_weight * resource_loss(kept_resource(gates, kept), target)

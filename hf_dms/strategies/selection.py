@@ -1,0 +1,209 @@
+"""The three ways of modelling structure that the paper of DMS (arXiv 2405.07194, figure 1a) sets its operator against.
+
+- Multiple-element selection: a decision for each unit. As its authors ablated it: two logits a unit, hard
+  Gumbel-softmax with τ = 0.1 in training and argmax after; the expected cost is in the loss. And PaS (Li et al.,
+  arXiv 2206.01198): a weight a unit, 1[w ≥ ½] with a straight-through gradient, no sampling.
+- Single-number selection: logits over 16 widths a row, y = Σ_i g_i·(M_i ∘ x) with g = Gumbel-softmax and M_i the
+  first k_i units, cost Σ g_i·k_i (FBNetV2, Wan et al., arXiv 2004.05565).
+- Gradient-estimated top-k: a hard top-k mask, and every unit's gradient passes straight to the prune ratio a.
+
+All are learned on frozen weights here, with the resource loss and the falling target of the search. Two logits count by
+their difference alone, so one is learned. Single numbers and the top-k need an order of units: that of one-shot Taylor
+on a quarter of the batches, and of a moving average of g² at the masks. PaS trains weights along, which these do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..gates import Gates
+from ..gating.attach import gates_of
+from ..topk import num_kept, ranks, topk_mask
+from .allocate import Batches, Criterion, Scores
+from .learned import Masks, learner, pull, train_masks, units
+from .projected import straight_through
+from .taylor import vector_scores
+
+TAU = 0.1
+WIDTHS = 16
+HOTTEST, COLDEST = 5.0, 0.5  # temperature of single-number selection, first and last
+
+
+class ElementSelection:
+    """A logit for every unit: kept against dropped; see `Relaxation`."""
+
+    rate = 0.1
+
+    def __init__(self, gates: Gates) -> None:
+        self.gates, self.logit = gates, units(gates, 3.0)
+
+    def parameters(self) -> Iterable[Tensor]:
+        return self.logit.values()
+
+    def masks(self, progress: float) -> Masks:
+        return {name: hard_gumbel(logit, torch.rand_like(logit)) for name, logit in self.logit.items()}
+
+    def penalty(self, progress: float) -> Tensor:
+        return pull(self.gates, self.scores(), progress)
+
+    def scores(self) -> Scores:
+        return {name: torch.sigmoid(logit) for name, logit in self.logit.items()}
+
+
+def hard_gumbel(logit: Tensor, u: Tensor) -> Tensor:
+    """Hard Gumbel-softmax of (logit, 0), its first share: 1 where logit + log(u / (1 − u)) > 0, else 0.
+
+    The difference of two Gumbel variables is logistic, which u, uniform in (0, 1), makes.
+
+    Example:
+        >>> hard_gumbel(torch.tensor([0.0, 0.0, 2.0]), torch.tensor([0.4, 0.6, 0.2]))
+        tensor([0., 1., 1.])
+    """
+    u = u.clamp(1e-6, 1 - 1e-6)
+    soft = torch.sigmoid((logit + u.log() - (1 - u).log()) / TAU)
+    return straight_through((soft > 0.5).to(soft), soft)
+
+
+class PaS(ElementSelection):
+    """A weight for every unit, kept where it is at least ½."""
+
+    rate = 0.02
+
+    def __init__(self, gates: Gates) -> None:
+        self.gates, self.logit = gates, units(gates, 1.0)
+
+    def masks(self, progress: float) -> Masks:
+        return {name: straight_through((w >= 0.5).to(w), w) for name, w in self.logit.items()}
+
+    def penalty(self, progress: float) -> Tensor:
+        return pull(self.gates, self.masks(progress), progress)
+
+    def scores(self) -> Scores:
+        return dict(self.logit)
+
+
+class NumberSelection:
+    """Logits over widths for every ratio; see `Relaxation`.
+
+    Args:
+        gates: of the model.
+        importance: which units come first, per dim `[rows, units]`.
+    """
+
+    rate = 0.1
+
+    def __init__(self, gates: Gates, importance: Scores) -> None:
+        self.gates = gates
+        self.nested, self.logits = {}, {}
+        for name, dim in gates.dims.items():
+            from_the_top = dim.units - 1 - ranks(importance[name])
+            widths = sorted({max(1, round(dim.units * j / WIDTHS)) for j in range(1, WIDTHS + 1)})
+            sizes = torch.tensor(widths, device=from_the_top.device)
+            self.nested[name] = (from_the_top[:, None] < sizes[:, None]).float()  # [rows, widths, units]
+            rows = 1 if dim.shared else dim.rows
+            self.logits[name] = torch.zeros(rows, len(widths), device=from_the_top.device).requires_grad_()
+
+    def parameters(self) -> Iterable[Tensor]:
+        return self.logits.values()
+
+    def masks(self, progress: float) -> Masks:
+        heat = HOTTEST * (COLDEST / HOTTEST) ** progress
+        shares = {name: F.gumbel_softmax(logits, heat) for name, logits in self.logits.items()}
+        return self.mixed(shares)
+
+    def mixed(self, shares: dict[str, Tensor]) -> Masks:
+        """Σ_i g_i·M_i of every row, `[rows, units]`, for shares g `[ratios, widths]`."""
+        return {name: torch.einsum("rw,rwu->ru", g.expand(len(self.nested[name]), -1), self.nested[name])
+                for name, g in shares.items()}  # fmt: skip
+
+    def penalty(self, progress: float) -> Tensor:
+        return pull(self.gates, self.scores(), progress)
+
+    def scores(self) -> Scores:
+        """How likely each unit is to be among those that stay."""
+        return self.mixed({name: logits.softmax(-1) for name, logits in self.logits.items()})
+
+
+class EstimatedTopK:
+    """One prune ratio for every row, hard masks, and a gradient that is estimated; see `Relaxation`."""
+
+    rate = 0.01
+
+    def __init__(self, gates: Gates) -> None:
+        self.gates = gates
+        self.ratio = gates.prune_ratio.detach().clone().requires_grad_()
+
+    def parameters(self) -> Iterable[Tensor]:
+        return [self.ratio]
+
+    def masks(self, progress: float) -> Masks:
+        with torch.no_grad():
+            self.ratio.clamp_(self.gates.lower, self.gates.upper)
+        masks = {}
+        for name, ratio in self._ratios().items():
+            importance = self.gates.importance(name)
+            masks[name] = estimated_topk(importance, ratio)
+            masks[name].register_hook(lambda gradient, name=name: self._see(name, gradient))
+        return masks
+
+    def _ratios(self) -> dict[str, Tensor]:
+        dims = self.gates.dims
+        parts = dict(zip(dims, self.ratio.split([dim.num_ratios for dim in dims.values()])))
+        return {name: parts[dim.follows or name][: dim.rows].expand(dim.rows) for name, dim in dims.items()}
+
+    @torch.no_grad()
+    def _see(self, name: str, gradient: Tensor) -> None:
+        decay = self.gates.schedule.importance_decay
+        self.gates.raw_importance(name).mul_(decay).add_(gradient.square(), alpha=1 - decay)
+
+    def penalty(self, progress: float) -> Tensor:
+        kept = {}
+        for name, ratio in self._ratios().items():
+            from_the_top = self.gates.dims[name].units - 1 - ranks(self.gates.importance(name))
+            size = (1 - ratio) * self.gates.dims[name].units
+            kept[name] = (size[:, None] - from_the_top).clamp(0, 1)
+        return pull(self.gates, kept, progress)
+
+    def scores(self) -> Scores:
+        """How far above its row's ratio each unit's normalised rank lies: one threshold, 0, gives the ratios."""
+        ratios = self._ratios()
+        return {
+            name: (ranks(self.gates.importance(name)) + 0.5) / dim.units - ratios[name][:, None]
+            for name, dim in self.gates.dims.items()
+        }
+
+
+def estimated_topk(importance: Tensor, ratio: Tensor) -> Tensor:
+    """A hard top-k mask whose every unit has the derivative −1 in the prune ratio.
+
+    Args:
+        importance: `[rows, units]`.
+        ratio: a `[rows]`.
+
+    Example:
+        >>> estimated_topk(torch.tensor([[3.0, 1.0, 2.0, 4.0]]), torch.tensor([0.5]))
+        tensor([[1., 0., 0., 1.]])
+    """
+    hard = topk_mask(importance, num_kept(ratio, importance.shape[-1]))
+    return straight_through(hard, -ratio.unsqueeze(-1))
+
+
+def number_selection_scores(model: PreTrainedModel, batches: Batches) -> Scores:
+    """How likely each unit is to be among those that stay, after a quarter of the batches went into the order."""
+    first = max(len(batches) // 4, 1)
+    importance = vector_scores(model, batches[:first])
+    relaxation = train_masks(model, NumberSelection(gates_of(model), importance), batches[first:])
+    order = {name: (ranks(values) + 1) * 1e-6 / values.shape[-1] for name, values in importance.items()}
+    return {name: values.detach() + order[name] for name, values in relaxation.scores().items()}
+
+
+DIMS = ("layer", "depth")
+ELEMENT_SELECTION = Criterion(learner(ElementSelection), allocation="global", dims=DIMS)
+PAS = Criterion(learner(PaS), allocation="global", dims=DIMS)
+NUMBER_SELECTION = Criterion(number_selection_scores, allocation="global", dims=DIMS)
+ESTIMATED_TOPK = Criterion(learner(EstimatedTopK), allocation="global", dims=DIMS)
