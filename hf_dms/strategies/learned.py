@@ -119,6 +119,11 @@ def units(gates: Gates, value: float) -> Masks:
     return {n: torch.full((d.rows, d.units), value, device=device).requires_grad_() for n, d in gates.dims.items()}
 
 
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """The value of `hard` with the gradient of `soft`."""
+    return hard + (soft - soft.detach())
+
+
 def kept_resource(gates: Gates, kept: Masks) -> Tensor:
     """Fraction of the dense resource that is kept if each unit is, as far as a number in [0, 1] says; differentiable.
 

@@ -14,14 +14,14 @@ from .hard_concrete import HARD_CONCRETE
 from .kfac_obs import KFAC_OBS
 from .projected import PROJECTED
 from .scaled import SCALED
-from .selection import ELEMENT_SELECTION, ESTIMATED_TOPK, NUMBER_SELECTION, PAS
+from .selection import ELEMENT_SELECTION, NUMBER_SELECTION, PAS
 from .taylor import TAYLOR, TAYLOR_ELEMENTS
+from .topk_variants import VARIANTS
 from .weights import MAGNITUDE, RANDOM
 
 CRITERIA: dict[str, Criterion] = {
     "block_influence": BLOCK_INFLUENCE,
     "element_selection": ELEMENT_SELECTION,
-    "estimated_topk": ESTIMATED_TOPK,
     "flap": FLAP,
     "gisp": GISP,
     "hard_concrete": HARD_CONCRETE,
@@ -35,6 +35,7 @@ CRITERIA: dict[str, Criterion] = {
     "taylor": TAYLOR,
     "taylor_elements": TAYLOR_ELEMENTS,
     "wanda_sp": WANDA_SP,
+    **VARIANTS,
 }
 
 

@@ -19,15 +19,10 @@ from torch import Tensor
 from ..gates import Gates
 from ..topk import topk_mask
 from .allocate import Criterion, Scores, sizes_within_budget
-from .learned import Masks, learner, units
+from .learned import Masks, learner, straight_through, units
 
 TAU = 1.5
 TIES = 1e-3
-
-
-def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    """The value of `hard` with the gradient of `soft`."""
-    return hard + (soft - soft.detach())
 
 
 class Projected:

@@ -1,15 +1,15 @@
-"""The three ways of modelling structure that the paper of DMS (arXiv 2405.07194, figure 1a) sets its operator against.
+"""Two ways of modelling structure that the paper of DMS (arXiv 2405.07194, figure 1a) sets its operator against.
 
 - Multiple-element selection: a decision for each unit. As its authors ablated it: two logits a unit, hard
   Gumbel-softmax with τ = 0.1 in training and argmax after; the expected cost is in the loss. And PaS (Li et al.,
   arXiv 2206.01198): a weight a unit, 1[w ≥ ½] with a straight-through gradient, no sampling.
 - Single-number selection: logits over 16 widths a row, y = Σ_i g_i·(M_i ∘ x) with g = Gumbel-softmax and M_i the
   first k_i units, cost Σ g_i·k_i (FBNetV2, Wan et al., arXiv 2004.05565).
-- Gradient-estimated top-k: a hard top-k mask, and every unit's gradient passes straight to the prune ratio a.
 
+The third one, gradient-estimated top-k, is in topk_variants.py.
 All are learned on frozen weights here, with the resource loss and the falling target of the search. Two logits count by
-their difference alone, so one is learned. Single numbers and the top-k need an order of units: that of one-shot Taylor
-on a quarter of the batches, and of a moving average of g² at the masks. PaS trains weights along, which these do not.
+their difference alone, so one is learned. Single numbers need an order of units: that of one-shot Taylor on a quarter
+of the batches. PaS trains weights along, which is not done here.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from transformers import PreTrainedModel
 
 from ..gates import Gates
 from ..gating.attach import gates_of
-from ..topk import num_kept, ranks, topk_mask
+from ..topk import ranks
 from .allocate import Batches, Criterion, Scores
-from .learned import Masks, learner, pull, train_masks, units
-from .projected import straight_through
+from .learned import Masks, learner, pull, straight_through, train_masks, units
 from .taylor import vector_scores
 
 TAU = 0.1
@@ -69,22 +68,25 @@ def hard_gumbel(logit: Tensor, u: Tensor) -> Tensor:
     return straight_through((soft > 0.5).to(soft), soft)
 
 
-class PaS(ElementSelection):
-    """A weight for every unit, kept where it is at least ½."""
+class PaS:
+    """A weight for every unit, kept where it is at least ½; see `Relaxation`."""
 
     rate = 0.02
 
     def __init__(self, gates: Gates) -> None:
-        self.gates, self.logit = gates, units(gates, 1.0)
+        self.gates, self.weight = gates, units(gates, 1.0)
+
+    def parameters(self) -> Iterable[Tensor]:
+        return self.weight.values()
 
     def masks(self, progress: float) -> Masks:
-        return {name: straight_through((w >= 0.5).to(w), w) for name, w in self.logit.items()}
+        return {name: straight_through((w >= 0.5).to(w), w) for name, w in self.weight.items()}
 
     def penalty(self, progress: float) -> Tensor:
         return pull(self.gates, self.masks(progress), progress)
 
     def scores(self) -> Scores:
-        return dict(self.logit)
+        return dict(self.weight)
 
 
 class NumberSelection:
@@ -129,70 +131,6 @@ class NumberSelection:
         return self.mixed({name: logits.softmax(-1) for name, logits in self.logits.items()})
 
 
-class EstimatedTopK:
-    """One prune ratio for every row, hard masks, and a gradient that is estimated; see `Relaxation`."""
-
-    rate = 0.01
-
-    def __init__(self, gates: Gates) -> None:
-        self.gates = gates
-        self.ratio = gates.prune_ratio.detach().clone().requires_grad_()
-
-    def parameters(self) -> Iterable[Tensor]:
-        return [self.ratio]
-
-    def masks(self, progress: float) -> Masks:
-        with torch.no_grad():
-            self.ratio.clamp_(self.gates.lower, self.gates.upper)
-        masks = {}
-        for name, ratio in self._ratios().items():
-            importance = self.gates.importance(name)
-            masks[name] = estimated_topk(importance, ratio)
-            masks[name].register_hook(lambda gradient, name=name: self._see(name, gradient))
-        return masks
-
-    def _ratios(self) -> dict[str, Tensor]:
-        dims = self.gates.dims
-        parts = dict(zip(dims, self.ratio.split([dim.num_ratios for dim in dims.values()])))
-        return {name: parts[dim.follows or name][: dim.rows].expand(dim.rows) for name, dim in dims.items()}
-
-    @torch.no_grad()
-    def _see(self, name: str, gradient: Tensor) -> None:
-        decay = self.gates.schedule.importance_decay
-        self.gates.raw_importance(name).mul_(decay).add_(gradient.square(), alpha=1 - decay)
-
-    def penalty(self, progress: float) -> Tensor:
-        kept = {}
-        for name, ratio in self._ratios().items():
-            from_the_top = self.gates.dims[name].units - 1 - ranks(self.gates.importance(name))
-            size = (1 - ratio) * self.gates.dims[name].units
-            kept[name] = (size[:, None] - from_the_top).clamp(0, 1)
-        return pull(self.gates, kept, progress)
-
-    def scores(self) -> Scores:
-        """How far above its row's ratio each unit's normalised rank lies: one threshold, 0, gives the ratios."""
-        ratios = self._ratios()
-        return {
-            name: (ranks(self.gates.importance(name)) + 0.5) / dim.units - ratios[name][:, None]
-            for name, dim in self.gates.dims.items()
-        }
-
-
-def estimated_topk(importance: Tensor, ratio: Tensor) -> Tensor:
-    """A hard top-k mask whose every unit has the derivative −1 in the prune ratio.
-
-    Args:
-        importance: `[rows, units]`.
-        ratio: a `[rows]`.
-
-    Example:
-        >>> estimated_topk(torch.tensor([[3.0, 1.0, 2.0, 4.0]]), torch.tensor([0.5]))
-        tensor([[1., 0., 0., 1.]])
-    """
-    hard = topk_mask(importance, num_kept(ratio, importance.shape[-1]))
-    return straight_through(hard, -ratio.unsqueeze(-1))
-
-
 def number_selection_scores(model: PreTrainedModel, batches: Batches) -> Scores:
     """How likely each unit is to be among those that stay, after a quarter of the batches went into the order."""
     first = max(len(batches) // 4, 1)
@@ -206,4 +144,3 @@ DIMS = ("layer", "depth")
 ELEMENT_SELECTION = Criterion(learner(ElementSelection), allocation="global", dims=DIMS)
 PAS = Criterion(learner(PaS), allocation="global", dims=DIMS)
 NUMBER_SELECTION = Criterion(number_selection_scores, allocation="global", dims=DIMS)
-ESTIMATED_TOPK = Criterion(learner(EstimatedTopK), allocation="global", dims=DIMS)

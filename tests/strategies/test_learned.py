@@ -14,16 +14,10 @@ from hf_dms.strategies.learned import kept_resource, masked_by, train_masks, uni
 from hf_dms.strategies.one_shot import CRITERIA, choose_
 from hf_dms.strategies.projected import TAU, Projected
 from hf_dms.strategies.scaled import fold_, soft_count
-from hf_dms.strategies.selection import (
-    ElementSelection,
-    EstimatedTopK,
-    NumberSelection,
-    PaS,
-    estimated_topk,
-    hard_gumbel,
-)
+from hf_dms.strategies.selection import ElementSelection, NumberSelection, PaS, hard_gumbel
+from hf_dms.strategies.topk_variants import KINDS, VARIANTS, TopK, estimated_topk, minmax
 
-LEARNED = ("element_selection", "estimated_topk", "hard_concrete", "number_selection", "pas", "projected", "scaled")
+LEARNED = ("element_selection", "hard_concrete", "number_selection", "pas", "projected", "scaled", *VARIANTS)
 
 
 def gated(prune=("kv", "mlp"), target=0.7, **options):
@@ -74,6 +68,48 @@ def test_estimated_topk_is_hard_and_every_unit_passes_its_gradient_to_the_ratio(
     assert ratio.grad.tolist() == [-1111.0]
 
 
+def test_kinds_of_importance_by_hand():
+    mask, gradient = torch.tensor([0.5, 1.0]), torch.tensor([-4.0, 3.0])
+    found = {name: kind(mask, gradient).tolist() for name, kind in KINDS.items()}
+    assert found == {"taylor": [4.0, 9.0], "absolute": [2.0, 3.0], "gradient": [16.0, 9.0]}
+
+
+def test_minmax_scales_a_row_to_its_smallest_and_largest_importance():
+    assert minmax(torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 5.0]])).tolist() == [[0.0, 1.0, 0.5], [0.0, 0.0, 0.0]]
+
+
+def test_the_plain_variant_is_the_search_step_by_step():
+    """Same masks, resource loss, gradient of the ratios and importance as the gates have, whatever the step."""
+    options = {"target_ramp": 0.5, "warmup_steps": 1, "sharpness": 2.0}
+    model, other, batch = gated(**options), gated(**options), labelled(1)[0]
+    gates, relaxation = gates_of(model), TopK(gates_of(other))
+    optimizers = [torch.optim.Adam([leaf], lr=relaxation.rate) for leaf in (gates.prune_ratio, relaxation.ratio)]
+    for step in range(4):
+        model.train()
+        loss = model(**batch).loss + gates.resource_loss(step / 4)
+        with masked_by(other.eval()) as masks:
+            masks.update(relaxation.masks(step / 4))
+            same = other(**batch).loss + relaxation.penalty(step / 4)
+        assert float(same.detach()) == pytest.approx(float(loss.detach()), rel=1e-5)
+        for optimizer, each in zip(optimizers, (loss, same)):
+            optimizer.zero_grad()
+            each.backward()
+            optimizer.step()
+        gates.update_importance_()
+        for name in gates.dims:
+            assert relative_difference(gates_of(other).raw_importance(name), gates.raw_importance(name)) < 1e-4
+    assert torch.allclose(relaxation.ratio, gates.prune_ratio, atol=1e-5)
+    assert float(gates.prune_ratio.detach().max()) > 0.01
+
+
+def test_the_scores_of_a_top_k_are_above_zero_for_the_units_that_its_ratio_keeps():
+    gates = gates_of(gated(prune=("mlp",)))
+    gates.raw_importance("mlp").copy_(torch.rand(3, 20, generator=torch.Generator().manual_seed(0)))
+    relaxation = TopK(gates)
+    relaxation.ratio.data = torch.tensor([0.1, 0.5, 0.75])
+    assert (relaxation.scores()["mlp"] > 0).sum(-1).tolist() == [18, 10, 5]
+
+
 def test_number_selection_mixes_nested_masks():
     gates = gates_of(gated(prune=("mlp",)))
     importance = torch.arange(20.0).expand(3, 20)
@@ -102,11 +138,11 @@ def test_projected_masks_are_hard_keep_the_budget_at_every_step_and_carry_the_so
 
 def test_pas_keeps_weights_of_a_half_and_passes_gradients_straight():
     relaxation = PaS(gates_of(gated(prune=("mlp",))))
-    relaxation.logit["mlp"].data[0, :2] = torch.tensor([0.5, 0.49])
+    relaxation.weight["mlp"].data[0, :2] = torch.tensor([0.5, 0.49])
     masks = relaxation.masks(0.0)["mlp"]
     assert masks[0, :3].tolist() == [1.0, 0.0, 1.0]
     masks.sum().backward()
-    assert torch.equal(relaxation.logit["mlp"].grad, torch.ones(3, 20))
+    assert torch.equal(relaxation.weight["mlp"].grad, torch.ones(3, 20))
 
 
 def test_the_multipliers_of_the_lagrangian_ascend_and_its_gates_descend():
@@ -161,7 +197,7 @@ def test_scales_fold_into_the_weights_that_read_a_unit():
 
 
 # ---- what they learn ----
-@pytest.mark.parametrize("make", [ElementSelection, PaS, HardConcrete, Projected, EstimatedTopK])
+@pytest.mark.parametrize("make", [ElementSelection, PaS, HardConcrete, Projected, TopK])
 def test_units_that_the_loss_needs_end_above_those_that_it_does_not(make):
     torch.manual_seed(0)
     gates = gates_of(gated(prune=("mlp",), target=0.75))
