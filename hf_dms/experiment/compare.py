@@ -33,7 +33,7 @@ from ..gating.attach import attach_, detach_, gates_of
 from ..measure.speed import peak_resident_bytes
 from ..measure.versions import versions
 from ..refit.repair import repair_
-from ..report.comparison import comparison_table
+from ..report.comparison import write_comparison
 from ..strategies.one_shot import CRITERIA, check_criterion, choose_
 from ..tasks.evaluate import evenly_spaced, example_scores, summary
 from ..tasks.registry import load_examples, load_more_examples
@@ -45,7 +45,6 @@ from .recipe import Recipe, coerce_fields
 from .stages import dense_model, held_out_examples
 
 ROWS = "rows.jsonl"
-TABLE = "table.md"
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def compare(recipe: Recipe) -> str:
         recipe: one with a `compare` section.
 
     Returns:
-        The table of all rows, as Markdown; it is in `table.md` too.
+        The table of all rows, as Markdown; `table.md` has it too, `table.json` its numbers, `quality.png` a plot.
 
     Raises:
         HfDmsError: there is no such section, or a strategy that cannot be.
@@ -116,9 +115,7 @@ def compare(recipe: Recipe) -> str:
         append_row(folder / ROWS, row)
         rows.append(row)
     wanted = [cell.key for cell in cells]
-    table = comparison_table([row for row in rows if row["cell"] in wanted], recipe.task.metric)
-    (folder / TABLE).write_text(table + "\n", encoding="utf-8")
-    return table
+    return write_comparison([row for row in rows if row["cell"] in wanted], folder)
 
 
 def cells_of(recipe: Recipe) -> list[Cell]:

@@ -1,54 +1,121 @@
-"""The table of a comparison: quality of every strategy at every budget, with paired differences from the first one."""
+"""What a comparison came to: quality of every strategy at every budget, with paired differences from the first one.
+
+As numbers for `table.json`, as a Markdown table, and as a plot of quality over budget.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from .figures import Panel, Points, lines_panel, save
+from .numbers import finite, to_json
+
 STAGES = ("cut", "repaired", "recovered")
+METRICS = ("perplexity", "accuracy")
 
 
-def comparison_table(rows: list[dict[str, Any]], metric: str) -> str:
-    """A Markdown table, a line for each target and strategy; several seeds are averaged.
-
-    Per text: the metric of the dense model, of the cut, and after each stage; behind the last stage the difference from
-    the first strategy of the table on the same examples and seeds, with its standard error (nats per token for
-    perplexity, points for accuracy).
+def comparison_numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a comparison came to, an entry for each target and strategy; several seeds are averaged.
 
     Args:
         rows: those of `rows.jsonl`.
-        metric: perplexity or accuracy.
+
+    Returns:
+        Per entry: `target`, `strategy`, `seeds` (their number), `seen` (examples, all stages together), `resource`
+        (share kept, where rows have it), `texts`: per text the metric of the dense model and of each stage that all
+        rows have, and `difference` from the first strategy at this target after the last of these stages, on the same
+        examples and seeds, with `difference_stderr` (nats per token for perplexity, a share for accuracy); neither for
+        the first strategy itself.
     """
-    if not rows:
-        return "No rows yet."
     groups: dict[tuple[float, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[row["cell"]["target"], row["cell"]["strategy"]].append(row)
-    texts = list(rows[0]["scores"]["dense"])
+    found = []
+    for (target, strategy), group in sorted(groups.items(), key=lambda item: -item[0][0]):
+        first = groups[target, next(name for at, name in groups if at == target)]
+        entry = {"target": target, "strategy": strategy, "seeds": len(group)}
+        entry |= {"seen": round(_mean([sum(row["seen"].values()) for row in group]))}
+        if all("resource" in row for row in group):
+            entry["resource"] = _mean([row["resource"] for row in group])
+        texts = rows[0]["scores"]["dense"]
+        entry["texts"] = {text: _of_text(group, None if group is first else first, text) for text in texts}
+        found.append(entry)
+    return found
+
+
+def _of_text(group: list[dict], first: list[dict] | None, text: str) -> dict[str, float]:
+    metric = metric_of(group)
+    stages = [stage for stage in ("dense", *STAGES) if all(stage in row["scores"] for row in group)]
+    found = {stage: _mean([row["scores"][stage][text][metric] for row in group]) for stage in stages}
+    if first is not None:
+        difference, error = paired_difference(group, first, stages[-1], text)
+        found |= {"difference": difference, "difference_stderr": error}
+    return found
+
+
+def metric_of(rows: list[dict[str, Any]]) -> str:
+    """The metric that rows have: perplexity or accuracy."""
+    return next(key for key in METRICS if key in next(iter(rows[0]["scores"]["dense"].values())))
+
+
+def comparison_table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table of `comparison_numbers`, a line for each target and strategy.
+
+    Differences are behind the last stage: nats per token for perplexity, points for accuracy.
+    """
+    if not rows:
+        return "No rows yet."
+    numbers, metric = comparison_numbers(rows), metric_of(rows)
+    texts = list(numbers[0]["texts"])
     stages = [stage for stage in STAGES if any(stage in row["scores"] for row in rows)]
     header = ["target", "strategy", "seeds", "seen", *(f"{text}: {' → '.join(('dense', *stages))}" for text in texts)]
     lines = [header, ["---"] * len(header)]
-    for (target, strategy), group in sorted(groups.items(), key=lambda item: -item[0][0]):
-        first = groups[target, next(name for at, name in groups if at == target)]
-        seen = round(sum(sum(row["seen"].values()) for row in group) / len(group))
-        cells = [_cell(group, None if group is first else first, text, stages, metric) for text in texts]
-        lines.append([f"{target:g}", strategy, str(len(group)), f"{seen:,}", *cells])
+    for entry in numbers:
+        cells = [_cell(entry["texts"][text], metric) for text in texts]
+        lines.append([f"{entry['target']:g}", entry["strategy"], str(entry["seeds"]), f"{entry['seen']:,}", *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cell(group: list[dict], first: list[dict] | None, text: str, stages: list[str], metric: str) -> str:
-    number = ".1f" if metric == "perplexity" else ".4f"
-    found = [stage for stage in ("dense", *stages) if all(stage in row["scores"] for row in group)]
-    shown = [format(_mean([row["scores"][stage][text][metric] for row in group]), number) for stage in found]
-    words = " → ".join(shown)
-    if first is None:
+def _cell(values: dict[str, float], metric: str) -> str:
+    number = ",.1f" if metric == "perplexity" else ".4f"
+    words = " → ".join(format(values[stage], number) for stage in ("dense", *STAGES) if stage in values)
+    if "difference" not in values:
         return words
-    difference, error = paired_difference(group, first, found[-1], text)
     scale, unit = (1, "") if metric == "perplexity" else (100, " points")
-    return f"{words} ({scale * difference:+.3g} ± {scale * error:.2g}{unit})"
+    difference, error = scale * values["difference"], scale * values["difference_stderr"]
+    return f"{words} ({difference:+.3g} ± {error:.2g}{unit})"
+
+
+def comparison_panels(rows: list[dict[str, Any]]) -> list[Panel]:
+    """Quality after the last stage over the budget, a panel for each text and a line for each strategy."""
+    numbers, metric = comparison_numbers(rows), metric_of(rows)
+    panels = []
+    for place, text in enumerate(numbers[0]["texts"]):
+        series: dict[str, Points] = {}
+        for entry in reversed(numbers):  # targets rise
+            values = entry["texts"][text]
+            last = [stage for stage in ("dense", *STAGES) if stage in values][-1]
+            if math.isfinite(values[last]):
+                series.setdefault(entry["strategy"], []).append((entry["target"], values[last]))
+        labels = ("share of the resource kept", f"{metric}: {text}")
+        panels.append(lines_panel(f"quality-{place}", text, labels, series, log=metric == "perplexity"))
+    return panels
+
+
+def write_comparison(rows: list[dict[str, Any]], folder: Path) -> str:
+    """Write `table.md`, `table.json` and, once there is a row, `quality.png` into a folder; returns the table."""
+    table = comparison_table(rows)
+    (folder / "table.md").write_text(table + "\n", encoding="utf-8")
+    (folder / "table.json").write_text(to_json(finite(comparison_numbers(rows))), encoding="utf-8")
+    if rows:
+        panels = comparison_panels(rows)
+        save(folder / "quality.png", panels, len(panels), (4.0, 3.4), font_size=8, dpi=200, facecolor="white")
+    return table
 
 
 def paired_difference(group: list[dict], first: list[dict], stage: str, text: str) -> tuple[float, float]:

@@ -118,6 +118,7 @@ def lines_panel(
     series: dict[str, Points],
     bands: Bands | None = None,
     from_zero: bool = False,
+    log: bool = False,
 ) -> Panel:
     """Named lines.
 
@@ -127,6 +128,7 @@ def lines_panel(
         series: name → points (x, y) in order of x; where y is nan the line has a gap.
         bands: name → (x, lowest y, highest y), drawn behind the series of that name.
         from_zero: whether the y axis begins at 0.
+        log: whether the y axis is logarithmic.
     """
 
     def draw(axes: Axes) -> None:
@@ -145,7 +147,10 @@ def lines_panel(
         if from_zero:
             axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        if log:
+            axes.set_yscale("log")
+        else:
+            axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         _finish(axes, labels, legend=len(series) > 1)
 
     ends = ", ".join(f"{label} from {_ends(points)}" for label, points in series.items())

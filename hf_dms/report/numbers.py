@@ -110,11 +110,11 @@ def as_written(report: dict[str, Any]) -> dict[str, Any]:
     for section in ("model", "recipe"):
         if section in report:
             report[section] = without_local_paths(report[section])
-    return _finite(report)
+    return finite(report)
 
 
-def to_json(written: dict[str, Any]) -> str:
-    """The text of `dms_report.json`, of what `as_written` returned."""
+def to_json(written: Any) -> str:
+    """The text of a JSON file of finite values, as `as_written` returns them for `dms_report.json`."""
     return json.dumps(written, indent=2, allow_nan=False) + "\n"
 
 
@@ -135,11 +135,12 @@ def without_local_paths(values: Any, key: str = "") -> Any:
     return f".../{Path(values).name}" if local else values
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A value as JSON can have it: numbers that are not finite are None, tuples are lists."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

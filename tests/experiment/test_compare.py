@@ -162,9 +162,9 @@ def test_differences_are_paired_over_examples_and_averaged_over_seeds():
     difference, error = paired_difference(other, first, "cut", "text")
     assert difference == pytest.approx(1.5)  # (1, 3) and (1, 1): by example 1 and 2
     assert error == pytest.approx(0.5)
-    text = comparison_table(first + other, "perplexity")
+    text = comparison_table(first + other)
     assert "| 0.5 | taylor | 2 | 100 | 1.0 → 22.6 (+1.5 ± 0.5) |" in text
 
 
 def test_a_table_without_rows_says_so():
-    assert comparison_table([], "accuracy") == "No rows yet."
+    assert comparison_table([]) == "No rows yet."

@@ -1,0 +1,66 @@
+"""benchmarks/RESULTS.md, made of committed rows alone: `python tools/results.py` renews it.
+
+Rows of `hf-dms compare` lie in benchmarks/compare/NAME.jsonl, as `rows.jsonl` had them; NAME is that of the recipe in
+recipes/compare. A plot beside each is drawn anew with `python tools/results.py --plots`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from hf_dms.report.comparison import comparison_panels, comparison_table
+from hf_dms.report.figures import save
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+HEADER = """# Results
+
+Made by `python tools/results.py` of the rows in `benchmarks/compare`; a test compares. Nothing here is typed by hand.
+
+Each strategy chose structure on the same model, examples and order, at the same budget, and saw what `seen` says, in
+examples: choice, repair and recovery together. Arrows lead from the dense model to the cut and what was done to it. In
+brackets: the paired difference from the first strategy at that target, over the same held-out examples and seeds, with
+its standard error (nats per token for perplexity, points for accuracy). Rows that a recipe names and the table lacks
+have not been run.
+"""
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def section(file: Path) -> str:
+    """What one file of rows came to."""
+    rows = rows_of(file)
+    machines = sorted({f"{row['machine']['cores']} cores, {row['machine']['threads']} threads" for row in rows})
+    versions = sorted({", ".join(f"{name} {version}" for name, version in row["versions"].items()) for row in rows})
+    commits = sorted({row["commit"] or "unknown" for row in rows})
+    parts = [f"## {file.stem}: `hf-dms compare recipes/compare/{file.stem}.yaml`", comparison_table(rows)]
+    if (BENCHMARKS / "compare" / f"{file.stem}.png").is_file():
+        parts.append(f"![quality over budget](compare/{file.stem}.png)")
+    hours = sum(sum(row["seconds"].values()) for row in rows) / 3600
+    parts.append(
+        f"{len(rows)} rows, {hours:.1f} hours in all; commits {', '.join(commits)}; {'; '.join(machines)}; "
+        f"{'; '.join(versions)}."
+    )
+    return "\n\n".join(parts)
+
+
+def results(folder: Path = BENCHMARKS / "compare") -> str:
+    """The content of RESULTS.md."""
+    return "\n".join([HEADER, *(section(file) + "\n" for file in sorted(folder.glob("*.jsonl")))])
+
+
+def main() -> None:
+    if "--plots" in sys.argv[1:]:
+        for file in sorted((BENCHMARKS / "compare").glob("*.jsonl")):
+            panels = comparison_panels(rows_of(file))
+            save(file.with_suffix(".png"), panels, len(panels), (4.0, 3.4), font_size=8, dpi=120, facecolor="white")
+    (BENCHMARKS / "RESULTS.md").write_text(results(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
