@@ -10,6 +10,7 @@ once with its differences from the dense model and, paired, from the row of DMS;
 """
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -23,11 +24,10 @@ from hf_dms import detach_
 from hf_dms.archs.bind import bind
 from hf_dms.archs.registry import spec_for
 from hf_dms.cut.plan import PLAN_FILE, load_plan, plan_to_json
-from hf_dms.experiment.prepare import load_model_config, load_processor, model_class, training_arguments
+from hf_dms.experiment.prepare import empty_model, model_class, prepare, training_arguments
 from hf_dms.experiment.recipe import load_recipe
 from hf_dms.experiment.stages import dense_model, recover_, score, search
 from hf_dms.tasks.evaluate import summary
-from hf_dms.tasks.registry import load_examples
 
 HERE = Path(__file__).parent
 
@@ -43,17 +43,15 @@ def main():
     recipe = load_recipe(options.recipe, options.overrides)
     work = Path(recipe.output.path + ".benchmark")
     work.mkdir(parents=True, exist_ok=True)
-    processor = load_processor(recipe)
-    examples = load_examples(recipe.data, recipe.task, processor, load_model_config(recipe))
-    arguments = training_arguments(recipe, "train", work / "search")
-    with torch.device("meta"):
-        meta = model_class(recipe).from_config(load_model_config(recipe, examples.config))
+    prepared = prepare(recipe, work)
+    examples, arguments = prepared.examples, prepared.arguments["search"]
+    meta = empty_model(recipe, prepared.config)
 
     def measured(name, model):
         """Scores of a row, made once and kept."""
         file = work / f"{name}.safetensors"
         if not file.is_file():
-            scores = score(model(), recipe, examples)
+            scores = score(model(), prepared)
             save_file({"scores": scores}, file)
             report(name, scores)
         return load_file(file)["scores"]
@@ -73,7 +71,7 @@ def main():
 
     def dense():
         set_seed(arguments.seed)
-        return dense_model(recipe, examples, work).to(arguments.device).eval()
+        return dense_model(prepared).to(arguments.device).eval()
 
     def plan_and_cut(strategy):
         """The plan of a strategy and its cut model, made once and kept."""
@@ -81,7 +79,7 @@ def main():
         if not folder.is_dir():
             model = dense()
             if strategy == "dms":
-                model, pruned, plan = search(model, recipe, examples, {}, arguments)
+                model, pruned, plan = search(model, prepared, {})
                 detach_(model)
             else:
                 plan = one_shot_plan(model, recipe.dms, "taylor", taylor_batches())
@@ -112,7 +110,9 @@ def main():
         if recipe.finetune and not (folder / "finetune").exists():
             (folder / "finetune").symlink_to((work / "finetune").resolve())
         searched = dense() if recipe.dms.pipeline == "p-" else None
-        for step in recover_(pruned, searched, plan, recipe, examples, folder, processor):
+        own = {name: training_arguments(recipe, name, folder / name) for name in prepared.arguments if name != "search"}
+        here = dataclasses.replace(prepared, arguments=own)
+        for step in recover_(pruned, searched, plan, here):
             measured(f"{strategy}-{step}", lambda: pruned)
 
     measured("dense", dense)

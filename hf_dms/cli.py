@@ -170,7 +170,7 @@ def _prune(options: argparse.Namespace) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from .experiment.prepare import check_recipe
+    from .experiment.prepare import prepare
     from .experiment.recipe import load_recipe
 
     overrides = [word for word in options.recipes if "=" in word]
@@ -179,7 +179,7 @@ def _validate(options: argparse.Namespace) -> int:
         if path in overrides:
             continue
         try:
-            check_recipe(load_recipe(path, overrides))
+            prepare(load_recipe(path, overrides))
             print(f"{path}: ok")
         except HfDmsError as error:
             wrong += 1

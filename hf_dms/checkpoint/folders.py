@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,14 +13,16 @@ from ..errors import HfDmsError
 
 
 @contextmanager
-def new_folder(folder: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(
+    folder: str | os.PathLike, overwrite: bool = False, sources: Iterable[str | os.PathLike] = ()
+) -> Iterator[Path]:
     """A temporary folder that becomes `folder` when the block ends well, and is gone when it does not.
 
     Raises:
-        ValueError: `folder` exists and is not an empty folder, and `overwrite` is not set.
+        ValueError: it may not be written, see `check_writable`.
     """
     target = Path(folder)
-    check_writable(target, overwrite)
+    check_writable(target, overwrite, sources)
     temporary = target.with_name(f".{target.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     temporary.mkdir(parents=True)
@@ -41,12 +44,46 @@ def replace_folder(folder: Path, new: Path | None = None) -> None:
     shutil.rmtree(removed, ignore_errors=True)
 
 
-def check_writable(folder: str | os.PathLike, overwrite: bool) -> None:
+def check_writable(folder: str | os.PathLike, overwrite: bool, sources: Iterable[str | os.PathLike] = ()) -> None:
     """Check that a result may be written to a folder.
 
+    Args:
+        folder: the one.
+        overwrite: whether it may be replaced.
+        sources: what the result is made from, see `check_place`.
+
     Raises:
-        ValueError: it exists and is not an empty folder, and `overwrite` is not set.
+        ValueError: it exists and is not an empty folder, and `overwrite` is not set; or see `check_place`.
     """
+    check_place(folder, sources)
     target = Path(folder)
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
         raise HfDmsError(f"{target} exists and is not empty. Choose another output.path or set output.overwrite: true.")
+
+
+def check_place(folder: str | os.PathLike, sources: Iterable[str | os.PathLike] = ()) -> None:
+    """Check that a folder can be made where a result is to be, and that nothing it is made from would go.
+
+    Args:
+        folder: of the result.
+        sources: files and folders that the result is made from; what does not exist (a Hub id) does not count.
+
+    Raises:
+        ValueError: the folder is a source, or one is in it; no folder can be made there.
+    """
+    target = Path(folder).absolute()
+    for source in map(Path, sources):
+        if source.exists() and target.resolve() in (source.resolve(), *source.resolve().parents):
+            where = "is" if target.resolve() == source.resolve() else "holds"
+            raise HfDmsError(
+                f"output.path: {folder} {where} {source}, which the result is made from and which it would replace, "
+                "overwrite or not. Choose another folder."
+            )
+    existing = next(parent for parent in target.parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise HfDmsError(
+            f"output.path: no folder can be made in {existing} ({error.strerror}). Choose another one."
+        ) from error

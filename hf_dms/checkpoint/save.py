@@ -29,7 +29,8 @@ def save_pruned(
 
     Args:
         pruned: what `prune` returned.
-        folder: where to; it must not exist, or be empty, unless `overwrite`.
+        folder: where to; it must not exist, or be empty, unless `overwrite`. Never the folder that the model, or the
+            one it was cut from, was loaded from.
         processor: tokenizer or image processor to save with it.
         inputs: keyword arguments of one forward pass for the comparison. Default: transformers' dummy inputs.
         files: further text files, name → content.
@@ -39,10 +40,10 @@ def save_pruned(
         The largest relative difference of outputs after reloading.
 
     Raises:
-        ValueError: the folder is not empty.
+        ValueError: the folder is not empty, or what the model was loaded from.
         VerificationError: the reloaded model differs; nothing is left behind.
     """
-    with new_folder(folder, overwrite) as temporary:
+    with new_folder(folder, overwrite, filter(None, [pruned.name_or_path])) as temporary:
         pruned.save_pretrained(temporary)
         if processor is not None:
             processor.save_pretrained(temporary)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
@@ -185,6 +185,38 @@ def stored_tensors(files: Iterable[Path], model: PreTrainedModel) -> tuple[dict[
     return tensors, others
 
 
+def missing_weights(folder: Path, model: PreTrainedModel) -> list[str]:
+    """Names of a model's parameters that a checkpoint does not hold, from the headers of its safetensors files.
+
+    Args:
+        folder: of the checkpoint; one with files of other kinds only is not looked into, and lacks nothing.
+        model: what would be loaded, on the meta device or any other.
+
+    Raises:
+        ValueError: a file is missing or cut short, or a tensor has another shape than the model's.
+    """
+    others = any(folder.glob("*.bin"))
+    if others and not any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        return []
+    try:
+        tensors, _ = stored_tensors(weight_files(folder), model)
+    except SafetensorError as error:
+        damaged = next((file for file in weight_files(folder) if not _is_whole(file)), folder)
+        raise HfDmsError(f"{damaged} is damaged or cut short ({error}). Download or copy it again.") from error
+    if wrong := _first_other_shape(tensors, model):
+        raise HfDmsError(f"{folder}: {wrong} Is config.json that of the weights?")
+    groups = names_by_tensor(model).values()
+    return [names[0] for names in groups if not any(name in tensors for name in names)]
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except SafetensorError:
+        return False
+
+
 def _dense_on_meta(folder: Path, file: Path) -> PreTrainedModel:
     """The model of a folder without its weights."""
     try:
@@ -240,13 +272,20 @@ def _untied(model: PreTrainedModel, tensors: dict[str, Stored]) -> tuple[PreTrai
 
 def _first_mismatch(tensors: dict[str, Stored], model: PreTrainedModel) -> str | None:
     """What is wrong first with the tensors of a model: one of another shape, or one that is not there."""
+    if wrong := _first_other_shape(tensors, model):
+        return wrong
+    for names in names_by_tensor(model).values():
+        if not any(name in tensors for name in names):
+            return f"there are no weights for '{names[0]}'."
+    return None
+
+
+def _first_other_shape(tensors: dict[str, Stored], model: PreTrainedModel) -> str | None:
     for names in names_by_tensor(model).values():
         shape = tuple(model.get_parameter(names[0]).shape)
         for name in names:
             if name in tensors and tensors[name].shape != shape:
                 return f"'{name}' has shape {tensors[name].shape} in {tensors[name].file.name}, expected {shape}."
-        if not any(name in tensors for name in names):
-            return f"there are no weights for '{names[0]}'."
     return None
 
 

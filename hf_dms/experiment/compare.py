@@ -36,13 +36,13 @@ from ..refit.repair import repair_
 from ..report.comparison import write_comparison
 from ..strategies.one_shot import CRITERIA, check_criterion, choose_
 from ..tasks.evaluate import evenly_spaced, example_scores, summary
-from ..tasks.registry import load_examples, load_more_examples
+from ..tasks.registry import load_more_examples
 from ..tasks.task import Examples
 from ..training.finetune import train_
 from ..training.trainer import DMSTrainer
-from .prepare import load_model_config, load_processor, lora_config, training_arguments
+from .prepare import Prepared, lora_config, prepare, training_arguments
 from .recipe import Recipe, coerce_fields
-from .stages import dense_model, held_out_examples
+from .stages import dense_model
 
 ROWS = "rows.jsonl"
 
@@ -72,17 +72,13 @@ class Setup:
     """What all cells share.
 
     Attributes:
-        recipe: model, data, recovery and the budget.
-        processor: the tokenizer or image processor.
-        examples: what is searched, repaired and recovered on.
+        prepared: the recipe (model, data, recovery, budget) and what is searched, repaired and recovered on.
         texts: what is measured on, by name; held-out examples.
         folder: where rows and checkpoints of recoveries go.
         dense_scores: of the dense model, by text; the first cell fills it.
     """
 
-    recipe: Recipe
-    processor: Any
-    examples: Examples
+    prepared: Prepared
     texts: dict[str, Any]
     folder: Path
     dense_scores: dict[str, Any] = field(default_factory=dict)
@@ -150,15 +146,14 @@ def _strategy(name: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _setup(recipe: Recipe, folder: Path) -> Setup:
-    processor = load_processor(recipe)
-    config = load_model_config(recipe)
-    examples = load_examples(recipe.data, recipe.task, processor, config, new_head=recipe.dms.pipeline == "np")
-    texts = {"held out": held_out_examples(recipe, examples)}
+    lowest = dataclasses.replace(recipe.dms, target=min(recipe.compare.targets or [recipe.dms.target]))
+    prepared = prepare(dataclasses.replace(recipe, dms=lowest), folder / "dense")
+    texts = {"held out": prepared.held_out}
     for name, path in recipe.compare.texts.items():
         data = dataclasses.replace(recipe.data, path=path, held_out=path)
-        other = load_more_examples(data, recipe.task, processor, config, examples)
+        other = load_more_examples(data, recipe.task, prepared.processor, prepared.config, prepared.examples)
         texts[name] = evenly_spaced(other.held_out, len(texts["held out"]))
-    return Setup(recipe, processor, examples, texts, folder)
+    return Setup(prepared, texts, folder)
 
 
 # ---- one cell --------------------------------------------------------------------------------------------------------
@@ -170,11 +165,12 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
         the single examples; `seen`: examples that each stage saw; `seconds` of each; `resource`: what is kept of the
         dense one, `sizes`; `peak_bytes`, the most resident memory.
     """
-    recipe = _recipe_of(setup.recipe, cell)
+    recipe = _recipe_of(setup.prepared.recipe, cell)
     set_seed(cell.seed)
     _reset_peak()
-    order = torch.randperm(len(setup.examples.train), generator=torch.Generator().manual_seed(cell.seed)).tolist()
-    examples = dataclasses.replace(setup.examples, train=Subset(setup.examples.train, order))
+    examples = setup.prepared.examples
+    order = torch.randperm(len(examples.train), generator=torch.Generator().manual_seed(cell.seed)).tolist()
+    examples = dataclasses.replace(examples, train=Subset(examples.train, order))
     dense = _dense(setup)
     row: dict[str, Any] = {"scores": {}, "seen": {}, "seconds": {}}
 
@@ -250,7 +246,7 @@ def _trains_weights(recipe: Recipe, cell: Cell) -> bool:
 
 def _dense(setup: Setup) -> PreTrainedModel:
     """The dense model of all cells: loaded, and fine-tuned once if the recipe says so, whatever the cell's seed."""
-    return dense_model(setup.recipe, setup.examples, setup.folder / "dense").eval()
+    return dense_model(setup.prepared).eval()
 
 
 def _examples_of(arguments: Any, examples: Examples) -> int:
@@ -281,10 +277,10 @@ def _batches(examples: Examples, count: int, size: int) -> list[dict[str, Tensor
 
 def _measured(model: PreTrainedModel, setup: Setup) -> dict[str, Any]:
     """Metric, standard error and scores of the single examples, per text."""
-    task, found = setup.recipe.task, {}
+    recipe, collate, found = setup.prepared.recipe, setup.prepared.examples.collate, {}
     for name, rows in setup.texts.items():
-        scores = example_scores(model.eval(), task, rows, setup.examples.collate, setup.recipe.eval.batch_size)
-        found[name] = summary(task, scores) | {"scores": [round(value, 6) for value in scores.tolist()]}
+        scores = example_scores(model.eval(), recipe.task, rows, collate, recipe.eval.batch_size)
+        found[name] = summary(recipe.task, scores) | {"scores": [round(value, 6) for value in scores.tolist()]}
     return found
 
 

@@ -41,7 +41,7 @@ def cut_by_plan(plan: str, model: ModelConfig, output: OutputConfig) -> dict[str
     Raises:
         ValueError: something is wrong with the plan, the model or the output; nothing has been written.
     """
-    check_writable(output.path, output.overwrite)
+    check_writable(output.path, output.overwrite, [model.path])
     started = time.time()
     folder = _local(model)
     job = prepare_cut(folder, plan)

@@ -1,7 +1,9 @@
-"""What can be known to be wrong with a recipe before any weight is loaded, and what a recipe's sections mean."""
+"""What can be known to be wrong with a recipe before any weight is loaded, and what its stages need, built once."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,156 @@ from transformers.utils import is_bitsandbytes_available
 from ..archs.bind import bind
 from ..archs.plain_view import with_adapters
 from ..archs.registry import spec_for
+from ..checkpoint.folders import check_place
 from ..checkpoint.hub import check_repo_id, check_token
+from ..checkpoint.stream import missing_weights
 from ..errors import HfDmsError
 from ..gating.gates_for import build_gates
 from ..gating.rounding import check_target
+from ..refit.repairable import check_repairable
+from ..tasks.evaluate import evenly_spaced
 from ..tasks.registry import TASKS, load_examples, load_more_examples
+from ..tasks.task import Examples
 from ..training.trainer import check_training_arguments
 from .recipe import Recipe, coerce_fields, saying_where
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe that was checked, and what its stages need.
+
+    Attributes:
+        recipe: as it was read.
+        config: the dense model's, with what the examples need of it.
+        processor: the tokenizer or image processor.
+        examples: what is searched, repaired and measured on.
+        retraining: what is retrained on.
+        arguments: `TrainingArguments` of the stages that the recipe has: finetune, search, recover.
+        lora: `peft.LoraConfig` of the search ("lora") and the retraining ("recover.lora"), None where there is none.
+    """
+
+    recipe: Recipe
+    config: Any
+    processor: Any
+    examples: Examples
+    retraining: Examples
+    arguments: Mapping[str, Any]
+    lora: Mapping[str, Any]
+
+    @property
+    def held_out(self) -> Any:
+        """The held-out examples that the recipe measures on."""
+        return evenly_spaced(self.examples.held_out, self.recipe.eval.examples or self.recipe.task.num_held_out)
+
+
+def unfinished_folder(recipe: Recipe) -> Path:
+    """Where a run of a recipe works until its result is written: `OUTPUT.unfinished`."""
+    output = Path(recipe.output.path)
+    return output.with_name(output.name + ".unfinished")
+
+
+def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
+    """Check a recipe against the model and the data, without loading weights.
+
+    Args:
+        recipe: the one.
+        folder: where checkpoints of its stages go. Default: `unfinished_folder`.
+
+    Raises:
+        ValueError: the first thing that is wrong.
+    """
+    folder = unfinished_folder(recipe) if folder is None else folder
+    if recipe.hub.repo_id is not None:
+        check_repo_id(recipe.hub.repo_id)
+        check_token()
+    check_place(recipe.output.path, sources_of(recipe))
+    arguments = {"search": training_arguments(recipe, "train", folder / "search")}
+    check_training_arguments(arguments["search"])
+    for section, values in (("finetune", recipe.finetune), ("recover", recipe.recover.train)):
+        if values:
+            arguments[section] = training_arguments(recipe, section, folder / section)
+    if recipe.model.quantization:
+        packing(recipe, torch.float32)
+    config = load_model_config(recipe)
+    _check_task(recipe, config)
+    processor, new_head = load_processor(recipe), recipe.dms.pipeline == "np"
+    examples = load_examples(recipe.data, recipe.task, processor, config, new_head=new_head)
+    retraining = examples
+    if recipe.recover.data is not None:
+        with saying_where("recover."):
+            retraining = load_more_examples(recipe.recover.data, recipe.task, processor, config, examples)
+    config.update(examples.config)
+    _check_model(recipe, config)
+    lora = {section: lora_config(recipe, section) for section in ("lora", "recover.lora")}
+    _check_adapters(recipe, config, lora)
+    return Prepared(recipe, config, processor, examples, retraining, arguments, lora)
+
+
+def sources_of(recipe: Recipe) -> list[str]:
+    """What a recipe reads: the model and the data, local or on the Hub."""
+    data = [recipe.data] if recipe.recover.data is None else [recipe.data, recipe.recover.data]
+    held_out = [each.held_out for each in data if isinstance(each.held_out, str)]
+    return [recipe.model.path, *(each.path for each in data), *held_out]
+
+
+def _check_task(recipe: Recipe, config: Any) -> None:
+    """Check that there is a model of this type for the task."""
+    can_cache = spec_for(config).cache is not None
+    if type(config) not in model_class(recipe)._model_mapping or (recipe.task.generates and not can_cache):
+        raise HfDmsError(
+            f"model.task: there is no {recipe.model.task} model of type '{config.model_type}'. "
+            f"Tasks are {', '.join(TASKS)}."
+        )
+
+
+def _check_model(recipe: Recipe, config: Any) -> None:
+    """Check what is asked for against the model without its weights, and the weights against the model."""
+    model = empty_model(recipe, config)
+    bound = bind(spec_for(config), model)
+    gates = build_gates(bound, model, recipe.dms, device=torch.device("cpu"))
+    check_target(gates, bound, recipe.dms, config)
+    if recipe.recover.repair is not None:
+        with saying_where("recover.", "repair"):
+            check_repairable(model, bound)
+    if recipe.dms.pipeline != "np" and Path(recipe.model.path).is_dir():
+        check_trained(recipe, missing_weights(Path(recipe.model.path), model))
+
+
+def check_trained(recipe: Recipe, missing: Iterable[str]) -> None:
+    """Check that what the files lack is trained before the search.
+
+    Args:
+        recipe: the one.
+        missing: names of parameters that are not in the files.
+
+    Raises:
+        ValueError: they would be random in the search.
+    """
+    if (names := sorted(missing)) and not recipe.finetune:
+        raise HfDmsError(
+            f"model.path: '{recipe.model.path}' has no weights for {', '.join(names)}, which would be random. Add a "
+            "finetune section (finetune.max_steps or finetune.num_train_epochs) to train them before the search."
+        )
+
+
+def _check_adapters(recipe: Recipe, config: Any, lora: Mapping[str, Any]) -> None:
+    for section, adapters in lora.items():
+        if adapters is not None:
+            model = empty_model(recipe, config)
+            try:
+                with torch.device("meta"):
+                    with_adapters(model, adapters, seed=0)
+            except ValueError as error:  # ours or PEFT's
+                raise HfDmsError(f"{section}: {error}") from error
+
+
+def empty_model(recipe: Recipe, config: Any) -> Any:
+    """The dense model on the meta device."""
+    with torch.device("meta"):
+        return model_class(recipe).from_config(config)
+
+
+# ---- what the sections mean ------------------------------------------------------------------------------------------
 def training_arguments(recipe: Recipe, section: str, output_dir: Path) -> Any:
     """The `TrainingArguments` of the search, or of the training before or after it.
 
@@ -103,23 +246,17 @@ def packing(recipe: Recipe, dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-def load_model_config(recipe: Recipe, values: dict[str, Any] | None = None) -> Any:
+def load_model_config(recipe: Recipe) -> Any:
     """The dense model's config.
-
-    Args:
-        recipe: where the model is.
-        values: what it must say for the examples, `Examples.config`.
 
     Raises:
         ValueError: there is none at model.path.
     """
     try:
-        config = AutoConfig.from_pretrained(recipe.model.path, revision=recipe.model.revision)
+        return AutoConfig.from_pretrained(recipe.model.path, revision=recipe.model.revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise HfDmsError(f"model.path: no model can be read from '{recipe.model.path}'. {reason}") from error
-    config.update(values or {})
-    return config
 
 
 def model_class(recipe: Recipe) -> Any:
@@ -139,48 +276,3 @@ def load_processor(recipe: Recipe) -> Any:
     except (OSError, ValueError) as error:
         what = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}[kind]
         raise HfDmsError(f"model.path: '{recipe.model.path}' has no {what} that can be read. {error}") from error
-
-
-def check_recipe(recipe: Recipe) -> None:
-    """Check a recipe against the model and the data, without loading weights.
-
-    Raises:
-        ValueError: the first thing that is wrong.
-    """
-    if recipe.hub.repo_id is not None:
-        check_repo_id(recipe.hub.repo_id)
-        check_token()
-    unfinished = Path(recipe.output.path + ".unfinished")
-    check_training_arguments(training_arguments(recipe, "train", unfinished))
-    for section, values in (("finetune", recipe.finetune), ("recover", recipe.recover.train)):
-        if values:
-            training_arguments(recipe, section, unfinished)
-    if recipe.model.quantization:
-        packing(recipe, torch.float32)
-    config = load_model_config(recipe)
-    spec = spec_for(config)
-    auto = model_class(recipe)
-    if type(config) not in auto._model_mapping or (recipe.task.generates and spec.cache is None):
-        raise HfDmsError(
-            f"model.task: there is no {recipe.model.task} model of type '{config.model_type}'. "
-            f"Tasks are {', '.join(TASKS)}."
-        )
-    processor, new_head = load_processor(recipe), recipe.dms.pipeline == "np"
-    examples = load_examples(recipe.data, recipe.task, processor, config, new_head=new_head)
-    if recipe.recover.data is not None:
-        with saying_where("recover."):
-            load_more_examples(recipe.recover.data, recipe.task, processor, config, examples)
-    config = load_model_config(recipe, examples.config)
-    with torch.device("meta"):
-        model = auto.from_config(config)
-    bound = bind(spec, model)
-    gates = build_gates(bound, model, recipe.dms, device=torch.device("cpu"))
-    check_target(gates, bound, recipe.dms, config)
-    for section in ("lora", "recover.lora"):
-        if (lora := lora_config(recipe, section)) is not None:
-            with torch.device("meta"):
-                model = auto.from_config(config)
-                try:
-                    with_adapters(model, lora, seed=0)
-                except ValueError as error:  # ours or PEFT's
-                    raise HfDmsError(f"{section}: {error}") from error

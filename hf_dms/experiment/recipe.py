@@ -2,7 +2,7 @@
 
 Sections: model, data, finetune, dms (`DMSConfig`), train, lora, recover, eval, output, hub; finetune, train and recover
 take `TrainingArguments` by their own names, lora and recover.lora `peft.LoraConfig`.
-preflight.py checks it against the model and the data.
+prepare.py checks it against the model and the data.
 """
 
 from __future__ import annotations
@@ -160,12 +160,12 @@ def _build_recover(given: dict[str, Any]) -> RecoverConfig:
 
 
 @contextlib.contextmanager
-def saying_where(prefix: str) -> Iterator[None]:
-    """Let errors that begin with `data.` say whose data: put a prefix before them."""
+def saying_where(prefix: str, section: str = "data.") -> Iterator[None]:
+    """Let errors that begin with a section's name say whose it is: put a prefix before them."""
     try:
         yield
     except HfDmsError as error:
-        where = prefix if str(error).startswith("data.") else ""
+        where = prefix if str(error).startswith(section) else ""
         raise HfDmsError(f"{where}{error}") from error
 
 

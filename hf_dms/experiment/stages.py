@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
@@ -14,58 +15,49 @@ from transformers import PreTrainedModel
 from ..archs.plain_view import with_adapters, with_adapters_of
 from ..cut.plan import Plan
 from ..cut.prune import plan_of, prune
-from ..errors import HfDmsError
 from ..gating.attach import copy_search_, gates_of
 from ..measure.speed import seconds_per_batch
 from ..refit.repair import repair_
 from ..report.numbers import sizes_and_costs
 from ..tasks.evaluate import evenly_spaced, example_scores
-from ..tasks.registry import load_more_examples
-from ..tasks.task import Examples
 from ..training.distributed import make_whole_, say
 from ..training.exact_resume import train_or_resume_
 from ..training.finetune import train_
 from ..training.trainer import DMSTrainer
-from .prepare import load_model_config, lora_config, model_class, packing, training_arguments
-from .recipe import Recipe
+from .prepare import Prepared, check_trained, model_class, packing
 
 
-def dense_model(recipe: Recipe, examples: Examples, folder: Path) -> PreTrainedModel:
+def dense_model(prepared: Prepared) -> PreTrainedModel:
     """The dense model of a recipe: loaded (or randomly initialised for pipeline np), and fine-tuned if asked.
 
-    Args:
-        recipe: which one.
-        examples: what to fine-tune on, and the names of its classes.
-        folder: where the checkpoints of a fine-tuning are, or go.
+    A fine-tuning goes on from its last checkpoint; one that is finished is only loaded.
 
     Raises:
         ValueError: the checkpoint lacks weights of the model, and the recipe does not train them.
     """
-    finetuned = folder / "finetune"
-    model = _load_model(recipe, examples)
-    if recipe.finetune:
+    model = _load_model(prepared)
+    if prepared.recipe.finetune:
         say("Fine-tuning the dense model ...")
-        arguments = training_arguments(recipe, "finetune", finetuned)
-        limit = recipe.dms.max_nonfinite_steps
-        train_(model, arguments, examples, stage="fine-tuning", max_nonfinite_steps=limit, keep=True)
+        limit = prepared.recipe.dms.max_nonfinite_steps
+        arguments = _arguments(prepared, "finetune")
+        train_(model, arguments, prepared.examples, stage="fine-tuning", max_nonfinite_steps=limit, keep=True)
     return model
 
 
-def search(
-    dense: PreTrainedModel, recipe: Recipe, examples: Examples, report: dict[str, Any], arguments: Any
-) -> tuple[Any, PreTrainedModel, Plan]:
+def search(dense: PreTrainedModel, prepared: Prepared, report: dict[str, Any]) -> tuple[Any, PreTrainedModel, Plan]:
     """Search and cut; the report gets sizes, costs and the course of the search.
 
     Returns:
         The dense model with the gates of the search, and its adapters if the recipe has some; the pruned model; which
         units of the dense one it holds.
     """
-    lora = lora_config(recipe, "lora")
+    recipe, examples, arguments = prepared.recipe, prepared.examples, _arguments(prepared, "search")
+    lora = prepared.lora["lora"]
     model: Any = dense
     if recipe.model.quantization is not None:
         packed = {"quantization_config": packing(recipe, dense.dtype), "device_map": {"": arguments.device}}
         dense.cpu()
-        model = _load_model(recipe, examples, **packed)
+        model = _load_model(prepared, **packed)
     model = model if lora is None else with_adapters(model, lora, arguments.seed)
     say("Searching ...")
     trainer = DMSTrainer(
@@ -73,7 +65,7 @@ def search(
         args=arguments,
         dms_config=recipe.dms,
         train_dataset=examples.train,
-        eval_dataset=held_out_examples(recipe, examples),
+        eval_dataset=prepared.held_out,
         data_collator=examples.collate,
     )
     train_or_resume_(trainer, keep=True)
@@ -91,33 +83,23 @@ def search(
     return model, pruned, plan
 
 
-def recover_(
-    pruned: PreTrainedModel,
-    searched: PreTrainedModel,
-    plan: Plan,
-    recipe: Recipe,
-    examples: Examples,
-    folder: Path,
-    processor: Any,
-) -> Iterator[str]:
+def recover_(pruned: PreTrainedModel, searched: PreTrainedModel, plan: Plan, prepared: Prepared) -> Iterator[str]:
     """Repair and retrain the pruned model, in place, as far as the recipe asks for it.
 
     Args:
         pruned: what the search ended in.
         searched: the model of the search, without gates and adapters.
         plan: which units of it the pruned one holds.
-        recipe: how.
-        examples: what to repair on, and to train on unless the recipe has other data for that.
-        folder: where the checkpoints of the fine-tuning are and those of the retraining go.
-        processor: the tokenizer or image processor.
+        prepared: how, and on what.
 
     Yields:
         What the model is after each step: repaired, recovered.
     """
+    recipe, examples = prepared.recipe, prepared.examples
     repair, distillation = recipe.recover.repair, recipe.recover.distillation
     dense: Any = searched  # as long as its weights did not train
     if recipe.dms.pipeline != "p-" and recipe.lora is None and (repair or distillation):
-        dense = dense_model(recipe, examples, folder).eval()
+        dense = dense_model(prepared).eval()
         dense.to(pruned.device)
     if repair is not None:
         say("Repairing the pruned model ...")
@@ -127,17 +109,13 @@ def recover_(
         yield "repaired"
     if recipe.recover.train:
         say("Retraining the pruned model ...")
-        teacher = dense if distillation else None
-        if recipe.recover.data is not None:
-            examples = load_more_examples(recipe.recover.data, recipe.task, processor, pruned.config, examples)
-        arguments = training_arguments(recipe, "recover", folder / "recover")
         train_(
             pruned,
-            arguments,
-            examples,
-            teacher,
+            _arguments(prepared, "recover"),
+            prepared.retraining,
+            dense if distillation else None,
             distillation,
-            lora=lora_config(recipe, "recover.lora"),
+            lora=prepared.lora["recover.lora"],
             stage="retraining",
             max_nonfinite_steps=recipe.dms.max_nonfinite_steps,
             keep=True,
@@ -146,15 +124,10 @@ def recover_(
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
-def score(model: PreTrainedModel, recipe: Recipe, examples: Examples) -> Tensor:
+def score(model: PreTrainedModel, prepared: Prepared) -> Tensor:
     """What each held-out example adds to the metric of the recipe's task, `[examples]`."""
-    held_out = held_out_examples(recipe, examples)
-    return example_scores(model, recipe.task, held_out, examples.collate, recipe.eval.batch_size)
-
-
-def held_out_examples(recipe: Recipe, examples: Examples) -> Any:
-    """The held-out examples that a recipe measures on."""
-    return evenly_spaced(examples.held_out, recipe.eval.examples or recipe.task.num_held_out)
+    recipe = prepared.recipe
+    return example_scores(model, recipe.task, prepared.held_out, prepared.examples.collate, recipe.eval.batch_size)
 
 
 def scores_on_soft_masks(model: PreTrainedModel, measure: Any) -> Tensor:
@@ -167,21 +140,26 @@ def scores_on_soft_masks(model: PreTrainedModel, measure: Any) -> Tensor:
         gates_of(model).eval()
 
 
-def speeds(
-    model: PreTrainedModel, pruned: PreTrainedModel, recipe: Recipe, examples: Examples
-) -> dict[str, dict[str, float]]:
+def speeds(model: PreTrainedModel, pruned: PreTrainedModel, prepared: Prepared) -> dict[str, dict[str, float]]:
     """Speeds of both models for the report: tokens, texts or images per second of one batch."""
-    count = min(recipe.eval.batch_size, len(examples.held_out))
+    task, examples = prepared.recipe.task, prepared.examples
+    count = min(prepared.recipe.eval.batch_size, len(examples.held_out))
     batch = examples.collate([examples.held_out[i] for i in range(count)])
-    amount = recipe.task.amount(batch)
-    key, _ = recipe.task.speed
+    amount = task.amount(batch)
+    key, _ = task.speed
     seconds = seconds_per_batch([model, pruned], batch)
     return {name: {key: amount / each} for name, each in zip(("dense", "pruned"), seconds)}
 
 
-def _load_model(recipe: Recipe, examples: Examples, **packed: Any) -> PreTrainedModel:
+def _arguments(prepared: Prepared, stage: str) -> Any:
+    """The `TrainingArguments` of a stage that begins: accelerate forgets the precision of the one before."""
+    AcceleratorState._reset_state()
+    return prepared.arguments[stage]
+
+
+def _load_model(prepared: Prepared, **packed: Any) -> PreTrainedModel:
+    recipe, config = prepared.recipe, copy.deepcopy(prepared.config)
     dtype = recipe.model.dtype if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
-    config = load_model_config(recipe, examples.config)
     if recipe.dms.pipeline == "np":
         dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
         options = {"attn_implementation": recipe.model.attn_implementation} if recipe.model.attn_implementation else {}
@@ -195,10 +173,5 @@ def _load_model(recipe: Recipe, examples: Examples, **packed: Any) -> PreTrained
         output_loading_info=True,
         **packed,
     )
-    if loading["missing_keys"] and not recipe.finetune:
-        raise HfDmsError(
-            f"model.path: '{recipe.model.path}' has no weights for {', '.join(sorted(loading['missing_keys']))}, which "
-            "would be random. Add a finetune section (finetune.max_steps or finetune.num_train_epochs) to train them "
-            "before the search."
-        )
+    check_trained(recipe, loading["missing_keys"])
     return model

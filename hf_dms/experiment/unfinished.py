@@ -14,11 +14,10 @@ from typing import Any
 
 from transformers.trainer_utils import sort_checkpoints
 
-from ..checkpoint.folders import check_writable, replace_folder
+from ..checkpoint.folders import replace_folder
 from ..errors import HfDmsError
 from ..report.numbers import REPORT
 from ..training.distributed import say
-from .prepare import check_recipe
 from .recipe import Recipe
 
 CLAIM = "recipe.json"
@@ -30,15 +29,12 @@ IDLE = (  # how keys of TrainingArguments begin that change no weight and no rat
 )  # fmt: skip
 
 
-def may_start(recipe: Recipe, output: Path, unfinished: Path) -> bool:
-    """Check a recipe and claim its folder; False if the result is there already."""
-    if (output / REPORT).is_file() and not recipe.output.overwrite:
-        if not unfinished.exists() or _read_claim(unfinished) == _plain(recipe):
-            tidy(unfinished, output)  # if it was killed when all was saved
+def is_finished(recipe: Recipe, output: Path, unfinished: Path) -> bool:
+    """Whether the result is there already; what a run that was killed after writing it left behind is removed."""
+    if not (output / REPORT).is_file() or recipe.output.overwrite:
         return False
-    check_writable(output, recipe.output.overwrite)
-    check_recipe(recipe)
-    _claim(unfinished, recipe)
+    if not unfinished.exists() or _read_claim(unfinished) == _plain(recipe):
+        tidy(unfinished, output)
     return True
 
 
@@ -47,6 +43,32 @@ def tidy(unfinished: Path, output: Path) -> None:
     for logs in unfinished.glob("*/runs"):
         shutil.copytree(logs, output / "runs" / logs.parent.name, dirs_exist_ok=True)
     replace_folder(unfinished)
+
+
+def claim(unfinished: Path, recipe: Recipe) -> None:
+    """Make the folder of an unfinished run this recipe's, with those of its stages that the recipe would make alike.
+
+    Raises:
+        HfDmsError: there is work of a search, or of a fine-tuning before it, that the recipe would make otherwise.
+    """
+    now, before = _plain(recipe), _read_claim(unfinished)
+    for stage in STAGES:
+        folder = unfinished / stage
+        changed = "" if before is None else _changes(influences(before, stage), influences(now, stage))
+        if changed and sort_checkpoints(str(folder)):
+            if stage != "recover":
+                raise HfDmsError(
+                    f"{folder} holds the {STAGES[stage]} of another recipe: {changed}. Set it back to go on with that, "
+                    f"or choose another output.path, or delete {unfinished if stage == 'finetune' else folder} to do "
+                    "it again."
+                )
+            say(f"Retraining begins anew: {changed}.")
+        if changed:
+            replace_folder(folder)
+    unfinished.mkdir(parents=True, exist_ok=True)
+    written = unfinished / f"{CLAIM}.tmp"
+    written.write_text(json.dumps(now, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(written, unfinished / CLAIM)
 
 
 def influences(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
@@ -83,32 +105,6 @@ def _lasting(given: dict[str, Any]) -> dict[str, Any]:
     if given.get("load_best_model_at_end"):
         return given
     return {key: value for key, value in given.items() if not key.startswith(IDLE)}
-
-
-def _claim(unfinished: Path, recipe: Recipe) -> None:
-    """Make the folder of an unfinished run this recipe's, with those of its stages that the recipe would make alike.
-
-    Raises:
-        HfDmsError: there is work of a search, or of a fine-tuning before it, that the recipe would make otherwise.
-    """
-    now, before = _plain(recipe), _read_claim(unfinished)
-    for stage in STAGES:
-        folder = unfinished / stage
-        changed = "" if before is None else _changes(influences(before, stage), influences(now, stage))
-        if changed and sort_checkpoints(str(folder)):
-            if stage != "recover":
-                raise HfDmsError(
-                    f"{folder} holds the {STAGES[stage]} of another recipe: {changed}. Set it back to go on with that, "
-                    f"or choose another output.path, or delete {unfinished if stage == 'finetune' else folder} to do "
-                    "it again."
-                )
-            say(f"Retraining begins anew: {changed}.")
-        if changed:
-            replace_folder(folder)
-    unfinished.mkdir(parents=True, exist_ok=True)
-    written = unfinished / f"{CLAIM}.tmp"
-    written.write_text(json.dumps(now, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(written, unfinished / CLAIM)
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:

@@ -147,3 +147,10 @@ def test_every_key_of_a_recipe_is_known_to_influence_a_stage_or_none():
     }
     whole_sections = {key for key in left_out if key.partition(".")[0] in ("output", "hub", "compare", "eval")}
     assert left_out - whole_sections == {"dms.max_nonfinite_steps", "recover.train"}
+
+
+def test_each_stage_has_a_precision_of_its_own(recipe, steps):
+    """accelerate keeps the precision of the first Trainer of a process for all that follow, unless it is reset."""
+    precisions = ["finetune.bf16=true", "recover.bf16=false", "train.bf16=true", "recover.max_steps=3"]
+    assert recipe(*OPTIONS, *precisions)[0] == 0
+    assert steps == WHOLE
