@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart model data test test-slow lint
+.PHONY: quickstart model data test test-slow lint docs
 
 quickstart: $(VENV)/installed models/smollm2-135m
 	HF_HUB_OFFLINE=1 $(BIN)/hf-dms prune recipes/quickstart.yaml
@@ -17,6 +17,9 @@ test: $(VENV)/installed lint
 
 test-slow: $(VENV)/installed models/smollm2-135m
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow
+
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -84,7 +84,7 @@ def resource_loss(resource: Tensor, target: Tensor | float) -> Tensor:
     Returns:
         `[...]`, not negative.
 
-    Example:
+    Examples:
         >>> resource_loss(torch.tensor([0.4, 0.5, 1.0]), 0.5)
         tensor([0.0000, 0.0000, 0.6931])
     """
@@ -100,7 +100,7 @@ def scheduled_target(target: float, progress: float, ramp: float = 0.7, schedule
         ramp: fraction of the search over which the target falls from 1 to `target`.
         schedule: geometric, target^(progress / ramp), an equal factor each step; or constant.
 
-    Example:
+    Examples:
         >>> [scheduled_target(0.25, p, ramp=0.5) for p in (0.0, 0.25, 0.5, 1.0)]
         [1.0, 0.5, 0.25, 0.25]
     """

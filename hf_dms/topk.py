@@ -45,7 +45,7 @@ def normalize_importance(importance: Tensor) -> Tensor:
     Returns:
         `[..., units]` float32 in (0, 1) (float64 for float64 input); no gradient flows through it.
 
-    Example:
+    Examples:
         >>> normalize_importance(torch.tensor([3.0, 100.0, -1.0, 4.0]))
         tensor([0.3750, 0.8750, 0.1250, 0.6250])
     """
@@ -86,7 +86,7 @@ def soft_topk_mask(importance: Tensor, prune_ratio: Tensor, sharpness: float | N
         `[..., units]` in (0, 1). The units above 1/2 are those of `hard_topk_mask`, except that this mask has none at
         a = 1. At a = 0 and λ = N the least important units are not quite open: 0.62, 0.82, 0.92, ...
 
-    Example:
+    Examples:
         >>> soft_topk_mask(torch.tensor([3.0, 100.0, -1.0, 4.0]), torch.tensor(0.5))
         tensor([0.3775, 0.8176, 0.1824, 0.6225])
     """
@@ -138,7 +138,7 @@ def hard_topk_mask(importance: Tensor, prune_ratio: Tensor) -> Tensor:
     Returns:
         `[..., units]` float32 (float64 for float64 importance).
 
-    Example:
+    Examples:
         >>> hard_topk_mask(torch.tensor([3.0, 100.0, -1.0, 4.0]), torch.tensor(0.5))
         tensor([0., 1., 0., 1.])
     """

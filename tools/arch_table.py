@@ -1,6 +1,6 @@
-"""The README's table of architectures, derived from their descriptions: what binds is supported.
+"""The table of architectures in the documentation, derived from their descriptions: what binds is supported.
 
-`python tools/arch_table.py README.md` renews it.
+`python tools/arch_table.py docs/architectures.md` renews it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hf_dms.archs.stock import limits_in_words
 from hf_dms.config import LAYOUTS
 from hf_dms.cut.modeling_dms import AUTO_CLASSES, stock_classes
 
-BEGIN = "<!-- renewed by `python tools/arch_table.py README.md` -->"
+BEGIN = "<!-- renewed by `python tools/arch_table.py docs/architectures.md` -->"
 END = "<!-- end of the table -->"
 
 

@@ -52,7 +52,7 @@ def eliminate(
     Returns:
         Order and costs. Costs inside a block are exact for the order in which they are listed.
 
-    Example:
+    Examples:
         Three inputs that are orthogonal, of weights 3, 1 and 2, with G = 1: the second goes first, for 1² = 1.
 
         >>> eliminate(torch.eye(3).double(), torch.tensor([[3.0], [1.0], [2.0]]).double(), torch.arange(3)[:, None])

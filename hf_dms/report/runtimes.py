@@ -1,7 +1,7 @@
 """Who can load a checkpoint: `runtimes.yaml`, and what the sizes in a config.json change about it.
 
-`python -m hf_dms.report.runtimes README.md` renews the README's table; `hf-dms report PATH` prints what applies to a
-checkpoint.
+`python -m hf_dms.report.runtimes docs/runtimes.md` renews the table there; `hf-dms report PATH` prints what applies to
+a checkpoint.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-BEGIN = "<!-- renewed by `python -m hf_dms.report.runtimes README.md` -->"
+BEGIN = "<!-- renewed by `python -m hf_dms.report.runtimes docs/runtimes.md` -->"
 END = "<!-- end of the table of runtimes -->"
 TABLE = yaml.safe_load(files(__package__).joinpath("runtimes.yaml").read_text(encoding="utf-8"))
 STATUSES: dict[str, str] = TABLE["statuses"]  # status → what it means
@@ -114,9 +114,9 @@ def _out_of_order(row: Row, config: dict[str, Any]) -> bool:
     return any((kind == entry) != ((layer + 1) % period == 0) for layer, kind in enumerate(config.get(key) or []))
 
 
-# ---- the README's table ----------------------------------------------------------------------------------------------
+# ---- the table in the documentation ----------------------------------------------------------------------------------
 def table() -> str:
-    """The README's table."""
+    """The table in the documentation."""
     lines: list[tuple[str, ...]] = [("runtime", "version", "models", "stock, padded", "per-layer"), ("---",) * 5]
     for row in ROWS:
         models = _named(row.models) + (f" but {_named(row.but)}" if row.but else "")

@@ -77,7 +77,7 @@ def wanda_metric(weight: Tensor, norm: Tensor) -> Tensor:
         weight: W `[outputs, inputs]`.
         norm: ‖x_j‖₂ over all positions, `[inputs]`.
 
-    Example:
+    Examples:
         >>> wanda_metric(torch.tensor([[1.0, -2.0], [3.0, 0.5]]), torch.tensor([2.0, 4.0]))
         tensor([ 8., 10.])
     """
@@ -91,7 +91,7 @@ def flap_metric(weight: Tensor, variance: Tensor) -> Tensor:
         weight: W `[outputs, inputs]`.
         variance: of x_j over all positions, `[inputs]`.
 
-    Example:
+    Examples:
         >>> flap_metric(torch.tensor([[1.0, 2.0, 0.0]]), torch.tensor([1.0, 1.0, 5.0]))  # of 1, 4, 0
         tensor([-0.3203,  1.1209, -0.8006])
     """

@@ -128,7 +128,7 @@ def pack(tokens: Tensor, sequence_length: int, source: str = "data", start: int 
     Raises:
         TooFewTokens: there is not one whole sequence.
 
-    Example:
+    Examples:
         >>> pack(torch.tensor([1, 5, 6, 7, 8, 9]), 3, start=1)
         tensor([[1, 5, 6],
                 [1, 7, 8]])

@@ -113,7 +113,7 @@ def distillation_loss(
         labels: `[...]`; predictions whose label is -100 do not count. Where no label counts the loss is 0.
         shifted: whether the prediction at a position is of the next position's label, as in a causal language model.
 
-    Example:
+    Examples:
         >>> distillation_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0986]]), 1.0)
         tensor(0.1308)
     """

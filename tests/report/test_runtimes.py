@@ -1,4 +1,4 @@
-"""The table of runtimes: it covers what is supported, is in the README, and gives each checkpoint its rows."""
+"""The table of runtimes: it covers what is supported, is in the documentation, and gives each checkpoint its rows."""
 
 import json
 from pathlib import Path
@@ -24,11 +24,11 @@ def told(runtime, config):
     return next(verdict for verdict in verdicts(config) if verdict.runtime == runtime)
 
 
-def test_the_readme_has_the_table():
-    readme = (ROOT / "README.md").read_text()
-    assert readme.count(END) == 1
-    assert renewed(readme) == readme, "out of date. Run python -m hf_dms.report.runtimes README.md"
-    assert renewed(readme.replace("convert_hf_to_gguf.py", "another")) == readme
+def test_the_page_has_the_table():
+    page = (ROOT / "docs" / "runtimes.md").read_text()
+    assert page.count(END) == 1
+    assert renewed(page) == page, "out of date. Run python -m hf_dms.report.runtimes docs/runtimes.md"
+    assert renewed(page.replace("convert_hf_to_gguf.py", "another")) == page
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.model_type)

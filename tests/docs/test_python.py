@@ -1,22 +1,21 @@
-"""The Python of the README runs as it stands, and its table of architectures is that of the descriptions."""
+"""The Python of docs/python.md runs as it stands, and the README's on a tiny model."""
 
 import copy
+import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from arch_table import END, heads, renewed
+from helpers.recipes import WORDS
 from helpers.tiny import Tokens, tiny_llama
 from transformers import AutoModelForCausalLM, default_data_collator
 
-from hf_dms.archs.bert import BERT
-from hf_dms.archs.llama import LLAMA
 from hf_dms.cut.verify import outputs_of
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parents[2]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
+README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
 def check_searched(gates, plan):
@@ -32,8 +31,8 @@ def check_searched(gates, plan):
     assert not last[[name for name, *_ in rows].index("hidden")]
 
 
-@pytest.mark.filterwarnings("ignore:.*pin_memory.*")  # the README's TrainingArguments are for any machine
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*")  # the page's TrainingArguments are for any machine
+def test_the_python_of_the_page_runs(tmp_path, monkeypatch):
     trainer_block, loop_block, repair_block = BLOCKS[:3]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda path: tiny_llama())
@@ -52,22 +51,20 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     assert not torch.equal(outputs_of(names["pruned"], batches[0]), outputs_of(before, batches[0]))
 
 
-# ---- the table of architectures ----
-def test_the_table_of_architectures_is_that_of_the_descriptions():
-    assert README.count(END) == 1
-    command = "python tools/arch_table.py README.md"
-    assert renewed(README) == README, f"the README's table of architectures is out of date. Run {command}"
-
-
-def test_a_table_that_is_out_of_date_is_replaced_and_the_text_around_it_stays():
-    assert renewed(README.replace("causal LM", "other heads").replace("`deit` |", "`other` |")) == README
-
-
-def test_heads_are_those_whose_parameters_have_lines():
-    assert heads(BERT) == ["base", "masked LM", "question answering", "sequence classification", "token classification"]
-    assert heads(replace(BERT, heads={})) == ["base"]
-    without_pooler = {name: axes for name, axes in BERT.params.items() if not name.startswith("pooler")}
-    assert heads(replace(BERT, params=without_pooler)) == ["masked LM", "question answering", "token classification"]
-    without_output = {name: axes for name, axes in LLAMA.params.items() if name != "lm_head.weight"}
-    assert "causal LM" in heads(LLAMA)
-    assert "causal LM" not in heads(replace(LLAMA, params=without_output))
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+def test_the_python_of_the_readme_prunes_and_prints_it(dense, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": " ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 20))} for i in range(1, 12)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (code,) = README
+    for given, here in (
+        ("models/smollm2-135m", str(dense)),
+        ("recipes/data/sotu_train.jsonl", "text.jsonl"),
+        ("max_steps=30", "max_steps=12, disable_tqdm=True"),
+    ):
+        assert code.count(given) == 1
+        code = code.replace(given, here)
+    exec(code, names := {})
+    before, after = re.search(r"([\d,]+) -> ([\d,]+) parameters", capsys.readouterr().out).groups()
+    assert int(after.replace(",", "")) <= 0.7 * int(before.replace(",", ""))
+    assert AutoModelForCausalLM.from_pretrained("smaller").num_parameters() == names["pruned"].num_parameters()
