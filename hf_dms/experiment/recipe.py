@@ -71,7 +71,8 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
 
     Args:
         path: a YAML file, or the name of a recipe that comes with hf_dms.
-        overrides: `section.key=value` strings, values in YAML.
+        overrides: `section.key=value` strings, values in YAML. Files in them are relative to the working folder, those
+            in the recipe to the recipe's own folder if they are there.
 
     Raises:
         ValueError: anything that is wrong with it; the message says where and what to write instead.
@@ -87,9 +88,9 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
         raise HfDmsError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise HfDmsError(f"{path} must hold sections (model, data, dms, ...), got {type(values).__name__}.")
+    _use_files_beside_the_recipe_(values, file.parent)
     for override in overrides or []:
         _override_(values, override)
-    _use_files_beside_the_recipe_(values, file.parent)
     return build_recipe(values)
 
 
@@ -200,14 +201,20 @@ def _check_trained_weights(recipe: Recipe) -> None:
 def coerce_fields(cls: type, given: dict[str, Any], section: str) -> dict[str, Any]:
     """The values of a section, in the types that its dataclass declares.
 
-    PyYAML reads `1e-4` as a string; a value that the field's type can hold is converted.
+    PyYAML reads `1e-4` as a string; a value that the field's type can hold is converted. A key whose value is null is
+    as if it were left out, unless null is a value of its own.
 
     Raises:
         ValueError: a key that the dataclass lacks, or a value of the wrong type.
     """
     hints = typing.get_type_hints(cls)
     _check_keys(given, [field.name for field in dataclasses.fields(cls) if field.init], f"{section}.")
-    return {key: _coerce(value, hints[key], f"{section}.{key}") for key, value in given.items()}
+    values = {key: _coerce(value, hints[key], f"{section}.{key}") for key, value in given.items()}
+    return {key: value for key, value in values.items() if value is not None or _may_be_none(hints[key])}
+
+
+def _may_be_none(hint: Any) -> bool:
+    return type(None) in typing.get_args(hint)
 
 
 def _coerce(value: Any, hint: Any, name: str) -> Any:
@@ -234,7 +241,8 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     if not any(kind in (int, float, bool, str, dict, list, tuple) for kind in kinds):
         return value  # an enum or a class that TrainingArguments checks itself
     expected = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
-    raise HfDmsError(f"{name} must be {expected}, got {value!r}.")
+    advice = f" Write [{value}]." if {list, tuple} & set(kinds) and isinstance(value, str) else ""
+    raise HfDmsError(f"{name} must be {expected}, got {value!r}.{advice}")
 
 
 def _check_keys(given: dict[str, Any], known: list[str], prefix: str) -> None:

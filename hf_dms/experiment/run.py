@@ -20,7 +20,7 @@ from ..cut.plan import PLAN_FILE, plan_to_json
 from ..gating.attach import detach_, gates_of
 from ..measure.versions import versions
 from ..report.card import base_metadata, model_card
-from ..report.numbers import REPORT, as_written, table, to_json
+from ..report.numbers import REPORT, as_written, notes, table, to_json
 from ..report.page import PAGE, render
 from ..tasks.evaluate import summary
 from ..training.distributed import check_launch, on_main, say
@@ -57,7 +57,7 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     report["seconds"] = round(time.time() - started)
     written = on_main(lambda: _save(pruned, prepared, report, plan))
     on_main(lambda: tidy(unfinished, output))
-    say("\n" + table(written))
+    say("\n" + "\n\n".join([table(written), *notes(written)]))
     if recipe.hub.repo_id:
         say(f"\nPushed to {on_main(lambda: push(output, **dataclasses.asdict(recipe.hub)))}")
     return written

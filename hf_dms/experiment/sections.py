@@ -26,6 +26,13 @@ class ModelConfig:
         default=None, metadata={"help": "8bit or 4bit (bitsandbytes): search on packed weights, cut the whole ones."}
     )
 
+    base: str | None = field(
+        default=None, metadata={"help": "Hub id of the dense model for the card, where path is a folder."}
+    )
+    license: str | None = field(
+        default=None, metadata={"help": "Its license for the card, if its own card is missing."}
+    )
+
     def __post_init__(self) -> None:
         if self.path is None:
             raise HfDmsError("model.path is required: the folder or Hub id of the dense model.")

@@ -16,6 +16,7 @@ from ..archs.plain_view import with_adapters, with_adapters_of
 from ..cut.plan import Plan
 from ..cut.prune import plan_of, prune
 from ..gating.attach import copy_search_, gates_of
+from ..gating.outcome import search_outcome
 from ..measure.speed import seconds_per_batch
 from ..refit.repair import repair_
 from ..report.numbers import sizes_and_costs
@@ -78,7 +79,8 @@ def search(dense: PreTrainedModel, prepared: Prepared, report: dict[str, Any]) -
         pruned = trainer.prune()
     make_whole_(model, arguments.device)
     plan = plan_of(model)
-    report |= sizes_and_costs(model, plan, recipe.data.sequence_length)
+    report |= sizes_and_costs(model, plan, gates_of(model).attachment.config.sequence_length)
+    report["outcome"] = search_outcome(model)
     report["search"] = [logs for logs in trainer.state.log_history if "task_loss" in logs]
     return model, pruned, plan
 

@@ -5,6 +5,7 @@ Its metadata are huggingface_hub's own. Like the report it shows local paths by 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..config import DMSConfig
 from ..tasks.registry import TASKS, task_of_class
-from .numbers import columns_of, loading_lines, sizes_table, table
+from .numbers import columns_of, heading, loading_lines, notes, sizes_table, table
 
 LOCAL = ".../"  # what a report puts before the last part of a local path
 INHERITED = ("language", "license", "license_name", "license_link")  # of the base model's card, as they are there
@@ -40,7 +41,7 @@ def model_card(report: dict[str, Any], name: str, base: dict[str, Any] | None = 
 {_origin(report)}
 
 {table(report)}
-{_protocol(report)}
+{_protocol(report)}{"".join(f"{chr(10)}{note}{chr(10)}" for note in notes(report))}
 ## Load it
 
 ```python
@@ -65,9 +66,10 @@ def _origin(report: dict[str, Any]) -> str:
             "Nothing was trained or measured after the cut."
         )
     config = DMSConfig(**report["recipe"]["dms"])
+    random = " Its weights were random when the search began." if heading(report, "dense") == "random" else ""
     return (
         f"{source} made smaller with {DMS}: {config.target:g} of its {config.resource} ({config.resource_scope}) kept, "
-        f"layout {config.layout}, pipeline `{config.pipeline}`."
+        f"layout {config.layout}, pipeline `{config.pipeline}`.{random}"
     )
 
 
@@ -88,19 +90,27 @@ def card_data(report: dict[str, Any], name: str, base: dict[str, Any]) -> ModelC
         name: name of the pruned model.
         base: metadata of the dense model's own card.
     """
-    recipe, path = report.get("recipe"), _model(report)["path"]
+    recipe = report.get("recipe")
+    given = {"license": _model(report)["license"]} if _model(report).get("license") else {}
     task = TASKS[recipe["model"]["task"]] if recipe else task_of_class(report["model_class"])
     results = _evaluation(report) if recipe else []
     return ModelCardData(
-        base_model=path if is_hub_id(path) else None,
+        base_model=_base_model(report, base),
         library_name="transformers",
         pipeline_tag=task.name if task else None,
         tags=["dms", "pruned"],
         datasets=_datasets(base, recipe["data"]["path"] if recipe else None) or None,
         model_name=name if results else None,
         eval_results=results or None,
-        **{key: base[key] for key in INHERITED if key in base},
+        **{key: base[key] for key in INHERITED if key in base and not (given and key.startswith("license"))},
+        **given,
     )
+
+
+def _base_model(report: dict[str, Any], base: dict[str, Any]) -> str | list[str] | None:
+    """The dense model's id on the Hub: as the recipe says, its path, or what the card or config of a folder says."""
+    path = _model(report)["path"]
+    return _model(report).get("base") or (path if is_hub_id(path) else base.get("base_model"))
 
 
 def _datasets(base: dict[str, Any], path: str | None) -> list[str]:
@@ -147,15 +157,28 @@ def source_of(report: dict[str, Any]) -> str:
 def base_metadata(path: str, revision: str | None = None) -> dict[str, Any]:
     """The metadata of the dense model's own card; empty where there is none that can be read now.
 
+    Of a folder whose config says which model on the Hub it is a copy of, `base_model` is that one.
+
     Args:
         path: its folder or Hub id.
         revision: branch, tag or commit on the Hub.
     """
     try:
         card = hf_hub_download(path, "README.md", revision=revision) if is_hub_id(path) else Path(path) / "README.md"
-        return metadata_load(card) or {}
+        found = metadata_load(card) or {}
     except (OSError, ValueError, yaml.YAMLError):  # no card, no network, or not valid: none of them stops a run
-        return {}
+        found = {}
+    copied = _copy_of(Path(path))
+    return found if copied is None else found | {"base_model": copied}
+
+
+def _copy_of(folder: Path) -> str | None:
+    """The Hub id that the config of a folder has kept from where it was loaded, if it has."""
+    try:
+        name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return name if isinstance(name, str) and "/" in name and is_hub_id(name) else None
 
 
 def is_hub_id(path: str) -> bool:

@@ -145,6 +145,26 @@ def finite(value: Any) -> Any:
 
 
 # ---- tables and lines for people -------------------------------------------------------------------------------------
+def heading(report: dict[str, Any], name: str) -> str:
+    """What people read for a model of a report: "dense" is "random" where nothing had trained the weights."""
+    recipe = report.get("recipe") or {}
+    untrained = recipe.get("dms", {}).get("pipeline") == "np" and not recipe.get("finetune")
+    return "random" if name == "dense" and untrained else name
+
+
+def notes(report: dict[str, Any]) -> list[str]:
+    """What must be said beside the table: how the search ended if that was off its target, and what rounding cost."""
+    found = [report["outcome"]["message"]] if report.get("outcome", {}).get("message") else []
+    soft = report.get("masks", {}).get("soft", {})
+    for metric, number in (("perplexity", ".2f"), ("accuracy", ".4f")):
+        if soft.get(metric) is not None and report["pruned"].get(metric) is not None:
+            found.append(
+                f"On the soft masks that the search ended with, the held-out {metric} was {soft[metric]:{number}}; "
+                f"the cut has {report['pruned'][metric]:{number}}."
+            )
+    return found
+
+
 def columns_of(report: dict[str, Any]) -> list[str]:
     """The models that a report measured, in order."""
     return [name for name in ("dense", "pruned", "repaired", "recovered") if name in report]
@@ -164,8 +184,8 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, list[str], str]]:
 
 def table(report: dict[str, Any]) -> str:
     """Dense against pruned, for the terminal and the model card (a Markdown table)."""
-    columns = columns_of(report)
-    lines = [f"| | {' | '.join(columns)} | {columns[-1]} / dense |", "|---" * (len(columns) + 2) + "|"]
+    columns = [heading(report, name) for name in columns_of(report)]
+    lines = [f"| | {' | '.join(columns)} | {columns[-1]} / {columns[0]} |", "|---" * (len(columns) + 2) + "|"]
     lines += [f"| {words} | {' | '.join(cells)} | {change} |" for words, cells, change in table_rows(report)]
     return "\n".join(lines)
 

@@ -16,7 +16,7 @@ from ..errors import HfDmsError
 from ..tasks.registry import TASKS
 from .card import source_of
 from .figures import COLOURS, cut_panels, search_panels, svg, write_figures
-from .numbers import FORMAT, REPORT, columns_of, loading_lines, sizes_table, table, table_rows
+from .numbers import FORMAT, REPORT, columns_of, heading, loading_lines, notes, sizes_table, table, table_rows
 from .runtimes import STATUSES, layout_of, verdicts
 
 PAGE = "report.html"
@@ -44,7 +44,9 @@ def render(report: dict[str, Any], config: dict[str, Any], name: str) -> str:
         report=report,
         source=source_of(report),
         tiles=tiles(report),
-        columns=columns_of(report),
+        columns=[heading(report, column) for column in columns_of(report)],
+        heading=lambda column: heading(report, column),
+        notes=notes(report),
         rows=table_rows(report),
         errors=standard_errors(report),
         whole_model=[
@@ -91,7 +93,7 @@ def standard_errors(report: dict[str, Any]) -> list[tuple[str, str]]:
         if measured.get("difference") is not None:
             unit = "nats per token" if metric == "perplexity" else "of the accuracy"
             words += f"; difference {measured['difference']:+.4f}{_plus_minus(measured['difference_stderr'])} {unit}"
-        lines.append((name, words))
+        lines.append((heading(report, name), words))
     return lines
 
 
@@ -125,7 +127,14 @@ def show(path: str, page: str | None = None, figures: str | None = None) -> str:
     written = [str(target), *(str(file) for file in (write_figures(report, figures) if figures else []))]
     lines = loading_lines(report["model_class"], path)
     return "\n\n".join(
-        [table(report), sizes_table(report["sizes"]), runtimes(config), lines, "Wrote " + ", ".join(written)]
+        [
+            table(report),
+            *notes(report),
+            sizes_table(report["sizes"]),
+            runtimes(config),
+            lines,
+            "Wrote " + ", ".join(written),
+        ]
     )
 
 

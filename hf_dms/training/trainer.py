@@ -47,7 +47,8 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         dms_config: what to prune and how far. The other arguments are the Trainer's.
 
     Raises:
-        ValueError: see `hf_dms.attach_`; fp16 loss scaling; a `model_init` instead of a model.
+        ValueError: see `hf_dms.attach_`; fp16 loss scaling; a `model_init` instead of a model; loaded weights with
+            pipeline np.
     """
 
     def __init__(self, *args: Any, dms_config: DMSConfig, **kwargs: Any) -> None:
@@ -63,6 +64,8 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         self.dms_config = dms_config
         if self.args.max_steps > 0:
             dms_config.check_length(self.args.max_steps)
+        if dms_config.pipeline == "np":
+            check_untrained(self.model)
         attach_(self.model, dms_config)
         leave_gates_out_(self.model, self.gates, self.accelerator)
         if dms_config.pipeline == "p-":
@@ -326,6 +329,20 @@ def check_training_arguments(arguments: TrainingArguments) -> None:
     checkpointing: Any = arguments.gradient_checkpointing_kwargs or {}
     if arguments.gradient_checkpointing and checkpointing.get("use_reentrant"):
         raise HfDmsError("use_reentrant=True is not supported. Leave it out: non-reentrant is the default.")
+
+
+def check_untrained(model: PreTrainedModel) -> None:
+    """Check that no weight of a model is from a file, which transformers marks when it loads one.
+
+    Raises:
+        ValueError: some are.
+    """
+    if any(getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters()):
+        raise HfDmsError(
+            "dms.pipeline np searches a model with random weights, and this one was loaded from "
+            f"'{model.name_or_path}'. Use pipeline p, which trains loaded weights, or p-, which keeps them; or make the "
+            "model from its config."
+        )
 
 
 class DMSTrainer(DMSMixin, Trainer):  # type: ignore[misc]  # push_to_hub returns what hf_dms.push does

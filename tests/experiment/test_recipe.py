@@ -1,11 +1,14 @@
 """Recipes: what is read, and what each mistake is told."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import yaml
 
+from hf_dms import DMSConfig, HfDmsError
 from hf_dms.experiment.packaged import packaged_recipes, recipe_names
+from hf_dms.experiment.prepare import training_arguments
 from hf_dms.experiment.recipe import build_recipe, load_recipe
 
 MINIMAL = {
@@ -52,6 +55,9 @@ def test_the_data_decides_the_sequence_length_of_the_macs():
         ("dms.layout", "flat", "dms.layout must be one of uniform, per_layer, padded; got 'flat'"),
         ("dms.pipeline", "q", "dms.pipeline must be one of p, np, p-; got 'q'"),
         ("dms.prune", [], "dms.prune is empty"),
+        ("dms.prune", "kv", r"dms.prune must be tuple, got 'kv'. Write \[kv\]."),
+        ("dms.prune", "kv, mlp", r"Write \[kv, mlp\]."),
+        ("dms.target", None, "dms.target is required"),
         ("dms.round_to", {"mlp": 0}, "dms.round_to must map a dim to a whole number"),
         ("dms.protect", {"layer": [0]}, "dms.protect has no key 'layer'"),
         ("model.dtype", "int4", "model.dtype must be auto, float32"),
@@ -101,6 +107,45 @@ def test_data_beside_a_recipe_is_found_from_anywhere(tmp_path, monkeypatch):
     file.write_text(yaml.safe_dump(with_value("data.path", "text.txt")))
     monkeypatch.chdir("/")
     assert load_recipe(str(file)).data.path == str(tmp_path / "text.txt")
+
+
+def test_data_named_at_the_shell_is_found_from_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    for folder in (tmp_path, tmp_path / "here"):
+        (folder / "text.txt").write_text("words")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(with_value("data.path", "text.txt")))
+    monkeypatch.chdir(tmp_path / "here")
+    assert load_recipe(str(file), ["data.path=text.txt"]).data.path == "text.txt"
+    (tmp_path / "here" / "text.txt").unlink()
+    with pytest.raises(ValueError, match=r"there is no file 'text.txt' \(looked in .*here\)"):
+        load_recipe(str(file), ["data.path=text.txt"])
+
+
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        ("data.held_out=1e-2", lambda recipe: recipe.data.held_out == 0.01),
+        ("train={max_steps: null, num_train_epochs: 1}", lambda recipe: arguments(recipe).num_train_epochs == 1),
+        ("train={max_steps: 3, save_strategy: no}", lambda recipe: arguments(recipe).save_strategy == "no"),
+        ("train={max_steps: 3, learning_rate: null}", lambda recipe: arguments(recipe).learning_rate == 5e-5),
+        ("dms.warmup_steps=null", lambda recipe: recipe.dms.warmup_steps == DMSConfig(target=0.5).warmup_steps),
+        ("dms.prune=null", lambda recipe: recipe.dms.prune is None),
+    ],
+)
+def test_what_people_write_is_understood(tmp_path, override, found):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(MINIMAL))
+    assert found(load_recipe(str(file), [override]))
+
+
+def arguments(recipe):
+    return training_arguments(recipe, "train", Path("out"))
+
+
+def test_no_length_is_said_whatever_it_is_written_as(tmp_path):
+    with pytest.raises(HfDmsError, match=r"train.max_steps is required \(or train.num_train_epochs\)"):
+        arguments(build_recipe(with_value("train.max_steps", None)))
 
 
 def test_a_missing_recipe_lists_those_that_come_with_hf_dms():

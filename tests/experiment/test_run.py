@@ -203,6 +203,42 @@ def test_a_padded_model_is_stock_and_told_with_and_without_its_zeros(recipe):
     assert "| parameters without padding |" in (out / "README.md").read_text()
 
 
+def test_macs_are_counted_at_the_sequence_length_of_the_budget(recipe):
+    _, out = recipe("dms.resource=macs", "dms.layout=per_layer", "dms.pipeline=p-")
+    short = json.loads((out / "dms_report.json").read_text())
+    shutil.rmtree(out)
+    _, out = recipe("dms.resource=macs", "dms.layout=per_layer", "dms.pipeline=p-", "dms.sequence_length=160")
+    report = json.loads((out / "dms_report.json").read_text())
+    assert report["dense"]["macs_per_token"] > short["dense"]["macs_per_token"]
+    assert report["pruned"]["macs_per_token"] <= 0.6 * report["dense"]["macs_per_token"]
+
+
+@pytest.mark.parametrize(("ramp", "verdict"), [("dms.gate_learning_rate=1e-5", "above"), ("dms.target=0.8", "below")])
+def test_a_search_that_ends_off_its_target_is_said_wherever_its_result_is(recipe, ramp, verdict, capsys):
+    options = [] if verdict == "above" else ["dms.gate_learning_rate=0.3", "dms.resource_weight=100"]
+    code, out = recipe(ramp, *options)
+    report = json.loads((out / "dms_report.json").read_text())
+    assert code == 0
+    assert report["outcome"]["verdict"] == verdict
+    message = report["outcome"]["message"]
+    assert f"{verdict} the target" in message
+    places = [capsys.readouterr().out, (out / "README.md").read_text(), (out / "report.html").read_text()]
+    assert main(["report", str(out)]) == 0
+    for text in [*places, capsys.readouterr().out]:
+        assert message in text
+        assert f"the held-out perplexity was {report['masks']['soft']['perplexity']:.2f}" in text
+
+
+def test_a_random_network_is_not_called_dense(recipe, capsys):
+    _, out = recipe("dms.pipeline=np")
+    card, page = (out / "README.md").read_text(), (out / "report.html").read_text()
+    for text in (capsys.readouterr().out, card, page):
+        assert "random" in text
+    assert "| | random | pruned | pruned / random |" in card
+    assert ">dense<" not in page.partition("What was cut")[0]
+    assert "Its weights were random when the search began." in card
+
+
 def test_recovery_trains_the_cut_model(recipe):
     code, out = recipe("recover.max_steps=5", "recover.learning_rate=1e-3")
     report = json.loads((out / "dms_report.json").read_text())
@@ -441,7 +477,7 @@ def test_a_model_is_retrained_on_other_data_by_a_template(recipe, tmp_path):
     rows = [{"question": f"w{i % 9}", "answer": f"w{i % 7} w1"} for i in range(60)]
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     template = "template: '{question} w2 {answer}'"
-    data = f"recover.data={{path: answers.jsonl, {template}, sequence_length: 12, held_out: 0.2}}"
+    data = f"recover.data={{path: {tmp_path}/answers.jsonl, {template}, sequence_length: 12, held_out: 0.2}}"
     code, output = recipe(data, "recover.max_steps=3", "recover.learning_rate=0.01")
     assert code == 0
     other = json.loads((output / "dms_report.json").read_text())["recovered"]
@@ -483,7 +519,7 @@ def test_a_classifier_is_searched_with_adapters(classifiers, model):
         (["recover.lora={}"], "recover.lora is part of a retraining: give recover.max_steps too"),
         (["recover={lora: {r: -1}, max_steps: 2}"], "recover.lora: `r` should be a positive integer"),
         (["recover={lora: {}, max_steps: 2}", "dms.layout=padded"], "adapters would fill the zeros"),
-        (["recover.data={path: text.jsonl}"], "recover.data is part of a retraining: give recover.max_steps too"),
+        (["recover.data={path: TMP/text.jsonl}"], "recover.data is part of a retraining: give recover.max_steps too"),
         (
             ["data.template='{tekst}'"],
             "data.template: '{tekst}' cannot be filled (KeyError: 'tekst'). The data has columns",
@@ -493,7 +529,7 @@ def test_a_classifier_is_searched_with_adapters(classifiers, model):
             "recover.data.path: there is no file 'nothing.jsonl'",
         ),
         (
-            ["recover={data: {path: text.jsonl, text_column: tekst}, max_steps: 1}"],
+            ["recover={data: {path: TMP/text.jsonl, text_column: tekst}, max_steps: 1}"],
             "recover.data.text_column: the data has no column 'tekst'. It has text.",
         ),
         (["data.template='{text.x}'"], "data.template: '{text.x}' cannot be filled (AttributeError"),
@@ -502,8 +538,8 @@ def test_a_classifier_is_searched_with_adapters(classifiers, model):
         (["model.quantization=4bit", "dms.pipeline=p-", "finetune.max_steps=1"], "leave one out"),
     ],
 )
-def test_adapters_and_packed_weights_that_cannot_be_had_are_refused(recipe, capsys, overrides, message):
-    code, output = recipe(*overrides)
+def test_adapters_and_packed_weights_that_cannot_be_had_are_refused(recipe, tmp_path, capsys, overrides, message):
+    code, output = recipe(*(override.replace("TMP", str(tmp_path)) for override in overrides))
     assert code == 2
     assert message in capsys.readouterr().err
     assert not output.exists()
@@ -512,7 +548,7 @@ def test_adapters_and_packed_weights_that_cannot_be_had_are_refused(recipe, caps
 def test_data_of_a_retraining_has_the_labels_of_the_model(classifiers, tmp_path, capsys):
     rows = [{"text": f"w{i}", "label": ["no", "maybe"][i % 2]} for i in range(20)]
     (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, output = classifiers("bert", "recover.data={path: others.jsonl, held_out: 0.25}")
+    code, output = classifiers("bert", f"recover.data={{path: {tmp_path}/others.jsonl, held_out: 0.25}}")
     assert code == 2
     assert "recover.data.label_column: the labels are maybe, no; the model has" in capsys.readouterr().err
     assert not output.exists()

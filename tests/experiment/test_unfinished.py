@@ -146,7 +146,7 @@ def test_every_key_of_a_recipe_is_known_to_influence_a_stage_or_none():
         if key not in (known.get(section) or {})
     }
     whole_sections = {key for key in left_out if key.partition(".")[0] in ("output", "hub", "compare", "eval")}
-    assert left_out - whole_sections == {"dms.max_nonfinite_steps", "recover.train"}
+    assert left_out - whole_sections == {"dms.max_nonfinite_steps", "recover.train", "model.base", "model.license"}
 
 
 def test_each_stage_has_a_precision_of_its_own(recipe, steps):

@@ -124,6 +124,23 @@ def test_metadata_of_a_local_models_card(tmp_path):
     assert base_metadata(str(tmp_path)) == {}
 
 
+def test_the_card_of_a_local_base_has_what_its_recipe_card_or_config_knows(report, tmp_path):
+    (tmp_path / "dense").mkdir()
+    path = str(tmp_path / "dense")
+    assert "base_model" not in metadata(model_card(report(path), "smaller", base_metadata(path)), tmp_path)
+    (tmp_path / "dense" / "README.md").write_text(f"---\n{yaml.safe_dump(BASE | {'base_model': 'org/first'})}---\n")
+    found = metadata(model_card(report(path), "smaller", base_metadata(path)), tmp_path)
+    assert (found["base_model"], found["license"], found["license_name"]) == ("org/first", "other", "mine")
+    (tmp_path / "dense" / "config.json").write_text('{"_name_or_path": "org/copied"}')
+    found = metadata(model_card(report(path), "smaller", base_metadata(path)), tmp_path)
+    assert (found["base_model"], found["license"]) == ("org/copied", "other")
+    recipe = json.loads(json.dumps(report(path)["recipe"]))
+    recipe["model"] |= {"base": "org/said", "license": "mit"}
+    found = metadata(model_card(report(path, recipe=recipe), "smaller", base_metadata(path)), tmp_path)
+    assert (found["base_model"], found["license"]) == ("org/said", "mit")
+    assert "license_name" not in found
+
+
 def test_a_card_on_the_hub_that_cannot_be_reached_stops_nothing():
     assert base_metadata("org/model-that-nobody-has") == {}
 
