@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, BitsAndBytesConfig, TrainingArguments
-from transformers.utils import is_bitsandbytes_available
+from transformers.utils import is_bitsandbytes_available, logging
 
 from ..archs.bind import bind
 from ..archs.plain_view import with_adapters
@@ -21,12 +21,15 @@ from ..checkpoint.stream import missing_weights
 from ..errors import HfDmsError
 from ..gating.gates_for import build_gates
 from ..gating.rounding import check_target
+from ..measure.precision import slow_bfloat16
 from ..refit.repairable import check_repairable
 from ..tasks.evaluate import evenly_spaced
 from ..tasks.registry import TASKS, load_examples, load_more_examples
 from ..tasks.task import Examples
 from ..training.trainer import check_training_arguments
 from .recipe import Recipe, coerce_fields, saying_where
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
             retraining = load_more_examples(recipe.recover.data, recipe.task, processor, config, examples)
     config.update(examples.config)
     _check_model(recipe, config)
+    if notice := slow_bfloat16(_asking_for_bfloat16(recipe, config, arguments)):
+        logger.warning(notice)
     lora = {section: lora_config(recipe, section) for section in ("lora", "recover.lora")}
     _check_adapters(recipe, config, lora)
     return Prepared(recipe, config, processor, examples, retraining, arguments, lora)
@@ -105,6 +110,16 @@ def sources_of(recipe: Recipe) -> list[str]:
     data = [recipe.data] if recipe.recover.data is None else [recipe.data, recipe.recover.data]
     held_out = [each.held_out for each in data if isinstance(each.held_out, str)]
     return [recipe.model.path, *(each.path for each in data), *held_out]
+
+
+def _asking_for_bfloat16(recipe: Recipe, config: Any, arguments: Mapping[str, Any]) -> list[str]:
+    """Keys of a recipe that make a CPU compute in bfloat16."""
+    if arguments["search"].device.type != "cpu":
+        return []
+    dtype = str(config.dtype).removeprefix("torch.") if recipe.model.dtype == "auto" else recipe.model.dtype
+    keys = {"finetune": "finetune.bf16", "search": "train.bf16", "recover": "recover.bf16"}
+    found = [key for stage, key in keys.items() if stage in arguments and arguments[stage].bf16]
+    return found + (["model.dtype"] if dtype == "bfloat16" else [])
 
 
 def _check_task(recipe: Recipe, config: Any) -> None:

@@ -24,6 +24,7 @@ from ..tasks.evaluate import evenly_spaced, example_scores
 from ..training.distributed import make_whole_, say
 from ..training.exact_resume import train_or_resume_
 from ..training.finetune import train_
+from ..training.progress import Countdown
 from ..training.trainer import DMSTrainer
 from .prepare import Prepared, check_trained, model_class, packing
 
@@ -107,7 +108,7 @@ def recover_(pruned: PreTrainedModel, searched: PreTrainedModel, plan: Plan, pre
         say("Repairing the pruned model ...")
         rows = DataLoader(evenly_spaced(examples.train, repair.examples), 4, collate_fn=examples.collate)
         batches = [{name: tensor.to(pruned.device) for name, tensor in batch.items()} for batch in rows]
-        repair_(pruned, dense, plan, batches, ridge=repair.ridge)
+        repair_(pruned, dense, plan, batches, ridge=repair.ridge, progress=Countdown("repair", "layers"))
         yield "repaired"
     if recipe.recover.train:
         say("Retraining the pruned model ...")
@@ -128,8 +129,9 @@ def recover_(pruned: PreTrainedModel, searched: PreTrainedModel, plan: Plan, pre
 # ---- measuring -------------------------------------------------------------------------------------------------------
 def score(model: PreTrainedModel, prepared: Prepared) -> Tensor:
     """What each held-out example adds to the metric of the recipe's task, `[examples]`."""
-    recipe = prepared.recipe
-    return example_scores(model, recipe.task, prepared.held_out, prepared.examples.collate, recipe.eval.batch_size)
+    recipe, collate = prepared.recipe, prepared.examples.collate
+    progress = Countdown("measuring", "batches")
+    return example_scores(model, recipe.task, prepared.held_out, collate, recipe.eval.batch_size, progress)
 
 
 def scores_on_soft_masks(model: PreTrainedModel, measure: Any) -> Tensor:

@@ -18,7 +18,14 @@ from .task import Task
 
 
 @torch.no_grad()
-def example_scores(model: PreTrainedModel, task: Task, examples: Any, collate: Callable, batch_size: int = 4) -> Tensor:
+def example_scores(
+    model: PreTrainedModel,
+    task: Task,
+    examples: Any,
+    collate: Callable,
+    batch_size: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
     """What each example adds to a metric, `[examples]` float64: its loss, or whether it is right.
 
     Args:
@@ -27,11 +34,15 @@ def example_scores(model: PreTrainedModel, task: Task, examples: Any, collate: C
         examples: a map-style dataset.
         collate: makes a batch of a list of them.
         batch_size: examples per forward pass.
+        progress: called after each batch with the number of batches that are done and that of all.
     """
-    scores = []
-    for batch in DataLoader(examples, batch_size=batch_size, collate_fn=collate):
+    scores: list[Tensor] = []
+    batches = DataLoader(examples, batch_size=batch_size, collate_fn=collate)
+    for batch in batches:
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         scores.append(task.score(model, batch).cpu())
+        if progress is not None:
+            progress(len(scores), len(batches))
     return torch.cat(scores)
 
 

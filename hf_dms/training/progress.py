@@ -1,4 +1,4 @@
-"""Progress of a training: a bar in a terminal, lines in a log file. Both name the stage and the time that is left."""
+"""Progress of every stage: a bar in a terminal, lines in a log file. Both name the stage and the time that is left."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import time
 from datetime import timedelta
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback
 
+from .distributed import is_main, say
+
+SECONDS_PER_LINE = 5  # of work that is no training and logs nothing
 SHOWN = ("resource", "target", "eval_loss", "eval_resource")  # of what a search or a training logs, beside the loss
 
 
@@ -74,6 +78,41 @@ class ProgressLines(PrinterCallback):
     def _print(self, state, text: str) -> None:
         if state.is_world_process_zero:
             print(f"{self.stage}: {text}", flush=True)
+
+
+class Countdown:
+    """Progress of work that is no training, such as repair and measuring; it is called after each unit of it.
+
+    In a log file it prints a line whenever `SECONDS_PER_LINE` have passed, so quick work prints none.
+
+    Args:
+        stage: what it is, in a word or two.
+        unit: what is counted, in the plural: layers, batches.
+    """
+
+    def __init__(self, stage: str, unit: str) -> None:
+        self.stage, self.unit = stage, unit
+        self.began = self.last_line = time.monotonic()
+        self.bar: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that `done` units of `total` are done."""
+        if sys.stderr.isatty():
+            self._show_bar(done, total)
+            return
+        now = time.monotonic()
+        if now - self.last_line < SECONDS_PER_LINE:
+            return
+        self.last_line = now
+        left = timedelta(seconds=round((now - self.began) / done * (total - done)))
+        say(f"{self.stage}: {done} of {total} {self.unit} ({100 * done // total} %), {left} left")
+
+    def _show_bar(self, done: int, total: int) -> None:
+        if self.bar is None:
+            self.bar = tqdm(total=total, desc=self.stage, unit=f" {self.unit}", leave=False, disable=not is_main())
+        self.bar.update(done - self.bar.n)
+        if done >= total:
+            self.bar.close()
 
 
 def _at(state) -> str:

@@ -340,8 +340,8 @@ def check_untrained(model: PreTrainedModel) -> None:
     if any(getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters()):
         raise HfDmsError(
             "dms.pipeline np searches a model with random weights, and this one was loaded from "
-            f"'{model.name_or_path}'. Use pipeline p, which trains loaded weights, or p-, which keeps them; or make the "
-            "model from its config."
+            f"'{model.name_or_path}'. Use pipeline p, which trains loaded weights, or p-, which keeps them; or make "
+            "the model from its config."
         )
 
 

@@ -9,7 +9,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
 
 from hf_dms import DMSTrainer
-from hf_dms.training.progress import ProgressBar, ProgressLines, show_progress_
+from hf_dms.training import progress
+from hf_dms.training.progress import Countdown, ProgressBar, ProgressLines, show_progress_
 
 
 def callbacks_of(folder, **options):
@@ -76,3 +77,41 @@ def test_a_trainer_that_shows_nothing_is_left_so(tmp_path):
     trainer.remove_callback(PrinterCallback)
     show_progress_(trainer, "search")
     assert not [each for each in trainer.callback_handler.callbacks if isinstance(each, ProgressLines)]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that a test sets."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_work_that_is_no_training_says_how_much_time_is_left(clock, capsys):
+    show = Countdown("repair", "layers")
+    for layer in range(1, 31):
+        clock[0] += 2.0
+        show(layer, 30)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "repair: 3 of 30 layers (10 %), 0:00:54 left"
+    assert lines[-1] == "repair: 30 of 30 layers (100 %), 0:00:00 left"
+    assert len(lines) == 10
+
+
+def test_quick_work_prints_nothing(clock, capsys):
+    show = Countdown("measuring", "batches")
+    for batch in range(1, 5):
+        clock[0] += 1.0
+        show(batch, 4)
+    assert capsys.readouterr().out == ""
+
+
+def test_in_a_terminal_it_is_a_bar(clock, monkeypatch, capsys):
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True)
+    show = Countdown("measuring", "batches")
+    show(1, 4)
+    show(4, 4)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "measuring:   0%" in printed.err
+    assert "/4 [" in printed.err

@@ -1,0 +1,53 @@
+"""bfloat16 on a CPU: timed, and said where it is slow."""
+
+import re
+
+import pytest
+import torch
+
+from hf_dms.measure import precision
+from hf_dms.measure.precision import SLOW, slow_bfloat16, slowdown_of_bfloat16
+
+
+def test_a_product_is_timed_in_both_precisions(monkeypatch):
+    """By a clock that says how many products of float32 and of bfloat16 there were."""
+    seen = []
+    matmul = torch.Tensor.__matmul__
+
+    def counted(left, right):
+        seen.append(left.dtype)
+        return matmul(left, right)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", counted)
+    monkeypatch.setattr(precision.time, "perf_counter", lambda: sum(40 if d == torch.bfloat16 else 1 for d in seen))
+    assert slowdown_of_bfloat16() == 40
+
+
+@pytest.mark.parametrize("times", [SLOW - 0.1, 57.2])
+def test_only_a_slow_one_is_said_and_each_key_has_its_way_out(monkeypatch, times):
+    monkeypatch.setattr(precision, "slowdown_of_bfloat16", lambda: times)
+    assert slow_bfloat16([]) == ""
+    said = slow_bfloat16(["train.bf16", "model.dtype"])
+    expected = (
+        "bfloat16 is 57 times slower than float32 on this CPU .*: leave out train.bf16, and say model.dtype: float32"
+    )
+    assert re.match(expected, said) if times > SLOW else said == ""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], ""),
+        (["train.bf16=true"], "leave out train.bf16."),
+        (["recover={max_steps: 1, bf16: true}"], "leave out recover.bf16."),
+        (["train.bf16=true", "recover={max_steps: 1, bf16: false}"], "leave out train.bf16."),
+        (["model.dtype=bfloat16"], "say model.dtype: float32."),
+        (["model.dtype=auto"], ""),  # the checkpoint's, float32
+    ],
+)
+def test_a_recipe_that_asks_for_it_is_told_before_the_search(recipe, monkeypatch, caplog, overrides, words):
+    monkeypatch.setattr(precision, "slowdown_of_bfloat16", lambda: 60.0)
+    assert recipe(*overrides, command="validate")[0] == 0
+    said = [record.message for record in caplog.records if "bfloat16" in record.message]
+    assert len(said) == bool(words)
+    assert not words or words in said[0]
