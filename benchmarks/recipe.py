@@ -79,7 +79,8 @@ def main():
         if not folder.is_dir():
             model = dense()
             if strategy == "dms":
-                model, pruned, plan = search(model, prepared, {})
+                searched = search(model, prepared)
+                model, pruned, plan = searched.model, searched.pruned, searched.plan
                 detach_(model)
             else:
                 plan = one_shot_plan(model, recipe.dms, "taylor", taylor_batches())

@@ -19,6 +19,7 @@ from ..measure.versions import versions
 from ..report.card import base_metadata, model_card
 from ..report.numbers import REPORT, as_written, shape, table, to_json
 from ..report.page import PAGE, render
+from ..report.report import Measured, Report
 from .sections import ModelConfig, OutputConfig
 
 PROCESSOR_FILES = (  # what tokenizers and image processors of transformers write
@@ -52,7 +53,7 @@ def cut_by_plan(plan: str, model: ModelConfig, output: OutputConfig) -> dict[str
         for pattern in PROCESSOR_FILES:
             for file in filter(Path.is_file, folder.glob(pattern)):
                 shutil.copyfile(file, temporary / file.name)
-        report = as_written(_report(job, counts, model) | {"seconds": round(time.time() - started)})
+        report = as_written(_report(job, counts, model, round(time.time() - started)))
         (temporary / REPORT).write_text(to_json(report), encoding="utf-8")
         name = Path(output.path).name
         page = render(report, job.pruned.config.to_dict(), name)
@@ -77,16 +78,19 @@ def _local(model: ModelConfig) -> Path:
         raise HfDmsError(f"model.path: no model can be read from '{model.path}'. {reason}") from error
 
 
-def _report(job: StreamedCut, counts: dict[str, int], model: ModelConfig) -> dict[str, Any]:
-    report: dict[str, Any] = {"dense": {"num_params": counts["dense"]}, "pruned": {"num_params": counts["pruned"]}}
+def _report(job: StreamedCut, counts: dict[str, int], model: ModelConfig, seconds: int) -> Report:
+    dense, pruned = Measured(num_params=counts["dense"]), Measured(num_params=counts["pruned"])
     if job.layout == "padded":
-        report["dense"]["kept_num_params"], report["pruned"]["kept_num_params"] = counts["dense"], counts["kept"]
-    return report | {
+        dense["kept_num_params"], pruned["kept_num_params"] = counts["dense"], counts["kept"]
+    return Report(
+        dense=dense,
+        pruned=pruned,
         **shape(job.plan, job.bound),
-        "layout": job.layout,
-        "model": {"path": model.path, "revision": model.revision},
-        "model_class": type(job.pruned).__name__,
-        "proof": "tensors",  # read back, each equals the slice of its source; no forward pass was run
-        "left_out": job.left_out,
-        "versions": versions(),
-    }
+        layout=job.layout,
+        model={"path": model.path, "revision": model.revision},
+        model_class=type(job.pruned).__name__,
+        proof="tensors",  # read back, each equals the slice of its source; no forward pass was run
+        left_out=job.left_out,
+        versions=versions(),
+        seconds=seconds,
+    )

@@ -22,6 +22,7 @@ from ..measure.versions import versions
 from ..report.card import base_metadata, model_card
 from ..report.numbers import REPORT, as_written, notes, table, to_json
 from ..report.page import PAGE, render
+from ..report.report import Report
 from ..tasks.evaluate import summary
 from ..training.distributed import check_launch, on_main, say
 from .prepare import Prepared, prepare, training_arguments, unfinished_folder
@@ -54,7 +55,7 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     set_seed(prepared.arguments["search"].seed)
     report, pruned, plan = _experiment(prepared)
     say(f"Saving to {output} ...")
-    report["seconds"] = round(time.time() - started)
+    report.seconds = round(time.time() - started)
     written = on_main(lambda: _save(pruned, prepared, report, plan))
     on_main(lambda: tidy(unfinished, output))
     say("\n" + "\n\n".join([table(written), *notes(written)]))
@@ -80,49 +81,60 @@ def _start(recipe: Recipe, output: Path, unfinished: Path) -> Prepared | None:
     return built[0] if built else prepare(recipe)
 
 
-def _experiment(prepared: Prepared) -> tuple[dict[str, Any], PreTrainedModel, str]:
+def _experiment(prepared: Prepared) -> tuple[Report, PreTrainedModel, str]:
     """All stages, the model measured after each.
 
     Returns:
         The report, without the time that it took; the pruned model; the content of `dms_plan.json`.
     """
     recipe, examples, arguments = prepared.recipe, prepared.examples, prepared.arguments["search"]
-    report: dict[str, Any] = {"recipe": recipe.to_dict(), "seed": arguments.seed, "versions": versions()}
-    report["protocol"] = f"{len(prepared.held_out)} held-out {examples.unit}"
-    report["samples"] = recipe.task.samples(examples, prepared.processor, recipe.eval)
+    protocol = f"{len(prepared.held_out)} held-out {examples.unit}"
+    samples: list[Any] = recipe.task.samples(examples, prepared.processor, recipe.eval)
 
     def measure(name: str, model: PreTrainedModel) -> Tensor:
-        say(f"Measuring the {name} model on {report['protocol']} ...")
+        say(f"Measuring the {name} model on {protocol} ...")
         return on_main(lambda: score(model, prepared))
 
-    def ask_(name: str, model: PreTrainedModel) -> None:
-        answers = functools.partial(
-            recipe.task.answers, report["samples"], name, model, prepared.processor, examples, recipe.eval
-        )
-        report["samples"] = on_main(answers)
+    def answered(name: str, model: PreTrainedModel) -> list[Any]:
+        return on_main(lambda: recipe.task.answers(samples, name, model, prepared.processor, examples, recipe.eval))
 
     dense = dense_model(prepared).to(arguments.device).eval()
     scores = {"dense": measure("dense", dense)}
-    ask_("dense", dense)
-    searched, pruned, plan = search(dense, prepared, report)
-    soft = scores_on_soft_masks(searched, functools.partial(measure, "searched"))
-    kept = plan_to_json(plan, gates_of(searched).attachment.bound, recipe.dms.layout)
-    detach_(searched)
-    dense = searched if recipe.lora is None else searched.unload()  # as FSDP or bitsandbytes left it
+    samples = answered("dense", dense)
+    searched = search(dense, prepared)
+    soft = scores_on_soft_masks(searched.model, functools.partial(measure, "searched"))
+    kept = plan_to_json(searched.plan, gates_of(searched.model).attachment.bound, recipe.dms.layout)
+    detach_(searched.model)
+    dense = searched.model if recipe.lora is None else searched.model.unload()  # as FSDP or bitsandbytes left it
+    pruned = searched.pruned
     scores["pruned"] = measure("pruned", pruned)
-    for step in recover_(pruned, dense, plan, prepared):
+    for step in recover_(pruned, dense, searched.plan, prepared):
         scores[step] = measure(step, pruned)
-    ask_(list(scores)[-1], pruned)
-    summarized = functools.partial(summary, recipe.task)
-    report["masks"] = {"soft": summarized(soft, scores["dense"])}
+    samples = answered(list(scores)[-1], pruned)
+    numbers = searched.costs
+    speed = on_main(lambda: speeds(dense, pruned, prepared))
     for name, values in scores.items():
-        report.setdefault(name, {}).update(summarized(values, None if name == "dense" else scores["dense"]))
-    for name, speed in on_main(lambda: speeds(dense, pruned, prepared)).items():
-        report[name].update(speed)
-    return report | {"layout": recipe.dms.layout, "model_class": type(pruned).__name__}, pruned, kept
+        quality = summary(recipe.task, values, None if name == "dense" else scores["dense"])
+        numbers[name] = numbers.get(name, {}) | quality | speed.get(name, {})
+    soft_quality: Any = summary(recipe.task, soft, scores["dense"])
+    report = Report(
+        **numbers,
+        masks={"soft": soft_quality},
+        outcome=searched.outcome,
+        search=searched.logs,
+        samples=samples,
+        protocol=protocol,
+        layout=recipe.dms.layout,
+        model_class=type(pruned).__name__,
+        recipe=recipe.to_dict(),
+        seed=arguments.seed,
+        versions=versions(),
+        seconds=0,
+    )
+    return report, pruned, kept
 
 
-def _save(pruned: PreTrainedModel, prepared: Prepared, report: dict[str, Any], plan: str) -> dict[str, Any]:
+def _save(pruned: PreTrainedModel, prepared: Prepared, report: Report, plan: str) -> dict[str, Any]:
     """Write the finished folder; returns the content of `dms_report.json`."""
     recipe, examples = prepared.recipe, prepared.examples
     output, written = Path(recipe.output.path), as_written(report)

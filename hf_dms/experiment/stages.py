@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..archs.plain_view import with_adapters, with_adapters_of
 from ..cut.plan import Plan
 from ..cut.prune import plan_of, prune
 from ..gating.attach import copy_search_, gates_of
-from ..gating.outcome import search_outcome
+from ..gating.outcome import SearchOutcome, search_outcome
 from ..measure.speed import seconds_per_batch
 from ..refit.repair import repair_
 from ..report.numbers import sizes_and_costs
@@ -46,13 +47,29 @@ def dense_model(prepared: Prepared) -> PreTrainedModel:
     return model
 
 
-def search(dense: PreTrainedModel, prepared: Prepared, report: dict[str, Any]) -> tuple[Any, PreTrainedModel, Plan]:
-    """Search and cut; the report gets sizes, costs and the course of the search.
+@dataclass(frozen=True)
+class Searched:
+    """What a search ended in.
 
-    Returns:
-        The dense model with the gates of the search, and its adapters if the recipe has some; the pruned model; which
-        units of the dense one it holds.
+    Attributes:
+        model: the dense model with the gates of the search, and its adapters if the recipe has some.
+        pruned: the cut model.
+        plan: which units of the dense one it holds.
+        costs: exact sizes and costs of both, see `sizes_and_costs`.
+        outcome: what was learned and what the cut keeps.
+        logs: the course of the search.
     """
+
+    model: Any
+    pruned: PreTrainedModel
+    plan: Plan
+    costs: dict[str, Any]
+    outcome: SearchOutcome
+    logs: list[Any]
+
+
+def search(dense: PreTrainedModel, prepared: Prepared) -> Searched:
+    """Search and cut."""
     recipe, examples, arguments = prepared.recipe, prepared.examples, _arguments(prepared, "search")
     lora = prepared.lora["lora"]
     model: Any = dense
@@ -80,10 +97,9 @@ def search(dense: PreTrainedModel, prepared: Prepared, report: dict[str, Any]) -
         pruned = trainer.prune()
     make_whole_(model, arguments.device)
     plan = plan_of(model)
-    report |= sizes_and_costs(model, plan, gates_of(model).attachment.config.sequence_length)
-    report["outcome"] = search_outcome(model)
-    report["search"] = [logs for logs in trainer.state.log_history if "task_loss" in logs]
-    return model, pruned, plan
+    costs = sizes_and_costs(model, plan, gates_of(model).attachment.config.sequence_length)
+    logs = [logs for logs in trainer.state.log_history if "task_loss" in logs]
+    return Searched(model, pruned, plan, costs, search_outcome(model), logs)
 
 
 def recover_(pruned: PreTrainedModel, searched: PreTrainedModel, plan: Plan, prepared: Prepared) -> Iterator[str]:

@@ -21,9 +21,9 @@ from ..gates import Gates
 from ..gating.attach import gates_of
 from ..resource import Sizes
 from ..tasks.registry import TASKS, task_of_class
+from .report import FORMAT, Report
 
 REPORT = "dms_report.json"
-FORMAT = 1  # of dms_report.json, see dms_report.schema.json
 ROWS = {  # key of dms_report.json: (words of the table, format)
     "num_params": ("parameters", ",.0f"),
     "macs_per_token": ("MACs per token", ",.0f"),
@@ -102,15 +102,18 @@ def _on(gates: Gates, sizes: Sizes) -> Sizes:
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------
-def as_written(report: dict[str, Any]) -> dict[str, Any]:
+def as_written(report: Report | dict[str, Any]) -> dict[str, Any]:
     """A report as `dms_report.json` has it: numbers that are not finite are None, as JSON has none such, and this
     machine's folders are left out, since the file is pushed with the model.
+
+    Args:
+        report: the report, or the keys of one.
     """
-    report = {"format": FORMAT} | report
+    written = {"format": FORMAT} | (report.values() if isinstance(report, Report) else report)
     for section in ("model", "recipe"):
-        if section in report:
-            report[section] = without_local_paths(report[section])
-    return finite(report)
+        if section in written:
+            written[section] = without_local_paths(written[section])
+    return finite(written)
 
 
 def to_json(written: Any) -> str:

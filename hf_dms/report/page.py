@@ -16,7 +16,8 @@ from ..errors import HfDmsError
 from ..tasks.registry import TASKS
 from .card import source_of
 from .figures import COLOURS, cut_panels, search_panels, svg, write_figures
-from .numbers import FORMAT, REPORT, columns_of, heading, loading_lines, notes, sizes_table, table, table_rows
+from .numbers import REPORT, columns_of, heading, loading_lines, notes, sizes_table, table, table_rows
+from .report import FORMAT
 from .runtimes import STATUSES, layout_of, verdicts
 
 PAGE = "report.html"

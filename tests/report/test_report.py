@@ -20,6 +20,7 @@ from PIL import Image
 from hf_dms.cli import main
 from hf_dms.report.numbers import as_written, without_local_paths
 from hf_dms.report.page import render
+from hf_dms.report.report import schema
 from hf_dms.tasks.images import picture
 
 CONFIG = {"model_type": "dms_llama", "hidden_size": 24, "per_layer_config": {"0": {"num_key_value_heads": 2}}}
@@ -209,6 +210,11 @@ def test_a_report_conforms_and_mistakes_are_found():
     assert "'sample' was unexpected" in mistakes(report | {"sample": ""})[0]
     assert "$.layout: 'x' is not one of" in mistakes(report | {"layout": "x"})[0]
     assert "is valid under each of" in mistakes(report | {"model": {}, "proof": "tensors", "left_out": []})[0]
+
+
+def test_the_schema_is_that_of_the_dataclass():
+    """To renew the file: python -m hf_dms.report.report > hf_dms/report/dms_report.schema.json"""
+    assert schema() == SCHEMA
 
 
 def test_every_key_is_in_the_document():
