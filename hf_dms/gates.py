@@ -154,6 +154,10 @@ class Gates(nn.Module):
                     f"search state: {name} {found}, expected shape {tuple(tensor.shape)}. "
                     "It was saved by a search over other dims, or with another layout."
                 )
+        for name, tensor in state.items():
+            low, high = {"num_updates": (0, 2**31), "prune_ratio": (0, 1)}.get(name, (-torch.inf, torch.inf))
+            if not (tensor.isfinite() & (tensor >= low) & (tensor <= high)).all():
+                raise HfDmsError(f"search state: {name} holds numbers that no search has. Was the file changed?")
         self.prune_ratio.copy_(state["prune_ratio"])
         self.refit_ratio = state.get("refit_ratio")
         self.num_updates = int(state["num_updates"])

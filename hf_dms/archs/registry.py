@@ -30,6 +30,12 @@ SPECS = (
 ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in SPECS}
 
 
+def class_name(config: Any) -> str:
+    """The name of a saved model's class, by its config; empty if it has none."""
+    names = config.architectures
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+
+
 def spec_for(config: Any) -> ArchSpec:
     """The description of a model's architecture.
 

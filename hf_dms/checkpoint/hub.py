@@ -6,7 +6,6 @@ and the token is shown nowhere.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -18,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..errors import HfDmsError
+from ..files import shards_of
 from .search_state import STATE_JSON
 
 STALE = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "model-*.safetensors"]  # weights of an earlier push
@@ -122,12 +122,8 @@ def check_complete(path: str | os.PathLike) -> None:
     if (folder / STATE_JSON).is_file():
         raise HfDmsError(f"{path} is a checkpoint of a search, not a pruned model. Save what `prune` returns.")
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    shards = (
-        set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if index.is_file()
-        else {SAFE_WEIGHTS_NAME}
-    )
-    missing = [name for name in ["config.json", *sorted(shards)] if not (folder / name).is_file()]
+    shards = shards_of(index) if index.is_file() else [SAFE_WEIGHTS_NAME]
+    missing = [name for name in ["config.json", *shards] if not (folder / name).is_file()]
     if missing:
         raise HfDmsError(
             f"{path} is not the folder of a complete model: it has no {', '.join(missing)}. "

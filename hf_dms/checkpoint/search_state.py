@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from ..errors import HfDmsError
+from ..files import open_weights
 from ..gates import Gates
 from ..gating.attach import gates_of
 
@@ -48,7 +48,9 @@ def load_search_state_(model: PreTrainedModel, folder: str | os.PathLike) -> Non
     path = Path(folder) / STATE_TENSORS
     if not path.is_file():
         raise HfDmsError(f"{folder} has no {STATE_TENSORS}: it is not a checkpoint of a DMS search.")
-    gates_of(model).load_search_state_(load_file(path))
+    with open_weights(path) as tensors:
+        state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (it is no dict)
+    gates_of(model).load_search_state_(state)
 
 
 def load_weights_(model: PreTrainedModel, folder: str | os.PathLike) -> None:
@@ -69,7 +71,7 @@ def has_other_names(model: PreTrainedModel, folder: str | os.PathLike) -> bool:
     """Whether a folder's safetensors files hold parameters under names that the model itself does not have."""
     names: set[str] = set()
     for file in Path(folder).glob("model*.safetensors"):
-        with safe_open(file, "pt") as tensors:
+        with open_weights(file) as tensors:
             names |= set(tensors.keys())
     return not names <= set(model.state_dict())
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
@@ -27,12 +26,13 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, 
 
 from ..archs.bind import BoundSpec, bind
 from ..archs.plain_view import names_by_tensor
-from ..archs.registry import spec_for
+from ..archs.registry import class_name, spec_for
 from ..archs.skeleton import skeleton
 from ..cut.formats import pruned_class_and_config
 from ..cut.plan import PLAN_FILE, Plan, load_plan, plan_to_json
 from ..cut.slicing import cut_tensor, slice_tensor, source_names
 from ..errors import HfDmsError, VerificationError
+from ..files import load_saved, open_weights, shards_of
 
 ROWS_AT_A_TIME = 4096  # of an embedding, when two are compared
 
@@ -144,9 +144,7 @@ def weight_files(folder: Path) -> list[Path]:
             + (f", only {', '.join(kinds)} files, which cannot be read tensor by tensor" if kinds else "")
             + ". Save it as safetensors first: from_pretrained(...).save_pretrained(folder)."
         )
-    files = [
-        folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    ]
+    files = [folder / name for name in shards_of(index)]
     for file in files:
         if not file.is_file():
             raise HfDmsError(f"{folder} lacks {file.name}, which {index.name} names. Download or copy it again.")
@@ -170,7 +168,7 @@ def stored_tensors(files: Iterable[Path], model: PreTrainedModel) -> tuple[dict[
     converters = [step for step in mapping if not isinstance(step, WeightRenaming)]
     tensors, others = {}, []
     for file in files:
-        with safe_open(file, "pt") as content:
+        with open_weights(file) as content:
             for key in content.keys():  # noqa: SIM118 (it is no dict)
                 name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
                 if converter is not None:
@@ -198,43 +196,27 @@ def missing_weights(folder: Path, model: PreTrainedModel) -> list[str]:
     others = any(folder.glob("*.bin"))
     if others and not any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
         return []
-    try:
-        tensors, _ = stored_tensors(weight_files(folder), model)
-    except SafetensorError as error:
-        damaged = next((file for file in weight_files(folder) if not _is_whole(file)), folder)
-        raise HfDmsError(f"{damaged} is damaged or cut short ({error}). Download or copy it again.") from error
+    tensors, _ = stored_tensors(weight_files(folder), model)
     if wrong := _first_other_shape(tensors, model):
         raise HfDmsError(f"{folder}: {wrong} Is config.json that of the weights?")
     groups = names_by_tensor(model).values()
     return [names[0] for names in groups if not any(name in tensors for name in names)]
 
 
-def _is_whole(file: Path) -> bool:
-    try:
-        with safe_open(file, "pt"):
-            return True
-    except SafetensorError:
-        return False
-
-
 def _dense_on_meta(folder: Path, file: Path) -> PreTrainedModel:
     """The model of a folder without its weights."""
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise HfDmsError(f"No config can be read from {folder}. {str(error).strip().splitlines()[0]}") from error
+    config = load_saved(AutoConfig, folder)
     spec_for(config)
     if getattr(config, "quantization_config", None) is not None:
         raise HfDmsError(f"{folder} is quantised: packed weights cannot be cut. Take the checkpoint before that.")
-    name = (config.architectures or [None])[0]
-    cls: Any = getattr(transformers, name or "", None)
+    cls: Any = getattr(transformers, class_name(config) or "no class", None)
     if cls is None:
         raise HfDmsError(
             f"{folder}/config.json: architectures is {config.architectures}, expected the name of a model class of "
             "transformers first, such as LlamaForCausalLM. Save the model with save_pretrained, which writes it."
         )
     if config.dtype is None:  # from_pretrained goes by the first tensor too
-        with safe_open(file, "pt") as content:
+        with open_weights(file) as content:
             config.dtype = content.get_tensor(next(iter(content.keys()))).dtype
     return skeleton(cls, config, config.dtype)
 
@@ -251,7 +233,7 @@ def _tied_but_different(tensors: dict[str, Stored], model: PreTrainedModel) -> s
 
 def _equal(stored: Stored, other: Stored) -> bool:
     """Whether two tensors of one shape in files are equal, read a few rows at a time."""
-    with safe_open(stored.file, "pt") as content, safe_open(other.file, "pt") as others:
+    with open_weights(stored.file) as content, open_weights(other.file) as others:
         mine, its = content.get_slice(stored.key), others.get_slice(other.key)
         rows = range(0, stored.shape[0], ROWS_AT_A_TIME)
         return all(torch.equal(mine[row : row + ROWS_AT_A_TIME], its[row : row + ROWS_AT_A_TIME]) for row in rows)
@@ -304,7 +286,7 @@ def _count_kept(job: StreamedCut) -> int:
 
 def _read(stored: Stored) -> Tensor:
     """A tensor, on a mapping of the file that is its own: pages of the file leave memory with it."""
-    with safe_open(stored.file, "pt") as content:
+    with open_weights(stored.file) as content:
         return content.get_tensor(stored.key)
 
 
@@ -366,7 +348,7 @@ def _name_shards(shards: list[Path]) -> list[Path]:
     named, weight_map, size = [], {}, 0
     for number, shard in enumerate(shards, 1):
         named.append(shard.rename(shard.with_name(f"{stem}-{number:05}-of-{len(shards):05}.{suffix}")))
-        with safe_open(named[-1], "pt") as content:
+        with open_weights(named[-1]) as content:
             for key in content.keys():  # noqa: SIM118 (it is no dict)
                 weight_map[key] = named[-1].name
                 size += content.get_tensor(key).nbytes

@@ -20,6 +20,7 @@ import transformers
 
 from ..archs.inputs import max_tokens
 from ..errors import HfDmsError
+from ..files import load_saved
 from ..tasks.data import DataConfig
 from ..tasks.evaluate import evenly_spaced, example_scores, summary
 from ..tasks.generation import load_streams, windows_of
@@ -79,7 +80,7 @@ def measure_files(
                 f"{paths[0]} is a model for {task.name}, {path} one for {other.name}. They cannot be compared on the "
                 "same data; give models of one task."
             )
-    processors = [getattr(transformers, task.processor_class).from_pretrained(path) for path in paths]
+    processors = [load_saved(getattr(transformers, task.processor_class), path) for path in paths]
     configs = [config for _, config in found]
     load = _windows_of_all if task.generates else _examples_of_all
     by_length = load(task, paths, processors, configs, data, lengths)
@@ -98,7 +99,7 @@ def measure_files(
 
 def _load(task: Task, path: str, config: Any, examples: Examples) -> Any:
     config.update(examples.config)
-    return getattr(transformers, task.model_class).from_pretrained(path, config=config, dtype="auto").eval()
+    return load_saved(getattr(transformers, task.model_class), path, config=config, dtype="auto").eval()
 
 
 def whole_data(path: str, **options: Any) -> DataConfig:

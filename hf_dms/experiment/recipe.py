@@ -84,8 +84,8 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
         raise HfDmsError(f"There is no recipe '{path}'. Recipes that come with hf_dms: {', '.join(recipe_names())}.")
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise HfDmsError(f"{path} is not valid YAML: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise HfDmsError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise HfDmsError(f"{path} must hold sections (model, data, dms, ...), got {type(values).__name__}.")
     _use_files_beside_the_recipe_(values, file.parent)
@@ -265,7 +265,11 @@ def _override_(values: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise HfDmsError(f"Override '{override}': {section} is not a section.")
         values = inner
-    values[key] = yaml.safe_load(text)
+    try:
+        values[key] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise HfDmsError(f"Override {override!r}: the value is not valid YAML: {reason}") from None
 
 
 def _use_files_beside_the_recipe_(values: dict[str, Any], folder: Path) -> None:

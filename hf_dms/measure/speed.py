@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from ..cut.register import register
 from ..cut.verify import dummy_inputs
 from ..errors import HfDmsError
+from ..files import load_saved
 
 Subject = TypeVar("Subject")
 Work = Callable[[], Any]
@@ -58,7 +59,7 @@ def load_model(path: str, auto: str, dtype: str, device: str) -> PreTrainedModel
         device: where to.
     """
     transformers.utils.logging.disable_progress_bar()
-    return getattr(transformers, auto).from_pretrained(path, dtype=dtype).to(device).eval()
+    return load_saved(getattr(transformers, auto), path, dtype=dtype).to(device).eval()
 
 
 def inputs_for(model: PreTrainedModel, run: Run) -> dict[str, Tensor]:

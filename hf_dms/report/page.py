@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from transformers.utils import CONFIG_NAME
 
 from ..errors import HfDmsError
+from ..files import read_json
 from ..tasks.registry import TASKS
 from .card import source_of
 from .figures import COLOURS, cut_panels, search_panels, svg, write_figures
 from .numbers import REPORT, columns_of, heading, loading_lines, notes, sizes_table, table, table_rows
-from .report import FORMAT
 from .runtimes import STATUSES, layout_of, verdicts
 
 PAGE = "report.html"
@@ -155,19 +156,10 @@ def read(path: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     Raises:
         ValueError: there is no model, or a file that is not what it should be.
     """
-    report, config = (_read_json(Path(path, name)) for name in (REPORT, "config.json"))
-    if config is None:
+    report_file, config_file = Path(path, REPORT), Path(path, CONFIG_NAME)
+    if not config_file.is_file():
         raise HfDmsError(f"'{path}' is not the folder of a model: it has no config.json. Give one that prune wrote.")
-    if report is not None and report.get("format") != FORMAT:
-        raise HfDmsError(
-            f"{Path(path, REPORT)} has format {report.get('format')}, this hf_dms shows {FORMAT}. "
-            "Use the hf_dms that wrote it, or run the recipe again."
-        )
-    return report, config
-
-
-def _read_json(file: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except ValueError as error:
-        raise HfDmsError(f"{file} is not valid JSON: {error}") from None
+    config = read_json(config_file, "report", "config.schema.json")
+    if not report_file.is_file():
+        return None, config
+    return read_json(report_file, "report", "dms_report.schema.json"), config

@@ -6,7 +6,9 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from ..archs.registry import class_name
 from ..errors import HfDmsError
+from ..files import load_saved
 from .classification import TEXT_CLASSIFICATION
 from .data import DataConfig
 from .generation import TEXT_GENERATION
@@ -28,11 +30,8 @@ def task_of(path: str) -> tuple[Task, Any]:
     Raises:
         HfDmsError: there is no model, or one for no task that is known.
     """
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise HfDmsError(f"No model can be read from '{path}'. {str(error).strip().splitlines()[0]}") from error
-    name = (config.architectures or [""])[0]
+    config = load_saved(AutoConfig, path)
+    name = class_name(config)
     if (task := task_of_class(name)) is not None:
         return task, config
     endings = ", ".join(task.ending for task in TASKS.values())

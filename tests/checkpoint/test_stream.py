@@ -249,7 +249,7 @@ def retensor(change):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda dense: (dense / "config.json").unlink(), "No config can be read from"),
+        (lambda dense: (dense / "config.json").unlink(), "No model can be read from"),
         (rewrite({"architectures": None}), "architectures is None, expected the name of a model class"),
         (rewrite({"architectures": ["TheirLlama"]}), r"architectures is \['TheirLlama'\], expected"),
         (rewrite({"quantization_config": {"quant_method": "gptq", "bits": 4}}), "is quantised: packed weights"),

@@ -162,7 +162,7 @@ def test_of_a_stock_model_the_runtimes_alone_are_told(tmp_path, capsys):
     [
         ("config.json", None, "is not the folder of a model: it has no config.json"),
         ("config.json", "{", "is not valid JSON"),
-        ("dms_report.json", '{"format": 9}', "has format 9, this hf_dms shows 1"),
+        ("dms_report.json", json.dumps(make_report() | {"format": 9}), "at $.format, 1 was expected"),
     ],
 )
 def test_what_is_no_report_is_refused(folder, file, content, message, capsys):

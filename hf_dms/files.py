@@ -1,0 +1,102 @@
+"""Reading files that somebody may have changed, shortened or mixed up: JSON by its schema, and safetensors."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NoReturn
+
+from safetensors import SafetensorError, safe_open
+
+from .errors import HfDmsError
+
+
+def read_json(file: Path, room: str, schema: str) -> Any:
+    """The content of a JSON file, which conforms to a schema of hf_dms.
+
+    Args:
+        file: to read.
+        room: of hf_dms, in which the schema lies, such as `report`.
+        schema: its file name there.
+
+    Raises:
+        HfDmsError: it is no JSON, or the first place in it that is not as the schema says.
+    """
+    from jsonschema import Draft202012Validator  # here: only what reads a file needs it
+    from jsonschema.exceptions import best_match
+
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise HfDmsError(f"{file} is not valid JSON: {error}") from None
+    rules = json.loads(files(f"hf_dms.{room}").joinpath(schema).read_text(encoding="utf-8"))
+    if (mistake := best_match(Draft202012Validator(rules).iter_errors(content))) is not None:
+        message = mistake.message if len(mistake.message) < 300 else f"{mistake.message[:200]} ..."
+        raise HfDmsError(
+            f"{file} is not what this hf_dms writes: at {mistake.json_path}, {message}. "
+            "If another version wrote it, use that one; if it was changed by hand, mend or remove it."
+        )
+    return content
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number of JSON.")
+
+
+@contextlib.contextmanager
+def open_weights(file: Path) -> Iterator[Any]:
+    """`safetensors.safe_open` for PyTorch.
+
+    Raises:
+        HfDmsError: it cannot be read: what was downloaded or copied is not whole, or it is another kind of file.
+    """
+    try:
+        with safe_open(file, "pt") as content:
+            yield content
+    except (SafetensorError, OSError) as error:
+        raise HfDmsError(f"{file} is damaged or cut short ({error}). Download or copy it again.") from error
+
+
+def shards_of(index: Path) -> list[str]:
+    """The files that the index of a sharded checkpoint names, sorted.
+
+    Raises:
+        HfDmsError: it is no such index.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if all(Path(name).name == name for name in names):
+            return names
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    raise HfDmsError(f"{index} does not map tensors to files beside it (weight_map). Download or copy it again.")
+
+
+def load_saved(auto: Any, path: str | Path, **options: Any) -> Any:
+    """What `auto.from_pretrained(path, **options)` returns, for a config, tokenizer, image processor or model.
+
+    No code that lies beside it is run.
+
+    Raises:
+        HfDmsError: transformers cannot load it, whatever the kind of its error; or it is a model that lacks weights, or
+            has some of another shape, which would be made up.
+    """
+    kind = next((word for word in ("Tokenizer", "ImageProcessor") if word in auto.__name__), "model").lower()
+    is_model = hasattr(auto, "from_config") or hasattr(auto, "_from_config")
+    options |= {"output_loading_info": True} if is_model else {"trust_remote_code": False}
+    try:
+        found = auto.from_pretrained(path, **options)
+    except Exception as error:  # transformers raises whatever the damage leads to
+        lines = str(error).strip().splitlines() or [""]
+        raise HfDmsError(f"No {kind} can be read from '{path}'. {lines[0] or type(error).__name__}") from error
+    if not is_model:
+        return found
+    model, loading = found
+    if lacking := sorted(loading["missing_keys"]) + [name for name, *_ in loading["mismatched_keys"]]:
+        raise HfDmsError(
+            f"'{path}' has no weights for '{lacking[0]}' of {type(model).__name__}. Is its config.json whole?"
+        )
+    return model
