@@ -25,7 +25,7 @@ from hf_dms.checkpoint.search_state import STATE_TENSORS, load_search_state_, sa
 from hf_dms.checkpoint.stream import prepare_cut
 from hf_dms.cut.plan import plan_to_json
 from hf_dms.experiment.eval_command import measure_files, whole_data
-from hf_dms.experiment.prepare import check_recipe
+from hf_dms.experiment.prepare import prepare
 from hf_dms.experiment.recipe import load_recipe
 from hf_dms.report.page import show
 
@@ -87,7 +87,7 @@ def test_recipes(values, tmp_path, examples):
 
     def check(content):
         file.write_bytes(content)
-        check_recipe(load_recipe(str(file)))
+        prepare(load_recipe(str(file)))
 
     check(text)
     holds_for(st.one_of(recipes, recipes, damaged_bytes(text)), examples, check)
@@ -112,7 +112,7 @@ def test_overrides(values, tmp_path, examples):
     ]
     texts = st.one_of(st.sampled_from([str(value) for value in NASTY]), st.text(max_size=8))
     overrides = st.tuples(st.sampled_from(keys), st.sampled_from(["=", "=", "=", "", "=="]), texts).map("".join)
-    check = lambda override: check_recipe(load_recipe(str(file), [override]))  # noqa: E731
+    check = lambda override: prepare(load_recipe(str(file), [override]))  # noqa: E731
     holds_for(overrides, examples, check)
 
 
