@@ -34,7 +34,7 @@ from ..measure.speed import peak_resident_bytes
 from ..measure.versions import versions
 from ..refit.repair import repair_
 from ..report.comparison import write_comparison
-from ..strategies.one_shot import CRITERIA, check_criterion, choose_
+from ..strategies.one_shot import CRITERIA, choose_, criterion_of
 from ..tasks.evaluate import evenly_spaced, example_scores, summary
 from ..tasks.registry import load_more_examples
 from ..tasks.task import Examples
@@ -135,7 +135,7 @@ def _strategy(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     if "criterion" not in settings and name in CRITERIA:
         settings = settings | {"criterion": name}
     if "criterion" in settings:
-        check_criterion(settings["criterion"], [], [])
+        criterion_of(settings["criterion"])
     elif name.partition("-")[0] != "dms":
         raise HfDmsError(
             f"compare.strategies.{name}: name a criterion ({', '.join(CRITERIA)}) as criterion:, or let the name of a "
@@ -227,7 +227,7 @@ def _choose(
         seen, pruned = arguments.max_steps * batch, trainer.prune()
     else:
         attach_(model, recipe.dms)
-        criterion = CRITERIA[cell.settings["criterion"]]
+        criterion = criterion_of(cell.settings["criterion"])
         used = max(count // criterion.passes, 1) if criterion.needs_data else 0
         choose_(model, cell.settings["criterion"], _batches(examples, used, arguments.train_batch_size))
         searched, seen, pruned = model, used * criterion.passes, prune(model)
@@ -241,7 +241,7 @@ def _choose(
 def _trains_weights(recipe: Recipe, cell: Cell) -> bool:
     """Whether the dense model is another one after the choice, so that it can be nobody's teacher."""
     criterion = cell.settings.get("criterion")
-    return recipe.dms.pipeline != "p-" if criterion is None else CRITERIA[criterion].changes_weights
+    return recipe.dms.pipeline != "p-" if criterion is None else criterion_of(criterion).changes_weights
 
 
 def _dense(setup: Setup) -> PreTrainedModel:

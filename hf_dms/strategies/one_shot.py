@@ -1,10 +1,14 @@
-"""Choose structure in one shot: `choose_(model, "flap", batches)` in place of a search."""
+"""Choose structure without a search: `choose_(model, "flap", batches)`."""
 
 from __future__ import annotations
 
+import importlib
+
 from transformers import PreTrainedModel
 
+from ..archs.bind import BoundSpec
 from ..errors import HfDmsError
+from ..gates import Gates
 from ..gating.attach import gates_of
 from .activations import FLAP, WANDA_SP
 from .allocate import Batches, Criterion, allocate_
@@ -39,44 +43,67 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 
-def choose_(model: PreTrainedModel, name: str, batches: Batches = ()) -> None:
-    """Leave importance and prune ratios of a one-shot criterion in the gates of a model, in place.
+def criterion_of(name: str) -> Criterion:
+    """A criterion by its name, or one of your own by where it is, `module:NAME`.
+
+    Raises:
+        HfDmsError: there is none.
+    """
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        if name not in CRITERIA:
+            raise HfDmsError(
+                f"There is no criterion '{name}'. Criteria are {', '.join(CRITERIA)}; one of your own is module:NAME."
+            )
+        return CRITERIA[name]
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise HfDmsError(f"Criterion '{name}' cannot be imported: {error}.") from error
+    if not isinstance(found, Criterion):
+        raise HfDmsError(f"'{name}' is no hf_dms.strategies.allocate.Criterion but {type(found).__name__}.")
+    return found
+
+
+def choose_(model: PreTrainedModel, name: str | Criterion, batches: Batches = ()) -> None:
+    """Leave importance and prune ratios of a strategy in the gates of a model, in place.
 
     After it, `prune(model)` cuts the model exactly as it would after a search.
 
     Args:
         model: a model with gates (`attach_`); its weights stay as they are, unless the criterion says
             `changes_weights`. It ends in evaluation mode.
-        name: of the criterion, see `CRITERIA`.
+        name: of the criterion, see `criterion_of`, or the criterion itself.
         batches: keyword arguments of forward passes, with labels where the criterion needs a loss.
 
     Raises:
         HfDmsError: no such criterion, no batches for one that needs data, or a dim that it is not defined for.
     """
+    criterion = name if isinstance(name, Criterion) else criterion_of(name)
     gates = gates_of(model)
-    check_criterion(name, [gates.attachment.bound.spec.dim(dim).scope for dim in gates.dims], list(gates.dims))
-    criterion = CRITERIA[name]
+    check_dims(criterion, str(name), gates)
     if criterion.needs_data and not batches:
         raise HfDmsError(f"Criterion {name} needs batches of data, got none.")
+    batches = [{key: value.to(model.device) for key, value in batch.items()} for batch in batches]
     allocate_(gates, criterion.scores(model, batches), criterion.allocation)
     model.eval()
 
 
-def check_criterion(name: str, scopes: list[str], dims: list[str]) -> None:
-    """Check that there is such a criterion, and that it is defined for the dims that are pruned.
+def check_dims(criterion: Criterion, name: str, gates: Gates, bound: BoundSpec | None = None) -> None:
+    """Check that a criterion is defined for the dims that are pruned.
 
     Args:
-        name: of the criterion.
-        scopes: the scope of each pruned dim.
-        dims: their names.
+        criterion: which.
+        name: its name.
+        gates: of what is pruned.
+        bound: the architecture. Default: that which the gates are attached to.
 
     Raises:
         HfDmsError: it is not.
     """
-    if name not in CRITERIA:
-        raise HfDmsError(f"There is no criterion '{name}'. Criteria are {', '.join(CRITERIA)}.")
-    wrong = [dim for dim, scope in zip(dims, scopes) if scope not in CRITERIA[name].dims]
+    spec = (bound or gates.attachment.bound).spec
+    wrong = [dim for dim in gates.dims if spec.dim(dim).scope not in criterion.dims]
     if wrong:
-        others = [dim for dim in dims if dim not in wrong]
+        others = [dim for dim in gates.dims if dim not in wrong]
         advice = f"Prune {', '.join(others)} alone" if others else "Prune other dims"
         raise HfDmsError(f"Criterion {name} is not defined for {', '.join(wrong)}. {advice}, or choose another one.")
