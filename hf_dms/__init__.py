@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .gating.attach import detach_ as detach_
     from .refit.one_shot import one_shot_obs_plan as one_shot_obs_plan
     from .refit.repair import repair_ as repair_
+    from .strategies.one_shot import choose_ as choose_
     from .training.trainer import DMSMixin as DMSMixin
     from .training.trainer import DMSTrainer as DMSTrainer
 
@@ -47,6 +48,7 @@ _HOMES = {
     "Plan": "cut.plan",
     "VerificationError": "errors",
     "attach_": "gating.attach",
+    "choose_": "strategies.one_shot",
     "detach_": "gating.attach",
     "one_shot_obs_plan": "refit.one_shot",
     "plan_of": "cut.prune",

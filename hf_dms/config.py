@@ -19,6 +19,7 @@ LAYOUTS = ("uniform", "per_layer", "padded")
 PIPELINES = ("p", "np", "p-")
 TARGET_SCHEDULES = ("geometric", "constant")
 SEARCHES_OVER = ("masks", "refitted")
+SEARCH = "dms"  # the strategy that is a search
 
 
 def _option(default: Any, help: str) -> Any:
@@ -70,6 +71,11 @@ class DMSConfig:
         "p",
         "p: pretrained weights train during the search. np: randomly initialised weights do. "
         "p-: weights are frozen, only the prune ratios move.",
+    )
+    strategy: str = _option(
+        "dms",
+        "How structure is chosen. dms: by the search. Or by another strategy of docs/strategies.md, such as flap or "
+        "taylor, which looks at `train.max_steps` batches once, or by your own, as module:NAME. Weights stay frozen.",
     )
     search_over: str = _option(
         "masks",
@@ -134,6 +140,14 @@ class DMSConfig:
             if getattr(self, name) not in allowed:
                 raise HfDmsError(f"dms.{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
 
+        if not isinstance(self.strategy, str):
+            raise HfDmsError(f"dms.strategy must be the name of a strategy, such as flap, got {self.strategy!r}.")
+        if self.strategy != SEARCH and (self.search_over != "masks" or self.pipeline == "np"):
+            option = "pipeline = np" if self.pipeline == "np" else f"search_over = {self.search_over}"
+            raise HfDmsError(
+                f"dms.strategy = {self.strategy} chooses units of trained weights without a search, so that "
+                f"dms.{option} has no meaning. Leave one of the two out."
+            )
         if self.search_over == "refitted" and self.pipeline != "p-":
             raise HfDmsError(
                 f"dms.search_over = refitted needs frozen weights, got pipeline {self.pipeline}. Write pipeline: p-"

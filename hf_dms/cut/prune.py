@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..archs.bind import BoundSpec
 from ..archs.plain_view import base_model_of, check_adapters, exact_packed_maps, plain_weight
-from ..config import DMSConfig
+from ..config import SEARCH, DMSConfig
 from ..errors import HfDmsError
 from ..gates import Gates
 from ..gating.attach import attach_, check_gates_outside, detach_, gates_of, has_gates
@@ -55,6 +55,11 @@ def prune(
     if not has_gates(model):
         if dms_config is None:
             raise HfDmsError("prune needs a model with gates (hf_dms.attach_), or a dms_config.")
+        if dms_config.strategy != SEARCH:
+            raise HfDmsError(
+                f"prune with a dms_config chooses by weight magnitude, and dms.strategy is {dms_config.strategy}. Use "
+                "hf_dms.attach_ and hf_dms.choose_ first (docs/strategies.md), or leave strategy out."
+            )
         attach_(model, dms_config)
         try:
             return prune(model, inputs=inputs)

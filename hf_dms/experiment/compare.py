@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import math
 import os
 import platform
 import subprocess
@@ -21,25 +20,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, set_seed
 
-from ..config import DMSConfig
+from ..config import SEARCH, DMSConfig
 from ..cut.plan import Plan
-from ..cut.prune import plan_of, prune
+from ..cut.prune import plan_of
 from ..errors import HfDmsError
-from ..gating.attach import attach_, detach_, gates_of
+from ..gating.attach import detach_, gates_of
 from ..measure.speed import peak_resident_bytes
 from ..measure.versions import versions
 from ..refit.repair import repair_
 from ..report.comparison import write_comparison
-from ..strategies.one_shot import CRITERIA, choose_, criterion_of
+from ..strategies.one_shot import CRITERIA, criterion_of
 from ..tasks.evaluate import evenly_spaced, example_scores, summary
 from ..tasks.registry import load_more_examples
 from ..tasks.task import Examples
 from ..training.finetune import train_
 from ..training.trainer import DMSTrainer
+from .choose import Batches, cut_by_criterion, examples_of, shuffled
 from .prepare import Prepared, lora_config, prepare, training_arguments
 from .recipe import Recipe, coerce_fields
 from .stages import dense_model
@@ -142,6 +140,8 @@ def _strategy(name: str, settings: dict[str, Any]) -> dict[str, Any]:
             "search begin with dms, such as dms-fast-decay: {dms: {importance_decay: 0.9}}."
         )
     dms = coerce_fields(DMSConfig, settings.get("dms") or {}, f"compare.strategies.{name}.dms")
+    if "strategy" in dms:
+        raise HfDmsError(f"compare.strategies.{name}.dms.strategy: write it as criterion: {dms['strategy']}.")
     return settings | ({"dms": dms} if dms else {})
 
 
@@ -168,9 +168,7 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
     recipe = _recipe_of(setup.prepared.recipe, cell)
     set_seed(cell.seed)
     _reset_peak()
-    examples = setup.prepared.examples
-    order = torch.randperm(len(examples.train), generator=torch.Generator().manual_seed(cell.seed)).tolist()
-    examples = dataclasses.replace(examples, train=Subset(examples.train, order))
+    examples = shuffled(setup.prepared.examples, cell.seed)
     dense = _dense(setup)
     row: dict[str, Any] = {"scores": {}, "seen": {}, "seconds": {}}
 
@@ -189,7 +187,7 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
         dense = _dense(setup)
     if (repair := recipe.recover.repair) is not None:
         started = time.time()
-        batches = _batches(examples, repair.examples, recipe.eval.batch_size)
+        batches = Batches(examples, repair.examples, recipe.eval.batch_size)
         repair_(pruned, dense, plan, batches, ridge=repair.ridge)
         finish_("repaired", pruned, started, min(repair.examples, len(examples.train)))
     if recipe.recover.train:
@@ -198,13 +196,13 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
         arguments.save_strategy = "no"
         distillation, lora = recipe.recover.distillation, lora_config(recipe, "recover.lora")
         train_(pruned, arguments, examples, dense if distillation else None, distillation, lora=lora)
-        finish_("recovered", pruned, started, _examples_of(arguments, examples))
+        finish_("recovered", pruned, started, examples_of(arguments, examples))
     return row | {"peak_bytes": peak_resident_bytes()}
 
 
 def _recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
     """The recipe with what a cell sets."""
-    dms = dataclasses.replace(recipe.dms, **(cell.settings.get("dms") or {}), target=cell.target)
+    dms = dataclasses.replace(recipe.dms, **(cell.settings.get("dms") or {}), target=cell.target, strategy=SEARCH)
     train = recipe.train | (cell.settings.get("train") or {}) | {"seed": cell.seed, "save_strategy": "no"}
     return dataclasses.replace(recipe, dms=dms, train=train)
 
@@ -215,7 +213,7 @@ def _choose(
     """The cut model of a strategy, its plan, what is kept of the resource, and how many examples it saw."""
     arguments = training_arguments(recipe, "train", Path(recipe.output.path, "search"))
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps
-    count = _examples_to_see(recipe, _examples_of(arguments, examples))
+    count = _examples_to_see(recipe, examples_of(arguments, examples))
     if "criterion" not in cell.settings:
         arguments.max_steps = max(count // batch, 1)
         trainer = DMSTrainer(
@@ -226,11 +224,8 @@ def _choose(
         searched: Any = trainer.model
         seen, pruned = arguments.max_steps * batch, trainer.prune()
     else:
-        attach_(model, recipe.dms)
-        criterion = criterion_of(cell.settings["criterion"])
-        used = max(count // criterion.passes, 1) if criterion.needs_data else 0
-        choose_(model, cell.settings["criterion"], _batches(examples, used, arguments.train_batch_size))
-        searched, seen, pruned = model, used * criterion.passes, prune(model)
+        searched, name = model, cell.settings["criterion"]
+        pruned, seen = cut_by_criterion(model, recipe, name, examples, count, arguments.train_batch_size)
     plan, gates = plan_of(searched), gates_of(searched)
     sizes = {name: torch.tensor(units, device=model.device) for name, units in plan.sizes.items()}
     resource = float(gates.resource(gates.dense_sizes() | sizes))
@@ -249,13 +244,6 @@ def _dense(setup: Setup) -> PreTrainedModel:
     return dense_model(setup.prepared).eval()
 
 
-def _examples_of(arguments: Any, examples: Examples) -> int:
-    """Examples that a training by these arguments sees."""
-    if arguments.max_steps > 0:
-        return arguments.max_steps * arguments.train_batch_size * arguments.gradient_accumulation_steps
-    return math.ceil(arguments.num_train_epochs * len(examples.train))
-
-
 def _examples_to_see(recipe: Recipe, asked: int) -> int:
     """Examples that a strategy may see: what the search would, or what `compare.tokens` leaves beside the repair."""
     tokens, repair = recipe.compare.tokens, recipe.recover.repair
@@ -268,11 +256,6 @@ def _examples_to_see(recipe: Recipe, asked: int) -> int:
             f"{recipe.data.sequence_length} tokens). Raise it, or lower recover.repair.examples."
         )
     return left
-
-
-def _batches(examples: Examples, count: int, size: int) -> list[dict[str, Tensor]]:
-    rows = Subset(examples.train, range(min(count, len(examples.train))))
-    return list(DataLoader(rows, size, collate_fn=examples.collate)) if len(rows) else []
 
 
 def _measured(model: PreTrainedModel, setup: Setup) -> dict[str, Any]:

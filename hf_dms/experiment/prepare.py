@@ -18,11 +18,13 @@ from ..archs.registry import spec_for
 from ..checkpoint.folders import check_place
 from ..checkpoint.hub import check_repo_id, check_token
 from ..checkpoint.stream import missing_weights
+from ..config import SEARCH
 from ..errors import HfDmsError
 from ..gating.gates_for import build_gates
 from ..gating.rounding import check_target
 from ..measure.precision import slow_bfloat16
 from ..refit.repairable import check_repairable
+from ..strategies.one_shot import check_dims, criterion_of
 from ..tasks.evaluate import evenly_spaced
 from ..tasks.registry import TASKS, load_examples, load_more_examples
 from ..tasks.task import Examples
@@ -138,6 +140,8 @@ def _check_model(recipe: Recipe, config: Any) -> None:
     bound = bind(spec_for(config), model)
     gates = build_gates(bound, model, recipe.dms, device=torch.device("cpu"))
     check_target(gates, bound, recipe.dms, config)
+    if recipe.dms.strategy != SEARCH:
+        check_dims(criterion_of(recipe.dms.strategy), recipe.dms.strategy, gates, bound)
     if recipe.recover.repair is not None:
         with saying_where("recover.", "repair"):
             check_repairable(model, bound)

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from ..config import DMSConfig
+from ..config import SEARCH, DMSConfig
 from ..errors import HfDmsError
 from ..tasks.data import DataConfig, is_data_file
 from ..tasks.registry import TASKS
@@ -183,6 +183,12 @@ def _check_trained_weights(recipe: Recipe) -> None:
     if recipe.lora is not None and pipeline != "p":
         raise HfDmsError(
             f"lora trains beside pretrained weights that are frozen, and dms.pipeline is {pipeline}: say pipeline p."
+        )
+    if recipe.dms.strategy != SEARCH and (recipe.lora is not None or quantization is not None):
+        given = "lora" if recipe.lora is not None else "model.quantization"
+        raise HfDmsError(
+            f"{given} is for a search, and dms.strategy is {recipe.dms.strategy}, which chooses without one. Leave one "
+            "of the two out."
         )
     if quantization is not None and (pipeline == "np" or (pipeline == "p" and recipe.lora is None)):
         raise HfDmsError(

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from ..archs.plain_view import with_adapters, with_adapters_of
+from ..config import SEARCH
 from ..cut.plan import Plan
 from ..cut.prune import plan_of, prune
 from ..gating.attach import copy_search_, gates_of
@@ -21,13 +22,16 @@ from ..gating.outcome import SearchOutcome, search_outcome
 from ..measure.speed import seconds_per_batch
 from ..refit.repair import repair_
 from ..report.numbers import sizes_and_costs
+from ..strategies.one_shot import criterion_of
 from ..tasks.evaluate import evenly_spaced, example_scores
 from ..training.distributed import make_whole_, say
 from ..training.exact_resume import train_or_resume_
 from ..training.finetune import train_
 from ..training.progress import Countdown
 from ..training.trainer import DMSTrainer
+from .choose import cut_by_criterion, examples_of, shuffled
 from .prepare import Prepared, check_trained, model_class, packing
+from .recipe import Recipe
 
 
 def dense_model(prepared: Prepared) -> PreTrainedModel:
@@ -69,7 +73,9 @@ class Searched:
 
 
 def search(dense: PreTrainedModel, prepared: Prepared) -> Searched:
-    """Search and cut."""
+    """Search and cut, or choose and cut where `dms.strategy` says so."""
+    if prepared.recipe.dms.strategy != SEARCH:
+        return _choose(dense, prepared)
     recipe, examples, arguments = prepared.recipe, prepared.examples, _arguments(prepared, "search")
     lora = prepared.lora["lora"]
     model: Any = dense
@@ -102,6 +108,20 @@ def search(dense: PreTrainedModel, prepared: Prepared) -> Searched:
     return Searched(model, pruned, plan, costs, search_outcome(model), logs)
 
 
+def _choose(dense: PreTrainedModel, prepared: Prepared) -> Searched:
+    """What takes the place of a search: a strategy looks at what the search would train on, and the model is cut."""
+    recipe, arguments, name = prepared.recipe, _arguments(prepared, "search"), prepared.recipe.dms.strategy
+    say(f"Choosing structure by {name} ...")
+    dense.to(arguments.device)
+    examples = shuffled(prepared.examples, arguments.seed)
+    count = examples_of(arguments, examples)
+    pruned, seen = cut_by_criterion(dense, recipe, name, examples, count, arguments.train_batch_size)
+    say(f"{name} has seen {seen} examples.")
+    plan = plan_of(dense)
+    costs = sizes_and_costs(dense, plan, gates_of(dense).attachment.config.sequence_length)
+    return Searched(dense, pruned, plan, costs, search_outcome(dense), [])
+
+
 def recover_(pruned: PreTrainedModel, searched: PreTrainedModel, plan: Plan, prepared: Prepared) -> Iterator[str]:
     """Repair and retrain the pruned model, in place, as far as the recipe asks for it.
 
@@ -117,7 +137,7 @@ def recover_(pruned: PreTrainedModel, searched: PreTrainedModel, plan: Plan, pre
     recipe, examples = prepared.recipe, prepared.examples
     repair, distillation = recipe.recover.repair, recipe.recover.distillation
     dense: Any = searched  # as long as its weights did not train
-    if recipe.dms.pipeline != "p-" and recipe.lora is None and (repair or distillation):
+    if choice_changes_weights(recipe) and recipe.lora is None and (repair or distillation):
         dense = dense_model(prepared).eval()
         dense.to(pruned.device)
     if repair is not None:
@@ -140,6 +160,13 @@ def recover_(pruned: PreTrainedModel, searched: PreTrainedModel, plan: Plan, pre
             keep=True,
         )
         yield "recovered"
+
+
+def choice_changes_weights(recipe: Recipe) -> bool:
+    """Whether the dense model's weights are others after the search, or what takes its place."""
+    if recipe.dms.strategy == SEARCH:
+        return recipe.dms.pipeline != "p-"
+    return criterion_of(recipe.dms.strategy).changes_weights
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

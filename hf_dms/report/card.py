@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import validate_repo_id
 
-from ..config import DMSConfig
+from ..config import SEARCH, DMSConfig
 from ..tasks.registry import TASKS, task_of_class
 from .numbers import columns_of, heading, loading_lines, notes, sizes_table, table
 
@@ -67,6 +67,12 @@ def _origin(report: dict[str, Any]) -> str:
         )
     config = DMSConfig(**report["recipe"]["dms"])
     random = " Its weights were random when the search began." if heading(report, "dense") == "random" else ""
+    if config.strategy != SEARCH:
+        return (
+            f"{source} made smaller with [hf_dms](https://arxiv.org/abs/2405.07194): {config.target:g} of its "
+            f"{config.resource} ({config.resource_scope}) kept, layout {config.layout}, its units chosen by "
+            f"`{config.strategy}`, without a search."
+        )
     return (
         f"{source} made smaller with {DMS}: {config.target:g} of its {config.resource} ({config.resource_scope}) kept, "
         f"layout {config.layout}, pipeline `{config.pipeline}`.{random}"

@@ -25,7 +25,7 @@ from ..archs.restoring import restoring
 from ..checkpoint.hub import push
 from ..checkpoint.save import save_pruned
 from ..checkpoint.search_state import load_search_state_, save_search_state
-from ..config import DMSConfig
+from ..config import SEARCH, DMSConfig
 from ..cut.prune import prune
 from ..errors import HfDmsError
 from ..gates import Gates
@@ -54,6 +54,11 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
     def __init__(self, *args: Any, dms_config: DMSConfig, **kwargs: Any) -> None:
         if kwargs.get("model_init") is not None:
             raise HfDmsError("DMSTrainer needs model=, not model_init=: the gates belong to one model.")
+        if dms_config.strategy != SEARCH:
+            raise HfDmsError(
+                f"DMSTrainer searches, and dms.strategy is {dms_config.strategy}, which needs no search. Use "
+                "hf_dms.attach_, choose_ and prune (docs/strategies.md), or leave strategy out."
+            )
         model = args[0] if args else kwargs.get("model")
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         with packed_weights_may_stay(model if dms_config.pipeline == "p-" else None):

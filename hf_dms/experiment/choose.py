@@ -1,0 +1,85 @@
+"""Structure chosen without a search, for `dms.strategy` of a recipe and for the strategies of a comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Subset
+from transformers import PreTrainedModel
+
+from ..cut.prune import prune
+from ..gating.attach import attach_
+from ..strategies.one_shot import choose_, criterion_of
+from ..tasks.task import Examples
+from .recipe import Recipe
+
+
+class Batches(Sequence):
+    """The first examples of some, batch by batch, each collated when it is asked for.
+
+    Args:
+        examples: which.
+        count: examples, at most.
+        size: examples of a batch.
+        device: where the tensors go.
+    """
+
+    def __init__(self, examples: Examples, count: int, size: int, device: torch.device | str = "cpu") -> None:
+        self.examples, self.device = examples, device
+        places = list(range(min(count, len(examples.train))))
+        self.places = [places[start : start + size] for start in range(0, len(places), size)]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            part = Batches(self.examples, 0, 1, self.device)
+            part.places = self.places[index]
+            return part
+        batch = self.examples.collate([self.examples.train[place] for place in self.places[index]])
+        return {name: value.to(self.device) for name, value in batch.items() if isinstance(value, Tensor)}
+
+
+def shuffled(examples: Examples, seed: int) -> Examples:
+    """The same examples, those to train on in an order that a seed says."""
+    order = torch.randperm(len(examples.train), generator=torch.Generator().manual_seed(seed)).tolist()
+    return dataclasses.replace(examples, train=Subset(examples.train, order))
+
+
+def examples_of(arguments: Any, examples: Examples) -> int:
+    """Examples that a training by these arguments sees, or a strategy in its place."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps * arguments.train_batch_size * arguments.gradient_accumulation_steps
+    return math.ceil(arguments.num_train_epochs * len(examples.train))
+
+
+def cut_by_criterion(
+    model: PreTrainedModel, recipe: Recipe, name: str, examples: Examples, count: int, size: int
+) -> tuple[PreTrainedModel, int]:
+    """Put gates on a model, in place, let a criterion choose, and cut.
+
+    Args:
+        model: a dense model; its gates hold the choice afterwards.
+        recipe: the budget.
+        name: of the criterion.
+        examples: what it looks at, the first ones first.
+        count: how many it may see, all its passes together.
+        size: examples of a batch.
+
+    Returns:
+        The pruned model, and how many examples were seen.
+    """
+    criterion = criterion_of(name)
+    used = min(max(count // criterion.passes, 1), len(examples.train)) if criterion.needs_data else 0
+    attach_(model, recipe.dms)
+    choose_(model, name, Batches(examples, used, size, model.device))
+    inputs = Batches(examples, 1, 1, model.device)[0]
+    return prune(
+        model, inputs={key: value for key, value in inputs.items() if key != "labels"}
+    ), used * criterion.passes
