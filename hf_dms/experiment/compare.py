@@ -51,7 +51,8 @@ class Cell:
 
     Attributes:
         strategy: its name in the table.
-        settings: `criterion` for a one-shot strategy; `dms` and `train` values that replace the recipe's.
+        settings: `criterion` for a strategy that is no search; values of `dms`, of `train` and of the retraining in
+            `recover` that replace the recipe's.
         target, seed: of this cell.
     """
 
@@ -128,8 +129,9 @@ def cells_of(recipe: Recipe) -> list[Cell]:
 
 def _strategy(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a strategy; its name is that of a criterion unless it says otherwise or is a search."""
-    if unknown := set(settings) - {"criterion", "dms", "train"}:
-        raise HfDmsError(f"compare.strategies.{name} has no key '{min(unknown)}'; keys are criterion, dms, train.")
+    known = ("criterion", "dms", "train", "recover")
+    if unknown := set(settings) - set(known):
+        raise HfDmsError(f"compare.strategies.{name} has no key '{min(unknown)}'; keys are {', '.join(known)}.")
     if "criterion" not in settings and name in CRITERIA:
         settings = settings | {"criterion": name}
     if "criterion" in settings:
@@ -166,7 +168,6 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
         dense one, `sizes`; `peak_bytes`, the most resident memory.
     """
     recipe = _recipe_of(setup.prepared.recipe, cell)
-    set_seed(cell.seed)
     _reset_peak()
     examples = shuffled(setup.prepared.examples, cell.seed)
     dense = _dense(setup)
@@ -179,6 +180,7 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
     if not setup.dense_scores:
         setup.dense_scores.update(_measured(dense, setup))
     row["scores"]["dense"] = setup.dense_scores
+    set_seed(cell.seed)  # after what only the first cell does
     started = time.time()
     pruned, plan, resource, seen = _choose(dense, recipe, examples, cell)
     row |= {"resource": resource, "sizes": plan.sizes}
@@ -204,7 +206,10 @@ def _recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
     """The recipe with what a cell sets."""
     dms = dataclasses.replace(recipe.dms, **(cell.settings.get("dms") or {}), target=cell.target, strategy=SEARCH)
     train = recipe.train | (cell.settings.get("train") or {}) | {"seed": cell.seed, "save_strategy": "no"}
-    return dataclasses.replace(recipe, dms=dms, train=train)
+    retraining = recipe.recover.train | (cell.settings.get("recover") or {})
+    return dataclasses.replace(
+        recipe, dms=dms, train=train, recover=dataclasses.replace(recipe.recover, train=retraining)
+    )
 
 
 def _choose(

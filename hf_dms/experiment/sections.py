@@ -81,8 +81,8 @@ class CompareConfig:
     strategies: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "Name in the table to settings: {criterion: NAME} for a one-shot one, {dms: {...}, train: {...}} "
-            "for a search with other values; {} for a criterion's own name, or for dms as the recipe has it."
+            "help": "Name in the table to settings: {criterion: NAME} for a one-shot one, {dms: {...}, train: {...}, "
+            "recover: {...}} for other values of these sections; {} for a criterion's own name, or for dms as it is."
         },
     )
     targets: list[float] = field(default_factory=list, metadata={"help": "Budgets. Default: dms.target."})

@@ -72,7 +72,7 @@ def sizes_within_budget(gates: Gates, allocation: str = "per_cost") -> Sizes:
         Per dim `[rows]`, those that follow another among them.
     """
     if allocation == "equal":
-        return _largest_fitting(gates, lambda share: _equal_sizes(gates, share))
+        return largest_fitting(gates, lambda share: _equal_sizes(gates, share))
     ranked = {name: _worth(gates, name, allocation) for name in gates.dims if gates.dims[name].follows is None}
     levels = torch.cat([worth.flatten() for worth in ranked.values()])
     levels = levels[levels.isfinite()].sort().values
@@ -82,7 +82,7 @@ def sizes_within_budget(gates: Gates, allocation: str = "per_cost") -> Sizes:
         level = levels[min(int((1 - share) * len(levels)), len(levels) - 1)]
         return {name: (worth > level).sum(-1).clamp(min=1) for name, worth in ranked.items()}
 
-    return _largest_fitting(gates, sizes_above)
+    return largest_fitting(gates, sizes_above)
 
 
 def _worth(gates: Gates, name: str, allocation: str) -> Tensor:
@@ -107,7 +107,7 @@ def _equal_sizes(gates: Gates, share: float) -> Sizes:
     }
 
 
-def _largest_fitting(gates: Gates, sizes_at: Callable[[float], Sizes]) -> Sizes:
+def largest_fitting(gates: Gates, sizes_at: Callable[[float], Sizes]) -> Sizes:
     """The sizes at the largest share of units, in [0, 1], whose resource is within the target."""
     low, high, best = 0.0, 1.0, of_every_row(gates, sizes_at(0.0))
     for _ in range(40):

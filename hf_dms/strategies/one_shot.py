@@ -13,6 +13,7 @@ from ..gating.attach import gates_of
 from .activations import FLAP, WANDA_SP
 from .allocate import Batches, Criterion, allocate_
 from .block_influence import BLOCK_INFLUENCE
+from .candidates import CANDIDATES
 from .gisp import GISP
 from .hard_concrete import HARD_CONCRETE
 from .kfac_obs import KFAC_OBS
@@ -39,6 +40,7 @@ CRITERIA: dict[str, Criterion] = {
     "taylor": TAYLOR,
     "taylor_elements": TAYLOR_ELEMENTS,
     "wanda_sp": WANDA_SP,
+    **CANDIDATES,
     **VARIANTS,
 }
 

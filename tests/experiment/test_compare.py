@@ -62,6 +62,14 @@ def test_a_search_by_epochs_is_a_search_of_whole_epochs_and_rivals_see_as_much(t
     assert rows[1]["seen"]["cut"] > 10
 
 
+def test_a_strategy_may_be_retrained_for_longer(table):
+    strategies = "compare.strategies={random: {}, longer: {criterion: random, recover: {max_steps: 3}}}"
+    *_, rows = table(strategies, "recover={max_steps: 2}", "compare.tokens=1600")
+    assert [row["seen"]["recovered"] for row in rows] == [4, 6]
+    assert rows[0]["scores"]["cut"] == rows[1]["scores"]["cut"]
+    assert rows[0]["scores"]["recovered"] != rows[1]["scores"]["recovered"]
+
+
 def test_all_seeds_share_one_fine_tuned_dense_model(table):
     finetuned = ("finetune={max_steps: 3, learning_rate: 0.01}", "compare.strategies={random: {}}", "recover={}")
     *_, rows = table(*finetuned, "compare.seeds=[0, 1]")

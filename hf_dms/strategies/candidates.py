@@ -1,0 +1,206 @@
+"""Searches that try whole plans: what the paper of DMS (arXiv 2405.07194) measures its results against.
+
+Units go in the order of one-shot Taylor importance on a quarter of the batches; only sizes are searched. A candidate is
+tried as a hard-masked dense model, all on the same few batches; how many there are follows from how many batches are
+left, each try counting its passes.
+
+- zero_shot: the best of random plans by ZiCo's score, Σ over maps of log Σ over weights of E|g| / std(g) over batches,
+  g the loss's gradient (Li et al., arXiv 2301.11300). Faithful: the score, no training. Not: the score is of a
+  pretrained model's weights here, of random ones there, and the plans are random, not evolved.
+- one_shot: evolution by the loss of subnets of one supernet, after ScaleNet (Xie et al., arXiv 2207.07267). Here the
+  dense model with its units in order is the supernet; theirs is trained for it, which a budget of this size cannot.
+- multi_shot: greedy steps of the resource, each taken where it costs least, after Amplification (Liu et al.,
+  "Greedy Network Enlarging"), run backwards: that one enlarges, and trains every candidate for a while. A step shrinks
+  one dim in a quarter of the layers.
+- compound: all dims by the same ratio, as EfficientNet scales (Tan and Le, arXiv 1905.11946), which also fits how much
+  each is worth by a grid of trained models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..gates import Gates
+from ..gating.attach import gates_of
+from ..refit.curvature import frozen
+from ..topk import ranks, topk_mask
+from .allocate import Batches, Criterion, Scores, largest_fitting, of_every_row
+from .learned import Masks, masked_by
+from .taylor import TAYLOR, vector_scores
+
+BATCHES_A_TRY = 2
+QUARTERS = 4
+SPREAD = 0.3  # of a mutation: the standard deviation of the logarithm of a share
+
+Genes = dict[str, Tensor]  # per dim, the share of units wished for, `[ratios]`, before it is made to fit the budget
+Fitness = Callable[[Masks], float]
+
+
+def sizes_of(gates: Gates, genes: Genes) -> dict[str, Tensor]:
+    """The largest sizes `[rows]` in proportion to genes that fit the budget."""
+    units = {name: gates.dims[name].units for name in genes}
+    most = 1 / min(float(shares.min()) for shares in genes.values())
+
+    def at(share: float) -> dict[str, Tensor]:
+        return {name: (share * most * genes[name] * units[name]).floor().clamp(1, units[name]) for name in genes}
+
+    return largest_fitting(gates, at)
+
+
+def hard_masks(gates: Gates, sizes: dict[str, Tensor]) -> Masks:
+    """The most important units of every row, as many as sizes say."""
+    return {name: topk_mask(gates.importance(name), size.long()) for name, size in sizes.items()}
+
+
+def random_genes(gates: Gates) -> Genes:
+    """A wish for every ratio, uniform in (0.1, 1)."""
+    device = gates.prune_ratio.device
+    free = {name: dim.num_ratios for name, dim in gates.dims.items() if dim.follows is None}
+    return {name: torch.rand(count, device=device) * 0.9 + 0.1 for name, count in free.items()}
+
+
+def evolve(gates: Gates, fitness: Fitness, tries: int, mutate: bool) -> dict[str, Tensor]:
+    """The sizes of the fittest of some random plans, the second half of them mutants of the best so far if asked."""
+    best, fittest = random_genes(gates), -torch.inf
+    for number in range(tries):
+        genes = random_genes(gates)
+        if mutate and number > tries // 2:
+            genes = {n: (g * (SPREAD * torch.randn_like(g)).exp()).clamp(0.02, 1) for n, g in best.items()}
+        found = fitness(hard_masks(gates, sizes_of(gates, genes)))
+        if found > fittest:
+            best, fittest = genes, found
+    return sizes_of(gates, best)
+
+
+def shrink(gates: Gates, fitness: Fitness, steps: int) -> dict[str, Tensor]:
+    """Sizes after greedy steps, each of the one dim and quarter of its ratios that costs least.
+
+    Args:
+        gates: their target is where it ends.
+        fitness: of hard masks.
+        steps: how many there are if each saves its share of the resource; more if what is chosen cannot.
+    """
+    goal, now = gates.schedule.target, {name: torch.ones_like(genes) for name, genes in random_genes(gates).items()}
+    step, resource = (1 - goal) / steps, 1.0
+    while resource > goal:
+        target = max(resource - step, goal)
+        options = [
+            _shrunk(gates, now, name, places, target)
+            for name, shares in now.items()
+            for places in torch.arange(len(shares), device=shares.device).tensor_split(min(QUARTERS, len(shares)))
+        ]
+        options = [option for option in options if _resource(gates, option) < resource]
+        now = max(options, key=lambda option: fitness(hard_masks(gates, _whole(gates, option))))
+        resource = _resource(gates, now)
+    return _whole(gates, now)
+
+
+def _shrunk(gates: Gates, now: Genes, name: str, places: Tensor, target: float) -> Genes:
+    """The shares with some of them lowered until the resource meets a target, or to nothing if it cannot."""
+
+    def at(factor: float) -> Genes:
+        return now | {name: now[name].index_copy(0, places, now[name][places] * factor)}
+
+    low, high = 0.0, 1.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _resource(gates, at(middle)) <= target else (low, middle)
+    return at(low)
+
+
+def _resource(gates: Gates, shares: Genes) -> float:
+    return float(gates.resource(gates.dense_sizes() | _whole(gates, shares)))
+
+
+def _whole(gates: Gates, shares: Genes) -> dict[str, Tensor]:
+    """Sizes `[rows]` of shares of the dense ones."""
+    units = {name: gates.dims[name].units for name in shares}
+    return of_every_row(gates, {n: (s * units[n]).round().clamp(1, units[n]) for n, s in shares.items()})
+
+
+# ---- how good a candidate is -----------------------------------------------------------------------------------------
+def minus_loss(model: PreTrainedModel, masks: Masks, batches: Batches) -> Fitness:
+    """Minus the mean loss of the masked model."""
+
+    @torch.no_grad()
+    def fitness(candidate: Masks) -> float:
+        masks.update(candidate)
+        return -sum(float(model(**batch).loss) for batch in batches) / len(batches)
+
+    return fitness
+
+
+def zico(gradients: Sequence[Tensor]) -> Tensor:
+    """log of the sum over weights of E|g| / std(g); weights whose gradient does not vary are left out.
+
+    Args:
+        gradients: one of the same shape for each batch.
+
+    Example:
+        >>> zico([torch.tensor([1.0, 4.0]), torch.tensor([3.0, 8.0])])  # of 2 / 1 and 6 / 2
+        tensor(1.6094)
+    """
+    stacked = torch.stack(list(gradients))
+    deviation = stacked.std(0, correction=0)
+    ratio = torch.where(deviation > 0, stacked.abs().mean(0) / deviation, 0)
+    return ratio.sum().log()
+
+
+def zico_score(model: PreTrainedModel, masks: Masks, batches: Batches) -> Fitness:
+    """ZiCo's score of the masked model, over the matrices inside its layers."""
+    bound = gates_of(model).attachment.bound
+    names = [name for name, param in bound.params.items() if param.layer is not None and len(param.axes) == 2]
+    weights = [model.get_parameter(name) for name in names]
+
+    def fitness(candidate: Masks) -> float:
+        masks.update(candidate)
+        for weight in weights:
+            weight.requires_grad_(True)
+        found = [torch.autograd.grad(model(**batch).loss, weights) for batch in batches]
+        for weight in weights:
+            weight.requires_grad_(False)
+        return float(sum(zico(gradients).clamp(min=-100) for gradients in zip(*found)))
+
+    return fitness
+
+
+# ---- criteria --------------------------------------------------------------------------------------------------------
+def candidate_scores(kind: str) -> Callable[[PreTrainedModel, Batches], Scores]:
+    """The `scores` of a criterion that tries plans: zero_shot, one_shot or multi_shot."""
+
+    def scores(model: PreTrainedModel, batches: Batches) -> Scores:
+        gates = gates_of(model)
+        first = max(len(batches) // 4, 1)
+        for name, values in vector_scores(model, batches[:first]).items():
+            gates.raw_importance(name).copy_(values)
+        shown = list(batches[first : first + BATCHES_A_TRY]) or list(batches[:1])
+        tries = max((len(batches) - first) // len(shown), 1)
+        with frozen(model), masked_by(model) as masks:
+            fitness = (zico_score if kind == "zero_shot" else minus_loss)(model, masks, shown)
+            if kind == "multi_shot":
+                options = sum(min(QUARTERS, dim.num_ratios) for dim in gates.dims.values())  # to try in a step
+                sizes = shrink(gates, fitness, max(tries // options, 1))
+            else:
+                sizes = evolve(gates, fitness, tries, mutate=kind == "one_shot")
+        return {name: _above(gates, name, size) for name, size in sizes.items()}
+
+    return scores
+
+
+def _above(gates: Gates, name: str, size: Tensor) -> Tensor:
+    """How far above the edge of what sizes keep each unit ranks, as a share of all: one threshold, 0, gives them."""
+    units = gates.dims[name].units
+    return (ranks(gates.importance(name)) + 0.5 - (units - size[:, None])) / units
+
+
+CANDIDATES = {
+    "compound": Criterion(TAYLOR.scores, allocation="equal"),
+    **{
+        kind: Criterion(candidate_scores(kind), allocation="global", dims=("layer", "depth"))
+        for kind in ("multi_shot", "one_shot", "zero_shot")
+    },
+}
