@@ -1,7 +1,8 @@
 """benchmarks/RESULTS.md, made of committed rows alone: `python tools/results.py` renews it.
 
 Rows of `hf-dms compare` lie in benchmarks/compare/NAME.jsonl, as `rows.jsonl` had them; NAME is that of the recipe in
-recipes/compare. A plot beside each is drawn anew with `python tools/results.py --plots`.
+recipes/compare. Those of benchmarks/rival_torch_pruning.py lie in benchmarks/rivals.jsonl. A plot beside the former is
+drawn anew with `python tools/results.py --plots`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from hf_dms.report.figures import save
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 HEADER = """# Results
 
-Made by `python tools/results.py` of the rows in `benchmarks/compare`; a test compares. Nothing here is typed by hand.
+Made by `python tools/results.py` of the rows in `benchmarks/compare` and `benchmarks/rivals.jsonl`; a test compares. No
+number here is typed by hand.
 
 Each strategy chose structure on the same model, examples and order, at the same budget, and saw what `seen` says, in
 examples: choice, repair and recovery together. Arrows lead from the dense model to the cut and what was done to it. In
@@ -49,9 +51,32 @@ def section(file: Path) -> str:
     return "\n\n".join(parts)
 
 
-def results(folder: Path = BENCHMARKS / "compare") -> str:
+def rivals(file: Path) -> str:
+    """What another tool came to beside ours, a line for each row."""
+    header = "| kept | criterion | tool | units kept | per layer | kept by both | perplexity | second text |"
+    lines = [header, "|" + "---|" * header.count(" | ") + "---|"]
+    for row in sorted(rows_of(file), key=lambda row: (-row["target"], row["criterion"])):
+        tool = f"{row['tool']} {row['version']}"
+        if row["tool"] != "hf_dms":
+            tool += f", normalizer {row['normalizer'] or 'none'}"
+        cells = [f"{row['target']:g}", row["criterion"], tool, f"{row['units']:,}"]
+        cells += [f"{row['narrowest']:,} to {row['widest']:,}", f"{row['agreement']:.2%}"]
+        lines.append(
+            f"| {' | '.join([*cells, format(row['perplexity'], ',.1f'), format(row['second_text'], ',.1f')])} |"
+        )
+    title = "## torch-pruning beside ours: `python benchmarks/rival_torch_pruning.py models/smollm2-135m`"
+    about = (
+        "MLP widths of SmolLM2-135M, both tools on the same gradients, dropping equally many channels of all layers "
+        "together; attention whole, no repair."
+    )
+    return "\n\n".join([title, about, "\n".join(lines)])
+
+
+def results(folder: Path = BENCHMARKS / "compare", others: Path = BENCHMARKS / "rivals.jsonl") -> str:
     """The content of RESULTS.md."""
-    return "\n".join([HEADER, *(section(file) + "\n" for file in sorted(folder.glob("*.jsonl")))])
+    parts = [section(file) for file in sorted(folder.glob("*.jsonl"))]
+    parts += [rivals(others)] if others.is_file() else []
+    return "\n".join([HEADER, *(part + "\n" for part in parts)])
 
 
 def main() -> None:
