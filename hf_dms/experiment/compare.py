@@ -22,23 +22,27 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, set_seed
 
+from ..archs.bind import bind
+from ..archs.registry import spec_for
 from ..config import SEARCH, DMSConfig
 from ..cut.plan import Plan
 from ..cut.prune import plan_of
 from ..errors import HfDmsError
 from ..gating.attach import detach_, gates_of
+from ..gating.gates_for import build_gates
+from ..gating.rounding import check_target
 from ..measure.speed import peak_resident_bytes
 from ..measure.versions import versions
 from ..refit.repair import repair_
 from ..report.comparison import write_comparison
-from ..strategies.one_shot import CRITERIA, criterion_of
+from ..strategies.one_shot import CRITERIA, check_dims, criterion_of
 from ..tasks.evaluate import evenly_spaced, example_scores, summary
 from ..tasks.registry import load_more_examples
 from ..tasks.task import Examples
 from ..training.finetune import train_
 from ..training.trainer import DMSTrainer
 from .choose import Batches, cut_by_criterion, examples_of, shuffled
-from .prepare import Prepared, lora_config, prepare, training_arguments
+from .prepare import Prepared, empty_model, lora_config, prepare, training_arguments
 from .recipe import Recipe, coerce_fields
 from .stages import dense_model
 
@@ -99,6 +103,8 @@ def compare(recipe: Recipe) -> str:
     folder = Path(recipe.output.path)
     folder.mkdir(parents=True, exist_ok=True)
     setup = _setup(recipe, folder)
+    for cell in cells:
+        _check(setup, cell)
     about = _fingerprint(recipe)
     rows = [row for row in read_rows(folder / ROWS) if row["work"] == about]
     done = [row["cell"] for row in rows]
@@ -117,7 +123,7 @@ def cells_of(recipe: Recipe) -> list[Cell]:
     """All cells of a recipe, in the order in which they are made.
 
     Raises:
-        HfDmsError: no strategies, or one that does not exist or is not defined for what is pruned.
+        HfDmsError: no strategies, or one that does not exist.
     """
     config = recipe.compare
     if not config.strategies:
@@ -156,6 +162,25 @@ def _setup(recipe: Recipe, folder: Path) -> Setup:
         other = load_more_examples(data, recipe.task, prepared.processor, prepared.config, prepared.examples)
         texts[name] = evenly_spaced(other.held_out, len(texts["held out"]))
     return Setup(prepared, texts, folder)
+
+
+def _check(setup: Setup, cell: Cell) -> None:
+    """Check that a cell can be made, before the first one is.
+
+    Raises:
+        HfDmsError: its target cannot be reached, or its strategy is not defined for what it prunes.
+    """
+    recipe, config = _recipe_of(setup.prepared.recipe, cell), setup.prepared.config
+    model = empty_model(recipe, config)
+    bound = bind(spec_for(config), model)
+    try:
+        gates = build_gates(bound, model, recipe.dms, device=torch.device("cpu"))
+        check_target(gates, bound, recipe.dms, config)
+        if (name := cell.settings.get("criterion")) is not None:
+            check_dims(criterion_of(name), name, gates, bound)
+        _examples_to_see(recipe, 1)
+    except HfDmsError as error:
+        raise HfDmsError(f"compare.strategies.{cell.strategy}, target {cell.target:g}: {error}") from error
 
 
 # ---- one cell --------------------------------------------------------------------------------------------------------

@@ -154,6 +154,23 @@ def test_mistakes_are_one_line(table, override, message):
     assert re.search(message, err)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["compare.strategies={random: {}, block_influence: {}}"],
+            "block_influence, target 0.7: .*not defined for mlp",
+        ),
+        (["compare.targets=[0.7, 0.01]"], "dms.target = 0.01 cannot be reached"),
+    ],
+)
+def test_a_cell_that_cannot_be_made_is_known_before_the_first_one(table, overrides, message):
+    code, _, err, rows = table(*overrides)
+    assert code == 2
+    assert re.search(message, err)
+    assert rows == []
+
+
 # ---- the table, by hand ----
 def row(strategy, seed, losses, target=0.5):
     def scored(values):
