@@ -40,6 +40,7 @@ from ..tasks.evaluate import evenly_spaced, example_scores, summary
 from ..tasks.registry import load_more_examples
 from ..tasks.task import Examples
 from ..training.finetune import train_
+from ..training.refitting import examples_beside_the_steps
 from ..training.trainer import DMSTrainer
 from .choose import Batches, cut_by_criterion, examples_of, shuffled
 from .prepare import Prepared, empty_model, lora_config, prepare, training_arguments
@@ -250,9 +251,12 @@ def _choose(
             model=model, args=arguments, dms_config=recipe.dms, train_dataset=examples.train,
             data_collator=examples.collate,
         )  # fmt: skip
+        beside = examples_beside_the_steps(trainer)
+        if recipe.compare.tokens is not None:
+            arguments.max_steps = max((count - beside) // batch, 1)
         trainer.train()
         searched: Any = trainer.model
-        seen, pruned = arguments.max_steps * batch, trainer.prune()
+        seen, pruned = arguments.max_steps * batch + beside, trainer.prune()
     else:
         searched, name = model, cell.settings["criterion"]
         pruned, seen = cut_by_criterion(model, recipe, name, examples, count, arguments.train_batch_size)

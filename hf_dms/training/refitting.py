@@ -74,6 +74,13 @@ def examples_to_refit_on(trainer: Any) -> list[dict[str, Tensor]]:
     return batches
 
 
+def examples_beside_the_steps(trainer: Any) -> int:
+    """Examples seen to refit on, beside those of the search's steps: at each refresh, and once for the gradient."""
+    if trainer.dms_config.search_over != "refitted":
+        return 0
+    return (REFRESHES + 1) * sum(len(next(iter(batch.values()))) for batch in examples_to_refit_on(trainer))
+
+
 def _positions(batch: dict[str, Tensor], bound: Any) -> int:
     """Tokens or patches of a batch."""
     if "input_ids" not in batch:

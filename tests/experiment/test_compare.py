@@ -55,6 +55,13 @@ def test_tokens_are_the_same_for_all_and_repair_is_among_them(table):
         assert sum(row["seen"].values()) * 16 == 160
 
 
+def test_what_a_search_refits_on_is_counted_and_equalised_too(table):
+    refitted = "{search_over: refitted, warmup_steps: 0}"
+    strategies = f"compare.strategies={{dms: {{}}, dms-refitted: {{dms: {refitted}}}}}"
+    *_, rows = table(strategies, "compare.tokens=1120", "recover={}")
+    assert [row["seen"]["cut"] * 16 for row in rows] == [1120, 1120]
+
+
 def test_a_search_by_epochs_is_a_search_of_whole_epochs_and_rivals_see_as_much(table):
     epochs = ("train.max_steps=-1", "train.num_train_epochs=1", "compare.strategies={dms: {}, taylor: {}}")
     *_, rows = table(*epochs, "recover={}", "dms.warmup_steps=1")
