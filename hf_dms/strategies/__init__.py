@@ -1,1 +1,1 @@
-"""Other ways to choose structure than the search: one-shot criteria, each a small file."""
+"""Other ways to choose structure than the search, each a small file: docs/strategies.md."""
