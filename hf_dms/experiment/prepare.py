@@ -142,9 +142,12 @@ def _check_model(recipe: Recipe, config: Any) -> None:
     check_target(gates, bound, recipe.dms, config)
     if recipe.dms.strategy != SEARCH:
         check_dims(criterion_of(recipe.dms.strategy), recipe.dms.strategy, gates, bound)
-    if recipe.recover.repair is not None:
-        with saying_where("recover.", "repair"):
+    key = "recover.repair" if recipe.recover.repair is not None else "dms.search_over"
+    if key == "recover.repair" or recipe.dms.search_over == "refitted":
+        try:
             check_repairable(model, bound)
+        except HfDmsError as error:
+            raise HfDmsError(f"{key}: {str(error).removeprefix('repair: ')}") from error
     if recipe.dms.pipeline != "np" and Path(recipe.model.path).is_dir():
         check_trained(recipe, missing_weights(Path(recipe.model.path), model))
 

@@ -161,12 +161,12 @@ def _build_recover(given: dict[str, Any]) -> RecoverConfig:
 
 
 @contextlib.contextmanager
-def saying_where(prefix: str, section: str = "data.") -> Iterator[None]:
-    """Let errors that begin with a section's name say whose it is: put a prefix before them."""
+def saying_where(prefix: str) -> Iterator[None]:
+    """Let errors that begin with `data.` say whose data: put a prefix before them."""
     try:
         yield
     except HfDmsError as error:
-        where = prefix if str(error).startswith(section) else ""
+        where = prefix if str(error).startswith("data.") else ""
         raise HfDmsError(f"{where}{error}") from error
 
 

@@ -52,9 +52,15 @@ def claim(unfinished: Path, recipe: Recipe) -> None:
         HfDmsError: there is work of a search, or of a fine-tuning before it, that the recipe would make otherwise.
     """
     now, before = _plain(recipe), _read_claim(unfinished)
-    for stage in STAGES:
+    for stage in STAGES if before is not None else ():
         folder = unfinished / stage
-        changed = "" if before is None else _changes(influences(before, stage), influences(now, stage))
+        try:
+            changed = _changes(influences(before, stage), influences(now, stage))
+        except (LookupError, TypeError, AttributeError):
+            raise HfDmsError(
+                f"{unfinished / CLAIM} is not the recipe of a run of this hf_dms, so nothing says what made the "
+                f"folder. Choose another output.path, or delete {unfinished}."
+            ) from None
         if changed and sort_checkpoints(str(folder)):
             if stage != "recover":
                 raise HfDmsError(
@@ -112,10 +118,13 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps(recipe.to_dict()))
 
 
-def _read_claim(unfinished: Path) -> dict[str, Any] | None:
-    """The recipe that made what is in the folder; None if nothing is known of one."""
+def _read_claim(unfinished: Path) -> Any:
+    """The recipe that made what is in the folder; None if there is no such file, no recipe if it cannot be read."""
     file = unfinished / CLAIM
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except ValueError:
+        return file.name
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:

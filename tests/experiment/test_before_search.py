@@ -89,6 +89,11 @@ def unlike_layers(name):
     return make
 
 
+def refitted_granite(folder, dense):
+    model, *_ = unlike_layers("granite")(folder, dense)
+    return [model, "dms.search_over=refitted", "dms.pipeline=p-", "dms.target=0.9"]
+
+
 def images(folder: Path, model_class, config) -> list[str]:
     model_class(config).save_pretrained(folder / "model")
     ViTImageProcessorPil(size={"height": 12, "width": 12}).save_pretrained(folder / "model")
@@ -177,10 +182,20 @@ BAD = {
     "weights of another config": (other_weights, "Is config.json that of the weights?"),
     "no weights": (no_weights, "has no model.safetensors"),
     "untrained head": (untrained_head, "has no weights for classifier.bias, classifier.weight, which would be random"),
-    "repair of gemma2": (unlike_layers("gemma2"), "recover.repair: what self_attn.o_proj, mlp.down_proj of a gemma2"),
-    "repair of gemma3": (unlike_layers("gemma3_text"), "recover.repair: what self_attn.o_proj, mlp.down_proj of a"),
-    "repair of granite": (unlike_layers("granite"), "recover.repair: what self_attn.o_proj, mlp.down_proj of a"),
+    "repair of gemma2": (
+        unlike_layers("gemma2"),
+        "recover.repair: what self_attn.o_proj, mlp.down_proj of a gemma2",
+    ),
+    "repair of gemma3": (
+        unlike_layers("gemma3_text"),
+        "recover.repair: what self_attn.o_proj, mlp.down_proj of a",
+    ),
+    "repair of granite": (
+        unlike_layers("granite"),
+        "recover.repair: what self_attn.o_proj, mlp.down_proj of a",
+    ),
     "repair of dinov2": (repair_of_dinov2, "This architecture cannot be repaired."),
+    "refitted search of granite": (refitted_granite, "dms.search_over: what self_attn.o_proj"),
     "truncated image": (truncated_image, "cannot be decoded"),
     "held-out rows without labels": (held_out_without_labels, "has no column 'label'"),
     "a label that is no class": (a_class_that_the_head_lacks, "data.label_column: the labels are maybe, no, yes"),

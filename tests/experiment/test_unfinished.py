@@ -149,6 +149,16 @@ def test_every_key_of_a_recipe_is_known_to_influence_a_stage_or_none():
     assert left_out - whole_sections == {"dms.max_nonfinite_steps", "recover.train", "model.base", "model.license"}
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '"a"', '{"model": 3, "dms": [], "train": null}'])
+def test_a_folder_whose_recipe_is_not_there_is_left_alone(recipe, tmp_path, capsys, content):
+    (tmp_path / "out.unfinished").mkdir()
+    claim = tmp_path / "out.unfinished" / "recipe.json"
+    claim.write_text(content)
+    assert recipe(*OPTIONS)[0] == 2
+    assert "is not the recipe of a run of this hf_dms" in capsys.readouterr().err
+    assert claim.read_text() == content
+
+
 def test_each_stage_has_a_precision_of_its_own(recipe, steps):
     """accelerate keeps the precision of the first Trainer of a process for all that follow, unless it is reset."""
     precisions = ["finetune.bf16=true", "recover.bf16=false", "train.bf16=true", "recover.max_steps=3"]
