@@ -29,6 +29,7 @@ from hf_dms import DMSConfig, HfDmsError, prune
 from hf_dms.archs.bind import bind
 from hf_dms.archs.registry import spec_for
 from hf_dms.checkpoint.save import save_pruned
+from hf_dms.cli import main
 from hf_dms.cut.verify import dummy_inputs
 from hf_dms.refit.layerwise import Walk, find_places
 from hf_dms.refit.repairable import check_repairable
@@ -285,3 +286,14 @@ def test_a_model_is_not_saved_over_the_one_it_was_cut_from(tmp_path):
     again = type(pruned).from_pretrained(tmp_path / "pruned")
     with pytest.raises(HfDmsError, match="which the result is made from"):
         save_pruned(again, tmp_path / "pruned", overwrite=True)
+
+
+def test_a_cut_by_a_plan_does_not_replace_the_files_it_cuts(recipe, dense, tmp_path, capsys):
+    model = copy_of_dense(tmp_path, dense)
+    assert recipe("dms.pipeline=p-", "train.max_steps=3", "eval=null")[0] == 0
+    before = {file.name: file.read_bytes() for file in model.iterdir()}
+    for output in (model, tmp_path):
+        options = [f"model.path={model}", f"output.path={output}", "output.overwrite=true"]
+        assert main(["prune", "--plan", str(tmp_path / "out"), *options]) == 2
+        assert "which the result is made from and which it would replace" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in model.iterdir()} == before
