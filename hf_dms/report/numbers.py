@@ -158,7 +158,7 @@ def heading(report: dict[str, Any], name: str) -> str:
 def notes(report: dict[str, Any]) -> list[str]:
     """What must be said beside the table: how the search ended if that was off its target, and what rounding cost."""
     found = [report["outcome"]["message"]] if report.get("outcome", {}).get("message") else []
-    soft = report.get("masks", {}).get("soft", {})
+    soft = report["masks"]["soft"] if report.get("search") else {}  # a choice without a search has no soft masks
     for metric, number in (("perplexity", ".2f"), ("accuracy", ".4f")):
         if soft.get(metric) is not None and report["pruned"].get(metric) is not None:
             found.append(

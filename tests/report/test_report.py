@@ -18,7 +18,7 @@ from helpers.tiny import tiny_llama
 from PIL import Image
 
 from hf_dms.cli import main
-from hf_dms.report.numbers import as_written, without_local_paths
+from hf_dms.report.numbers import as_written, notes, without_local_paths
 from hf_dms.report.page import render
 from hf_dms.report.report import schema
 from hf_dms.tasks.images import picture
@@ -210,6 +210,15 @@ def test_a_report_conforms_and_mistakes_are_found():
     assert "'sample' was unexpected" in mistakes(report | {"sample": ""})[0]
     assert "$.layout: 'x' is not one of" in mistakes(report | {"layout": "x"})[0]
     assert "is valid under each of" in mistakes(report | {"model": {}, "proof": "tensors", "left_out": []})[0]
+
+
+def test_what_is_said_beside_the_table_is_of_a_search_alone():
+    report = make_report()
+    (said,) = notes(report)
+    assert said == "On the soft masks that the search ended with, the held-out perplexity was 0.75; the cut has 0.75."
+    assert notes(report | {"outcome": {"message": "Below."}}) == ["Below.", said]
+    assert notes(report | {"search": []}) == []
+    assert notes({"dense": {}, "pruned": {}}) == []
 
 
 def test_the_schema_is_that_of_the_dataclass():
