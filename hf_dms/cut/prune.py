@@ -21,7 +21,7 @@ from ..gates import Gates
 from ..gating.attach import attach_, check_gates_outside, detach_, gates_of, has_gates
 from ..gating.checks import check_model
 from ..gating.gates_for import recount_
-from ..gating.outcome import say_outcome
+from ..gating.outcome import say_gap, say_outcome
 from ..gating.rounding import round_sizes
 from ..resource import Sizes
 from ..topk import topk_mask
@@ -79,6 +79,7 @@ def prune(
             "prune: no search has run on these gates; units are chosen by weight magnitude, at equal ratios.",
             stacklevel=2,
         )
+        say_gap(model)
     else:
         check_searched(gates)
         say_outcome(model)

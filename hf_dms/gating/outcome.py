@@ -8,15 +8,13 @@ from torch import nn
 from transformers.utils import logging
 
 from ..archs.plain_view import base_model_of
+from ..config import DMSConfig
 from .attach import gates_of
-from .rounding import round_sizes
+from .rounding import ABOVE, BELOW, round_sizes
 
 logger = logging.get_logger(__name__)
 
-ABOVE = (
-    0.01  # learned resource above the target by more than this share of it: the cut is smaller than what was learned
-)
-BELOW = 0.03  # below it by more than this: the search took more than it was asked for
+SHORT = 0.02  # a cut below the target by more than this share of it: the allowed sizes are too far apart
 
 
 class SearchOutcome(TypedDict):
@@ -56,13 +54,21 @@ def search_outcome(model: nn.Module) -> SearchOutcome:
         learned=learned,
         cut=cut,
         verdict=verdict,
-        message=_message(verdict, learned, cut, config.target, config.resource),
+        message=" ".join(
+            filter(None, [_message(verdict, learned, cut, config.target, config.resource), _gap(cut, config)])
+        ),
     )
 
 
 def say_outcome(model: nn.Module) -> None:
-    """Warn, once, of a search that ended above or clearly below its target."""
+    """Warn, once, of a search that ended above or clearly below its target, and of sizes too coarse to use it up."""
     if message := search_outcome(model)["message"]:
+        logger.warning_once(message)
+
+
+def say_gap(model: nn.Module) -> None:
+    """Warn, once, of sizes too coarse to use the target up, on a model that was not searched."""
+    if message := _gap(search_outcome(model)["cut"], gates_of(model).attachment.config):
         logger.warning_once(message)
 
 
@@ -85,3 +91,15 @@ def _message(verdict: str, learned: float, cut: float, target: float, resource: 
             "Search for more steps, or lower dms.gate_learning_rate or dms.resource_weight."
         )
     return ""
+
+
+def _gap(cut: float, config: DMSConfig) -> str:
+    """What to say where multiples of `round_to` make the cut much smaller than asked."""
+    if cut >= config.target * (1 - SHORT) or not any(step > 1 for step in config.round_to.values()):
+        return ""
+    steps = ", ".join(f"{name}: {step}" for name, step in config.round_to.items())
+    return (
+        f"dms.round_to = {{{steps}}} makes the cut smaller than asked: {cut:.3f} of the dense {config.resource}, "
+        f"target {config.target:g}; one more step of any dim would exceed it. Choose smaller multiples, or a target "
+        "nearer to what they allow."
+    )

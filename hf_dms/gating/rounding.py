@@ -1,27 +1,37 @@
 """From learned prune ratios to whole sizes that keep the budget exactly.
 
-The learned sizes (1 - a)·N are scaled by one common factor, the largest with which their rounded values fit. Then, as
-long as one more step of some dim fits, the dim that is furthest below its learned size takes it. So the result is at
-most the target, maximal (no single allowed step of any dim still fits), and near what was learned.
+The coarse dims (layers, KV groups, heads, and the hidden size beside MLPs) get the allowed sizes nearest to the
+learned ones, (1 - a)·N. The finest dims take what is left: their learned sizes are scaled by one common factor, the
+largest with which everything fits, and as long as a step of one still fits, the one furthest below its learned size
+takes it. So the result is at most the target, maximal (no single allowed step of any dim still fits), and near what was
+learned.
+
+Two cases need more. Learned sizes that miss the target by more than half a step of every coarse dim (no search, or one
+that did not arrive) are first scaled to it, all dims alike. Where the finest dims cannot make room for the coarse ones,
+these go down step by step, the one first whose units are least important for what they cost.
 """
 
 from __future__ import annotations
 
 import math
-from math import lcm
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..archs.bind import BoundSpec
-from ..archs.stock import Divisor, divisors, excluded_sizes
 from ..config import DMSConfig
 from ..errors import HfDmsError
 from ..gates import Gates
 from ..resource import Sizes
 from ..topk import topk_mask
+from .allowed import AllowedSizes, State
 
-State = dict[str, Tensor]  # whole size of every prune ratio, `[num_ratios]` int64 per dim
+ABOVE = 0.01  # learned resource above the target by no more than this share of it counts as on target
+BELOW = 0.03  # the same below it
+BISECTIONS = 64
 
 
 def round_sizes(gates: Gates, bound: BoundSpec, config: DMSConfig, model_config) -> Sizes:
@@ -52,53 +62,38 @@ def check_target(gates: Gates, bound: BoundSpec, config: DMSConfig, model_config
 
 
 class _Rounding:
+    """Attributes:
+
+    allowed: which sizes there are.
+    learned: sizes that the ratios say, `[num_ratios]` float64 per dim.
+    budget: what the sizes may cost.
+    finest: the dims that absorb what the others leave.
+    """
+
     def __init__(self, gates: Gates, bound: BoundSpec, config: DMSConfig, model_config) -> None:
-        self.gates = gates
-        self.target = config.target
+        self.gates, self.bound, self.target = gates, bound, config.target
         self.budget = config.target * gates.dense_resource
-        self.limits = divisors(bound, config, model_config, gates.dims)
-        self.fixed = bound.sizes
-        self.stacks = list(bound.stacks)
-        self.stack_of = {name: bound.stack_of(name) for name in gates.dims}
-        self.step, self.low, self.high, self.learned = {}, {}, {}, {}
-        for name, dim in gates.dims.items():
-            if dim.follows is not None:
-                continue
-            self.step[name] = dim.step
-            low, high = torch.tensor(dim.lowest), torch.tensor(dim.highest)
-            self.low[name] = low.max()[None] if dim.shared else low
-            self.high[name] = high.min()[None] if dim.shared else high
-            ratio = gates.ratio(name).detach().double().cpu()
-            self.learned[name] = (1 - ratio[: dim.num_ratios]) * dim.units
-        self.excluded = excluded_sizes(bound, {name: dim.follows for name, dim in gates.dims.items()})
-        for name, size in self.excluded.items():
-            self.low[name] += self.step[name] * (self.low[name] == size)
-            self.high[name] -= self.step[name] * (self.high[name] == size)
-            if self.low[name] > self.high[name]:
-                raise HfDmsError(
-                    f"dms.protect and dms.round_to leave {name} no size but {size}, at which the stock "
-                    f"{bound.spec.model_type} is another architecture. Loosen them."
-                )
+        self.allowed = AllowedSizes(gates, bound, config, model_config)
+        self.learned: State = {}
+        for name in self.allowed.low:
+            dim = gates.dims[name]
+            ratio = gates.ratio(name)[: dim.num_ratios].detach().double().cpu()
+            self.learned[name] = (1 - ratio) * dim.units
 
     def solve(self) -> Sizes:
-        state = self.smallest()
-        scale, state = self._largest_fitting_scale(state)
-        state = self._with_free_dims_whole(state)
-        while (grown := self._grow(state, scale)) is not None:
+        self.smallest()
+        wanted = self._scaled_to_the_target()
+        self.finest = self._finest(wanted)
+        wanted = self._fill(self._make_room(wanted))
+        state = self._with_free_dims_whole(self.allowed.nearest(wanted))
+        while (grown := self._grow(state, wanted)) is not None:
             state = grown
         dropped = self._dropped_layers(state)  # growing them unit by unit would take long and change nothing
         for name, value in state.items():
             if len(value) > 1:
-                rows = list(dropped[str(self.stack_of[name])])
-                value[rows] = self.high[name][rows]
+                rows = list(dropped[str(self.bound.stack_of(name))])
+                value[rows] = self.allowed.high[name][rows]
         return {name: self.rows(state, name).clone() for name in self.gates.dims}
-
-    def rows(self, state: State, name: str) -> Tensor:
-        """Sizes of all rows of a dim, `[..., rows]`, of those of its prune ratios or of the dim that it follows."""
-        dim = self.gates.dims[name]
-        if dim.follows is not None:
-            return self.gates.following_units(name, self.rows(state, dim.follows))
-        return state[name].expand(*state[name].shape[:-1], dim.rows)
 
     def smallest(self) -> State:
         """The smallest allowed sizes.
@@ -106,7 +101,7 @@ class _Rounding:
         Raises:
             ValueError: even they do not meet the target.
         """
-        state = self.snap(0.0)
+        state = self.allowed.smallest()
         lowest = float(self.count(state)) / self.gates.dense_resource
         if self.count(state) > self.budget:
             shown = math.ceil(lowest * 1e4) / 1e4
@@ -117,118 +112,148 @@ class _Rounding:
             )
         return state
 
-    def _largest_fitting_scale(self, state: State) -> tuple[float, State]:
-        """Bisect for the common factor; `state` is that of factor 0, which fits."""
-        low, high = 0.0, max(float((self.high[name] / self.learned[name].clamp(min=1e-6)).max()) for name in state)
+    # ---- what is wanted ----------------------------------------------------------------------------------------------
+    def _scaled_to_the_target(self) -> State:
+        """The learned sizes, if rounding explains by how much they miss the target; else scaled to it, all alike."""
+        self.finest = self._finest(self.learned)
+        half = {name: (name not in self.finest) * self.allowed.step[name] / 2 for name in self.learned}
+        below, above = ({n: size + sign * half[n] for n, size in self.learned.items()} for sign in (-1, 1))
+        if self._relaxed(below) * (1 - ABOVE) <= self.budget <= self._relaxed(above) * (1 + BELOW):
+            return self.learned
+        factor = self._largest(lambda factor: self._relaxed(self._scaled(factor)) <= self.budget)
+        return self._scaled(factor)
+
+    def _scaled(self, factor: float) -> State:
+        """The learned sizes times a factor, within what is allowed."""
+        low, high = self.allowed.low, self.allowed.high
+        return {n: (size * factor).clamp(low[n].double(), high[n].double()) for n, size in self.learned.items()}
+
+    def _relaxed(self, sizes: State) -> float:
+        """What sizes that need not be whole cost, within what is allowed."""
+        low, high = self.allowed.low, self.allowed.high
+        return float(self.count({n: s.clamp(low[n].double(), high[n].double()) for n, s in sizes.items()}))
+
+    def _finest(self, wanted: State) -> list[str]:
+        """The dims of the kind whose step costs least; dims that cost nothing at all are none."""
+        state = self.allowed.nearest(wanted)
+        costs = {}
+        for name, size in state.items():
+            step = self.allowed.step_at(state, name)
+            moved = [self.allowed.nearest(wanted | {name: (size + sign * step).double()}) for sign in (1, -1)]
+            cost = max(abs(float(self.count(each) - self.count(state))) for each in moved) / len(size)
+            if cost > 0:
+                costs[name] = cost
+        if not costs:
+            return list(state)
+        kind = self._kind(min(costs, key=lambda name: costs[name]))
+        return [name for name in costs if self._kind(name) == kind]
+
+    def _kind(self, name: str) -> str:
+        """What a unit of a dim is: a layer, a group of channels (heads, KV groups), or a channel of layers or model."""
+        if name in self.bound.stacks:
+            return "depth"
+        axes = (axis for param in self.bound.params.values() for axis in param.axes if name in axis)
+        grouped = any(self.bound.product(axis) > self.bound.sizes[name] for axis in axes)
+        return "group" if grouped else self.bound.spec.dim(name).scope
+
+    # ---- what fits ---------------------------------------------------------------------------------------------------
+    def _make_room(self, wanted: State) -> State:
+        """Lower wanted sizes of coarse dims until everything fits with the finest dims at their smallest sizes."""
+        nothing = {name: torch.zeros_like(wanted[name]) for name in self.finest}
+        state = self.allowed.nearest(wanted | nothing)
+        while self.count(state) > self.budget:
+            choices = []
+            for name, i in [(n, i) for n, sizes in wanted.items() if n not in self.finest for i in range(len(sizes))]:
+                lower = wanted[name].clone()
+                lower[i] = int(state[name][i]) - self.allowed.step_at(state, name)
+                candidate = self.allowed.nearest(wanted | nothing | {name: lower})
+                if (saved := float(self.count(state) - self.count(candidate))) > 0:
+                    choices.append((self._importance_lost(state, candidate) / saved, name, lower))
+            if not choices:
+                return {name: size.double() for name, size in self.allowed.smallest().items()}
+            _, name, lower = min(choices, key=lambda choice: choice[0])
+            wanted = wanted | {name: lower}
+            state = self.allowed.nearest(wanted | nothing)
+        return wanted
+
+    def _importance_lost(self, state: State, lower: State) -> float:
+        """Importance of the units that smaller sizes leave out, in layers that stay."""
+        lost, dropped = 0.0, self._dropped_layers(state)
+        for name, dim in self.gates.dims.items():
+            importance = self.gates.importance(name).cpu().nan_to_num(posinf=0.0).sort(dim=-1, descending=True).values
+            kept = F.pad(importance.double().cumsum(-1), (1, 0))
+            difference = [kept.gather(-1, self.rows(sizes, name).unsqueeze(-1)).squeeze(-1) for sizes in (state, lower)]
+            gone = dropped.get(str(self.bound.stack_of(name)), set())
+            rows = [row for row in range(dim.rows) if row not in gone]
+            lost += float((difference[0] - difference[1])[rows].clamp(min=0).sum())
+        return lost
+
+    def _fill(self, wanted: State) -> State:
+        """The wanted sizes, those of the finest dims times the largest common factor with which everything fits."""
+
+        def at(factor: float) -> State:
+            return wanted | {name: factor * wanted[name] for name in self.finest}
+
+        return at(self._largest(lambda factor: self.count(self.allowed.nearest(at(factor))) <= self.budget))
+
+    def _largest(self, fits: Callable[[float], Any]) -> float:
+        """The largest factor that fits, by bisection; 0 if none is found."""
+        low, high = 0.0, max(float((self.allowed.high[n] / s.clamp(min=1e-6)).max()) for n, s in self.learned.items())
         high = min(high + 1.0, 1e9)
-        for _ in range(64):
+        for _ in range(BISECTIONS):
             middle = (low + high) / 2
-            candidate = self.snap(middle)
-            if self.count(candidate) <= self.budget:
-                low, state = middle, candidate
-            else:
-                high = middle
-        return low, state
-
-    def snap(self, scale: float) -> State:
-        """The allowed sizes nearest to `scale` times the learned ones."""
-        state = {}
-        for name, learned in self.learned.items():
-            step = self.step[name]
-            nearest = ((learned * scale / step + 0.5).floor() * step).long()
-            state[name] = torch.minimum(torch.maximum(nearest, self.low[name]), self.high[name])
-            if name in self.excluded:
-                state[name] -= step * (state[name] == self.excluded[name])
-        for limit in self.limits:
-            self._respect_(state, limit)
-        return state
-
-    def _respect_(self, state: State, limit: Divisor) -> None:
-        """Lower the sizes until a limit holds: the multiple to the next one below, or, if it is fixed, the divisor."""
-        if limit.multiple in state:
-            divisor = limit.unit * (int(state[limit.dim]) if limit.dim in state else self.fixed[limit.dim])
-            step = lcm(self.step[limit.multiple], divisor)
-            low = -(-int(self.low[limit.multiple]) // step) * step
-            value = max(int(state[limit.multiple]) // step * step, low)
-            if value <= int(self.high[limit.multiple]):
-                state[limit.multiple] = torch.tensor([value])
-                return
-        candidates = (
-            range(int(self.low[limit.dim]), int(state[limit.dim]) + 1, self.step[limit.dim])
-            if limit.dim in state
-            else ()
-        )
-        allowed = [size for size in candidates if self._allowed(state | {limit.dim: torch.tensor([size])})]
-        if not allowed:
-            layouts = "per_layer" if limit.multiple in state else "per_layer or padded"
-            raise HfDmsError(
-                f"layout uniform: no allowed sizes make {limit.unit}·{limit.dim} a divisor of {limit.multiple}, which "
-                f"the stock config demands. Use layout: {layouts}, or loosen protect and round_to."
-            )
-        state[limit.dim] = torch.tensor([max(allowed)])
-
-    def _allowed(self, state: State) -> bool:
-        def size(name: str) -> int:
-            return int(state[name]) if name in state else self.fixed[name]
-
-        divide = all(size(limit.multiple) % (limit.unit * size(limit.dim)) == 0 for limit in self.limits)
-        return divide and all(size(name) != excluded for name, excluded in self.excluded.items())
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
 
     def _with_free_dims_whole(self, state: State) -> State:
         """Leave a dim uncut if that costs nothing, as the MLP's width in key-value bytes."""
-        bound_by_limits = {name for limit in self.limits for name in (limit.dim, limit.multiple)}
-        for name in set(state) - bound_by_limits:
-            whole = state | {name: self.high[name]}
+        bound_by_limits = {name for limit in self.allowed.limits for name in (limit.dim, limit.multiple)}
+        for name in (name for name in state if name not in bound_by_limits):
+            whole = state | {name: self.allowed.high[name]}
             if self.count(whole) == self.count(state):
                 state = whole
         return state
 
-    def _grow(self, state: State, scale: float) -> State | None:
-        """The state after one more allowed step of the dim that is furthest below its learned size, if any fits."""
+    def _grow(self, state: State, wanted: State) -> State | None:
+        """The state after one more allowed step that fits: of the finest dims first, of the one furthest below."""
         dropped = self._dropped_layers(state)
-        gates = [
-            (name, i)
+        steps = [
+            (name, i, size)
             for name, value in state.items()
             for i in range(len(value))
-            if len(value) == 1 or i not in dropped[str(self.stack_of[name])]
+            if len(value) == 1 or i not in dropped[str(self.bound.stack_of(name))]
+            if (size := self.allowed.above(state, name, i))
         ]
-        steps = [(name, i, size) for name, i in gates if (size := self._next(state, name, i))]
         if not steps:
             return None
         candidates = {name: value.repeat(len(steps), 1) for name, value in state.items()}
         for row, (name, i, size) in enumerate(steps):
             candidates[name][row, i] = size
         fits = self.count(candidates) <= self.budget
-        best, best_lack = None, -torch.inf
+        best, best_lack = None, (False, -math.inf)
         for row, (name, i, size) in enumerate(steps):
             current = int(state[name][i])
-            lack = (scale * float(self.learned[name][i]) - current) / (size - current)
+            lack = (name in self.finest, (float(wanted[name][i]) - current) / (size - current))
             if fits[row] and lack > best_lack:
                 best, best_lack = row, lack
         return None if best is None else {name: value[best] for name, value in candidates.items()}
 
+    # ---- counting ----------------------------------------------------------------------------------------------------
+    def rows(self, state: State, name: str) -> Tensor:
+        """Sizes of all rows of a dim, `[..., rows]`, of those of its prune ratios or of the dim that it follows."""
+        dim = self.gates.dims[name]
+        if dim.follows is not None:
+            return self.gates.following_units(name, self.rows(state, dim.follows))
+        return state[name].expand(*state[name].shape[:-1], dim.rows)
+
     def _dropped_layers(self, state: State) -> dict[str, set[int]]:
         """Layers of each stack that go as a whole: their widths cost nothing and say nothing."""
-        dropped: dict[str, set[int]] = {stack: set() for stack in self.stacks}
-        for stack in self.stacks:
+        dropped: dict[str, set[int]] = {stack: set() for stack in self.bound.stacks}
+        for stack in self.bound.stacks:
             if stack in state:
                 mask = topk_mask(self.gates.importance(stack)[0].cpu(), state[stack].squeeze())
                 dropped[stack] = set((mask == 0).nonzero().flatten().tolist())
         return dropped
-
-    def _next(self, state: State, name: str, i: int) -> int | None:
-        """The next larger allowed size of one prune ratio, all others unchanged."""
-        step = self.step[name]
-        for limit in self.limits:
-            if limit.multiple == name:
-                step = lcm(step, limit.unit * (int(state[limit.dim]) if limit.dim in state else self.fixed[limit.dim]))
-        size, high = int(state[name][i]) + step, int(self.high[name][i])
-        while size <= high:
-            checked = self.limits or name in self.excluded
-            if not checked or self._allowed(state | {name: torch.tensor([size])}):
-                return size
-            size += step
-        return None
 
     def count(self, state: State) -> Tensor:
         """The limited resource, `[...]` float64, of sizes `[..., num_ratios]`."""

@@ -6,11 +6,12 @@ import re
 import pytest
 import torch
 from helpers.tiny import lowest_target, search_, tiny_llama
-from hypothesis import assume, given, settings
+from hypothesis import assume, find, given, settings
 from hypothesis import strategies as st
 
-from hf_dms import DMSConfig, attach_, detach_
+from hf_dms import DMSConfig, attach_, detach_, prune
 from hf_dms.gating.attach import gates_of
+from hf_dms.gating.outcome import search_outcome
 from hf_dms.gating.rounding import check_target, round_sizes
 
 DIMS = ("kv", "mlp", "hidden", "layers")
@@ -91,10 +92,15 @@ def requests(draw):
         protect=protect,
         resource=draw(st.sampled_from(["params", "macs"])),
         resource_scope=draw(st.sampled_from(["model", "layers"])),
-        round_to={name: step for name in ("mlp", "hidden") if (step := draw(st.sampled_from([1, 1, 2, 4])) > 1)},
+        round_to={name: step for name in ("mlp", "hidden") if (step := draw(st.sampled_from([1, 1, 2, 4]))) > 1},
     )
     biases = draw(st.booleans()) and not (layout == "padded" and "hidden" in prune)  # no stock config has such sizes
     return dict(attention_bias=biases), options, draw(st.integers(0, 1000)), draw(st.floats(0, 1))
+
+
+def test_requests_draw_multiples():
+    found = find(requests(), lambda request: set(request[1]["round_to"].values()) >= {2, 4})
+    assert DMSConfig(target=1.0, **found[1]).round_to == found[1]["round_to"]
 
 
 @given(requests())
@@ -114,6 +120,85 @@ def test_the_result_fits_the_budget_and_no_single_step_up_does(request_):
     assert count(gates, sizes) <= budget
     for larger in single_steps(sizes, *request_):
         assert count(gates, larger) > budget, f"{larger} fits too"
+
+
+def learn_(gates, learned):
+    """Set the ratios to those of learned sizes, `[num_ratios]` per dim."""
+    with torch.no_grad():
+        gates.prune_ratio.copy_(torch.cat([1 - learned[name] / dim.units for name, dim in gates.dims.items()]))
+
+
+def kept_rows(gates, sizes):
+    """Rows of the layers that stay; the widths of the others say nothing."""
+    if "layers" not in sizes:
+        return slice(None)
+    return gates.importance("layers")[0].topk(int(sizes["layers"])).indices.sort().values
+
+
+COARSE = ("kv", "layers")
+depths = st.sampled_from(["uniform", "per_layer"])
+
+
+@given(depths, st.sampled_from([1, 1, 2, 4]), st.integers(0, 1000), st.floats(0.05, 0.95), st.data())
+@settings(max_examples=60)
+def test_no_coarse_dim_changes_that_was_learned_within_half_a_unit(layout, step, seed, share, data):
+    request_ = gates, *_ = gated(seed, layout=layout, prune=("kv", "mlp", "layers"), round_to={"mlp": step})
+    lowest = lowest_target(*request_)
+    target = lowest + share * (1 - lowest)
+    sizes = rounded(target, *request_)
+    learned = {name: sizes[name][: dim.num_ratios].double() for name, dim in gates.dims.items()}
+    for name in COARSE:
+        for i in range(len(learned[name])):
+            learned[name][i] += data.draw(st.floats(-0.49, 0.49))
+    learn_(gates, {name: size.clamp(max=gates.dims[name].units) for name, size in learned.items()})
+    again, rows = rounded(target, *request_), kept_rows(gates, sizes)
+    assert again["layers"].tolist() == sizes["layers"].tolist()
+    assert again["kv"][rows].tolist() == sizes["kv"][rows].tolist()
+    assert again["mlp"][rows].tolist() == sizes["mlp"][rows].tolist()
+
+
+@given(depths, st.integers(0, 1000), st.floats(0.3, 0.7))
+@settings(max_examples=60)
+def test_on_target_coarse_dims_get_the_nearest_sizes_and_the_finest_the_rest(layout, seed, width):
+    overrides = dict(intermediate_size=400, num_key_value_heads=6)  # so wide that the rest has room
+    request_ = gates, *_ = gated(seed, overrides, layout=layout, prune=("kv", "mlp", "layers"))
+    generator = torch.Generator().manual_seed(seed)
+    learned = {
+        name: {"kv": 2.0, "layers": 1.5, "mlp": 400 * width}[name]
+        + {"kv": 3.0, "layers": 1.0, "mlp": 40.0}[name] * torch.rand(dim.num_ratios, generator=generator)
+        for name, dim in gates.dims.items()
+    }
+    learn_(gates, learned)
+    sizes = rounded(float(gates.resource().detach()), *request_)
+    rows = kept_rows(gates, sizes)
+    assert sizes["layers"].tolist() == [int(learned["layers"] + 0.5)]
+    nearest = (learned["kv"].expand(3) + 0.5).floor().long()
+    assert sizes["kv"][rows].tolist() == nearest[rows].tolist()
+    assert float(gates.resource(gates.dense_sizes() | sizes)) == pytest.approx(
+        float(gates.resource().detach()), abs=0.01
+    )
+
+
+def test_the_quickstarts_cut_has_the_layers_and_groups_that_were_learned():
+    """Layers 29.6 of 30 and 2.8 of 3 KV groups stay; once all sizes shrank together, and a layer went for nothing."""
+    overrides = dict(intermediate_size=153, num_hidden_layers=30)
+    request_ = gates, *_ = gated(0, overrides, prune=("kv", "mlp", "layers"), resource_scope="layers")
+    learn_(gates, {"kv": torch.tensor([2.8]), "mlp": torch.tensor([127.8]), "layers": torch.tensor([29.6])})
+    sizes = rounded(float(gates.resource().detach()), *request_)
+    assert (int(sizes["layers"]), int(sizes["kv"][0])) == (30, 3)
+    assert 120 < int(sizes["mlp"][0]) < 127
+
+
+@pytest.mark.parametrize("least", ["kv", "layers"])
+def test_where_a_coarse_dim_must_go_down_it_is_the_one_whose_units_matter_least(least):
+    request_ = gates, *_ = gated(prune=("kv", "mlp", "layers"), protect={"min": {"mlp": 19}})
+    learn_(gates, {"kv": torch.tensor([3.0]), "mlp": torch.tensor([19.0]), "layers": torch.tensor([3.0])})
+    for name in COARSE:
+        gates.raw_importance(name).fill_(1e-9 if name == least else 1.0)
+    whole = gates.dense_sizes() | {"mlp": torch.full((3,), 19.0)}
+    sizes = rounded(count(gates, whole) / gates.dense_resource - 0.01, *request_)
+    found = {name: int(sizes[name][0]) for name in COARSE}
+    assert found == {"kv": 3, "layers": 3} | {least: 2}
 
 
 @pytest.mark.parametrize("layout", ["uniform", "per_layer"])
@@ -218,3 +303,19 @@ def test_a_multiple_that_no_stock_config_has_is_an_error_where_the_heads_are_not
     with pytest.raises(ValueError, match=r"no allowed sizes make 2·kv a divisor of hidden, .* Use layout: per_layer"):
         attach_(tiny_llama(attention_bias=True), DMSConfig(target=0.99, **options))
     attach_(tiny_llama(attention_bias=True), DMSConfig(target=0.99, layout="per_layer", **options))
+
+
+# ---- multiples too coarse for the target ----
+def test_multiples_that_make_the_cut_much_smaller_than_asked_are_told(caplog):
+    model, options = tiny_llama(), dict(prune=("mlp",), resource_scope="layers")
+    message = r"dms.round_to = {mlp: 10} makes the cut smaller than asked: 0.7\d\d of the dense params, target 0.9; "
+    attach_(model, DMSConfig(target=0.9, round_to={"mlp": 10}, **options))
+    search_(model)
+    assert re.search(message, search_outcome(model)["message"])
+    detach_(model)
+    with pytest.warns(UserWarning, match="no search has run"):
+        prune(model, DMSConfig(target=0.9, round_to={"mlp": 10}, **options))
+    assert re.search(message, caplog.text)
+    attach_(model, DMSConfig(target=0.9, **options))
+    search_(model)
+    assert "round_to" not in search_outcome(model)["message"]

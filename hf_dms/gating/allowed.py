@@ -1,0 +1,128 @@
+"""Which whole sizes a dim may have: multiples (`round_to`), protections, and what a stock config can express.
+
+What they cost, and which of them a search ends at, is in rounding.py.
+"""
+
+from __future__ import annotations
+
+from math import lcm
+
+import torch
+from torch import Tensor
+
+from ..archs.bind import BoundSpec
+from ..archs.stock import Divisor, divisors, excluded_sizes
+from ..config import DMSConfig
+from ..errors import HfDmsError
+from ..gates import Gates
+
+State = dict[str, Tensor]  # size of every prune ratio, `[num_ratios]` per dim that follows no other one
+
+HALF = 0.5 + 1e-6  # a learned size that misses a half by the rounding error of its float32 ratio counts as the half
+
+
+class AllowedSizes:
+    """The sizes that the dims of a request may have, each by itself and together.
+
+    Attributes:
+        step: per dim, sizes are multiples of it.
+        low, high: per dim, smallest and largest size of every prune ratio, `[num_ratios]` int64.
+        limits: products that must divide the size of another dim.
+        excluded: per dim, one size that it must not have.
+
+    Raises:
+        ValueError: a dim has no allowed size.
+    """
+
+    def __init__(self, gates: Gates, bound: BoundSpec, config: DMSConfig, model_config) -> None:
+        self.limits = divisors(bound, config, model_config, gates.dims)
+        self.fixed = bound.sizes
+        self.step: dict[str, int] = {}
+        self.low: State = {}
+        self.high: State = {}
+        for name, dim in gates.dims.items():
+            if dim.follows is None:
+                low, high = torch.tensor(dim.lowest), torch.tensor(dim.highest)
+                self.step[name] = dim.step
+                self.low[name] = low.max()[None] if dim.shared else low
+                self.high[name] = high.min()[None] if dim.shared else high
+        self.excluded = excluded_sizes(bound, {name: dim.follows for name, dim in gates.dims.items()})
+        for name, size in self.excluded.items():
+            self.low[name] += self.step[name] * (self.low[name] == size)
+            self.high[name] -= self.step[name] * (self.high[name] == size)
+            if self.low[name] > self.high[name]:
+                raise HfDmsError(
+                    f"dms.protect and dms.round_to leave {name} no size but {size}, at which the stock "
+                    f"{bound.spec.model_type} is another architecture. Loosen them."
+                )
+
+    def nearest(self, wanted: State) -> State:
+        """The allowed sizes nearest to wanted ones, which need not be whole; of two equally near ones the larger."""
+        state = {}
+        for name, size in wanted.items():
+            step = self.step[name]
+            rounded = ((size / step + HALF).floor() * step).long()
+            state[name] = torch.minimum(torch.maximum(rounded, self.low[name]), self.high[name])
+            if name in self.excluded:
+                state[name] -= step * (state[name] == self.excluded[name])
+        for limit in self.limits:
+            self._respect_(state, limit, wanted)
+        return state
+
+    def smallest(self) -> State:
+        """The smallest allowed sizes."""
+        return self.nearest({name: torch.zeros_like(low) for name, low in self.low.items()})
+
+    def above(self, state: State, name: str, i: int) -> int | None:
+        """The next larger allowed size of one prune ratio, all others unchanged."""
+        step = self.step_at(state, name)
+        size, high = int(state[name][i]) + step, int(self.high[name][i])
+        while size <= high:
+            checked = self.limits or name in self.excluded
+            if not checked or self.allows(state | {name: torch.tensor([size])}):
+                return size
+            size += step
+        return None
+
+    def step_at(self, state: State, name: str) -> int:
+        """The step of a dim's sizes, all others unchanged, as far as it is the same everywhere."""
+        step = self.step[name]
+        for limit in self.limits:
+            if limit.multiple == name:
+                step = lcm(step, limit.unit * self._size(state, limit.dim))
+        return step
+
+    def allows(self, state: State) -> bool:
+        """Whether sizes that are multiples within their range are allowed together."""
+        divide = all(
+            self._size(state, limit.multiple) % (limit.unit * self._size(state, limit.dim)) == 0
+            for limit in self.limits
+        )
+        return divide and all(self._size(state, name) != excluded for name, excluded in self.excluded.items())
+
+    def _size(self, state: State, name: str) -> int:
+        return int(state[name]) if name in state else self.fixed[name]
+
+    def _respect_(self, state: State, limit: Divisor, wanted: State) -> None:
+        """Change sizes so that a limit holds: the multiple, or, if there is none or it is fixed, the divisor."""
+        if limit.multiple in state:
+            step, name = self.step_at(state, limit.multiple), limit.multiple
+            low, high = -(-int(self.low[name]) // step) * step, int(self.high[name]) // step * step
+            if low <= high:
+                nearest = int(float(wanted[name]) / step + HALF) * step
+                state[name] = torch.tensor([min(max(nearest, low), high)])
+                return
+        sizes = (
+            range(int(self.low[limit.dim]), int(self.high[limit.dim]) + 1, self.step[limit.dim])
+            if limit.dim in state
+            else ()
+        )
+        allowed = [size for size in sizes if self.allows(state | {limit.dim: torch.tensor([size])})]
+        if not allowed:
+            layouts = "per_layer" if limit.multiple in state else "per_layer or padded"
+            raise HfDmsError(
+                f"layout uniform: no allowed sizes make {limit.unit}·{limit.dim} a divisor of {limit.multiple}, which "
+                f"the stock config demands. Use layout: {layouts}, or loosen protect and round_to."
+            )
+        size = float(wanted[limit.dim])
+        state[limit.dim] = torch.tensor([min(allowed, key=lambda each: (abs(each - size), -each))])
