@@ -9,6 +9,7 @@ Masks travel as logarithms: for y = x·exp(log m), dL/d(log m) = m·dL/dm is exa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +92,9 @@ class Gates(nn.Module):
         self.fixed_sizes = fixed_sizes
         self.schedule = schedule
         self.num_updates = 0
-        self.rounded: Sizes | None = None  # exact sizes that hard masks take instead of the ratios' own
+        self.rounded: Sizes | None = None  # exact sizes that hard masks take instead of those of `rounder`
+        self.rounder: Callable[[Gates], Sizes] | None = None  # the sizes that a cut would have now; set by attach_
+        self.rounding: tuple[Any, Sizes] | None = None  # what it found, and for what
         self.attachment: Any = None  # where in a model these gates are (masking.Attachment)
         self.refitted: frozenset[str] = frozenset()  # dims whose maps run refitted in training (refit/search.py)
         self.refit_ratio: Tensor | None = None  # the prune ratios when they were refitted
@@ -197,12 +200,21 @@ class Gates(nn.Module):
         return ((mask > 0.05) & (mask < 0.95)).float().mean()
 
     def hard_units(self, name: str) -> Tensor:
-        """Units that a hard mask keeps, `[rows]` int64."""
+        """Units that a hard mask keeps, `[rows]` int64: as many as the cut would have now.
+
+        Before the first update there is nothing to cut by, and they are the learned ones, all of them.
+        """
         if self.rounded is not None:
             return self.rounded[name].to(self.prune_ratio.device)
+        if self.rounder is None or self.num_updates == 0:
+            return self.learned_units(name)
+        return self.rounder(self)[name].to(self.prune_ratio.device)
+
+    def learned_units(self, name: str) -> Tensor:
+        """The whole numbers nearest to what the ratios keep, `[rows]` int64, whatever the budget and multiples say."""
         dim = self.dims[name]
         if dim.follows is not None:
-            return self.following_units(name, self.hard_units(dim.follows))
+            return self.following_units(name, self.learned_units(dim.follows))
         lowest, highest = (torch.tensor(bound, device=self.prune_ratio.device) for bound in (dim.lowest, dim.highest))
         return num_kept(self.ratio(name), dim.units).clamp(lowest, highest)
 

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_dms import DMSConfig, attach_
+from hf_dms.cut.prune import plan_of
 from hf_dms.gating.attach import gates_of
 from hf_dms.resource import scheduled_target
-from hf_dms.topk import hard_topk_mask, soft_topk_mask
+from hf_dms.topk import soft_topk_mask
 
 DIMS = ("kv", "mlp", "hidden", "layers")
 
@@ -122,9 +123,9 @@ def test_ratios_are_clamped_to_what_protection_allows():
         assert bool((gates.prune_ratio >= 0).all() and (gates.prune_ratio < 1).all())
         mlp, kv = ((15, 2) if value < 0 else (5, 1)), gates.ratio("kv")
         assert torch.allclose(gates.ratio("mlp") * 20, torch.tensor([20.0 - mlp[0], 0.0, 20.0 - mlp[0]]))
-        assert gates.hard_units("mlp").tolist() == [mlp[0], 20, mlp[0]]
+        assert gates.learned_units("mlp").tolist() == [mlp[0], 20, mlp[0]]
         assert torch.allclose(kv * 3, torch.tensor([3.0 - mlp[1], 0.0, 3.0 - mlp[1]]))
-        assert int(gates.hard_units("layers")) == (3 if value < 0 else 1)
+        assert int(gates.learned_units("layers")) == (3 if value < 0 else 1)
 
 
 def test_ratios_start_where_nothing_is_pruned():
@@ -319,15 +320,16 @@ def test_the_first_soft_masks_of_open_gates_are_almost_open():
 
 # ---- what evaluation and the resource see ----
 @pytest.mark.parametrize("layout", ["uniform", "per_layer"])
-def test_hard_masks_keep_what_hard_sizes_say(layout):
+def test_hard_masks_keep_what_the_cut_keeps(layout):
     model, gates = gated(layout=layout)
+    plan = plan_of(model)
     model.eval()
     model(**token_batch())
     sizes = gates.hard_sizes()
     for name in DIMS:
         mask = torch.stack(gates.log_masks[name]).exp()
         assert torch.equal(mask.sum(-1).double(), sizes[name])
-        assert torch.equal(mask, hard_topk_mask(gates.importance(name), gates.ratio(name)))
+        assert [row.nonzero().flatten().tolist() for row in mask] == [row.tolist() for row in plan.kept[name]]
     assert gates.log_masks["mlp"][0].requires_grad is False
     assert float(gates.resource(sizes)) == pytest.approx(float(gates.count(sizes)) / gates.dense_resource)
 
@@ -337,8 +339,9 @@ def test_the_soft_resource_meets_the_hard_one_at_whole_sizes_and_falls_with_ever
     with torch.no_grad():
         for (_, dim), ratio in zip(gates.dims.items(), gates.prune_ratio.split([3, 3, 1, 1])):
             ratio.copy_((ratio * dim.units).round() / dim.units)
-    assert float(gates.resource().detach()) == pytest.approx(float(gates.resource(gates.hard_sizes())), rel=1e-5)
-    kept = gates.importance("layers")[0].topk(int(gates.hard_units("layers"))).indices.tolist()
+    learned = gates.dense_sizes() | {name: gates.learned_units(name).double() for name in gates.dims}
+    assert float(gates.resource().detach()) == pytest.approx(float(gates.resource(learned)), rel=1e-5)
+    kept = gates.importance("layers")[0].topk(int(gates.learned_units("layers"))).indices.tolist()
     gates.resource().backward()
     for row in range(3):
         assert (gates.prune_ratio.grad[[row, 3 + row]] < 0).all() == (row in kept)

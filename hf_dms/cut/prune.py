@@ -22,7 +22,7 @@ from ..gating.attach import attach_, check_gates_outside, detach_, gates_of, has
 from ..gating.checks import check_model
 from ..gating.gates_for import recount_
 from ..gating.outcome import say_gap, say_outcome
-from ..gating.rounding import round_sizes
+from ..gating.rounding import sizes_of
 from ..resource import Sizes
 from ..topk import topk_mask
 from .plan import Plan
@@ -117,7 +117,7 @@ def plan_of(model: PreTrainedModel) -> Plan:
     gates = gates_of(model)
     recount_(gates, model)
     with _ranked(model):
-        return make_plan(gates, round_sizes(gates, gates.attachment.bound, gates.attachment.config, model.config))
+        return make_plan(gates, sizes_of(gates))
 
 
 def make_plan(gates: Gates, sizes: Sizes) -> Plan:

@@ -29,15 +29,16 @@ from ..gates import Gates
 from ..masked_ops import GateResidual, MaskedNorm, MaskUnits
 from .checks import check_as_built, check_attachable, check_checkpointing, check_model
 from .gates_for import build_gates
-from .rounding import check_target
+from .rounding import check_target, sizes_of
 
 
 @dataclass(frozen=True)
 class Attachment:
-    """Where gates are: the architecture they are bound to, the request, the hooks that read them, what they froze."""
+    """Where gates are: the architecture, the request, the model's config, the hooks that read them, what they froze."""
 
     bound: BoundSpec
     config: DMSConfig
+    model_config: Any
     hooks: list[RemovableHandle]
     frozen: list[str] = field(default_factory=list)  # parameters that `freeze_` took the gradient from
 
@@ -86,7 +87,8 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
             for path, row, shape in masked_inputs(bound, name):
                 hook = functools.partial(_mask_input, gates, name, row, shape)
                 hooks.append(submodule(model, path).register_forward_pre_hook(hook))
-    gates.attachment = Attachment(bound, dms_config, hooks)
+    gates.attachment = Attachment(bound, dms_config, model.config, hooks)
+    gates.rounder = sizes_of
 
 
 def detach_(model: PreTrainedModel) -> None:

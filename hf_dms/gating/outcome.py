@@ -7,10 +7,9 @@ from typing import TypedDict
 from torch import nn
 from transformers.utils import logging
 
-from ..archs.plain_view import base_model_of
 from ..config import DMSConfig
 from .attach import gates_of
-from .rounding import ABOVE, BELOW, round_sizes
+from .rounding import ABOVE, BELOW, sizes_of
 
 logger = logging.get_logger(__name__)
 
@@ -45,8 +44,7 @@ def search_outcome(model: nn.Module) -> SearchOutcome:
     """
     gates, config = gates_of(model), gates_of(model).attachment.config
     learned = float(gates.resource().detach())
-    sizes = round_sizes(gates, gates.attachment.bound, config, base_model_of(model).config)
-    cut = float(gates.resource(gates.dense_sizes() | sizes))
+    cut = float(gates.resource(gates.dense_sizes() | sizes_of(gates)))
     verdict = _verdict(learned, config.target)
     return SearchOutcome(
         resource=config.resource,

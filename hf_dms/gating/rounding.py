@@ -52,6 +52,26 @@ def round_sizes(gates: Gates, bound: BoundSpec, config: DMSConfig, model_config)
     return _Rounding(gates, bound, config, model_config).solve()
 
 
+def sizes_of(gates: Gates) -> Sizes:
+    """Whole sizes for the gates of a model as they are now, those of the last call if nothing has changed since.
+
+    Args:
+        gates: gates on a model, whose attachment has the rest.
+
+    Returns:
+        Per dim `[rows]` int64.
+
+    Raises:
+        ValueError: see `round_sizes`.
+    """
+    at = gates.attachment
+    versions = tuple((id(gates.raw_importance(name)), gates.raw_importance(name)._version) for name in gates.dims)
+    key = (gates.prune_ratio.tolist(), versions, at.config.target, gates.dense_resource)
+    if gates.rounding is None or gates.rounding[0] != key:
+        gates.rounding = (key, round_sizes(gates, at.bound, at.config, at.model_config))
+    return gates.rounding[1]
+
+
 def check_target(gates: Gates, bound: BoundSpec, config: DMSConfig, model_config) -> None:
     """Check that allowed sizes can meet the target.
 

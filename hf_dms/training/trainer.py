@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.modelcard import TrainingSummary
-from transformers.utils import logging
 
 from ..archs.plain_view import is_packed, packed_weights_may_stay
 from ..archs.restoring import restoring
@@ -36,8 +35,6 @@ from .exact_resume import ExactCheckpointsMixin, loss_is_summed_over_micro_batch
 from .progress import show_progress_
 from .refitting import RefitCallback
 from .step_guard import FiniteStepsMixin
-
-logger = logging.get_logger(__name__)
 
 
 class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
@@ -262,24 +259,16 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         """Units kept per dim (mean over layers, smallest and largest if they differ) and how sharp its mask is."""
         gates, logs = self.gates, {}
         for name, dim in gates.dims.items():
-            kept = gates.hard_units(name).float()
+            kept = gates.learned_units(name).float()
             logs[f"kept/{name}"] = float(kept.mean())
             if dim.num_ratios > 1:
                 logs |= {f"kept_min/{name}": float(kept.min()), f"kept_max/{name}": float(kept.max())}
             logs[f"undecided/{name}"] = float(gates.undecided(name))
         return logs
 
-    @property
-    def _meets_target(self) -> bool:
-        """Whether the hard-masked model can be the best one, or one that early stopping looks at."""
-        return bool(self.gates.resource(self.gates.hard_sizes()) <= self.dms_config.target * (1 + 1e-3))
-
-    def _determine_best_metric(self, metrics, trial) -> bool:
-        return self._meets_target and super()._determine_best_metric(metrics, trial)
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         callbacks = self.callback_handler.callbacks
-        if not self._meets_target:
+        if self.gates.target(self.progress) > self.dms_config.target:  # the search itself is not at what is cut yet
             seeing = [callback for callback in callbacks if not isinstance(callback, EarlyStoppingCallback)]
             self.callback_handler.callbacks = seeing
         try:
@@ -364,9 +353,6 @@ class _GateCallback(TrainerCallback):
         self.trainer.dms_config.check_length(state.max_steps)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        if args.load_best_model_at_end and state.best_model_checkpoint is None:
-            target = self.trainer.dms_config.target
-            logger.warning(f"No checkpoint meets the target {target:g}, so none is the best one: the last model stays.")
         if self.trainer.is_world_process_zero():
             say_outcome(self.trainer._unwrapped())
 
