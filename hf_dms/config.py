@@ -98,6 +98,11 @@ class DMSConfig:
         "How the target falls: geometric, from 1 to target over the first `target_ramp` of the search; or constant.",
     )
     target_ramp: float = _option(0.7, "Fraction of the search over which a falling target reaches its end, in (0, 1].")
+    decide_at: float = _option(
+        0.85,
+        "Fraction of the search after which layers, heads and KV groups get the whole sizes that they will have in the "
+        "cut, and hard masks; MLP widths learn on until the end. 1: nothing is decided before the cut.",
+    )
     resource_weight: float = _option(10.0, "λ_resource, the weight of the resource loss beside the task loss.")
     gate_learning_rate: float | None = _option(
         None, "Constant learning rate of the prune ratios. Default: 2 / steps of the search, within [0.002, 0.05]."
@@ -157,6 +162,7 @@ class DMSConfig:
         ranges = {  # name: (lowest, highest, is the lowest allowed, is the highest allowed)
             "importance_decay": (0, 1, True, False),
             "target_ramp": (0, 1, False, True),
+            "decide_at": (0, 1, False, True),
             "warmup_steps": (0, math.inf, True, False),
             "resource_weight": (0, math.inf, True, False),
             "gate_learning_rate": (0, math.inf, True, False),

@@ -9,9 +9,10 @@ Masks travel as logarithms: for y = x·exp(log m), dL/d(log m) = m·dL/dm is exa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,18 @@ class GatedDim:
         return 1 if self.shared else self.rows
 
 
+class Rounded(NamedTuple):
+    """Whole sizes that the learned ratios round to (gating/rounding.py).
+
+    Attributes:
+        sizes: units kept per dim, `[rows]` int64.
+        coarse: dims whose single units matter: layers, KV groups, heads, and all that does not absorb what they leave.
+    """
+
+    sizes: Sizes
+    coarse: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class SearchSchedule:
     """How the search proceeds: what `Gates` needs of a DMSConfig."""
@@ -66,6 +79,7 @@ class SearchSchedule:
     target_ramp: float = 0.7
     target_schedule: str = "geometric"
     resource_weight: float = 10.0
+    decide_at: float = 0.85
 
 
 class Gates(nn.Module):
@@ -93,36 +107,46 @@ class Gates(nn.Module):
         self.schedule = schedule
         self.num_updates = 0
         self.rounded: Sizes | None = None  # exact sizes that hard masks take instead of those of `rounder`
-        self.rounder: Callable[[Gates], Sizes] | None = None  # the sizes that a cut would have now; set by attach_
-        self.rounding: tuple[Any, Sizes] | None = None  # what it found, and for what
+        self.rounder: Callable[[Gates], Rounded] | None = None  # the sizes that a cut would have now; set by attach_
+        self.rounding: tuple[Any, Rounded] | None = None  # what it found, and for what
+        self.decided: Sizes = {}  # dims that have whole sizes already, see `decide_`
+        self.soft_in_evaluation = False  # whether evaluation mode runs on soft masks too, see `soft_masks`
         self.attachment: Any = None  # where in a model these gates are (masking.Attachment)
         self.refitted: frozenset[str] = frozenset()  # dims whose maps run refitted in training (refit/search.py)
         self.refit_ratio: Tensor | None = None  # the prune ratios when they were refitted
         self.log_masks: dict[str, tuple[Any, ...]] = {}  # tensors; None: no mask
         self._taylor: dict[str, Tensor] = {}
         self._gathered: set[str] = set()  # dims that a backward pass has reached since the last update
-        lower, upper = [], []
-        for dim in dims:
-            if dim.follows is not None:
-                continue
-            low, high = 1 - torch.tensor(dim.highest) / dim.units, 1 - torch.tensor(dim.lowest) / dim.units
-            lower.append(low.max()[None] if dim.shared else low)
-            upper.append(high.min()[None] if dim.shared else high)
-        self.prune_ratio = nn.Parameter(torch.cat(lower).float().to(device))
-        self.register_buffer("lower", torch.cat(lower).float().to(device))
-        self.register_buffer("upper", torch.cat(upper).float().to(device))
+        lower, upper = self._bounds()
+        self.prune_ratio = nn.Parameter(lower.clone().to(device))
+        self.register_buffer("lower", lower.to(device))
+        self.register_buffer("upper", upper.to(device))
         for dim in dims:
             self.register_buffer(f"importance_{dim.name}", torch.zeros(dim.rows, dim.units, device=device))
         self.cost = cost.to(self.prune_ratio.device)
         self.dense_resource = float(self.count(self.dense_sizes()))
 
     # ---- state -------------------------------------------------------------------------------------------------------
+    def _bounds(self) -> tuple[Tensor, Tensor]:
+        """Smallest and largest prune ratios that the allowed sizes mean, `[ratios]` each."""
+        lower, upper = [], []
+        for dim in self.dims.values():
+            if dim.follows is None:
+                low, high = 1 - torch.tensor(dim.highest) / dim.units, 1 - torch.tensor(dim.lowest) / dim.units
+                lower.append(low.max()[None] if dim.shared else low)
+                upper.append(high.min()[None] if dim.shared else high)
+        return torch.cat(lower).float(), torch.cat(upper).float()
+
+    def _of_dim(self, ratios: Tensor, name: str) -> Tensor:
+        """The part of a vector of all prune ratios that belongs to a dim, a view: `[num_ratios]`."""
+        return dict(zip(self.dims, ratios.split([dim.num_ratios for dim in self.dims.values()])))[name]
+
     def ratio(self, name: str) -> Tensor:
-        """Prune ratios of a dim, one per row: `[rows]`, differentiable."""
+        """Prune ratios of a dim, one per row: `[rows]`, differentiable unless they are decided."""
         if (leader := self.dims[name].follows) is not None:
             return self.ratio(leader)[:1].expand(self.dims[name].rows)
-        ratios = dict(zip(self.dims, self.prune_ratio.split([dim.num_ratios for dim in self.dims.values()])))
-        return ratios[name].expand(self.dims[name].rows)
+        ratio = self._of_dim(self.prune_ratio, name).expand(self.dims[name].rows)
+        return ratio.detach() if name in self.decided else ratio
 
     def raw_importance(self, name: str) -> Tensor:
         """The buffer that holds the moving average itself, `[rows, units]`."""
@@ -140,6 +164,7 @@ class Gates(nn.Module):
         """Everything that a search must not lose, as tensors."""
         state = {f"importance_{name}": self.raw_importance(name) for name in self.dims}
         state |= {} if self.refit_ratio is None else {"refit_ratio": self.refit_ratio}
+        state |= {f"decided_{name}": size for name, size in self.decided.items()}
         return state | {"prune_ratio": self.prune_ratio.detach(), "num_updates": torch.tensor(self.num_updates)}
 
     @torch.no_grad()
@@ -149,8 +174,9 @@ class Gates(nn.Module):
         Raises:
             ValueError: when the state belongs to other gates.
         """
-        mine = {name: tensor for name, tensor in self.search_state().items() if name != "refit_ratio"}
-        for name, tensor in mine.items():
+        for name, tensor in self.search_state().items():
+            if name == "refit_ratio" or name.startswith("decided_"):
+                continue
             if name not in state or state[name].shape != tensor.shape:
                 found = "is missing" if name not in state else f"has shape {tuple(state[name].shape)}"
                 raise HfDmsError(
@@ -161,6 +187,9 @@ class Gates(nn.Module):
             low, high = {"num_updates": (0, 2**31), "prune_ratio": (0, 1)}.get(name, (-torch.inf, torch.inf))
             if not (tensor.isfinite() & (tensor >= low) & (tensor <= high)).all():
                 raise HfDmsError(f"search state: {name} holds numbers that no search has. Was the file changed?")
+        lower, upper = self._bounds()
+        self.lower.copy_(lower), self.upper.copy_(upper)
+        self._fix_({name: state[f"decided_{name}"] for name in self.dims if f"decided_{name}" in state})
         self.prune_ratio.copy_(state["prune_ratio"])
         self.refit_ratio = state.get("refit_ratio")
         self.num_updates = int(state["num_updates"])
@@ -175,16 +204,20 @@ class Gates(nn.Module):
 
     def compute_masks_(self) -> None:
         """Compute the masks of all dims for one forward pass: soft in training mode, hard in evaluation mode."""
+        soft = self.training or self.soft_in_evaluation
         if self.training:
             self.clamp_ratios_()
         for name, dim in self.dims.items():
-            if self.training and name in self.refitted:
+            if soft and name in self.refitted:
                 self.log_masks[name] = (None,) * dim.rows
                 continue
-            if not self.training:
+            if not soft:
                 log_mask = topk_mask(self.importance(name), self.hard_units(name)).log()
             elif self.is_warming_up:
                 log_mask = torch.zeros(dim.rows, dim.units, device=self.prune_ratio.device, requires_grad=True)
+            elif name in self.decided:
+                mask = topk_mask(self.importance(name), self.decided[name].to(self.prune_ratio.device))
+                log_mask = mask.log().requires_grad_()
             else:
                 log_mask = log_soft_topk_mask(self.importance(name), self.ratio(name), dim.sharpness)
             if self.training and torch.is_grad_enabled():
@@ -194,7 +227,7 @@ class Gates(nn.Module):
     @torch.no_grad()
     def undecided(self, name: str) -> Tensor:
         """Share of a dim's units whose soft mask is between 0.05 and 0.95, a scalar: small when masks are sharp."""
-        if self.is_warming_up:
+        if self.is_warming_up or name in self.decided:
             return torch.zeros((), device=self.prune_ratio.device)
         mask = log_soft_topk_mask(self.importance(name), self.ratio(name), self.dims[name].sharpness).exp()
         return ((mask > 0.05) & (mask < 0.95)).float().mean()
@@ -208,7 +241,7 @@ class Gates(nn.Module):
             return self.rounded[name].to(self.prune_ratio.device)
         if self.rounder is None or self.num_updates == 0:
             return self.learned_units(name)
-        return self.rounder(self)[name].to(self.prune_ratio.device)
+        return self.rounder(self).sizes[name].to(self.prune_ratio.device)
 
     def learned_units(self, name: str) -> Tensor:
         """The whole numbers nearest to what the ratios keep, `[rows]` int64, whatever the budget and multiples say."""
@@ -228,6 +261,45 @@ class Gates(nn.Module):
     def clamp_ratios_(self) -> None:
         """Keep the prune ratios in [0, 1] and within the sizes that are allowed; every training forward does it too."""
         self.prune_ratio.clamp_(self.lower, self.upper)
+
+    def decide_(self, progress: float) -> None:
+        """Give all dims the whole sizes that they would have in the cut, once, late in the search.
+
+        The coarse ones keep them: their masks are hard from then on, in training too. The finest dims learn on from
+        there. A short dim would otherwise stand half open to the end, and the cut would be another model than the one
+        searched. Call it before each step.
+
+        Args:
+            progress: fraction of the search that is done, in [0, 1]; nothing happens before `decide_at`.
+        """
+        if self.decided or self.rounder is None or self.is_warming_up or self.num_updates == 0:
+            return
+        if self.schedule.decide_at <= progress < 1:
+            rounded = self.rounder(self)
+            self._set_ratios_([self.prune_ratio], rounded.sizes)
+            self._fix_({name: rounded.sizes[name] for name in rounded.coarse})
+
+    def _fix_(self, sizes: Sizes) -> None:
+        """Let dims have whole sizes, `[rows]` each, that no longer move; all others move."""
+        self.decided = dict(sizes)
+        self._set_ratios_([self.prune_ratio, self.lower, self.upper], sizes)
+
+    @torch.no_grad()
+    def _set_ratios_(self, vectors: list[Tensor], sizes: Sizes) -> None:
+        """Set what belongs to some dims, in vectors of all prune ratios, to those of whole sizes, `[rows]` each."""
+        for name, size in sizes.items():
+            if (dim := self.dims[name]).follows is None:
+                for ratios in vectors:
+                    self._of_dim(ratios, name).copy_(1 - size[: dim.num_ratios] / dim.units)
+
+    @contextlib.contextmanager
+    def soft_masks(self) -> Iterator[None]:
+        """Run the model on soft masks in evaluation mode too, for a while."""
+        self.soft_in_evaluation = True
+        try:
+            yield
+        finally:
+            self.soft_in_evaluation = False
 
     def step_terms(self) -> list[Tensor]:
         """What the backward passes of a step left in this process: Taylor terms of every dim, gradient of the ratios.

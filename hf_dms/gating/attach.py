@@ -29,7 +29,7 @@ from ..gates import Gates
 from ..masked_ops import GateResidual, MaskedNorm, MaskUnits
 from .checks import check_as_built, check_attachable, check_checkpointing, check_model
 from .gates_for import build_gates
-from .rounding import check_target, sizes_of
+from .rounding import check_target, rounded_of
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
                 hook = functools.partial(_mask_input, gates, name, row, shape)
                 hooks.append(submodule(model, path).register_forward_pre_hook(hook))
     gates.attachment = Attachment(bound, dms_config, model.config, hooks)
-    gates.rounder = sizes_of
+    gates.rounder = rounded_of
 
 
 def detach_(model: PreTrainedModel) -> None:

@@ -58,6 +58,7 @@ def build_gates(
         target_ramp=config.target_ramp,
         target_schedule=config.target_schedule,
         resource_weight=config.resource_weight,
+        decide_at=config.decide_at,
     )
     return Gates(dims, fixed_sizes, cost, schedule, device=model.device if device is None else device)
 

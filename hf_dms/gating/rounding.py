@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from ..archs.bind import BoundSpec
 from ..config import DMSConfig
 from ..errors import HfDmsError
-from ..gates import Gates
+from ..gates import Gates, Rounded
 from ..resource import Sizes
 from ..topk import topk_mask
 from .allowed import AllowedSizes, State
@@ -52,24 +52,29 @@ def round_sizes(gates: Gates, bound: BoundSpec, config: DMSConfig, model_config)
     return _Rounding(gates, bound, config, model_config).solve()
 
 
-def sizes_of(gates: Gates) -> Sizes:
-    """Whole sizes for the gates of a model as they are now, those of the last call if nothing has changed since.
-
-    Args:
-        gates: gates on a model, whose attachment has the rest.
-
-    Returns:
-        Per dim `[rows]` int64.
+def rounded_of(gates: Gates) -> Rounded:
+    """What the gates of a model round to as they are now; the last result if nothing has changed since.
 
     Raises:
         ValueError: see `round_sizes`.
     """
     at = gates.attachment
     versions = tuple((id(gates.raw_importance(name)), gates.raw_importance(name)._version) for name in gates.dims)
-    key = (gates.prune_ratio.tolist(), versions, at.config.target, gates.dense_resource)
+    key = (gates.prune_ratio.tolist(), versions, [*gates.decided], at.config.target, gates.dense_resource)
     if gates.rounding is None or gates.rounding[0] != key:
-        gates.rounding = (key, round_sizes(gates, at.bound, at.config, at.model_config))
+        rounding = _Rounding(gates, at.bound, at.config, at.model_config)
+        sizes = rounding.solve()
+        gates.rounding = (key, Rounded(sizes, rounding.coarse()))
     return gates.rounding[1]
+
+
+def sizes_of(gates: Gates) -> Sizes:
+    """Whole sizes for the gates of a model as they are now, per dim `[rows]` int64.
+
+    Raises:
+        ValueError: see `round_sizes`.
+    """
+    return rounded_of(gates).sizes
 
 
 def check_target(gates: Gates, bound: BoundSpec, config: DMSConfig, model_config) -> None:
@@ -102,6 +107,9 @@ class _Rounding:
 
     def solve(self) -> Sizes:
         self.smallest()
+        if self.gates.decided.keys() == self.gates.dims.keys():
+            self.finest = []
+            return {name: size.clone() for name, size in self.gates.decided.items()}
         wanted = self._scaled_to_the_target()
         self.finest = self._finest(wanted)
         wanted = self._fill(self._make_room(wanted))
@@ -132,6 +140,11 @@ class _Rounding:
             )
         return state
 
+    def coarse(self) -> tuple[str, ...]:
+        """The dims that absorb nothing; and if what absorbs is no channels but layers or groups, these too."""
+        channels = [name for name in self.finest if self._kind(name) in ("layer", "model")]
+        return tuple(name for name, dim in self.gates.dims.items() if (dim.follows or name) not in channels)
+
     # ---- what is wanted ----------------------------------------------------------------------------------------------
     def _scaled_to_the_target(self) -> State:
         """The learned sizes, if rounding explains by how much they miss the target; else scaled to it, all alike."""
@@ -144,9 +157,10 @@ class _Rounding:
         return self._scaled(factor)
 
     def _scaled(self, factor: float) -> State:
-        """The learned sizes times a factor, within what is allowed."""
+        """The learned sizes times a factor, within what is allowed; those that are decided stay."""
         low, high = self.allowed.low, self.allowed.high
-        return {n: (size * factor).clamp(low[n].double(), high[n].double()) for n, size in self.learned.items()}
+        free = {name: size * (1 if name in self.gates.decided else factor) for name, size in self.learned.items()}
+        return {name: size.clamp(low[name].double(), high[name].double()) for name, size in free.items()}
 
     def _relaxed(self, sizes: State) -> float:
         """What sizes that need not be whole cost, within what is allowed."""
@@ -158,13 +172,15 @@ class _Rounding:
         state = self.allowed.nearest(wanted)
         costs = {}
         for name, size in state.items():
+            if name in self.gates.decided:
+                continue
             step = self.allowed.step_at(state, name)
             moved = [self.allowed.nearest(wanted | {name: (size + sign * step).double()}) for sign in (1, -1)]
             cost = max(abs(float(self.count(each) - self.count(state))) for each in moved) / len(size)
             if cost > 0:
                 costs[name] = cost
         if not costs:
-            return list(state)
+            return [name for name in state if name not in self.gates.decided]
         kind = self._kind(min(costs, key=lambda name: costs[name]))
         return [name for name in costs if self._kind(name) == kind]
 

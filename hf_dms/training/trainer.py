@@ -99,8 +99,24 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         return float(self.dms_config.with_defaults_for(steps).gate_learning_rate or 0)
 
     def search_outcome(self) -> SearchOutcome:
-        """How the search ended: what it learned and what the cut keeps, beside the target (`gating/outcome.py`)."""
-        return search_outcome(self._unwrapped())
+        """How the search ended: what it learned and what the cut keeps, beside the target (`gating/outcome.py`).
+
+        With evaluation data also the losses on soft masks and of the cut. Every process must call it.
+        """
+        outcome = search_outcome(self._unwrapped())
+        if self.eval_dataset is not None:
+            with self.gates.soft_masks():
+                outcome["soft_loss"] = self._evaluation_loss()
+            outcome["cut_loss"] = self._evaluation_loss()
+        return outcome
+
+    def _evaluation_loss(self) -> float:
+        """Mean loss on the evaluation data (the first set, if there are several), not logged."""
+        data = self.eval_dataset
+        loader = self.get_eval_dataloader(next(iter(data.values())) if isinstance(data, dict) else data)
+        metrics = self.evaluation_loop(loader, "Evaluation", prediction_loss_only=True).metrics
+        self.callback_handler.on_predict(self.args, self.state, self.control, metrics)  # closes its progress bar
+        return float(metrics["eval_loss"])
 
     def prune(self) -> PreTrainedModel:
         """Cut the model to the exact budget and prove the result on a batch of the trainer's data.
@@ -357,6 +373,7 @@ class _GateCallback(TrainerCallback):
             say_outcome(self.trainer._unwrapped())
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer.gates.decide_(self.trainer.progress)
         for group in self.trainer.optimizer.param_groups:
             if group.get("gates"):
                 group["lr"] = self.trainer.gate_learning_rate

@@ -1,0 +1,172 @@
+"""Late in a search the coarse dims get whole sizes, so that the model at its end is the one that is cut."""
+
+import copy
+
+import pytest
+import torch
+from helpers.searches import bit_equal, logged, stories, trained, weights
+from helpers.tiny import search_, tiny_llama, token_batch
+
+from hf_dms import DMSConfig, attach_
+from hf_dms.cut.prune import plan_of
+from hf_dms.gating.attach import gates_of
+from hf_dms.gating.rounding import sizes_of
+
+
+def searched(seed=0, **options):
+    """A model past its warm-up, with random ratios and importance."""
+    model = tiny_llama()
+    attach_(model, DMSConfig(**({"target": 0.6, "layout": "per_layer"} | options)))
+    search_(model, seed)
+    return model, gates_of(model)
+
+
+def backward(model):
+    batch = token_batch()
+    model.train()
+    model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per_layer"])
+def test_decided_dims_run_on_the_masks_of_the_cut_in_training_too(layout):
+    model, gates = searched(layout=layout)
+    plan = plan_of(model)
+    gates.decide_(0.84)
+    assert gates.decided == {}
+    gates.decide_(0.85)
+    assert set(gates.decided) == {"kv", "hidden", "layers"}
+    backward(model)
+    for name in gates.decided:
+        masks = torch.stack(gates.log_masks[name]).exp()
+        assert [row.nonzero().flatten().tolist() for row in masks] == [row.tolist() for row in plan.kept[name]]
+        assert set(masks.unique().tolist()) <= {0.0, 1.0}
+        assert gates.undecided(name) == 0
+    before = {name: gates.raw_importance(name).clone() for name in gates.dims}
+    gates.update_importance_()
+    assert all(gates.raw_importance(name).isfinite().all() for name in gates.dims)
+    for name in gates.decided:  # the kept ones gather importance as before, those that are gone fade
+        mask = torch.stack(gates.log_masks[name]).exp()
+        assert torch.allclose(gates.raw_importance(name)[mask == 0], 0.99 * before[name][mask == 0])
+    gathered = gates.raw_importance("layers")[0] > 0.99001 * before["layers"][0]
+    assert torch.equal(gathered.float(), torch.stack(gates.log_masks["layers"]).exp()[0])
+    assert not set(torch.stack(gates.log_masks["mlp"]).exp().unique().tolist()) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per_layer"])
+def test_decided_ratios_stay_and_have_no_gradient_while_the_finest_move(layout):
+    model, gates = searched(layout=layout)
+    gates.decide_(0.9)
+    decided = {name: gates.ratio(name).clone() for name in gates.decided}
+    backward(model)
+    gates.resource_loss().backward()
+    assert float(gates.resource().detach()) == pytest.approx(float(gates.resource(gates.hard_sizes())), rel=1e-5)
+    assert all(not gates._of_dim(gates.prune_ratio.grad, name).any() for name in decided)
+    assert gates._of_dim(gates.prune_ratio.grad, "mlp").any()
+    with torch.no_grad():
+        gates.prune_ratio.add_(0.3)
+    gates.clamp_ratios_()
+    assert all(torch.equal(gates.ratio(name), ratio) for name, ratio in decided.items())
+    assert torch.equal(gates.soft_sizes()["layers"].round(), gates.decided["layers"].float())
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("layout", ["uniform", "per_layer"])
+def test_the_cut_has_the_decided_sizes_however_far_the_finest_went_astray(layout, seed):
+    _, gates = searched(seed, layout=layout)
+    gates.decide_(0.9)
+    rows = torch.ones(3, dtype=torch.bool)
+    rows[gates.importance("layers")[0].argsort()[: 3 - int(gates.decided["layers"])]] = False
+    for ratio in (0.0, 0.4, 1.0):
+        with torch.no_grad():
+            gates._of_dim(gates.prune_ratio, "mlp").fill_(ratio)
+        gates.clamp_ratios_()
+        sizes = sizes_of(gates)
+        assert torch.equal(sizes["layers"], gates.decided["layers"])
+        assert torch.equal(sizes["hidden"], gates.decided["hidden"])
+        assert torch.equal(sizes["kv"][rows], gates.decided["kv"][rows])
+
+
+def test_without_channels_to_absorb_the_rest_all_is_decided():
+    _, gates = searched(prune=("kv", "layers"))
+    sizes = sizes_of(gates)
+    gates.decide_(0.9)
+    assert bit_equal(gates.decided, sizes)
+    assert bit_equal(sizes_of(gates), sizes)
+
+
+def test_a_state_from_before_the_decision_lets_the_ratios_move_again():
+    _, gates = searched()
+    before = copy.deepcopy(gates.search_state())
+    gates.decide_(0.9)
+    after = copy.deepcopy(gates.search_state())
+    assert not bit_equal(before, after)
+    gates.load_search_state_(before)
+    assert gates.decided == {}
+    assert (gates.lower == 0).all()
+    assert bit_equal(gates.search_state(), before)
+    _, fresh = searched(seed=1)
+    fresh.load_search_state_(after)
+    assert bit_equal(fresh.search_state(), after)
+    assert torch.equal(fresh.lower[:3], fresh.upper[:3])
+    assert fresh.decided.keys() == {"kv", "hidden", "layers"}
+
+
+def test_nothing_is_decided_in_the_warm_up_or_if_decide_at_is_one():
+    model = tiny_llama()
+    attach_(model, DMSConfig(target=0.6, warmup_steps=3))
+    gates_of(model).decide_(0.99)
+    assert gates_of(model).decided == {}
+    _, gates = searched(decide_at=1.0)
+    gates.decide_(1.0)
+    assert gates.decided == {}
+
+
+# ---- in a search ----
+WIDE = dict(intermediate_size=200)
+STEPS = dict(max_steps=24, save_strategy="steps")
+
+
+def ended(folder, decide_at, **options):
+    config = dict(decide_at=decide_at, gate_learning_rate=0.05, target=0.7, prune=("kv", "mlp", "layers"))
+    return trained(folder, config, tiny_llama(**WIDE), **(STEPS | options))
+
+
+def test_the_loss_on_soft_masks_at_the_end_is_that_of_the_cut(tmp_path):
+    outcomes = {at: ended(tmp_path / str(at), at).search_outcome() for at in (0.7, 1.0)}
+    gaps = {at: abs(outcome["soft_loss"] - outcome["cut_loss"]) for at, outcome in outcomes.items()}
+    assert gaps[0.7] < 0.02
+    assert gaps[1.0] > 3 * gaps[0.7]
+
+
+def test_losses_of_the_outcome_are_those_of_soft_and_of_hard_masks(tmp_path):
+    trainer = ended(tmp_path, 0.7)
+    outcome = trainer.search_outcome()
+    assert outcome["cut_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
+    entries = len(trainer.state.log_history)
+    batch = token_batch(8, 8, seed=1)
+    trainer.gates.train()
+    with torch.no_grad():
+        soft = trainer.model(**batch, labels=batch["input_ids"]).loss
+    assert outcome["soft_loss"] == pytest.approx(float(soft), rel=1e-5)
+    assert outcome["soft_loss"] != pytest.approx(outcome["cut_loss"], rel=1e-5)
+    assert len(trainer.state.log_history) == entries
+
+
+def test_a_trainer_decides_once_and_logs_no_undecided_units_from_then_on(tmp_path):
+    trainer = ended(tmp_path, 0.7)
+    first = next(step for step in range(1, 25) if (step - 1 - 2) / 22 >= 0.7)
+    for name in ("kv", "layers"):
+        found = logged(trainer, f"undecided/{name}")
+        assert max(found[: first - 1]) > 0
+        assert found[first - 1 :] == [0.0] * (24 - first + 1)
+        assert len(set(logged(trainer, f"kept/{name}")[first - 1 :])) == 1
+
+
+@pytest.mark.parametrize("interval", [9, 20])  # before and after the decision
+def test_a_resumed_search_decides_as_an_uninterrupted_one(interval, tmp_path):
+    whole = ended(tmp_path / "whole", 0.7, save_steps=interval)
+    checkpoint = tmp_path / "whole" / f"checkpoint-{interval}"
+    resumed = ended(tmp_path / "resumed", 0.7, save_steps=interval, resume=str(checkpoint))
+    assert bit_equal(resumed.gates.search_state(), whole.gates.search_state())
+    assert bit_equal(weights(resumed.model), weights(whole.model))
+    assert stories(resumed)[-3:] == stories(whole)[-3:]
