@@ -82,6 +82,9 @@ class SearchSchedule:
     decide_at: float = 0.85
 
 
+GRIDS, GRID_POINTS = 6, 33  # together they tell 32^6 factors apart
+
+
 class Gates(nn.Module):
     """Prune ratios, importance and masks of all gated dims of a model.
 
@@ -110,6 +113,7 @@ class Gates(nn.Module):
         self.rounder: Callable[[Gates], Rounded] | None = None  # the sizes that a cut would have now; set by attach_
         self.rounding: tuple[Any, Rounded] | None = None  # what it found, and for what
         self.decided: Sizes = {}  # dims that have whole sizes already, see `decide_`
+        self.found_resource: float | None = None  # what the search had come to when it decided, share of the dense one
         self.soft_in_evaluation = False  # whether evaluation mode runs on soft masks too, see `soft_masks`
         self.attachment: Any = None  # where in a model these gates are (masking.Attachment)
         self.refitted: frozenset[str] = frozenset()  # dims whose maps run refitted in training (refit/search.py)
@@ -138,15 +142,12 @@ class Gates(nn.Module):
         return torch.cat(lower).float(), torch.cat(upper).float()
 
     def _of_dim(self, ratios: Tensor, name: str) -> Tensor:
-        """The part of a vector of all prune ratios that belongs to a dim, a view: `[num_ratios]`."""
-        return dict(zip(self.dims, ratios.split([dim.num_ratios for dim in self.dims.values()])))[name]
+        """The part of a vector of all prune ratios that belongs to a dim, a view: `[..., num_ratios]`."""
+        return dict(zip(self.dims, ratios.split([dim.num_ratios for dim in self.dims.values()], dim=-1)))[name]
 
     def ratio(self, name: str) -> Tensor:
         """Prune ratios of a dim, one per row: `[rows]`, differentiable unless they are decided."""
-        if (leader := self.dims[name].follows) is not None:
-            return self.ratio(leader)[:1].expand(self.dims[name].rows)
-        ratio = self._of_dim(self.prune_ratio, name).expand(self.dims[name].rows)
-        return ratio.detach() if name in self.decided else ratio
+        return self._rows(self.prune_ratio.detach() if name in self.decided else self.prune_ratio, name)
 
     def raw_importance(self, name: str) -> Tensor:
         """The buffer that holds the moving average itself, `[rows, units]`."""
@@ -165,6 +166,8 @@ class Gates(nn.Module):
         state = {f"importance_{name}": self.raw_importance(name) for name in self.dims}
         state |= {} if self.refit_ratio is None else {"refit_ratio": self.refit_ratio}
         state |= {f"decided_{name}": size for name, size in self.decided.items()}
+        if self.found_resource is not None:
+            state["decided"] = torch.tensor(self.found_resource)
         return state | {"prune_ratio": self.prune_ratio.detach(), "num_updates": torch.tensor(self.num_updates)}
 
     @torch.no_grad()
@@ -175,7 +178,7 @@ class Gates(nn.Module):
             ValueError: when the state belongs to other gates.
         """
         for name, tensor in self.search_state().items():
-            if name == "refit_ratio" or name.startswith("decided_"):
+            if name == "refit_ratio" or name.startswith("decided"):
                 continue
             if name not in state or state[name].shape != tensor.shape:
                 found = "is missing" if name not in state else f"has shape {tuple(state[name].shape)}"
@@ -190,6 +193,7 @@ class Gates(nn.Module):
         lower, upper = self._bounds()
         self.lower.copy_(lower), self.upper.copy_(upper)
         self._fix_({name: state[f"decided_{name}"] for name in self.dims if f"decided_{name}" in state})
+        self.found_resource = float(state["decided"]) if "decided" in state else None
         self.prune_ratio.copy_(state["prune_ratio"])
         self.refit_ratio = state.get("refit_ratio")
         self.num_updates = int(state["num_updates"])
@@ -259,15 +263,21 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def clamp_ratios_(self) -> None:
-        """Keep the prune ratios in [0, 1] and within the sizes that are allowed; every training forward does it too."""
+        """Keep the prune ratios in [0, 1] and within the sizes that are allowed; every training forward does it too.
+
+        Those that still move after a decision are kept at the target.
+        """
         self.prune_ratio.clamp_(self.lower, self.upper)
+        if self.decided and self.decided.keys() != self.dims.keys():
+            self._meet_target_()
 
+    @torch.no_grad()
     def decide_(self, progress: float) -> None:
-        """Give all dims the whole sizes that they would have in the cut, once, late in the search.
+        """Give the coarse dims the whole sizes that they would have in the cut, once, late in the search.
 
-        The coarse ones keep them: their masks are hard from then on, in training too. The finest dims learn on from
-        there. A short dim would otherwise stand half open to the end, and the cut would be another model than the one
-        searched. Call it before each step.
+        Their masks are hard from then on, in training too. The finest dims learn on, at exactly the target: after each
+        step their sizes are scaled to it by one factor. A short dim would otherwise stand half open to the end, and the
+        cut would be another model than the one searched. Call it before each step.
 
         Args:
             progress: fraction of the search that is done, in [0, 1]; nothing happens before `decide_at`.
@@ -276,21 +286,41 @@ class Gates(nn.Module):
             return
         if self.schedule.decide_at <= progress < 1:
             rounded = self.rounder(self)
-            self._set_ratios_([self.prune_ratio], rounded.sizes)
+            self.found_resource = float(self.resource().detach())
             self._fix_({name: rounded.sizes[name] for name in rounded.coarse})
+            self.clamp_ratios_()
 
+    @torch.no_grad()
     def _fix_(self, sizes: Sizes) -> None:
         """Let dims have whole sizes, `[rows]` each, that no longer move; all others move."""
         self.decided = dict(sizes)
-        self._set_ratios_([self.prune_ratio, self.lower, self.upper], sizes)
-
-    @torch.no_grad()
-    def _set_ratios_(self, vectors: list[Tensor], sizes: Sizes) -> None:
-        """Set what belongs to some dims, in vectors of all prune ratios, to those of whole sizes, `[rows]` each."""
         for name, size in sizes.items():
             if (dim := self.dims[name]).follows is None:
-                for ratios in vectors:
+                for ratios in (self.prune_ratio, self.lower, self.upper):
                     self._of_dim(ratios, name).copy_(1 - size[: dim.num_ratios] / dim.units)
+
+    def _meet_target_(self) -> None:
+        """Scale the sizes of dims that are not decided by one factor, so that all cost what the target allows.
+
+        The factor is found on grids, each within a step of the one before.
+        """
+        start = self.prune_ratio.clone()
+        moving = self.lower < self.upper
+        low, width = torch.zeros((), device=start.device), 1 / (1 - start[moving]).min().clamp(min=1e-3)
+        for _ in range(GRIDS):
+            factors = low + width * torch.linspace(0, 1, GRID_POINTS, device=start.device)
+            ratios = (1 - factors[:, None] * (1 - start)).clamp(self.lower, self.upper)
+            sizes = {name: (1 - self._rows(ratios, name)) * dim.units for name, dim in self.dims.items()}
+            fits = self.count(self.dense_sizes() | sizes) <= self.schedule.target * self.dense_resource
+            best = fits.sum().clamp(min=1) - 1
+            low, width = factors[best], width / (GRID_POINTS - 1)
+            self.prune_ratio.copy_(ratios[best])
+
+    def _rows(self, ratios: Tensor, name: str) -> Tensor:
+        """What belongs to a dim of vectors of all prune ratios, `[..., ratios]`, one per row: `[..., rows]`."""
+        if (leader := self.dims[name].follows) is not None:
+            return self._rows(ratios, leader)[..., :1].expand(*ratios.shape[:-1], self.dims[name].rows)
+        return self._of_dim(ratios, name).expand(*ratios.shape[:-1], self.dims[name].rows)
 
     @contextlib.contextmanager
     def soft_masks(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -17,18 +18,24 @@ from ..gating.attach import gates_of
 
 STATE_TENSORS = "dms_state.safetensors"
 STATE_JSON = "dms_state.json"
+OPTIMIZER = "optimizer_"  # what the names of its tensors begin with
 
 
-def save_search_state(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+def save_search_state(
+    model: PreTrainedModel, folder: str | os.PathLike, optimizer: torch.optim.Optimizer | None = None
+) -> None:
     """Write the state of a search (prune ratios, importance) beside a training checkpoint's model files.
 
     Args:
         model: a model with gates.
         folder: an existing checkpoint folder.
+        optimizer: that of the prune ratios alone, whose state is written too.
     """
     gates = gates_of(model)
     folder = Path(folder)
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in gates.search_state().items()}
+    moments = {} if optimizer is None else optimizer.state.get(gates.prune_ratio, {})
+    state = gates.search_state() | {f"{OPTIMIZER}{name}": tensor for name, tensor in moments.items()}
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
     save_file(tensors, folder / STATE_TENSORS)
     summary = {
         "dms_config": gates.attachment.config.to_dict(),
@@ -39,8 +46,10 @@ def save_search_state(model: PreTrainedModel, folder: str | os.PathLike) -> None
     (folder / STATE_JSON).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
-def load_search_state_(model: PreTrainedModel, folder: str | os.PathLike) -> None:
-    """Read what `save_search_state` wrote into the gates of a model, in place.
+def load_search_state_(
+    model: PreTrainedModel, folder: str | os.PathLike, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Read what `save_search_state` wrote into the gates of a model, and the optimizer of their ratios, in place.
 
     Raises:
         ValueError: the folder has no such state, or that of another search.
@@ -51,6 +60,10 @@ def load_search_state_(model: PreTrainedModel, folder: str | os.PathLike) -> Non
     with open_weights(path) as tensors:
         state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (it is no dict)
     gates_of(model).load_search_state_(state)
+    if optimizer is not None:
+        moments = {name.removeprefix(OPTIMIZER): tensor for name, tensor in state.items() if name.startswith(OPTIMIZER)}
+        saved = optimizer.state_dict() | {"state": {0: moments} if moments else {}}
+        optimizer.load_state_dict(saved)
 
 
 def load_weights_(model: PreTrainedModel, folder: str | os.PathLike) -> None:

@@ -22,7 +22,7 @@ class SearchOutcome(TypedDict):
     Attributes:
         resource: what is limited: params, macs or kv_bytes.
         target: the share to keep.
-        learned: the share that the learned ratios keep.
+        learned: the share that the learned ratios keep; where sizes were decided before the end, that they kept then.
         cut: the share that the whole sizes of the cut keep, at most the target.
         verdict: on target, above or below: where `learned` is.
         message: what to tell a user about it; empty if on target.
@@ -47,7 +47,7 @@ def search_outcome(model: nn.Module) -> SearchOutcome:
         ValueError: the model has no gates, or the target cannot be reached.
     """
     gates, config = gates_of(model), gates_of(model).attachment.config
-    learned = float(gates.resource().detach())
+    learned = float(gates.resource().detach()) if gates.found_resource is None else gates.found_resource
     cut = float(gates.resource(gates.dense_sizes() | sizes_of(gates)))
     verdict = _verdict(learned, config.target)
     return SearchOutcome(

@@ -72,6 +72,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         leave_gates_out_(self.model, self.gates, self.accelerator)
         if dms_config.pipeline == "p-":
             freeze_(self.model)
+        self.gate_optimizer = torch.optim.Adam([self.gates.prune_ratio])
         self._step_task_loss = torch.zeros((), device=self.args.device)
         self._task_loss = torch.zeros((), device=self.args.device)
         self._gate_grad_norm = torch.zeros((), device=self.args.device)
@@ -205,12 +206,8 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
         gate = self.gates.prune_ratio
-        if not any(group.get("gates") for group in optimizer.param_groups):
-            for group in optimizer.param_groups:
-                group["params"] = [parameter for parameter in group["params"] if parameter is not gate]
-            optimizer.add_param_group(
-                {"params": [gate], "lr": self.gate_learning_rate, "weight_decay": 0.0, "gates": True}
-            )
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if parameter is not gate]
         return optimizer
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any):
@@ -242,11 +239,16 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         self._task_loss += self._step_task_loss
         *_, ratio_gradient = self.gates.step_terms()
         self._gate_grad_norm += ratio_gradient.norm()
+        self.gate_optimizer.param_groups[0]["lr"] = self.gate_learning_rate
+        self.gate_optimizer.step()
+        self.gate_optimizer.zero_grad()
+        self.gates.clamp_ratios_()
         self._steps_since_log += 1
         self._step_task_loss.zero_()
 
     def _forget_step_(self) -> None:
         self.gates.forget_step_()
+        self.gate_optimizer.zero_grad()
         self._step_task_loss.zero_()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -295,12 +297,13 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         super().save_model(output_dir, *args, **kwargs)
         if self.args.should_save:
-            save_search_state(self._unwrapped(), self.args.output_dir if output_dir is None else output_dir)
+            folder = self.args.output_dir if output_dir is None else output_dir
+            save_search_state(self._unwrapped(), folder, self.gate_optimizer)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if not self._weights_are_fixed():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_search_state_(self._unwrapped(), resume_from_checkpoint)
+        load_search_state_(self._unwrapped(), resume_from_checkpoint, self.gate_optimizer)
 
     def _load_best_model(self) -> None:
         if not self._weights_are_fixed():
@@ -360,7 +363,7 @@ class DMSTrainer(DMSMixin, Trainer):  # type: ignore[misc]  # push_to_hub return
 
 
 class _GateCallback(TrainerCallback):
-    """Keeps the gates' rate constant under any scheduler, and the ratios in their range."""
+    """Refuses a search without steps to move in, lets it decide late in it, and says how it ended."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -374,9 +377,3 @@ class _GateCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         self.trainer.gates.decide_(self.trainer.progress)
-        for group in self.trainer.optimizer.param_groups:
-            if group.get("gates"):
-                group["lr"] = self.trainer.gate_learning_rate
-
-    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
-        self.trainer.gates.clamp_ratios_()

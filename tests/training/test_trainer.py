@@ -90,31 +90,74 @@ def test_importance_does_not_depend_on_resource_weight(tmp_path):
 
 # ---- the optimizer ----
 class RecordRates(TrainerCallback):
+    """Rates of the weights and of the ratios at every step."""
+
     def __init__(self):
-        self.rates = []
+        self.rates, self.trainer = [], None
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        self.rates.append([group["lr"] for group in optimizer.param_groups])
+        groups = [*optimizer.param_groups, *self.trainer.gate_optimizer.param_groups]
+        self.rates.append([group["lr"] for group in groups])
 
 
-def test_gates_have_a_group_of_their_own_with_a_constant_rate_and_no_weight_decay(tmp_path):
+def recorded(folder, dms_options=None, **options):
+    """A trainer that has run, and the rates of its steps."""
     record = RecordRates()
-    options = dict(weight_decay=0.1, lr_scheduler_type="linear", warmup_steps=2)
-    trainer = trained(tmp_path, callbacks=[record], **options)
-    *others, group = trainer.optimizer.param_groups
+    record.trainer = DMSTrainer(
+        model=tiny_llama(), dms_config=dms(**(dms_options or {})), args=arguments(folder, **options),
+        train_dataset=Tokens(), callbacks=[record],
+    )  # fmt: skip
+    record.trainer.train()
+    return record.trainer, record.rates
+
+
+def test_gates_have_an_optimizer_of_their_own_with_a_constant_rate_and_no_weight_decay(tmp_path):
+    trainer, rates = recorded(tmp_path, weight_decay=0.1, lr_scheduler_type="linear", warmup_steps=2)
+    (group,) = trainer.gate_optimizer.param_groups
     assert group["params"] == [trainer.gates.prune_ratio]
     assert group["weight_decay"] == 0
-    assert not any(parameter is trainer.gates.prune_ratio for other in others for parameter in other["params"])
-    assert [rates[-1] for rates in record.rates] == [0.02] * 6
-    assert len({rates[0] for rates in record.rates}) == 6 - 1  # up, then down
-    count = sum(len(other["params"]) for other in trainer.optimizer.param_groups)
-    assert count == len(list(trainer.model.parameters()))
+    others = [parameter for other in trainer.optimizer.param_groups for parameter in other["params"]]
+    assert not any(parameter is trainer.gates.prune_ratio for parameter in others)
+    assert len(others) == len(list(trainer.model.parameters())) - 1
+    assert [each[-1] for each in rates] == [0.02] * 6
+    assert len({each[0] for each in rates}) == 6 - 1  # up, then down
 
 
 def test_the_default_rate_of_the_gates_depends_on_the_length_of_the_search(tmp_path):
-    record = RecordRates()
-    trained(tmp_path, dict(gate_learning_rate=None), callbacks=[record], max_steps=4)
-    assert {rates[-1] for rates in record.rates} == {0.05}
+    _, rates = recorded(tmp_path, dict(gate_learning_rate=None), max_steps=4)
+    assert {each[-1] for each in rates} == {0.05}
+
+
+@pytest.mark.parametrize("optim", ["sgd", "rmsprop", "adafactor"])
+def test_the_ratios_move_alike_whatever_optimizer_the_weights_have(optim, tmp_path):
+    """With frozen weights: they once rode the user's optimizer, and a step of plain SGD threw them from end to end."""
+    found, expected = (
+        trained(tmp_path / each, dict(pipeline="p-"), optim=each, max_steps=6) for each in (optim, "adamw_torch")
+    )
+    assert bit_equal(found.gates.search_state(), expected.gates.search_state())
+    assert 0.02 < float(found.gates.prune_ratio.detach().max()) <= 4 * 0.02 + 1e-6  # at most a rate a step
+
+
+def test_a_users_own_optimizer_and_scheduler_work_and_resume(tmp_path):
+    def trainer(folder, resume=None):
+        model = tiny_llama()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+        made = DMSTrainer(
+            model=model, dms_config=dms(), args=arguments(folder, **SAVING), train_dataset=Tokens(),
+            optimizers=(optimizer, scheduler),
+        )  # fmt: skip
+        made.train(resume_from_checkpoint=resume)
+        assert made.optimizer.optimizer is optimizer
+        assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(1e-3 * 0.5**8)]
+        return made
+
+    whole = trainer(tmp_path / "whole")
+    resumed = trainer(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-4"))
+    assert not bit_equal(weights(whole.model), weights(tiny_llama()))
+    assert float(whole.gates.prune_ratio.detach().max()) > 0.02
+    assert bit_equal(weights(resumed.model), weights(whole.model))
+    assert bit_equal(resumed.gates.search_state(), whole.gates.search_state())
 
 
 def one_step(folder, model_seed=0, **options):
@@ -380,7 +423,10 @@ def test_checkpoints_hold_the_search_beside_model_files_without_gates(tmp_path):
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert set(file.keys()) == set(tiny_llama().state_dict())
     with safe_open(folder / "dms_state.safetensors", "pt") as file:
-        assert bit_equal({name: file.get_tensor(name) for name in file.keys()}, trainer.gates.search_state())  # noqa: SIM118
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    moments = trainer.gate_optimizer.state[trainer.gates.prune_ratio]
+    moments = {f"optimizer_{name}": tensor for name, tensor in moments.items()}
+    assert bit_equal(state, trainer.gates.search_state() | moments)
     summary = json.loads((folder / "dms_state.json").read_text())
     assert DMSConfig(**summary["dms_config"]) == trainer.dms_config
     assert summary["kept_units"]["mlp"] == trainer.gates.hard_units("mlp").tolist()
