@@ -26,8 +26,6 @@ class SearchOutcome(TypedDict):
         cut: the share that the whole sizes of the cut keep, at most the target.
         verdict: on target, above or below: where `learned` is.
         message: what to tell a user about it; empty if on target.
-        soft_loss: loss on the evaluation data on the soft masks that the search ended with; None if not measured.
-        cut_loss: loss of the cut on the same data, before any repair; None if not measured.
     """
 
     resource: str
@@ -36,12 +34,10 @@ class SearchOutcome(TypedDict):
     cut: float
     verdict: str
     message: str
-    soft_loss: float | None
-    cut_loss: float | None
 
 
 def search_outcome(model: nn.Module) -> SearchOutcome:
-    """How the search on a model with gates ended, without losses.
+    """How the search on a model with gates ended.
 
     Raises:
         ValueError: the model has no gates, or the target cannot be reached.
@@ -59,8 +55,6 @@ def search_outcome(model: nn.Module) -> SearchOutcome:
         message=" ".join(
             filter(None, [_message(verdict, learned, cut, config.target, config.resource), _gap(cut, config)])
         ),
-        soft_loss=None,
-        cut_loss=None,
     )
 
 

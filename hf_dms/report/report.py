@@ -73,7 +73,7 @@ class Step(_Step, total=False):
 
 DIMS = Annotated[
     float | None,
-    "kept/DIM, kept_min/DIM, kept_max/DIM: units that hard masks would keep, mean, smallest and largest over the "
+    "kept/DIM, kept_min/DIM, kept_max/DIM: whole units nearest to the learned sizes, mean, smallest and largest over the "
     "layers; undecided/DIM: share of the units whose mask is neither open nor closed.",
 ]
 

@@ -100,16 +100,17 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         return float(self.dms_config.with_defaults_for(steps).gate_learning_rate or 0)
 
     def search_outcome(self) -> SearchOutcome:
-        """How the search ended: what it learned and what the cut keeps, beside the target (`gating/outcome.py`).
+        """How the search ended: what it learned and what the cut keeps, beside the target (`gating/outcome.py`)."""
+        return search_outcome(self._unwrapped())
 
-        With evaluation data also the losses on soft masks and of the cut. Every process must call it.
+    def soft_and_cut_loss(self) -> tuple[float, float]:
+        """Losses on the evaluation data: on the soft masks as they are, and of the cut, before any repair.
+
+        At the end of a search they are close; a difference is what rounding costs. Every process must call it.
         """
-        outcome = search_outcome(self._unwrapped())
-        if self.eval_dataset is not None:
-            with self.gates.soft_masks():
-                outcome["soft_loss"] = self._evaluation_loss()
-            outcome["cut_loss"] = self._evaluation_loss()
-        return outcome
+        with self.gates.soft_masks():
+            soft = self._evaluation_loss()
+        return soft, self._evaluation_loss()
 
     def _evaluation_loss(self) -> float:
         """Mean loss on the evaluation data (the first set, if there are several), not logged."""

@@ -134,23 +134,23 @@ def ended(folder, decide_at, **options):
 
 
 def test_the_loss_on_soft_masks_at_the_end_is_that_of_the_cut(tmp_path):
-    outcomes = {at: ended(tmp_path / str(at), at).search_outcome() for at in (0.7, 1.0)}
-    gaps = {at: abs(outcome["soft_loss"] - outcome["cut_loss"]) for at, outcome in outcomes.items()}
+    losses = {at: ended(tmp_path / str(at), at).soft_and_cut_loss() for at in (0.7, 1.0)}
+    gaps = {at: abs(soft - cut) for at, (soft, cut) in losses.items()}
     assert gaps[0.7] < 0.02
     assert gaps[1.0] > 3 * gaps[0.7]
 
 
-def test_losses_of_the_outcome_are_those_of_soft_and_of_hard_masks(tmp_path):
+def test_both_losses_are_those_of_a_forward_pass_on_soft_and_on_hard_masks(tmp_path):
     trainer = ended(tmp_path, 0.7)
-    outcome = trainer.search_outcome()
-    assert outcome["cut_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
+    found_soft, found_cut = trainer.soft_and_cut_loss()
+    assert found_cut == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
     entries = len(trainer.state.log_history)
     batch = token_batch(8, 8, seed=1)
     trainer.gates.train()
     with torch.no_grad():
         soft = trainer.model(**batch, labels=batch["input_ids"]).loss
-    assert outcome["soft_loss"] == pytest.approx(float(soft), rel=1e-5)
-    assert outcome["soft_loss"] != pytest.approx(outcome["cut_loss"], rel=1e-5)
+    assert found_soft == pytest.approx(float(soft), rel=1e-5)
+    assert found_soft != pytest.approx(found_cut, rel=1e-5)
     assert len(trainer.state.log_history) == entries
 
 
