@@ -206,7 +206,7 @@ def test_where_a_coarse_dim_must_go_down_it_is_the_one_whose_units_matter_least(
 def test_learned_sizes_that_meet_the_budget_exactly_stay(seed, layout):
     request_ = gated(seed, layout=layout, prune=("kv", "mlp", "layers"))
     gates = request_[0]
-    learned = {name: gates.hard_units(name) for name in gates.dims}
+    learned = {name: gates.learned_units(name) for name in gates.dims}
     with torch.no_grad():  # ratios that are whole sizes
         parts = [1 - learned[n][: d.num_ratios] / d.units for n, d in gates.dims.items()]
         gates.prune_ratio.copy_(torch.cat(parts))
