@@ -190,6 +190,10 @@ class Gates(nn.Module):
             low, high = {"num_updates": (0, 2**31), "prune_ratio": (0, 1)}.get(name, (-torch.inf, torch.inf))
             if not (tensor.isfinite() & (tensor >= low) & (tensor <= high)).all():
                 raise HfDmsError(f"search state: {name} holds numbers that no search has. Was the file changed?")
+        for name, dim in self.dims.items():
+            size = state.get(f"decided_{name}", torch.ones(dim.rows))
+            if size.shape != (dim.rows,) or not ((size >= 1) & (size <= dim.units)).all():
+                raise HfDmsError(f"search state: decided_{name} holds sizes that {name} cannot have.")
         lower, upper = self._bounds()
         self.lower.copy_(lower), self.upper.copy_(upper)
         self._fix_({name: state[f"decided_{name}"] for name in self.dims if f"decided_{name}" in state})

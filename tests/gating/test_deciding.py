@@ -181,3 +181,10 @@ def test_a_search_that_had_not_arrived_when_it_decided_is_told(tmp_path):
     assert float(trainer.gates.resource().detach()) <= 0.7001
     assert outcome["learned"] > 0.95
     assert outcome["verdict"] == "above"
+
+
+@pytest.mark.parametrize("size", [[0, 1, 1], [1, 1], [1, 1, 4]])
+def test_a_state_with_impossible_decided_sizes_is_refused(size):
+    _, gates = searched()
+    with pytest.raises(ValueError, match="search state: decided_kv holds sizes that kv cannot have"):
+        gates.load_search_state_(gates.search_state() | {"decided_kv": torch.tensor(size)})
