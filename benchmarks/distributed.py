@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
 
 from hf_dms import DMSConfig, DMSTrainer
-from hf_dms.training.distributed import finish, is_main
+from hf_dms.training.distributed import end_processes, is_main
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "accelerate"
 
@@ -65,7 +65,7 @@ def search(given: argparse.Namespace) -> None:
     if is_main():
         size = torch.tensor(pruned.num_parameters())
         save_file(trainer.gates.search_state() | {"seconds": seconds, "num_params": size}, given.worker)
-    finish()
+    end_processes()
 
 
 def launch(kind: str, processes: int, batch: int, folder: Path) -> dict[str, torch.Tensor]:

@@ -26,7 +26,7 @@ from hf_dms.archs.registry import spec_for
 from hf_dms.cut.plan import PLAN_FILE, load_plan, plan_to_json
 from hf_dms.experiment.prepare import empty_model, model_class, prepare, training_arguments
 from hf_dms.experiment.recipe import load_recipe
-from hf_dms.experiment.stages import dense_model, recover_, score, search
+from hf_dms.experiment.stages import dense_model, recovery_steps, score, search_and_cut
 from hf_dms.tasks.evaluate import summary
 
 HERE = Path(__file__).parent
@@ -79,7 +79,7 @@ def main():
         if not folder.is_dir():
             model = dense()
             if strategy == "dms":
-                searched = search(model, prepared)
+                searched = search_and_cut(model, prepared)
                 model, pruned, plan = searched.model, searched.pruned, searched.plan
                 detach_(model)
             else:
@@ -113,7 +113,7 @@ def main():
         searched = dense() if recipe.dms.pipeline == "p-" else None
         own = {name: training_arguments(recipe, name, folder / name) for name in prepared.arguments if name != "search"}
         here = dataclasses.replace(prepared, arguments=own)
-        for step in recover_(pruned, searched, plan, here):
+        for step in recovery_steps(pruned, searched, plan, here):
             measured(f"{strategy}-{step}", lambda: pruned)
 
     measured("dense", dense)

@@ -150,8 +150,8 @@ def _prune(options: argparse.Namespace) -> int:
     from .report.numbers import loading_lines
     from .training.distributed import (  # torch and transformers, once the recipe itself is sound
         MainProcessError,
-        finish,
-        say,
+        end_processes,
+        print_on_main,
     )
 
     try:
@@ -159,13 +159,13 @@ def _prune(options: argparse.Namespace) -> int:
     except MainProcessError:
         return 2  # the main process tells
     if report is None:
-        say(f"{recipe.output.path} is finished already. For another run set output.overwrite: true.")
+        print_on_main(f"{recipe.output.path} is finished already. For another run set output.overwrite: true.")
     else:
         if recipe.task.generates and report["samples"]:
-            say(f"\nIt continues:\n    {list(report['samples'][0]['outputs'].values())[-1]}")
-        say(f"\nSaved to {recipe.output.path} ({report['model_class']}). Load it with\n")
-        say(loading_lines(report["model_class"], recipe.output.path))
-    finish()
+            print_on_main(f"\nIt continues:\n    {list(report['samples'][0]['outputs'].values())[-1]}")
+        print_on_main(f"\nSaved to {recipe.output.path} ({report['model_class']}). Load it with\n")
+        print_on_main(loading_lines(report["model_class"], recipe.output.path))
+    end_processes()
     return 0
 
 
@@ -223,11 +223,11 @@ def _report(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler logs on stderr
-    from .measure.bench import bench, table
+    from .measure.bench import bench, bench_table
 
     names = ("path", "baseline", "sequence_length", "new_tokens", "repeats", "dtype", "device")
     result = bench(**{name: getattr(options, name) for name in names}, batch_sizes=tuple(options.batch_sizes))
-    print(table(result))
+    print(bench_table(result))
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             file.write(json.dumps(result, indent=2) + "\n")

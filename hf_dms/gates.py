@@ -233,7 +233,7 @@ class Gates(nn.Module):
             self.log_masks[name] = log_mask.unbind(0)
 
     @torch.no_grad()
-    def undecided(self, name: str) -> Tensor:
+    def soft_fraction(self, name: str) -> Tensor:
         """Share of a dim's units whose soft mask is between 0.05 and 0.95, a scalar: small when masks are sharp."""
         if self.is_warming_up or name in self.decided:
             return torch.zeros((), device=self.prune_ratio.device)

@@ -239,12 +239,12 @@ def test_a_step_that_is_not_taken_leaves_no_trace_in_the_importance():
     assert not any(gates.raw_importance(name).any() for name in DIMS)
 
 
-def test_undecided_units_are_those_between_open_and_closed():
+def test_soft_units_are_those_between_open_and_closed():
     model, gates = gated(search=False, sharpness=1.0)
-    assert gates.undecided("mlp") == 0  # warming up: all open
+    assert gates.soft_fraction("mlp") == 0  # warming up: all open
     search_(model, ratios=(0.5, 0.5))
     # sigmoid of -2.5, -1.5, ... 2.5 is between 0.05 and 0.95, that of ±3.5 is not: 6 of 20
-    assert float(gates.undecided("mlp")) == pytest.approx(0.3)
+    assert float(gates.soft_fraction("mlp")) == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("warming_up", [False, True])

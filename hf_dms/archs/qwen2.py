@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from .llama import LLAMA
 from .spec import Dim, with_dims
-from .vit import head_size
+from .vit import head_dim_of
 
 QWEN2 = replace(
-    LLAMA, model_type="qwen2", dims=with_dims(LLAMA.dims, Dim("d", head_size)), must_divide=(), alternative=None
+    LLAMA, model_type="qwen2", dims=with_dims(LLAMA.dims, Dim("d", head_dim_of)), must_divide=(), alternative=None
 )

@@ -7,7 +7,7 @@ other.
 from .spec import ArchSpec, Dim
 
 
-def head_size(config) -> int:
+def head_dim_of(config) -> int:
     """As the stock class reads it."""
     return getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
 
@@ -31,7 +31,7 @@ VIT = ArchSpec(
         Dim("mlp", "intermediate_size", scope="layer"),
         Dim("hidden", "hidden_size", scope="model"),
         Dim("layers", "num_hidden_layers", scope="depth"),
-        Dim("d", head_size),
+        Dim("d", head_dim_of),
         Dim("pool", "pooler_output_size"),
         Dim("label", "num_labels"),
         Dim("one", "1"),

@@ -41,7 +41,7 @@ def save_search_state(
         "dms_config": gates.attachment.config.to_dict(),
         "resource": float(gates.resource().detach()),
         "hard_resource": float(gates.resource(gates.hard_sizes())),
-        "kept_units": kept_units(gates),
+        "kept_units": hard_unit_counts(gates),
     }
     (folder / STATE_JSON).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
@@ -89,6 +89,6 @@ def has_other_names(model: PreTrainedModel, folder: str | os.PathLike) -> bool:
     return not names <= set(model.state_dict())
 
 
-def kept_units(gates: Gates) -> dict[str, list[int]]:
+def hard_unit_counts(gates: Gates) -> dict[str, list[int]]:
     """Units that hard masks keep now, per dim and row."""
     return {name: gates.hard_units(name).tolist() for name in gates.dims}

@@ -17,7 +17,7 @@ from ..checkpoint.stream import StreamedCut, prepare_cut, write_cut
 from ..errors import HfDmsError
 from ..measure.versions import versions
 from ..report.card import base_metadata, model_card
-from ..report.numbers import REPORT, as_written, shape, table, to_json
+from ..report.numbers import REPORT, as_written, report_table, shape, to_json
 from ..report.page import PAGE, render
 from ..report.report import Measured, Report
 from .sections import ModelConfig, OutputConfig
@@ -60,7 +60,7 @@ def cut_by_plan(plan: str, model: ModelConfig, output: OutputConfig) -> dict[str
         (temporary / PAGE).write_text(page, encoding="utf-8")
         card = model_card(report, name, base_metadata(model.path, model.revision))
         (temporary / "README.md").write_text(card, encoding="utf-8")
-    print(table(report))
+    print(report_table(report))
     return report
 
 

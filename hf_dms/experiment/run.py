@@ -20,15 +20,15 @@ from ..cut.plan import PLAN_FILE, plan_to_json
 from ..gating.attach import detach_, gates_of
 from ..measure.versions import versions
 from ..report.card import base_metadata, model_card
-from ..report.numbers import REPORT, as_written, notes, table, to_json
+from ..report.numbers import REPORT, as_written, notes, report_table, to_json
 from ..report.page import PAGE, render
 from ..report.report import Report
 from ..tasks.evaluate import summary
-from ..training.distributed import check_launch, on_main, say
+from ..training.distributed import check_launch, run_on_main, print_on_main
 from .prepare import Prepared, prepare, training_arguments, unfinished_folder
 from .recipe import Recipe
-from .stages import dense_model, recover_, score, scores_on_soft_masks, search, speeds
-from .unfinished import claim, is_finished, tidy
+from .stages import dense_model, recovery_steps, score, scores_on_soft_masks, search_and_cut, speeds
+from .unfinished import claim, is_finished, remove_unfinished
 
 
 def run(recipe: Recipe) -> dict[str, Any] | None:
@@ -54,13 +54,13 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
         return None
     set_seed(prepared.arguments["search"].seed)
     report, pruned, plan = _experiment(prepared)
-    say(f"Saving to {output} ...")
+    print_on_main(f"Saving to {output} ...")
     report.seconds = round(time.time() - started)
-    written = on_main(lambda: _save(pruned, prepared, report, plan))
-    on_main(lambda: tidy(unfinished, output))
-    say("\n" + "\n\n".join([table(written), *notes(written)]))
+    written = run_on_main(lambda: _save(pruned, prepared, report, plan))
+    run_on_main(lambda: remove_unfinished(unfinished, output))
+    print_on_main("\n" + "\n\n".join([report_table(written), *notes(written)]))
     if recipe.hub.repo_id:
-        say(f"\nPushed to {on_main(lambda: push(output, **dataclasses.asdict(recipe.hub)))}")
+        print_on_main(f"\nPushed to {run_on_main(lambda: push(output, **dataclasses.asdict(recipe.hub)))}")
     return written
 
 
@@ -76,7 +76,7 @@ def _start(recipe: Recipe, output: Path, unfinished: Path) -> Prepared | None:
         claim(unfinished, recipe)
         return True
 
-    if not on_main(start):
+    if not run_on_main(start):
         return None
     return built[0] if built else prepare(recipe)
 
@@ -92,27 +92,27 @@ def _experiment(prepared: Prepared) -> tuple[Report, PreTrainedModel, str]:
     samples: list[Any] = recipe.task.samples(examples, prepared.processor, recipe.eval)
 
     def measure(name: str, model: PreTrainedModel) -> Tensor:
-        say(f"Measuring the {name} model on {protocol} ...")
-        return on_main(lambda: score(model, prepared))
+        print_on_main(f"Measuring the {name} model on {protocol} ...")
+        return run_on_main(lambda: score(model, prepared))
 
     def answered(name: str, model: PreTrainedModel) -> list[Any]:
-        return on_main(lambda: recipe.task.answers(samples, name, model, prepared.processor, examples, recipe.eval))
+        return run_on_main(lambda: recipe.task.answers(samples, name, model, prepared.processor, examples, recipe.eval))
 
     dense = dense_model(prepared).to(arguments.device).eval()
     scores = {"dense": measure("dense", dense)}
     samples = answered("dense", dense)
-    searched = search(dense, prepared)
+    searched = search_and_cut(dense, prepared)
     soft = scores_on_soft_masks(searched.model, functools.partial(measure, "searched"))
     kept = plan_to_json(searched.plan, gates_of(searched.model).attachment.bound, recipe.dms.layout)
     detach_(searched.model)
     dense = searched.model if recipe.lora is None else searched.model.unload()  # as FSDP or bitsandbytes left it
     pruned = searched.pruned
     scores["pruned"] = measure("pruned", pruned)
-    for step in recover_(pruned, dense, searched.plan, prepared):
+    for step in recovery_steps(pruned, dense, searched.plan, prepared):
         scores[step] = measure(step, pruned)
     samples = answered(list(scores)[-1], pruned)
     numbers = searched.costs
-    speed = on_main(lambda: speeds(dense, pruned, prepared))
+    speed = run_on_main(lambda: speeds(dense, pruned, prepared))
     for name, values in scores.items():
         quality = summary(recipe.task, values, None if name == "dense" else scores["dense"])
         numbers[name] = numbers.get(name, {}) | quality | speed.get(name, {})

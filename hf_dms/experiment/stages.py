@@ -24,7 +24,7 @@ from ..refit.repair import repair_
 from ..report.numbers import sizes_and_costs
 from ..strategies.one_shot import criterion_of
 from ..tasks.evaluate import evenly_spaced, example_scores
-from ..training.distributed import make_whole_, say
+from ..training.distributed import unshard_, print_on_main
 from ..training.exact_resume import train_or_resume_
 from ..training.finetune import train_
 from ..training.progress import Countdown
@@ -44,7 +44,7 @@ def dense_model(prepared: Prepared) -> PreTrainedModel:
     """
     model = _load_model(prepared)
     if prepared.recipe.finetune:
-        say("Fine-tuning the dense model ...")
+        print_on_main("Fine-tuning the dense model ...")
         limit = prepared.recipe.dms.max_nonfinite_steps
         arguments = _arguments(prepared, "finetune")
         train_(model, arguments, prepared.examples, stage="fine-tuning", max_nonfinite_steps=limit, keep=True)
@@ -72,7 +72,7 @@ class Searched:
     logs: list[Any]
 
 
-def search(dense: PreTrainedModel, prepared: Prepared) -> Searched:
+def search_and_cut(dense: PreTrainedModel, prepared: Prepared) -> Searched:
     """Search and cut, or choose and cut where `dms.strategy` says so."""
     if prepared.recipe.dms.strategy != SEARCH:
         return _choose(dense, prepared)
@@ -84,7 +84,7 @@ def search(dense: PreTrainedModel, prepared: Prepared) -> Searched:
         dense.cpu()
         model = _load_model(prepared, **packed)
     model = model if lora is None else with_adapters(model, lora, arguments.seed)
-    say("Searching ...")
+    print_on_main("Searching ...")
     trainer = DMSTrainer(
         model=model,
         args=arguments,
@@ -101,7 +101,7 @@ def search(dense: PreTrainedModel, prepared: Prepared) -> Searched:
         model, pruned = whole, prune(whole, inputs=trainer.example_inputs())
     else:
         pruned = trainer.prune()
-    make_whole_(model, arguments.device)
+    unshard_(model, arguments.device)
     plan = plan_of(model)
     costs = sizes_and_costs(model, plan, gates_of(model).attachment.config.sequence_length)
     logs = [logs for logs in trainer.state.log_history if "task_loss" in logs]
@@ -111,18 +111,18 @@ def search(dense: PreTrainedModel, prepared: Prepared) -> Searched:
 def _choose(dense: PreTrainedModel, prepared: Prepared) -> Searched:
     """What takes the place of a search: a strategy looks at what the search would train on, and the model is cut."""
     recipe, arguments, name = prepared.recipe, _arguments(prepared, "search"), prepared.recipe.dms.strategy
-    say(f"Choosing structure by {name} ...")
+    print_on_main(f"Choosing structure by {name} ...")
     dense.to(arguments.device)
     examples = shuffled(prepared.examples, arguments.seed)
     count = examples_of(arguments, examples)
     pruned, seen = cut_by_criterion(dense, recipe, name, examples, count, arguments.train_batch_size)
-    say(f"{name} has seen {seen} examples.")
+    print_on_main(f"{name} has seen {seen} examples.")
     plan = plan_of(dense)
     costs = sizes_and_costs(dense, plan, gates_of(dense).attachment.config.sequence_length)
     return Searched(dense, pruned, plan, costs, search_outcome(dense), [])
 
 
-def recover_(pruned: PreTrainedModel, searched: PreTrainedModel, plan: Plan, prepared: Prepared) -> Iterator[str]:
+def recovery_steps(pruned: PreTrainedModel, searched: PreTrainedModel, plan: Plan, prepared: Prepared) -> Iterator[str]:
     """Repair and retrain the pruned model, in place, as far as the recipe asks for it.
 
     Args:
@@ -141,13 +141,13 @@ def recover_(pruned: PreTrainedModel, searched: PreTrainedModel, plan: Plan, pre
         dense = dense_model(prepared).eval()
         dense.to(pruned.device)
     if repair is not None:
-        say("Repairing the pruned model ...")
+        print_on_main("Repairing the pruned model ...")
         rows = DataLoader(evenly_spaced(examples.train, repair.examples), 4, collate_fn=examples.collate)
         batches = [{name: tensor.to(pruned.device) for name, tensor in batch.items()} for batch in rows]
         repair_(pruned, dense, plan, batches, ridge=repair.ridge, progress=Countdown("repair", "layers"))
         yield "repaired"
     if recipe.recover.train:
-        say("Retraining the pruned model ...")
+        print_on_main("Retraining the pruned model ...")
         train_(
             pruned,
             _arguments(prepared, "recover"),

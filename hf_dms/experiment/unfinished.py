@@ -17,7 +17,7 @@ from transformers.trainer_utils import sort_checkpoints
 from ..checkpoint.folders import replace_folder
 from ..errors import HfDmsError
 from ..report.numbers import REPORT
-from ..training.distributed import say
+from ..training.distributed import print_on_main
 from .recipe import Recipe
 
 CLAIM = "recipe.json"
@@ -34,11 +34,11 @@ def is_finished(recipe: Recipe, output: Path, unfinished: Path) -> bool:
     if not (output / REPORT).is_file() or recipe.output.overwrite:
         return False
     if not unfinished.exists() or _read_claim(unfinished) == _plain(recipe):
-        tidy(unfinished, output)
+        remove_unfinished(unfinished, output)
     return True
 
 
-def tidy(unfinished: Path, output: Path) -> None:
+def remove_unfinished(unfinished: Path, output: Path) -> None:
     """Remove the folder of a run that is finished, but for what TensorBoard reads, which goes into the result."""
     for logs in unfinished.glob("*/runs"):
         shutil.copytree(logs, output / "runs" / logs.parent.name, dirs_exist_ok=True)
@@ -68,7 +68,7 @@ def claim(unfinished: Path, recipe: Recipe) -> None:
                     f"or choose another output.path, or delete {unfinished if stage == 'finetune' else folder} to do "
                     "it again."
                 )
-            say(f"Retraining begins anew: {changed}.")
+            print_on_main(f"Retraining begins anew: {changed}.")
         if changed:
             replace_folder(folder)
     unfinished.mkdir(parents=True, exist_ok=True)

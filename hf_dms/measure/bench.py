@@ -203,7 +203,7 @@ def shape_of(model: Any) -> Shape:
     return Shape(model.config.num_hidden_layers, widths(model), multiple)
 
 
-def table(result: dict[str, Any]) -> str:
+def bench_table(result: dict[str, Any]) -> str:
     """What `bench` returned, as a Markdown table and a line for each warning."""
     compared = len(result["models"]) == 2
     names = [Path(entry["path"]).name or entry["path"] for entry in result["models"]]

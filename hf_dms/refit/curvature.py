@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..archs.bind import BoundSpec
 from ..errors import HfDmsError
 from ..gating.attach import masked_inputs
-from .layerwise import Places, Walk
+from .layerwise import LayerWalk, StreamModules
 from .shelf import Shelf
 
 Key = tuple[int, str]  # a layer, and the path of a map inside it
@@ -39,7 +39,7 @@ class Writer:
     units: Tensor
 
 
-def writers(bound: BoundSpec, places: Places, dims: Iterable[str]) -> list[Writer]:
+def writers(bound: BoundSpec, places: StreamModules, dims: Iterable[str]) -> list[Writer]:
     """The maps that write into the stream and read a pruned dim, in the order in which they run.
 
     Raises:
@@ -129,8 +129,8 @@ def with_bias(module: Any) -> Tensor:
 @torch.no_grad()
 def collect_(
     sums: Sequence[Sums],
-    student: Walk,
-    places: Places,
+    student: LayerWalk,
+    places: StreamModules,
     layer: int,
     path: str,
     targets: Shelf,

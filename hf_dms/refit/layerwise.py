@@ -27,7 +27,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 # ---- where a layer writes, derived from the description and from running one -----------------------------------------
 @dataclass(frozen=True)
-class Places:
+class StreamModules:
     """Modules inside a layer, by their paths.
 
     Attributes:
@@ -47,7 +47,7 @@ def stream_dim(bound: BoundSpec) -> str:
     return next(name for name in names if bound.spec.dim(name).scope != "layer")
 
 
-def find_places(walk: Walk, bound: BoundSpec) -> Places:
+def find_stream_modules(walk: LayerWalk, bound: BoundSpec) -> StreamModules:
     """Run the first layer to see how its maps write into the stream.
 
     Raises:
@@ -59,11 +59,11 @@ def find_places(walk: Walk, bound: BoundSpec) -> Places:
         if param.layer == 0 and name.endswith(".weight") and param.axes[0] == stream and len(param.axes) in modules:
             modules[len(param.axes)].append(name.removeprefix(inside).removesuffix(".weight"))
     writes, norms = tuple(modules[2]), tuple(modules[1])
-    for places in (Places(writes), Places(writes, norms)):
+    for places in (StreamModules(writes), StreamModules(writes, norms)):
         recorder = walk.run(0, 0, places)
         as_said = all(_same(norm_input, total) for norm_input, total in zip(recorder.normed, recorder.sums.values()))
         if as_said and _same(recorder.output, recorder.stream):
-            return Places(tuple(recorder.sums), places.norms)
+            return StreamModules(tuple(recorder.sums), places.norms)
     raise HfDmsError(
         f"repair: what {', '.join(writes)} of a {bound.spec.model_type} layer write is not added to the residual "
         "stream as it is, or not everything that is added comes from them. This architecture cannot be repaired."
@@ -79,7 +79,7 @@ class _Stop(Exception):
     """A layer has run far enough."""
 
 
-class Recorder:
+class StreamRecorder:
     """Follows the residual stream through one run of a layer.
 
     Attributes:
@@ -99,7 +99,7 @@ class Recorder:
         self.normed: list[Tensor] = []
 
     @contextlib.contextmanager
-    def on(self, layer: nn.Module, places: Places) -> Iterator[None]:
+    def on(self, layer: nn.Module, places: StreamModules) -> Iterator[None]:
         """Listen to a layer for a while."""
         hooks = [layer.get_submodule(path).register_forward_hook(self._normed) for path in places.norms]
         wrote = {path: functools.partial(self._wrote, path) for path in places.writes}
@@ -122,7 +122,7 @@ class Recorder:
 
 
 # ---- layer by layer --------------------------------------------------------------------------------------------------
-class Walk:
+class LayerWalk:
     """A model's layers, and every batch on its way through them.
 
     Attributes:
@@ -162,11 +162,11 @@ class Walk:
         self.hidden.append(calls[0][0])
         self.calls.append([call for _, call in calls])
 
-    def run(self, layer: int, batch: int, places: Places, until: str | None = None) -> Recorder:
+    def run(self, layer: int, batch: int, places: StreamModules, until: str | None = None) -> StreamRecorder:
         """Run a layer on a batch, no further than to what the map `until` writes."""
         args, kwargs = self.calls[batch][layer]
         hidden = self.hidden[batch]
-        recorder = Recorder(hidden, until)
+        recorder = StreamRecorder(hidden, until)
         with contextlib.suppress(_Stop), recorder.on(self.layers[layer], places):
             output = self.layers[layer](hidden, *args, **kwargs)
             recorder.output = output[0] if isinstance(output, tuple) else output
@@ -175,10 +175,10 @@ class Walk:
     def advance(self, layer: int) -> None:
         """Let every batch pass a layer."""
         for batch in range(len(self.hidden)):
-            self.hidden[batch] = self.run(layer, batch, Places()).output
+            self.hidden[batch] = self.run(layer, batch, StreamModules()).output
 
 
-def targets_of_layers(teacher: Walk, places: Places, layers: range, units: Tensor) -> dict[str, Shelf]:
+def targets_of_layers(teacher: LayerWalk, places: StreamModules, layers: range, units: Tensor) -> dict[str, Shelf]:
     """Let the dense model pass a kept layer and the dropped ones that follow it.
 
     Returns:

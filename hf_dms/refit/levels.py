@@ -24,7 +24,7 @@ from ..archs.bind import BoundSpec
 from ..archs.restoring import evaluating
 from ..errors import HfDmsError
 from .curvature import Key, Sums, Writer, collect_, with_bias, writers
-from .layerwise import Walk, find_places, stream_dim, targets_of_layers
+from .layerwise import LayerWalk, find_stream_modules, stream_dim, targets_of_layers
 from .order import Elimination, eliminate
 
 ORDER_RIDGE, REFIT_RIDGE = 0.01, 0.1  # relative to the mean square of a map's inputs
@@ -149,8 +149,8 @@ def sweep(
     found: dict[Key, RefittedMap] = {}
     everything = torch.arange(bound.sizes[stream_dim(bound)])
     with evaluating(model):
-        teacher, student = Walk(model, bound, batches), Walk(model, bound, batches)
-        places = find_places(teacher, bound)
+        teacher, student = LayerWalk(model, bound, batches), LayerWalk(model, bound, batches)
+        places = find_stream_modules(teacher, bound)
         by_path = {writer.path: writer for writer in writers(bound, places, widths)}
         for layer in range(bound.num_layers):
             targets = targets_of_layers(teacher, places, range(layer, layer + 1), everything)

@@ -26,7 +26,7 @@ from ..gating.gates_for import build_gates
 from ..gating.rounding import round_sizes
 from ..resource import Sizes
 from .curvature import Key, stream_factors
-from .layerwise import Walk, find_places
+from .layerwise import LayerWalk, find_stream_modules
 from .levels import RefittedMap, sweep
 
 Batches = Iterable[Mapping[str, Tensor]]
@@ -58,7 +58,8 @@ def one_shot_obs_plan(model: PreTrainedModel, dms_config: DMSConfig, batches: Ba
     widths = {name: gates.dense_sizes()[name].long() for name in gates.dims}
     for _ in range(walks):
         maps = sweep(model, bound, batches, factors, widths)
-        costs = rank_(gates, maps)
+        rank_(gates, maps)
+        costs = removal_costs(gates, maps)
         widths = sizes_below_one_threshold(gates, costs)
     set_sizes_(gates, widths)
     return make_plan(gates, round_sizes(gates, bound, dms_config, model.config))
@@ -89,25 +90,30 @@ def factors_of(model: PreTrainedModel, bound: BoundSpec, batches: Batches) -> di
     """G behind every map that writes into the stream, see `stream_factors`."""
     first = {name: value for name, value in next(iter(batches)).items() if name != "labels"}
     with evaluating(model), torch.no_grad():
-        places = find_places(Walk(model, bound, [first]), bound)
+        places = find_stream_modules(LayerWalk(model, bound, [first]), bound)
     return stream_factors(model, bound, places.writes, batches)
 
 
 @torch.no_grad()
-def rank_(gates: Gates, maps: Mapping[Key, RefittedMap]) -> dict[str, Tensor]:
-    """Let the importance of gates be the order of refitted maps.
+def rank_(gates: Gates, maps: Mapping[Key, RefittedMap]) -> None:
+    """Let the importance of gates be the order of refitted maps, in place."""
+    for (layer, _), refitted in maps.items():
+        order, importance = refitted.elimination.order, gates.raw_importance(refitted.dim)
+        ranks = torch.arange(len(order), 0, -1, device=order.device) / len(order)
+        importance[layer, order] = ranks.to(importance)
+
+
+def removal_costs(gates: Gates, maps: Mapping[Key, RefittedMap]) -> dict[str, Tensor]:
+    """What removing units costs by refitted maps.
 
     Returns:
         Per dim `[rows, units]` float64: `costs[row, k]` is what the loss grows by when k + 1 units become k.
     """
     costs: dict[str, Tensor] = {}
     for (layer, _), refitted in sorted(maps.items()):
-        name = refitted.dim
-        total = costs.setdefault(name, torch.zeros(gates.dims[name].rows, gates.dims[name].units).double())
+        dim = gates.dims[refitted.dim]
+        total = costs.setdefault(dim.name, torch.zeros(dim.rows, dim.units).double())
         total[layer] = refitted.elimination.costs / 2
-        order = refitted.elimination.order
-        places = torch.arange(len(order), 0, -1, device=order.device) / len(order)
-        gates.raw_importance(name)[layer, order] = places.to(gates.raw_importance(name))
     return costs
 
 
@@ -116,7 +122,7 @@ def sizes_below_one_threshold(gates: Gates, costs: Mapping[str, Tensor]) -> Size
 
     Args:
         gates: cost and target; dims that are shared by all rows drop by the mean cost over rows.
-        costs: see `rank_`.
+        costs: see `removal_costs`.
 
     Returns:
         Per dim `[rows]` int64. Only the order of removal inside a row is kept, so a unit goes no sooner than those

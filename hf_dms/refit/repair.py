@@ -40,7 +40,7 @@ from ..cut.verify import open_gates
 from ..errors import HfDmsError
 from ..gating.attach import has_gates
 from .curvature import Sums, collect_
-from .layerwise import Places, Walk, find_places, stream_dim, targets_of_layers
+from .layerwise import LayerWalk, StreamModules, find_stream_modules, stream_dim, targets_of_layers
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # that one is chosen from
 FIXED_RIDGE = 0.1  # with a single batch, of which none can be held out
@@ -85,10 +85,14 @@ def repair_(
     units = kept_units(plan, stream, None, bound.sizes[stream])
     kept_layers = kept_units(plan, bound.depth, None, bound.num_layers).tolist()
     with evaluating(dense, pruned), open_gates(dense), _folder_in(offload) as folder:
-        teacher, student = Walk(dense, bound, offload=folder), Walk(pruned, bound, offload=folder)
-        masks = [_start_(batch, teacher, student) for batch in batches]
+        teacher, student = LayerWalk(dense, bound, offload=folder), LayerWalk(pruned, bound, offload=folder)
+        masks = []
+        for batch in batches:
+            masks.append(_mask_of(batch))
+            teacher.add_(batch)
+            student.add_(batch)
         _check_walks(student, teacher, kept_layers, units)
-        places = find_places(teacher, bound)
+        places = find_stream_modules(teacher, bound)
         for layer in range(kept_layers[0]):
             teacher.advance(layer)
         for position, layer in enumerate(kept_layers):
@@ -108,7 +112,7 @@ def repair_(
 
 
 # ---- both models, layer by layer -------------------------------------------------------------------------------------
-def _take_over_norm_(kept: nn.Module, dropped: nn.Module, places: Places, units: Tensor) -> None:
+def _take_over_norm_(kept: nn.Module, dropped: nn.Module, places: StreamModules, units: Tensor) -> None:
     """Give a layer the norm behind another one's last write, if the stream passes it."""
     for path in places.norms[-1:]:
         for name, parameter in kept.get_submodule(path).named_parameters():
@@ -123,8 +127,8 @@ def _folder_in(offload: str | os.PathLike | None) -> contextlib.AbstractContextM
     return tempfile.TemporaryDirectory(prefix="hf_dms-", dir=offload)
 
 
-def _start_(batch: Mapping[str, Tensor], teacher: Walk, student: Walk) -> Tensor | None:
-    """Put a batch in front of both models' first layers; returns its attention mask.
+def _mask_of(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """The attention mask of a batch, if it has one.
 
     Raises:
         ValueError: the mask is not one of positions.
@@ -134,8 +138,6 @@ def _start_(batch: Mapping[str, Tensor], teacher: Walk, student: Walk) -> Tensor
         raise HfDmsError(
             f"repair: the attention_mask of a batch has shape {tuple(mask.shape)}, expected [batch, tokens]."
         )
-    teacher.add_(batch)
-    student.add_(batch)
     return mask
 
 
@@ -200,7 +202,7 @@ def _check(pruned: PreTrainedModel, dense: PreTrainedModel, plan: Plan | None, r
         )
 
 
-def _check_walks(student: Walk, teacher: Walk, kept_layers: list[int], units: Tensor) -> None:
+def _check_walks(student: LayerWalk, teacher: LayerWalk, kept_layers: list[int], units: Tensor) -> None:
     if not len(student.hidden):
         raise HfDmsError("repair needs at least one batch, got none.")
     found, dense = ((len(walk.layers), walk.hidden[0].shape[-1]) for walk in (student, teacher))

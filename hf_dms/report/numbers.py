@@ -185,7 +185,7 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, list[str], str]]:
     return rows
 
 
-def table(report: dict[str, Any]) -> str:
+def report_table(report: dict[str, Any]) -> str:
     """Dense against pruned, for the terminal and the model card (a Markdown table)."""
     columns = [heading(report, name) for name in columns_of(report)]
     lines = [f"| | {' | '.join(columns)} | {columns[-1]} / {columns[0]} |", "|---" * (len(columns) + 2) + "|"]

@@ -30,7 +30,7 @@ class Row:
     stock: tuple[str, str]
     per_layer: tuple[str, str]
     but: list[str] = field(default_factory=list)
-    head_size: str | None = None
+    ignores_head_dim: str | None = None
     order: dict[str, tuple[str, Any, int]] = field(default_factory=dict)
 
     def model_types(self) -> list[str]:
@@ -90,9 +90,9 @@ def _for_sizes(verdict: Verdict, row: Row, config: dict[str, Any]) -> Verdict:
             return replace(verdict, status="source", words=words)
         return verdict
     heads, hidden, head_dim = (config.get(key) for key in ("num_attention_heads", "hidden_size", "head_dim"))
-    if row.head_size and heads and head_dim and heads * head_dim != hidden:
+    if row.ignores_head_dim and heads and head_dim and heads * head_dim != hidden:
         words = f"it takes hidden_size / heads for the head size, {hidden} / {heads} instead of {head_dim}"
-        return replace(verdict, status="no", words=f"{words}: {row.head_size}")
+        return replace(verdict, status="no", words=f"{words}: {row.ignores_head_dim}")
     if _out_of_order(row, config):
         words = "layers were dropped, and it takes their order for granted instead of reading it"
         return replace(verdict, status="no", words=f"{words}: wrong outputs, no error")
@@ -115,7 +115,7 @@ def _out_of_order(row: Row, config: dict[str, Any]) -> bool:
 
 
 # ---- the table in the documentation ----------------------------------------------------------------------------------
-def table() -> str:
+def runtimes_table() -> str:
     """The table in the documentation."""
     lines: list[tuple[str, ...]] = [("runtime", "version", "models", "stock, padded", "per-layer"), ("---",) * 5]
     for row in ROWS:
@@ -136,7 +136,7 @@ def _mark(status: str) -> str:
 def renewed(text: str) -> str:
     """A text whose table of runtimes, between `BEGIN` and `END`, is this one."""
     before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.partition(END)[2]}"
+    return f"{before}{BEGIN}\n\n{runtimes_table()}\n\n{END}{rest.partition(END)[2]}"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Several processes: which launches are refused, how gates stay out of DDP and FSDP, what only the main process does.
 
 Every process holds all gates. DDP and FSDP know nothing of them: their gradients and Taylor terms are averaged by
-`average_`, one collective per step. The rest is accelerate's and the Trainer's.
+`average_over_processes_`, one collective per step. The rest is accelerate's and the Trainer's.
 """
 
 from __future__ import annotations
@@ -118,21 +118,16 @@ def without_ddp_for_frozen(model: nn.Module, gates: Gates, accelerator: Accelera
         accelerator.__dict__.pop("prepare_model", None)
 
 
-def average_(tensors: list[Tensor], accelerator: Accelerator) -> bool:
-    """Average tensors over processes, in place and in one collective.
-
-    Returns:
-        Whether all values are finite in all processes: the same answer in each.
-    """
+def average_over_processes_(tensors: list[Tensor], accelerator: Accelerator) -> None:
+    """Average tensors over processes, in place and in one collective."""
     flat = torch.cat([tensor.detach().float().flatten() for tensor in tensors])
     flat = accelerator.reduce(flat, reduction="mean")
     for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
         tensor.detach().copy_(mean.view_as(tensor))
-    return bool(flat.isfinite().all())
 
 
 # ---- whole models ----------------------------------------------------------------------------------------------------
-def whole(model: PreTrainedModel) -> PreTrainedModel:
+def unsharded(model: PreTrainedModel) -> PreTrainedModel:
     """A model that FSDP2 has not sharded: the model itself, or a copy on the CPU of each process, gates included.
 
     Every process must call it.
@@ -154,16 +149,16 @@ def whole(model: PreTrainedModel) -> PreTrainedModel:
     return found.train(model.training)
 
 
-def make_whole_(model: PreTrainedModel, device: torch.device) -> None:
+def unshard_(model: PreTrainedModel, device: torch.device) -> None:
     """Undo FSDP2's sharding, in place; a trainer of the model cannot go on. Every process must call it."""
     if isinstance(model, FSDPModule):
-        found: Any = whole(model)
+        found: Any = unsharded(model)
         found.to(device)
         model.__class__, model.__dict__ = found.__class__, found.__dict__
 
 
 # ---- what only the main process does ---------------------------------------------------------------------------------
-def on_main(function: Callable[[], Any]) -> Any:
+def run_on_main(function: Callable[[], Any]) -> Any:
     """Run a function in the main process alone; the others wait for what it returns.
 
     Returns:
@@ -195,13 +190,13 @@ def is_main() -> bool:
     return PartialState().is_main_process
 
 
-def say(text: str) -> None:
+def print_on_main(text: str) -> None:
     """Print in the main process."""
     if is_main():
         print(text, flush=True)
 
 
-def finish() -> None:
+def end_processes() -> None:
     """Take the processes apart, once all have come to their end; one that leaves earlier would take others with it."""
     state = PartialState()
     if state.num_processes > 1:

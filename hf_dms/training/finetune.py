@@ -13,7 +13,7 @@ from ..archs.plain_view import base_model_of, with_adapters
 from ..config import DMSConfig
 from ..tasks.task import Examples
 from .distillation import DistillationConfig
-from .distributed import check_plugin, make_whole_
+from .distributed import check_plugin, unshard_
 from .exact_resume import ExactCheckpointsMixin, loss_is_summed_over_micro_batches, train_or_resume_
 from .progress import show_progress_
 from .step_guard import FiniteStepsMixin
@@ -67,7 +67,7 @@ def train_(
     if lora is not None:
         trained.merge_and_unload()
         model.requires_grad_(True)
-    make_whole_(model, arguments.device)
+    unshard_(model, arguments.device)
     model.eval()
 
 

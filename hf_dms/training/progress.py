@@ -10,7 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback
 
-from .distributed import is_main, say
+from .distributed import is_main, print_on_main
 
 SECONDS_PER_LINE = 5  # of work that is no training and logs nothing
 SHOWN = ("resource", "target", "eval_loss", "eval_resource")  # of what a search or a training logs, beside the loss
@@ -105,7 +105,7 @@ class Countdown:
             return
         self.last_line = now
         left = timedelta(seconds=round((now - self.began) / done * (total - done)))
-        say(f"{self.stage}: {done} of {total} {self.unit} ({100 * done // total} %), {left} left")
+        print_on_main(f"{self.stage}: {done} of {total} {self.unit} ({100 * done // total} %), {left} left")
 
     def _show_bar(self, done: int, total: int) -> None:
         if self.bar is None:

@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from ..errors import NonFiniteError
-from .distributed import average_
+from .distributed import average_over_processes_
 
 OverTrainer: Any = object  # a mixin over a Trainer, whose attributes it uses: Any to a type checker
 logger = logging.get_logger(__name__)
@@ -80,7 +80,10 @@ class FiniteStepsMixin(OverTrainer):
 
     def _finish_backward_(self) -> None:
         """After the backward passes of a step, before the optimizer's: what all processes must agree on."""
-        if average_([*self._step_tensors(), self._step_loss, self._grad_norm], self.accelerator):
+        tensors = [*self._step_tensors(), self._step_loss, self._grad_norm]
+        average_over_processes_(tensors, self.accelerator)
+        values = torch.cat([tensor.detach().float().flatten() for tensor in tensors])
+        if values.isfinite().all():  # averages, so all processes come to the same answer
             self._take_step_()
             self._skipped().in_a_row = 0
         else:

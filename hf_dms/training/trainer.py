@@ -30,7 +30,7 @@ from ..errors import HfDmsError
 from ..gates import Gates
 from ..gating.attach import attach_, freeze_, frozen_mode_, gates_of
 from ..gating.outcome import SearchOutcome, say_outcome, search_outcome
-from .distributed import check_launch, check_plugin, leave_gates_out_, whole, without_ddp_for_frozen
+from .distributed import check_launch, check_plugin, leave_gates_out_, unsharded, without_ddp_for_frozen
 from .exact_resume import ExactCheckpointsMixin, loss_is_summed_over_micro_batches
 from .progress import show_progress_
 from .refitting import RefitCallback
@@ -131,7 +131,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
             VerificationError: the cut model does not compute what the masked one does.
         """
         with _without_autocast(self._unwrapped(), self.accelerator) as model:
-            pruned = prune(whole(model), inputs=self.example_inputs())
+            pruned = prune(unsharded(model), inputs=self.example_inputs())
         if self._use_cache is not None:
             pruned.config.use_cache = self._use_cache
         return pruned
@@ -282,7 +282,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
             logs[f"kept/{name}"] = float(kept.mean())
             if dim.num_ratios > 1:
                 logs |= {f"kept_min/{name}": float(kept.min()), f"kept_max/{name}": float(kept.max())}
-            logs[f"undecided/{name}"] = float(gates.undecided(name))
+            logs[f"soft_fraction/{name}"] = float(gates.soft_fraction(name))
         return logs
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -13,7 +13,7 @@ import hf_dms
 from hf_dms import DMSConfig, attach_, prune
 from hf_dms.checkpoint.folders import new_folder
 from hf_dms.checkpoint.save import save_pruned
-from hf_dms.checkpoint.search_state import kept_units, load_search_state_, save_search_state
+from hf_dms.checkpoint.search_state import hard_unit_counts, load_search_state_, save_search_state
 from hf_dms.errors import VerificationError
 from hf_dms.gating.attach import gates_of
 
@@ -154,7 +154,7 @@ def test_search_state_survives_a_round_trip_through_files(tmp_path):
         assert set(file.keys()) == set(expected)
     summary = json.loads((tmp_path / "dms_state.json").read_text())
     assert DMSConfig(**summary["dms_config"]) == DMSConfig(target=0.6, layout="per_layer")
-    assert summary["kept_units"] == kept_units(gates_of(model))
+    assert summary["kept_units"] == hard_unit_counts(gates_of(model))
     assert summary["resource"] == pytest.approx(float(gates_of(model).resource().detach()))
 
 

@@ -38,7 +38,7 @@ from hf_dms.archs.spec import Dim, parse_axes, with_dims
 from hf_dms.cut.prune import plan_of
 from hf_dms.cut.slicing import pad_tensor
 from hf_dms.cut.verify import all_outputs_of
-from hf_dms.report.numbers import sizes_and_costs, table
+from hf_dms.report.numbers import report_table, sizes_and_costs
 
 BERTS = ("bert", "roberta", "distilbert", "electra")
 HEADS = (
@@ -138,11 +138,11 @@ def test_the_report_counts_what_is_written_and_what_is_kept_beside_it():
     assert report["pruned"]["kept_num_params"] == int(gates.count(gates.dense_sizes() | sizes))
     assert (
         f"parameters without padding | {report['dense']['num_params']:,} | {report['pruned']['kept_num_params']:,}"
-        in (table(report))
+        in (report_table(report))
     )
     detach_(model)
     searched(model, layout="per_layer")
     per_layer = sizes_and_costs(model, plan_of(model), 7)
-    assert "without padding" not in table(per_layer)
+    assert "without padding" not in report_table(per_layer)
     for name, count in per_layer["pruned"].items():
         assert report["pruned"][f"kept_{name}"] == count < report["pruned"][name]

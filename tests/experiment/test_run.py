@@ -131,7 +131,7 @@ def test_a_classifier_killed_in_its_recovery_ends_the_same(classifiers, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(hf_dms.experiment.run, "recover_", die)
+        patch.setattr(hf_dms.experiment.run, "recovery_steps", die)
         with pytest.raises(KeyboardInterrupt):
             classifiers("vit")
     assert classifiers("vit")[0] == 0
@@ -331,7 +331,7 @@ def test_a_run_killed_when_all_was_saved_leaves_nothing_behind(recipe, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(hf_dms.experiment.run, "tidy", die)
+        patch.setattr(hf_dms.experiment.run, "remove_unfinished", die)
         with pytest.raises(KeyboardInterrupt):
             recipe()
     out = recipe()[1]

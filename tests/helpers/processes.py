@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_dms import DMSConfig, DMSTrainer
-from hf_dms.training.distributed import MainProcessError, finish, make_whole_, on_main
+from hf_dms.training.distributed import MainProcessError, end_processes, run_on_main, unshard_
 
 GLOBAL_BATCH = 8
 
@@ -74,7 +74,7 @@ def fsdp(folder: Path, pipeline: str) -> dict[str, Tensor]:
     assert all(sharded)
     assert type(trainer.gates.prune_ratio) is torch.nn.Parameter
     found = results(trainer)
-    make_whole_(trainer.model, torch.device("cpu"))
+    unshard_(trainer.model, torch.device("cpu"))
     assert not isinstance(trainer.model, FSDPModule)
     with torch.no_grad():
         assert trainer.model(**Tokens()[0:2]).loss.isfinite()
@@ -104,15 +104,15 @@ def _pretend_fsdp() -> None:
 
 
 def main_only(folder: Path, pipeline: str) -> dict[str, Tensor]:
-    """What `on_main` returns and raises, as a test would see it in each process."""
+    """What `run_on_main` returns and raises, as a test would see it in each process."""
     rank = PartialState().process_index
 
     def refuse():
         raise ValueError("the folder is full")
 
-    assert on_main(lambda: f"from {rank}") == "from 0"
+    assert run_on_main(lambda: f"from {rank}") == "from 0"
     with pytest.raises(MainProcessError if rank else ValueError, match="the folder is full"):
-        on_main(refuse)
+        run_on_main(refuse)
     return {"rank": torch.tensor(rank)}
 
 
@@ -157,4 +157,4 @@ if __name__ == "__main__":
         found = globals()[kind](Path(sys.argv[1]), pipeline)
         tensors = {name: tensor.contiguous() for name, tensor in found.items()}
         save_file(tensors, Path(sys.argv[1]) / f"{what}-{PartialState().process_index}.safetensors")
-    finish()
+    end_processes()

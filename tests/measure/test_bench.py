@@ -16,7 +16,7 @@ from hf_dms.archs.registry import spec_for
 from hf_dms.checkpoint.save import save_pruned
 from hf_dms.cli import main
 from hf_dms.measure import speed
-from hf_dms.measure.bench import bench, explain_, measure, quartiles, shape_of, table
+from hf_dms.measure.bench import bench, bench_table, explain_, measure, quartiles, shape_of
 from hf_dms.measure.reasons import Shape, falls_short, odd_widths, reasons
 from hf_dms.measure.speed import Run, costs_of, in_turns, inputs_for, peak_bytes, profiled, run_with, seconds_per_batch
 
@@ -273,7 +273,7 @@ def test_the_command_prints_a_table_and_writes_all_numbers(folders, tmp_path, ca
     assert all(entry["peak_bytes"]["1"] > 2**20 for entry in found["models"])
     assert {"name", "threads", "dtype", "load_average", "versions"} <= found["machine"].keys()
     printed = capsys.readouterr().out
-    assert printed.startswith(table(found))
+    assert printed.startswith(bench_table(found))
     assert "| | dense | cut | times as fast | MACs promise |" in printed
     assert "prefill tokens/s, batch 1" in printed
 
@@ -289,7 +289,7 @@ def test_a_classifier_is_measured_alone_in_examples_per_second(head, unit, tmp_p
     for row in found["measurements"]:
         assert row["per_second"][0][1] == pytest.approx(row["batch_size"] / row["seconds"][0][1])
         assert "ratio" not in row
-    assert f"| {unit}, batch 3 |" in table(found)
+    assert f"| {unit}, batch 3 |" in bench_table(found)
 
 
 def test_a_warning_names_the_phase_and_its_reasons(folders, no_processes):
@@ -297,13 +297,13 @@ def test_a_warning_names_the_phase_and_its_reasons(folders, no_processes):
     found["models"] *= 2
     (row,) = found["measurements"]
     row |= {"per_second": row["per_second"] * 2, "ratio": [1.0, 1.1, 1.2], "promised": 2.0, "reasons": ["a", "b"]}
-    assert table(found).endswith("warning: prefill at batch 1 is 1.10 times as fast, MACs promise 2.00: a. b.")
+    assert bench_table(found).endswith("warning: prefill at batch 1 is 1.10 times as fast, MACs promise 2.00: a. b.")
 
 
 def test_memory_that_the_system_does_not_tell_is_not_known(folders, monkeypatch):
     monkeypatch.setattr("hf_dms.measure.bench.peak_bytes", lambda path, *how: None)
     found = bench(str(folders / "cut"), batch_sizes=(1,), sequence_length=8, new_tokens=0, repeats=1, device="cpu")
-    assert "| peak memory, batch 1 | not known |" in table(found)
+    assert "| peak memory, batch 1 | not known |" in bench_table(found)
 
 
 # ---- mistakes ----

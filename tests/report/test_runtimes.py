@@ -8,7 +8,7 @@ import transformers
 from helpers.tiny import tiny_llama
 
 from hf_dms.archs.registry import ARCHS, SPECS
-from hf_dms.report.runtimes import END, ROWS, STATUSES, renewed, table, verdicts
+from hf_dms.report.runtimes import END, ROWS, STATUSES, renewed, runtimes_table, verdicts
 
 ROOT = Path(__file__).parents[2]
 RUNTIMES = {row.runtime for row in ROWS}
@@ -110,4 +110,4 @@ def test_rows_for_k_quants_are_told_of_a_real_config():
 
 
 def test_no_cell_breaks_the_table():
-    assert len({line.count("|") for line in table().splitlines()}) == 1
+    assert len({line.count("|") for line in runtimes_table().splitlines()}) == 1

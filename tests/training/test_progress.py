@@ -63,7 +63,7 @@ def test_tensorboard_gets_the_course_of_the_search(tmp_path):
     trainer = trained(tmp_path, **options)
     (events,) = tmp_path.rglob("events.out.tfevents.*")
     read = EventAccumulator(str(events.parent)).Reload()
-    for name in ("task_loss", "resource_loss", "resource", "target", "kept/mlp", "undecided/mlp", "gate_grad_norm"):
+    for name in ("task_loss", "resource_loss", "resource", "target", "kept/mlp", "soft_fraction/mlp", "gate_grad_norm"):
         scalars = read.Scalars(f"train/{name}")
         assert [scalar.step for scalar in scalars] == list(range(1, 7))
         assert [scalar.value for scalar in scalars] == pytest.approx(logged(trainer, name))

@@ -331,7 +331,7 @@ def test_logs_show_task_loss_resource_target_and_kept_units(tmp_path):
     assert [entry["target"] for entry in entries[:2]] == [1.0, 1.0]
     assert entries[-1]["target"] == 0.6
     dims = ("kv", "mlp", "hidden", "layers")
-    kept = {f"{what}/{name}" for what in ("kept", "undecided") for name in dims}
+    kept = {f"{what}/{name}" for what in ("kept", "soft_fraction") for name in dims}
     kept |= {"kept_min/mlp", "kept_max/mlp", "gate_grad_norm", "skipped_steps"}
     for entry in entries:
         assert {"task_loss", "resource_loss", "resource", "target", *kept} <= entry.keys()
@@ -343,8 +343,8 @@ def test_logs_show_task_loss_resource_target_and_kept_units(tmp_path):
         assert entry["kept_min/mlp"] <= entry["kept/mlp"] <= entry["kept_max/mlp"]
     assert entries[0]["gate_grad_norm"] == 0  # warming up, and on target
     assert entries[3]["gate_grad_norm"] > 0
-    assert [entries[0][f"undecided/{name}"] for name in dims] == [0] * 4
-    assert max(entries[-1][f"undecided/{name}"] for name in dims) > 0
+    assert [entries[0][f"soft_fraction/{name}"] for name in dims] == [0] * 4
+    assert max(entries[-1][f"soft_fraction/{name}"] for name in dims) > 0
     evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert [0 < entry["eval_resource"] <= 1 for entry in evaluated] == [True, True]
 
