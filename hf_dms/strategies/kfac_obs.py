@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..cut.verify import open_gates
 from ..gating.attach import gates_of
 from ..refit.levels import sweep
-from ..refit.one_shot import check_layer_dims, factors_of, rank_, sizes_below_one_threshold
+from ..refit.one_shot import check_layer_dims, factors_of, removal_costs, sizes_below_one_threshold
 from .allocate import Batches, Criterion, Scores
 
 WALKS = 2
@@ -35,7 +35,7 @@ def kfac_obs_scores(model: PreTrainedModel, batches: Batches) -> Scores:
         widths = {name: gates.dense_sizes()[name].long() for name in gates.dims}
         for _ in range(WALKS):
             maps = sweep(model, bound, batches, factors, widths)
-            widths = sizes_below_one_threshold(gates, rank_(gates, maps))
+            widths = sizes_below_one_threshold(gates, removal_costs(gates, maps))
     scores: Scores = {name: torch.zeros(dim.rows, dim.units).double() for name, dim in gates.dims.items()}
     for (layer, _), refitted in maps.items():
         order, costs = refitted.elimination.order, refitted.elimination.costs
