@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 
 .PHONY: quickstart model data test test-slow lint docs
 
@@ -12,8 +13,9 @@ model: models/smollm2-135m models/minilm models/vit
 
 data: models/movie-sentiment models/fashion-mnist
 
+# two processes of one thread each; a file stays in one process, so that what its tests share is made once
 test: $(VENV)/installed lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=25
 
 test-slow: $(VENV)/installed models/smollm2-135m
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow
