@@ -24,7 +24,7 @@ from ..report.numbers import REPORT, as_written, notes, report_table, to_json
 from ..report.page import PAGE, render
 from ..report.report import Report
 from ..tasks.evaluate import summary
-from ..training.distributed import check_launch, run_on_main, print_on_main
+from ..training.distributed import check_launch, print_on_main, run_on_main
 from .prepare import Prepared, prepare, training_arguments, unfinished_folder
 from .recipe import Recipe
 from .stages import dense_model, recovery_steps, score, scores_on_soft_masks, search_and_cut, speeds

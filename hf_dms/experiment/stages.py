@@ -24,7 +24,7 @@ from ..refit.repair import repair_
 from ..report.numbers import sizes_and_costs
 from ..strategies.one_shot import criterion_of
 from ..tasks.evaluate import evenly_spaced, example_scores
-from ..training.distributed import unshard_, print_on_main
+from ..training.distributed import print_on_main, unshard_
 from ..training.exact_resume import train_or_resume_
 from ..training.finetune import train_
 from ..training.progress import Countdown
