@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..archs.bind import BoundSpec, dim_size
+from ..archs.inputs import num_token_ids
 from ..archs.plain_view import adapted_layers, is_packed, plain_parameters
-from ..archs.registry import ARCHS
+from ..archs.registry import dense_spec
 from ..archs.restoring import HALF, evaluating, in_float32
 from ..errors import VerificationError
 from ..gating.attach import gates_of, has_gates, norms
@@ -51,13 +53,14 @@ def open_gates(model: PreTrainedModel) -> Iterator[None]:
 def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     """Inputs for one forward pass of any supported model: transformers' own tokens, or a random image."""
     if model.main_input_name == "pixel_values":
-        spec = ARCHS[model.config.model_type.removeprefix("dms_")]
+        spec = dense_spec(model.config.model_type)
         shape = [dim_size(spec.dim(name), model.config) for name in spec.image.split()]
         pixels = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
         return {"pixel_values": pixels.to(model.device, model.dtype)}
     inputs = {name: tensor.to(model.device) for name, tensor in model.dummy_inputs.items()}
     if "input_ids" in inputs:
-        inputs["input_ids"] = inputs["input_ids"] % model.config.vocab_size
+        known: Any = num_token_ids(model.config)
+        inputs["input_ids"] = inputs["input_ids"] % known
     return inputs
 
 

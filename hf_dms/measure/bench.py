@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 
+from ..archs.bind import dim_size
+from ..archs.inputs import max_tokens
+from ..archs.registry import dense_spec
 from ..errors import HfDmsError
 from ..tasks.registry import task_of
 from .reasons import ALIGNED_BYTES, Shape, falls_short, reasons
@@ -107,11 +110,11 @@ def _same_task(paths: list[str]) -> tuple[Any, list[Any]]:
 
 def _check_lengths(paths: list[str], configs: list[Any], tokens: int) -> None:
     for path, config in zip(paths, configs):
-        longest = getattr(config, "max_position_embeddings", tokens)
-        if tokens > longest:
+        longest = max_tokens(config)
+        if longest is not None and tokens > longest:
             raise HfDmsError(
-                f"{path} takes at most {longest} tokens (max_position_embeddings), got {tokens}. Give a smaller "
-                "--sequence-length, or fewer --new-tokens."
+                f"{path} takes at most {longest} tokens, got {tokens}. Give a smaller --sequence-length, or fewer "
+                "--new-tokens."
             )
 
 
@@ -200,7 +203,9 @@ def _medians(profiles: list[dict[str, float]]) -> dict[str, float]:
 def shape_of(model: Any) -> Shape:
     """What of a model's shape a reason may name."""
     multiple = ALIGNED_BYTES.get(model.device.type, 64) // model.dtype.itemsize
-    return Shape(model.config.num_hidden_layers, widths(model), multiple)
+    spec = dense_spec(model.config.model_type)
+    num_layers = sum(dim_size(spec.dim(stack), model.config) for stack in spec.stacks)
+    return Shape(num_layers, widths(model), multiple)
 
 
 def bench_table(result: dict[str, Any]) -> str:

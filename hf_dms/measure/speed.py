@@ -22,6 +22,7 @@ from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from ..archs.inputs import num_token_ids
 from ..cut.register import register
 from ..cut.verify import dummy_inputs
 from ..errors import HfDmsError
@@ -67,8 +68,9 @@ def inputs_for(model: PreTrainedModel, run: Run) -> dict[str, Tensor]:
     if model.main_input_name == "pixel_values":
         pixels = dummy_inputs(model)["pixel_values"][:1]
         return {"pixel_values": pixels.repeat(run.batch_size, 1, 1, 1)}
+    known: Any = num_token_ids(model.config)
     shape, generator = (run.batch_size, run.sequence_length), torch.Generator().manual_seed(0)
-    return {"input_ids": torch.randint(model.config.vocab_size, shape, generator=generator).to(model.device)}
+    return {"input_ids": torch.randint(known, shape, generator=generator).to(model.device)}
 
 
 @torch.no_grad()

@@ -89,14 +89,14 @@ def _for_sizes(verdict: Verdict, row: Row, config: dict[str, Any]) -> Verdict:
             words = "only MLP widths differ here, which its Transformers backend may take: `--model-impl transformers`"
             return replace(verdict, status="source", words=words)
         return verdict
-    heads, hidden, head_dim = (config.get(key) for key in ("num_attention_heads", "hidden_size", "head_dim"))
+    heads, head_dim, hidden = (config.get(key) for key in TABLE["sizes"]["heads"])
     if row.ignores_head_dim and heads and head_dim and heads * head_dim != hidden:
-        words = f"it takes hidden_size / heads for the head size, {hidden} / {heads} instead of {head_dim}"
+        words = f"it takes the hidden size / heads for the head size, {hidden} / {heads} instead of {head_dim}"
         return replace(verdict, status="no", words=f"{words}: {row.ignores_head_dim}")
     if _out_of_order(row, config):
         words = "layers were dropped, and it takes their order for granted instead of reading it"
         return replace(verdict, status="no", words=f"{words}: wrong outputs, no error")
-    odd = [f"{key} {config[key]}" for key in ("hidden_size", "intermediate_size") if config.get(key, 0) % 256]
+    odd = [f"{key} {config[key]}" for key in TABLE["sizes"]["rows"] if config.get(key, 0) % 256]
     if row.runtime == "llama.cpp" and verdict.status != "no" and odd:
         more = f"K-quants fall back to larger types where rows are no multiple of 256 ({', '.join(odd)})"
         return replace(verdict, words=f"{verdict.words}; {more}")
