@@ -140,6 +140,8 @@ def unpacked(module: Any) -> Tensor:
     """The packed weight of a linear map, `[out, in]`."""
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
+    if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+        module.state_dict()  # evaluation on a CPU with AVX-512 leaves 4-bit weights in another order; this restores it
     return dequantize_bnb_weight(module.weight, getattr(module, "state", None))
 
 

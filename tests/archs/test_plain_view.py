@@ -57,7 +57,7 @@ def test_the_cut_of_an_adapted_model_is_the_cut_of_the_merged_one(method):
     assert not any("lora" in name or "base_layer" in name for name in pruned.state_dict())
     assert relative_difference(outputs_of(pruned, token_batch()), outputs_of(expected, token_batch())) < 1e-5
     detach_(model)
-    bit_equal(weights(model), before)
+    assert bit_equal(weights(model), before)
 
 
 def test_masks_go_around_adapters_and_soft_ones_give_both_a_gradient():
@@ -85,7 +85,7 @@ def test_adapters_that_transformers_put_on_are_merged_too():
     same = adapted()
     attach_(same, CONFIG)
     search_(same)
-    bit_equal(weights(prune(model)), weights(prune(same)))
+    assert bit_equal(weights(prune(model)), weights(prune(same)))
 
 
 def test_inactive_disabled_and_merged_adapters_are_taken_as_they_are():
@@ -160,7 +160,7 @@ def test_a_search_trains_adapters_and_ratios_alone_resumes_exactly_and_ends_plai
     trained_count = sum(p.requires_grad for p in whole.model.parameters())
     assert len(state) == trained_count
     resumed = trained(tmp_path / "resumed", model=started(), resume=str(tmp_path / "whole" / "checkpoint-3"))
-    bit_equal(weights(resumed.prune()), weights(whole.prune()))
+    assert bit_equal(weights(resumed.prune()), weights(whole.prune()))
     assert torch.equal(resumed.gates.prune_ratio, whole.gates.prune_ratio)
 
 
@@ -190,7 +190,7 @@ def test_a_search_on_packed_weights_resumes_exactly_and_ends_unpacked(bits, adap
     assert getattr(pruned.config, "quantization_config", None) is None
     assert whole.gates.prune_ratio.max() > 0
     resumed = trained(tmp_path / "resumed", options, model=started(), resume=str(tmp_path / "whole" / "checkpoint-3"))
-    bit_equal(weights(resumed.prune()), weights(pruned))
+    assert bit_equal(weights(resumed.prune()), weights(pruned))
 
 
 # ---- what is refused ----

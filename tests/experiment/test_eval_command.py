@@ -52,14 +52,18 @@ def folders(tmp_path_factory):
 
 def test_the_harness_runs_on_every_layout_and_writes_its_own_json(folders, tmp_path):
     # A process of its own: the harness's imports warn, and it reads sys.argv.
-    for layout in LAYOUTS[1:]:
-        arguments = ["--tasks", "sotu_next_sentence", "sotu_perplexity", "--limit", "3", "--output_path", str(tmp_path)]
-        command = ["eval", str(folders / layout), "--include_path", str(ROOT / "recipes" / "lm_eval"), *arguments]
-        if layout == "padded":
-            command += ["--baseline", str(folders / "uniform")]
-        done = subprocess.run([sys.executable, "-m", "hf_dms", *command], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert "sotu_next_sentence" in done.stdout
+    options = ["--tasks", "sotu_next_sentence", "sotu_perplexity", "--limit", "3", "--output_path", str(tmp_path)]
+    options += ["--include_path", str(ROOT / "recipes" / "lm_eval")]
+    commands = [
+        ["eval", str(folders / "per_layer"), *options],
+        ["eval", str(folders / "padded"), *options, "--baseline", str(folders / "uniform")],
+    ]
+    code = "import json, sys; from hf_dms.cli import main; print([main(each) for each in json.loads(sys.argv[1])])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(commands)], capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.endswith("[0, 0]\n"), done.stderr[-2000:]
+    assert done.stdout.count("sotu_next_sentence") >= 2
     written = list(tmp_path.rglob("results_*.json"))
     assert len(written) == 3
     for file in written:

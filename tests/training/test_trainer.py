@@ -483,19 +483,25 @@ def die_in_the_middle(number):
     return torch_save
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("whole"), **SAVING)
+
+
 @pytest.mark.parametrize("limit", [None, 1])
 @pytest.mark.parametrize("number", [5, 6, 7, 8])  # of four files per checkpoint
-def test_a_kill_while_saving_leaves_the_checkpoint_before_as_the_last(number, limit, tmp_path, monkeypatch):
+def test_a_kill_while_saving_leaves_the_checkpoint_before_as_the_last(
+    number, limit, uninterrupted, tmp_path, monkeypatch
+):
     options = SAVING | {"save_total_limit": limit}
-    whole = trained(tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", die_in_the_middle(number))
         with pytest.raises(KeyboardInterrupt):
             trained(tmp_path / "killed", **options)
     assert get_last_checkpoint(str(tmp_path / "killed")) == str(tmp_path / "killed" / "checkpoint-4")
     resumed = trained(tmp_path / "killed", **options, resume=True)
-    assert bit_equal(weights(resumed.model), weights(whole.model))
-    assert stories(resumed) == stories(whole)
+    assert bit_equal(weights(resumed.model), weights(uninterrupted.model))
+    assert stories(resumed) == stories(uninterrupted)
     kept = {path.name for path in (tmp_path / "killed").iterdir()}
     assert kept == ({"checkpoint-8"} if limit else {"checkpoint-4", "checkpoint-8"})
 
