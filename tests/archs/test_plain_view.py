@@ -82,7 +82,7 @@ def test_adapters_that_transformers_put_on_are_merged_too():
     model.add_adapter(METHODS["lora"]())
     attach_(model.eval(), CONFIG)
     search_(model)
-    same = adapted()
+    same = adapted(model=tiny_llama())
     attach_(same, CONFIG)
     search_(same)
     assert bit_equal(weights(prune(model)), weights(prune(same)))
