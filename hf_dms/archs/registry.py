@@ -36,6 +36,11 @@ def class_name(config: Any) -> str:
     return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
 
 
+def dense_spec(model_type: str) -> ArchSpec:
+    """The description of a supported architecture, or of the one that a per-layer one (`dms_*`) was cut from."""
+    return ARCHS[model_type.removeprefix("dms_")]
+
+
 def spec_for(config: Any) -> ArchSpec:
     """The description of a model's architecture.
 

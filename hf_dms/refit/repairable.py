@@ -1,6 +1,6 @@
 """Whether a model can be repaired, known from its config alone: a small model of the same kind is tried.
 
-What decides is how layers write into the residual stream (`layerwise.find_places`), which no size changes.
+What decides is how layers write into the residual stream (`layerwise.find_stream_modules`), which no size changes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ..archs.bind import BoundSpec
 from ..cut.formats import pruned_class_and_config
 from ..cut.plan import Plan
 from ..cut.verify import dummy_inputs
-from .layerwise import Walk, find_places
+from .layerwise import LayerWalk, find_stream_modules
 
 UNITS = 8  # of each dim of the small model, at most; it has one layer
 
@@ -34,7 +34,7 @@ def check_repairable(model: PreTrainedModel, bound: BoundSpec) -> None:
         small = cls._from_config(config, dtype=torch.float32).eval()
         for parameter in small.parameters():
             parameter.uniform_(0.5, 1.5)  # so that no factor is 1 by accident, as a fresh layer scale is
-        find_places(Walk(small, bound, [dummy_inputs(small)]), bound)
+        find_stream_modules(LayerWalk(small, bound, [dummy_inputs(small)]), bound)
 
 
 def _small(bound: BoundSpec) -> Plan:

@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..config import SEARCH, DMSConfig
 from ..tasks.registry import TASKS, task_of_class
-from .numbers import columns_of, heading, loading_lines, notes, sizes_table, table
+from .numbers import columns_of, heading, loading_lines, notes, report_table, sizes_table
 
 LOCAL = ".../"  # what a report puts before the last part of a local path
 INHERITED = ("language", "license", "license_name", "license_link")  # of the base model's card, as they are there
@@ -40,7 +40,7 @@ def model_card(report: dict[str, Any], name: str, base: dict[str, Any] | None = 
 
 {_origin(report)}
 
-{table(report)}
+{report_table(report)}
 {_protocol(report)}{"".join(f"{chr(10)}{note}{chr(10)}" for note in notes(report))}
 ## Load it
 

@@ -74,7 +74,7 @@ class Step(_Step, total=False):
 DIMS = Annotated[
     float | None,
     "kept/DIM, kept_min/DIM, kept_max/DIM: whole units nearest to the learned sizes, mean, smallest and largest over "
-    "the layers; undecided/DIM: share of the units whose mask is neither open nor closed.",
+    "the layers; soft_fraction/DIM: share of the units whose mask is neither open nor closed.",
 ]
 
 

@@ -18,7 +18,7 @@ from transformers.trainer_utils import (
 
 from ..checkpoint.folders import replace_folder
 from ..checkpoint.search_state import has_other_names, load_weights_
-from .distributed import say
+from .distributed import print_on_main
 from .step_guard import OverTrainer
 
 SAVING = "saving"  # where checkpoints are written, in the folder where they will be
@@ -99,7 +99,7 @@ def train_or_resume_(trainer: Any, keep: bool = False) -> None:
     if checkpoints := _checkpoints(trainer):
         state = TrainerState.load_from_json(str(Path(checkpoints[-1], TRAINER_STATE_NAME)))
         if state.global_step >= state.max_steps:
-            say(f"This is finished already: its end is loaded from {checkpoints[-1]}.")
+            print_on_main(f"This is finished already: its end is loaded from {checkpoints[-1]}.")
             trainer.state = state
             if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
                 trainer._load_best_model()

@@ -31,7 +31,7 @@ from hf_dms.archs.registry import spec_for
 from hf_dms.checkpoint.save import save_pruned
 from hf_dms.cli import main
 from hf_dms.cut.verify import dummy_inputs
-from hf_dms.refit.layerwise import Walk, find_places
+from hf_dms.refit.layerwise import LayerWalk, find_stream_modules
 from hf_dms.refit.repairable import check_repairable
 
 SMALL = dict(hidden_size=24, intermediate_size=20, num_hidden_layers=3, num_attention_heads=4)
@@ -266,7 +266,7 @@ def test_whether_a_model_can_be_repaired_is_known_without_its_weights(name):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(float(parameter.dim() == 1), 0.3)
-        of_weights = answer(find_places, Walk(model, bound, [dummy_inputs(model)]), bound)
+        of_weights = answer(find_stream_modules, LayerWalk(model, bound, [dummy_inputs(model)]), bound)
     state = torch.get_rng_state()
     assert answer(check_repairable, model.to("meta"), bound) == of_weights
     assert torch.equal(torch.get_rng_state(), state)
