@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_dms import resource
+from hf_dms.config import DMSConfig
 from hf_dms.resource import Cost, resource_loss, scheduled_target
 
 COST = Cost(
@@ -115,3 +116,8 @@ def test_a_geometric_target_falls_from_one_to_the_target_and_stays(target, ramp,
 
 def test_a_constant_target_is_constant():
     assert {scheduled_target(0.3, progress, schedule="constant") for progress in (0.0, 0.5, 1.0)} == {0.3}
+
+
+def test_a_target_falls_over_as_much_of_a_search_as_in_a_config_by_default():
+    ramp = DMSConfig(target=0.3).target_ramp
+    assert scheduled_target(0.3, 0.35) == scheduled_target(0.3, 0.35, ramp) > scheduled_target(0.3, 0.35, ramp / 2)

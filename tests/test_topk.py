@@ -85,6 +85,12 @@ def test_a_half_rounds_up_in_float32_as_on_paper(ratio, units, kept):
     assert int(num_kept(torch.tensor(ratio), units)) == kept
 
 
+def test_a_ratio_two_floats_above_a_half_is_above_it():
+    half = torch.tensor(0.5005)  # of 1000 units: 499.5 stay, and a half rounds up
+    above = torch.nextafter(torch.nextafter(half, torch.tensor(1.0)), torch.tensor(1.0))
+    assert [int(num_kept(ratio, 1000)) for ratio in (half, above)] == [500, 499]
+
+
 @given(importances, st.floats(0, 1, width=32))
 def test_a_hard_mask_keeps_the_most_important_units_and_of_equal_ones_the_later(values, ratio):
     importance = torch.tensor(values)

@@ -5,10 +5,18 @@ import copy
 import pytest
 import torch
 import transformers
-from helpers.tiny import lowest_target, relative_difference, search_, tiny_llama, token_batch
+from helpers.laws import (
+    EXACT,
+    SHIPPED,
+    assert_same,
+    macs_by_the_flop_counter,
+    masked_cut_reloaded,
+    same_tensors,
+    searched,
+)
+from helpers.tiny import relative_difference, search_, tiny_llama, token_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
     LlamaForCausalLM,
@@ -25,7 +33,6 @@ from hf_dms.cut.prune import magnitude_importance, make_plan, plan_of
 from hf_dms.cut.slicing import axis_indices, cut
 from hf_dms.cut.verify import check_same, hard_masked, outputs_of
 from hf_dms.gating.attach import gates_of
-from hf_dms.gating.rounding import round_sizes
 
 HEADS = (
     LlamaModel,
@@ -44,45 +51,6 @@ VARIANTS = {
     "wide heads": {"head_dim": 8},
     "one layer": {"num_hidden_layers": 1},
 }
-# float64 with norms in float64: the same sums in another order. float32 as shipped: 2^-24 times some tens of roundings.
-EXACT, SHIPPED = 1e-9, 1e-5
-
-
-def searched(model, seed=0, target=None, **options):
-    """Put gates on a model as a search would leave them; the target lies between the lowest possible one and 1."""
-    attach_(model, DMSConfig(target=1.0, **options))
-    search_(model, seed)
-    gates, (bound, config) = gates_of(model), (gates_of(model).attachment.bound, gates_of(model).attachment.config)
-    if target is None:
-        lowest = lowest_target(gates, bound, config, model.config)
-        config.target = lowest + 0.4 * (1 - lowest)
-    else:
-        config.target = target
-    return gates, round_sizes(gates, bound, config, model.config)
-
-
-def masked_cut_reloaded(model, sizes, folder):
-    """Outputs of the hard-masked, the cut and the reloaded model, and the cut one itself."""
-    inputs = token_batch()
-    pruned = prune(model, inputs=inputs)
-    with hard_masked(model, sizes):
-        masked = outputs_of(model, inputs)
-    if type(model) is LlamaModel and "hidden" in sizes:  # its output is the residual stream itself
-        masked = masked[..., make_plan(gates_of(model), sizes).kept["hidden"][0]]
-    save_pruned(pruned, folder, inputs=inputs)
-    reloaded = type(pruned).from_pretrained(folder, dtype=pruned.dtype)
-    assert same_tensors(reloaded, pruned)
-    return masked, outputs_of(pruned, inputs), outputs_of(reloaded, inputs), pruned
-
-
-def same_tensors(model, other):
-    ours, theirs = model.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-
-
-def assert_same(masked, cut_, reloaded, tolerance):
-    assert relative_difference(cut_, masked) < tolerance
-    assert relative_difference(reloaded, cut_) < tolerance
 
 
 @pytest.mark.parametrize("layout", ["uniform", "per_layer"])
@@ -147,11 +115,7 @@ def requests(draw):
 def test_masked_equals_cut_equals_reloaded(tmp_path_factory, exact_norms, request_):
     head, overrides, options, seed, share = request_
     model = tiny_llama(head, seed, torch.float64, **overrides)
-    gates, _ = searched(model, seed, target=1.0, **options)
-    bound, config = gates.attachment.bound, gates.attachment.config
-    lowest = lowest_target(gates, bound, config, model.config)
-    config.target = lowest + share * (1 - lowest)
-    sizes = round_sizes(gates, bound, config, model.config)
+    _, sizes = searched(model, seed, share, **options)
     folder = tmp_path_factory.mktemp("law") / "out"
     assert_same(*masked_cut_reloaded(model, sizes, folder)[:3], EXACT)
 
@@ -186,28 +150,18 @@ def test_counted_params_equal_numel(variant, scope, layout):
         assert int(counted) == sum(parameter.numel() for parameter in parameters)
 
 
-def macs_by_the_flop_counter(model, scope, length):
-    """Multiply-accumulates per token of one eager forward pass."""
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        model(input_ids=token_batch(1, length)["input_ids"], use_cache=False)
-    by_module = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
-    layers = [f for name, f in by_module.items() if name.rpartition(".")[2].isdigit()]
-    total = sum(layers) if scope == "layers" else by_module["Global"]
-    return total / 2 / length
-
-
 @pytest.mark.parametrize("layout", ["uniform", "per_layer"])
 @pytest.mark.parametrize("scope", ["model", "layers"])
 @pytest.mark.parametrize("head", [LlamaForCausalLM, LlamaForTokenClassification])
 def test_counted_macs_equal_the_flop_counter(head, scope, layout):
     model = tiny_llama(head, attn="eager")
-    dense = macs_by_the_flop_counter(model, scope, 11)
+    inputs = {"input_ids": token_batch(1, 11)["input_ids"], "use_cache": False}
+    dense = macs_by_the_flop_counter(model, scope, inputs, 11)
     gates, sizes = searched(model, layout=layout, resource="macs", resource_scope=scope, sequence_length=11)
     pruned = prune(model, inputs=token_batch())
     assert pruned.config._attn_implementation == "eager"
     assert gates.dense_resource == dense
-    assert float(gates.count(gates.dense_sizes() | sizes)) == macs_by_the_flop_counter(pruned, scope, 11)
+    assert float(gates.count(gates.dense_sizes() | sizes)) == macs_by_the_flop_counter(pruned, scope, inputs, 11)
 
 
 @pytest.mark.parametrize("layout", ["uniform", "per_layer"])
@@ -364,7 +318,7 @@ def test_a_model_pruned_per_layer_cannot_be_pruned_again():
 
 def test_a_model_pruned_uniformly_can_be_pruned_again():
     model = tiny_llama()
-    searched(model, target=0.7, layout="uniform")
+    searched(model, layout="uniform")
     pruned = prune(model, inputs=token_batch())
     with pytest.warns(UserWarning, match="no search"):
         again = prune(pruned, DMSConfig(target=0.5), inputs=token_batch())

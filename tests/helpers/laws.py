@@ -1,4 +1,4 @@
-"""What every architecture must obey, and tiny models of all of them: used by test_encoders.py and test_decoders.py."""
+"""What every architecture must obey, and tiny models of all: used by test_encoders.py, test_decoders.py and others."""
 
 import torch
 import transformers
@@ -101,7 +101,13 @@ def masked_cut_reloaded(model, sizes, folder):
             masked[name] = masked[name][..., kept[dim][0]]
     save_pruned(pruned, folder, inputs=inputs)
     reloaded = type(pruned).from_pretrained(folder, dtype=pruned.dtype)
+    assert same_tensors(reloaded, pruned)
     return masked, all_outputs_of(pruned, inputs), all_outputs_of(reloaded, inputs), pruned
+
+
+def same_tensors(model, other):
+    ours, theirs = model.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def assert_same(masked, cut_, reloaded, tolerance):
