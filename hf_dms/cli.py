@@ -38,6 +38,16 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"hf-dms: error: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        from .files import refusal_of_the_system
+
+        reason = refusal_of_the_system(error)
+        if reason is None or os.environ.get("HF_DMS_TRACEBACK"):
+            raise
+        print(
+            f"hf-dms: error: {reason}\nWhat was finished before is whole. Mend this and run it again.", file=sys.stderr
+        )
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import re
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -100,3 +102,19 @@ def load_saved(auto: Any, path: str | Path, **options: Any) -> Any:
             f"'{path}' has no weights for '{lacking[0]}' of {type(model).__name__}. Is its config.json whole?"
         )
     return model
+
+
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
+def refusal_of_the_system(error: BaseException) -> str | None:
+    """What the operating system says where it refused to write or read a file; None for an error of another kind.
+
+    torch and safetensors raise errors of their own kinds there.
+    """
+    words = str(error)
+    if isinstance(error, SafetensorError) and (number := re.search(r"os error (\d+)", words)):
+        return words if int(number[1]) in REFUSALS else None
+    if isinstance(error, RuntimeError):
+        return "torch could not write a checkpoint: is the disk full?" if "PytorchStreamWriter" in words else None
+    return words if isinstance(error, OSError) and error.errno in REFUSALS else None

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from helpers.recipes import dense, recipe  # noqa: F401
+from helpers.runs import whole  # noqa: F401
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 

@@ -1,0 +1,60 @@
+"""Whatever stops a run, its model is untouched, what is finished is whole, and the same command goes on.
+
+`kill -9` in a recipe's run is in training/test_resume.py, in a push in checkpoint/test_hub.py, and the death of one of
+several processes in training/test_distributed.py.
+"""
+
+import hashlib
+import random
+import shutil
+import signal
+
+import pytest
+from helpers.runs import num_events, result, run
+
+
+def digest(folder):
+    """What is in a folder, by name."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def slow(*values):
+    return [values[0], *(pytest.param(value, marks=pytest.mark.slow) for value in values[1:])]
+
+
+@pytest.mark.parametrize("seed", slow(*range(8)))
+@pytest.mark.parametrize(
+    ("disturbance", "code"),
+    [("full disk", 2), ("terminate", -signal.SIGTERM), pytest.param("error", 1, marks=pytest.mark.slow)],
+)
+def test_a_disturbed_run_leaves_nothing_broken_and_goes_on(whole, disturbance, code, seed):
+    shutil.rmtree(whole / "out", ignore_errors=True)
+    (whole / "log").unlink(missing_ok=True)
+    dense = digest(whole / "dense")
+    at = random.Random(seed).randint(1, num_events(whole) * 3 // 4)
+    assert run(whole, at, disturbance) == code, (whole / "log").read_text()
+    log = (whole / "log").read_text()
+    assert ("Traceback" in log) == (disturbance == "error"), log
+    if disturbance == "full disk":
+        assert "hf-dms: error: " in log
+        assert "File too large" in log
+    assert digest(whole / "dense") == dense
+    assert not (whole / "out").exists()
+    assert run(whole) == 0, (whole / "log").read_text()
+    assert result(whole / "out") == result(whole / "whole")
+    assert digest(whole / "dense") == dense
+
+
+@pytest.mark.parametrize("disturbance", ["kill", "full disk"])
+@pytest.mark.parametrize("at", slow(3, *range(1, 3), *range(4, 9)))
+def test_a_disturbed_cut_by_a_plan_leaves_nothing_broken(whole, disturbance, at):
+    shutil.rmtree(whole / "out", ignore_errors=True)
+    command = ["prune", "--plan", str(whole / "whole"), f"model.path={whole / 'dense'}", f"output.path={whole / 'out'}"]
+    dense = digest(whole / "dense")
+    codes = {"kill": -signal.SIGKILL, "full disk": 2}
+    assert run(whole, at, disturbance, command) == codes[disturbance], (whole / "log").read_text()
+    assert not (whole / "out").exists()
+    assert run(whole, command=command) == 0
+    assert (whole / "out" / "dms_plan.json").read_bytes() == (whole / "whole" / "dms_plan.json").read_bytes()
+    assert digest(whole / "dense") == dense
