@@ -81,7 +81,7 @@ def test_two_processes_search_as_one_does(launched, kind, pipeline, tmp_path):
         assert torch.equal(tensor, found[1][name]), f"{name} differs between processes"
         assert tensor.shape == expected[name].shape, name
         assert torch.allclose(tensor, expected[name], rtol=0, atol=2e-5 * max(float(expected[name].abs().max()), 1e-9))
-    assert float(expected["prune_ratio"].max()) > 0.2
+    assert float(expected["prune_ratio"].max()) > 0.02  # at most a rate a step
 
 
 def test_a_step_that_is_bad_in_one_process_is_skipped_in_all(launched):
