@@ -55,8 +55,10 @@ def spec_for(config: Any) -> ArchSpec:
         return ARCHS[model_type]
     if model_type.startswith("dms_"):
         raise HfDmsError(
-            f"model type '{model_type}' was pruned by hf_dms before, with a layout that differs from layer to layer. "
-            "Prune the dense model again with a smaller target."
+            f"model type '{model_type}' was pruned by hf_dms before, with a layout that differs from layer to layer: "
+            "its layers are no longer of one size, and the gates of a dim are one table over equal layers. Search the "
+            "dense model again with a smaller target, or prune in several rounds with layout: uniform, whose results "
+            "are stock models."
         )
     raise HfDmsError(
         f"model type '{model_type}' is not supported. Supported: {', '.join(sorted(ARCHS))}. "

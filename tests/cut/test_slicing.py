@@ -312,7 +312,9 @@ def test_a_model_pruned_per_layer_cannot_be_pruned_again():
     model = tiny_llama()
     searched(model, layout="per_layer")
     pruned = prune(model, inputs=token_batch())
-    with pytest.raises(ValueError, match="'dms_llama' was pruned by hf_dms before"):
+    with pytest.raises(
+        ValueError, match=r"'dms_llama' was pruned by hf_dms before, .* or prune in several rounds with layout: uniform"
+    ):
         prune(pruned, DMSConfig(target=0.5))
 
 
@@ -392,3 +394,14 @@ def test_importance_that_is_zero_everywhere_in_a_dim_is_refused():
     gates_of(model).raw_importance("mlp").zero_()
     with pytest.raises(ValueError, match=r"prune: after 8 updates every unit of mlp has importance 0"):
         prune(model, inputs=token_batch())
+
+
+@pytest.mark.parametrize("last", ["uniform", "per_layer"])
+def test_a_uniform_result_is_searched_and_pruned_again(last):
+    model, sizes = tiny_llama(num_hidden_layers=4), []
+    for layout in ("uniform", "uniform", last):
+        attach_(model, DMSConfig(target=0.85, layout=layout))
+        search_(model, seed=len(sizes))
+        sizes.append(model.num_parameters() - gates_of(model).prune_ratio.numel())
+        model = prune(model, inputs=token_batch())
+        assert 0.5 * sizes[-1] < model.num_parameters() <= 0.85 * sizes[-1]
