@@ -230,7 +230,8 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
 
 def _recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
     """The recipe with what a cell sets."""
-    dms = dataclasses.replace(recipe.dms, **(cell.settings.get("dms") or {}), target=cell.target, strategy=SEARCH)
+    strategy, values = cell.settings.get("criterion", SEARCH), cell.settings.get("dms") or {}
+    dms = dataclasses.replace(recipe.dms, **values, target=cell.target, strategy=strategy)
     train = recipe.train | (cell.settings.get("train") or {}) | {"seed": cell.seed, "save_strategy": "no"}
     retraining = recipe.recover.train | (cell.settings.get("recover") or {})
     return dataclasses.replace(

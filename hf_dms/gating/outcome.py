@@ -7,7 +7,7 @@ from typing import TypedDict
 from torch import nn
 from transformers.utils import logging
 
-from ..config import DMSConfig
+from ..config import SEARCH, DMSConfig
 from .attach import gates_of
 from .rounding import ABOVE, BELOW, sizes_of
 
@@ -25,7 +25,7 @@ class SearchOutcome(TypedDict):
         learned: the share that the learned ratios keep; where sizes were decided before the end, that they kept then.
         cut: the share that the whole sizes of the cut keep, at most the target.
         verdict: on target, above or below: where `learned` is.
-        message: what to tell a user about it; empty if on target.
+        message: what to tell a user about it; empty if on target. Of a search only if one ran (`dms.strategy`).
     """
 
     resource: str
@@ -46,15 +46,15 @@ def search_outcome(model: nn.Module) -> SearchOutcome:
     learned = float(gates.resource().detach()) if gates.found_resource is None else gates.found_resource
     cut = float(gates.resource(gates.dense_sizes() | sizes_of(gates)))
     verdict = _verdict(learned, config.target)
+    searched = config.strategy == SEARCH
+    of_search = _message(verdict, learned, cut, config.target, config.resource) if searched else ""
     return SearchOutcome(
         resource=config.resource,
         target=config.target,
         learned=learned,
         cut=cut,
         verdict=verdict,
-        message=" ".join(
-            filter(None, [_message(verdict, learned, cut, config.target, config.resource), _gap(cut, config)])
-        ),
+        message=" ".join(filter(None, [of_search, _gap(cut, config)])),
     )
 
 

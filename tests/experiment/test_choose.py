@@ -5,12 +5,14 @@ import re
 
 import pytest
 import torch
-from helpers.tiny import tiny_llama
+from helpers.tiny import tiny_llama, token_batch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import hf_dms.experiment.stages as stages
 from hf_dms import DMSConfig, DMSTrainer, attach_, choose_, plan_of, prune
 from hf_dms.experiment.choose import Batches, shuffled
+from hf_dms.gating.attach import gates_of
+from hf_dms.gating.outcome import search_outcome
 from hf_dms.tasks.data import DataConfig
 from hf_dms.tasks.generation import load_sequences
 from hf_dms.tasks.task import Examples
@@ -72,6 +74,17 @@ def test_where_there_is_a_search_a_strategy_is_refused(tmp_path):
         DMSTrainer(model=tiny_llama(), args=TrainingArguments(str(tmp_path), use_cpu=True), dms_config=config)
     with pytest.raises(ValueError, match=r"chooses by weight magnitude, and dms.strategy is flap"):
         prune(tiny_llama(), config)
+
+
+def test_a_cut_far_below_its_budget_is_no_fault_of_a_search_that_did_not_run():
+    """Two of three layers are a third below the budget: advice about rates and steps would be of no use."""
+    model = tiny_llama()
+    attach_(model, DMSConfig(target=0.9, resource_scope="layers", prune=("layers",), strategy="block_influence"))
+    choose_(model, "block_influence", [token_batch()])
+    outcome = search_outcome(model)
+    assert (outcome["verdict"], outcome["message"]) == ("below", "")
+    gates_of(model).attachment.config.strategy = "dms"
+    assert "Search for more steps" in search_outcome(model)["message"]
 
 
 def test_batches_are_collated_when_asked_for_and_slices_are_of_the_same_examples():
