@@ -190,8 +190,8 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
 
     Returns:
         `scores`: per stage (dense, cut, repaired, recovered) and text the metric, its standard error and the scores of
-        the single examples; `seen`: examples that each stage saw; `seconds` of each; `resource`: what is kept of the
-        dense one, `sizes`; `peak_bytes`, the most resident memory.
+        the single examples; `seen`: examples that each stage saw, and the `tokens` of all of them for a language model;
+        `seconds` of each; `resource`: what is kept of the dense one, `sizes`; `peak_bytes`, the most resident memory.
     """
     recipe = _recipe_of(setup.prepared.recipe, cell)
     _reset_peak()
@@ -225,6 +225,8 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
         distillation, lora = recipe.recover.distillation, lora_config(recipe, "recover.lora")
         train_(pruned, arguments, examples, dense if distillation else None, distillation, lora=lora)
         finish_("recovered", pruned, started, examples_of(arguments, examples))
+    if recipe.task.generates:
+        row["tokens"] = sum(row["seen"].values()) * recipe.data.sequence_length
     return row | {"peak_bytes": peak_resident_bytes()}
 
 
@@ -276,7 +278,8 @@ def _trains_weights(recipe: Recipe, cell: Cell) -> bool:
 
 def _dense(setup: Setup) -> PreTrainedModel:
     """The dense model of all cells: loaded, and fine-tuned once if the recipe says so, whatever the cell's seed."""
-    return dense_model(setup.prepared).eval()
+    device = setup.prepared.arguments["search"].device  # whatever chooses: a search would move it there
+    return dense_model(setup.prepared).to(device).eval()
 
 
 def _examples_to_see(recipe: Recipe, asked: int) -> int:

@@ -26,11 +26,11 @@ def comparison_numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rows: those of `rows.jsonl`.
 
     Returns:
-        Per entry: `target`, `strategy`, `seeds` (their number), `seen` (examples, all stages together), `resource`
-        (share kept, where rows have it), `texts`: per text the metric of the dense model and of each stage that all
-        rows have, and `difference` from the first strategy at this target after the last of these stages, on the same
-        examples and seeds, with `difference_stderr` (nats per token for perplexity, a share for accuracy); neither for
-        the first strategy itself.
+        Per entry: `target`, `strategy`, `seeds` (their number), `seen` (examples, all stages together), `tokens` and
+        `resource` (share kept) where rows have them, `texts`: per text the metric of the dense model and of each stage
+        that all rows have, and `difference` from the first strategy at this target after the last of these stages, on
+        the same examples and seeds, with `difference_stderr` (nats per token for perplexity, a share for accuracy);
+        neither for the first strategy itself.
     """
     groups: dict[tuple[float, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -40,8 +40,9 @@ def comparison_numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         first = groups[target, next(name for at, name in groups if at == target)]
         entry = {"target": target, "strategy": strategy, "seeds": len(group)}
         entry |= {"seen": round(_mean([sum(row["seen"].values()) for row in group]))}
-        if all("resource" in row for row in group):
-            entry["resource"] = _mean([row["resource"] for row in group])
+        for key in ("tokens", "resource"):
+            if all(key in row for row in group):
+                entry[key] = _mean([row[key] for row in group])
         texts = rows[0]["scores"]["dense"]
         entry["texts"] = {text: _of_text(group, None if group is first else first, text) for text in texts}
         found.append(entry)
@@ -73,11 +74,12 @@ def comparison_table(rows: list[dict[str, Any]]) -> str:
     numbers, metric = comparison_numbers(rows), metric_of(rows)
     texts = list(numbers[0]["texts"])
     stages = [stage for stage in STAGES if any(stage in row["scores"] for row in rows)]
-    header = ["target", "strategy", "seeds", "seen", *(f"{text}: {' → '.join(('dense', *stages))}" for text in texts)]
+    seen = "tokens" if all("tokens" in entry for entry in numbers) else "seen"
+    header = ["target", "strategy", "seeds", seen, *(f"{text}: {' → '.join(('dense', *stages))}" for text in texts)]
     lines = [header, ["---"] * len(header)]
     for entry in numbers:
         cells = [_cell(entry["texts"][text], metric) for text in texts]
-        lines.append([f"{entry['target']:g}", entry["strategy"], str(entry["seeds"]), f"{entry['seen']:,}", *cells])
+        lines.append([f"{entry['target']:g}", entry["strategy"], str(entry["seeds"]), f"{entry[seen]:,.0f}", *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

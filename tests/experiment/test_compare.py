@@ -50,9 +50,10 @@ def test_every_cell_is_a_row_within_the_budget_on_the_same_examples(table):
 
 
 def test_tokens_are_the_same_for_all_and_repair_is_among_them(table):
-    *_, rows = table("compare.tokens=160", "compare.strategies={dms: {}, taylor: {}, kfac_obs: {}}")
+    _, out, _, rows = table("compare.tokens=160", "compare.strategies={dms: {}, taylor: {}, kfac_obs: {}}")
+    assert "| target | strategy | seeds | tokens |" in out
     for row in rows:
-        assert sum(row["seen"].values()) * 16 == 160
+        assert sum(row["seen"].values()) * 16 == row["tokens"] == 160
 
 
 def test_what_a_search_refits_on_is_counted_and_equalised_too(table):
