@@ -38,8 +38,8 @@ def kfac_obs_scores(model: PreTrainedModel, batches: Batches) -> Scores:
             widths = sizes_below_one_threshold(gates, removal_costs(gates, maps))
     scores: Scores = {name: torch.zeros(dim.rows, dim.units).double() for name, dim in gates.dims.items()}
     for (layer, _), refitted in maps.items():
-        order, costs = refitted.elimination.order, refitted.elimination.costs
-        scores[refitted.dim][layer, order] = rising(costs.flip(0) / 2).flip(0).double().cpu()
+        order, costs = refitted.elimination.order.cpu(), refitted.elimination.costs.cpu()
+        scores[refitted.dim][layer, order] = rising(costs.flip(0) / 2).flip(0).double()
     return scores
 
 
