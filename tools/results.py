@@ -55,7 +55,8 @@ def rivals(file: Path) -> str:
     """What another tool came to beside ours, a line for each row."""
     header = "| kept | criterion | tool | units kept | per layer | kept by both | perplexity | second text |"
     lines = [header, "|" + "---|" * header.count(" | ") + "---|"]
-    for row in sorted(rows_of(file), key=lambda row: (-row["target"], row["criterion"])):
+    rows = rows_of(file)
+    for row in sorted(rows, key=lambda row: (-row["target"], row["criterion"])):
         tool = f"{row['tool']} {row['version']}"
         if row["tool"] != "hf_dms":
             tool += f", normalizer {row['normalizer'] or 'none'}"
@@ -65,9 +66,10 @@ def rivals(file: Path) -> str:
             f"| {' | '.join([*cells, format(row['perplexity'], ',.1f'), format(row['second_text'], ',.1f')])} |"
         )
     title = "## torch-pruning beside ours: `python benchmarks/rival_torch_pruning.py models/smollm2-135m`"
+    protocols = sorted({f"{row['batches']} batches, {row['windows']} windows of each text" for row in rows})
     about = (
         "MLP widths of SmolLM2-135M, both tools on the same gradients, dropping equally many channels of all layers "
-        "together; attention whole, no repair."
+        f"together;\nattention whole, no repair; {'; '.join(protocols)}."
     )
     return "\n\n".join([title, about, "\n".join(lines)])
 

@@ -65,12 +65,14 @@ def test_results_are_those_of_the_committed_rows():
 
 def test_rows_of_another_tool_are_shown_beside_ours(tmp_path):
     row = {"criterion": "taylor", "target": 0.8, "tool": "torch-pruning", "version": "1.6.1", "normalizer": None}
+    row |= {"batches": 24, "windows": 32}
     row |= {"units": 1234, "narrowest": 5, "widest": 60, "agreement": 0.975, "perplexity": 51.26, "second_text": 24.04}
     file = tmp_path / "rivals.jsonl"
     file.write_text(json.dumps(row) + "\n" + json.dumps(row | {"tool": "hf_dms", "version": "0.1.0"}) + "\n")
     found = results.results(tmp_path / "none", file)
     assert "| 0.8 | taylor | torch-pruning 1.6.1, normalizer none | 1,234 | 5 to 60 | 97.50% | 51.3 | 24.0 |" in found
     assert "| 0.8 | taylor | hf_dms 0.1.0 | 1,234 |" in found
+    assert "24 batches, 32 windows of each text." in found
 
 
 def test_every_number_of_the_results_changes_with_its_row(tmp_path):
