@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..archs.bind import BoundSpec
 from ..errors import HfDmsError
 from ..gating.attach import masked_inputs
-from .layerwise import LayerWalk, StreamModules
+from .layerwise import LayerWalk, StreamModules, slope_of
 from .shelf import Shelf
 
 Key = tuple[int, str]  # a layer, and the path of a map inside it
@@ -69,49 +69,51 @@ def writers(bound: BoundSpec, places: StreamModules, dims: Iterable[str]) -> lis
 # ---- sums ------------------------------------------------------------------------------------------------------------
 @dataclass
 class Sums:
-    """Second moments of a map over positions; a bias counts as one more input, which is always 1.
+    """Second moments of a map over weighted positions; a bias counts as one more input, which is always 1.
 
     Attributes:
-        gram: AᵀA of its inputs A `[positions, inputs]`, `[inputs, inputs]` float64.
-        moment: AᵀR of what its output lacks, `[inputs, outputs]` float64.
-        missing: the sum of squares of R, a float64 scalar.
-        count: positions.
+        gram: AᵀDA of its inputs A `[positions, inputs]`, D the weights, `[inputs, inputs]` float64.
+        moment: AᵀDR of what its output lacks, `[inputs, outputs]` float64.
+        missing: the weighted sum of squares of R, a float64 scalar.
+        total: the sum of the weights, a float64 scalar.
     """
 
     gram: Tensor
     moment: Tensor
     missing: Tensor
-    count: int = 0
+    total: Tensor
 
     @classmethod
     def of(cls, module: Any) -> Sums:
         """Empty sums for a linear map."""
         width = module.in_features + (module.bias is not None)
-        zeros = torch.zeros(width, width + module.out_features + 1, dtype=torch.float64, device=module.weight.device)
-        gram, moment, missing = zeros.split([width, module.out_features, 1], dim=1)
-        return cls(gram.contiguous(), moment.contiguous(), missing[0, 0].clone())
+        shapes: list[list[int]] = [[width, width], [width, module.out_features], [], []]
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=module.weight.device) for shape in shapes))
 
-    def add_(self, inputs: Tensor, missing: Tensor) -> None:
+    def add_(self, inputs: Tensor, missing: Tensor, weights: Tensor | None = None) -> None:
         """Add positions.
 
         Args:
             inputs: of the map, `[positions, inputs]`.
             missing: what its output should have been more, `[positions, outputs]`.
+            weights: of the positions, `[positions]`. Default: 1.
         """
         inputs, missing = _wide(inputs), _wide(missing)
+        weights = inputs.new_ones(len(inputs)) if weights is None else weights
         if len(self.gram) > inputs.shape[1]:
             inputs = nn.functional.pad(inputs, (0, 1), value=1.0)
-        self.gram += inputs.T @ inputs
-        self.moment += inputs.T @ missing
-        self.missing += missing.double().square().sum()
-        self.count += len(inputs)
+        weighted = (inputs * weights[:, None]).to(inputs.dtype).T
+        self.gram += weighted @ inputs
+        self.moment += weighted @ missing
+        self.missing += (missing.double().square().sum(1) * weights).sum()
+        self.total += weights.double().sum()
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(
             self.gram + other.gram,
             self.moment + other.moment,
             self.missing + other.missing,
-            self.count + other.count,
+            self.total + other.total,
         )
 
 
@@ -138,6 +140,11 @@ def collect_(
 ) -> None:
     """Run every batch up to a map of a layer, and add what its output lacks to the sums, in turn.
 
+    A position's weight is 1 / mean square of what the stream should be: a norm reads the stream, so an error counts
+    relative to it. Without weights the few positions with a huge stream (the first token of a Llama) decide.
+    Where an output z is scaled or normalised before it is added, as rows · channels · z (`slope_of`), it lacks
+    R / (rows · channels), weighted by rows² more: to first order for a norm, whose rows follow z.
+
     Args:
         sums: one or more; batch i goes to number i modulo their number.
         student: the model that is refitted, in front of the layer.
@@ -151,8 +158,26 @@ def collect_(
         recorder = student.run(layer, number, places, until=path)
         target = targets[number].to(recorder.sums[path].device)
         counts = positions(mask, target)
-        found, inputs = recorder.sums[path][counts], recorder.inputs[path][counts]
-        sums[number % len(sums)].add_(inputs, _wide(target[counts]) - _wide(found))
+        aim, found, inputs = _wide(target[counts]), recorder.sums[path][counts], recorder.inputs[path][counts]
+        missing, weights = aim - _wide(found), position_weights(aim)
+        if places.behind or places.scale != 1:
+            rows, channels = slope_of(recorder.outputs[path][counts], recorder.added[path][counts]) or _no_slope(path)
+            missing = torch.where(channels == 0, 0, missing / (rows * channels)).to(missing.dtype)
+            weights = weights * rows[:, 0].square()
+        sums[number % len(sums)].add_(inputs, missing, weights)
+
+
+def _no_slope(path: str) -> NoReturn:
+    raise HfDmsError(
+        f"repair: what {path} writes is added to the residual stream in another way than in the first layer, or is not "
+        "finite. This architecture cannot be repaired."
+    )
+
+
+def position_weights(aim: Tensor) -> Tensor:
+    """1 / mean square of each position's stream `[positions, hidden]`, 0 where it is 0; `[positions]`."""
+    square = aim.square().mean(-1)
+    return torch.where(square > 0, 1 / square, 0)
 
 
 def positions(mask: Tensor | None, hidden: Tensor) -> Tensor:

@@ -7,12 +7,15 @@ sum normalised or only what a block reads of it?) from running one; nothing here
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,6 +24,9 @@ from ..archs.restoring import restoring
 from ..cut.verify import TOLERANCE
 from ..errors import HfDmsError
 from .shelf import Shelf
+
+SAME_SCALE = 1e-2  # by how much two scales that are one may differ in a run, relative
+ROUNDS = 4  # of finding rows and channels in turns
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -34,10 +40,15 @@ class StreamModules:
         writes: the linear maps that write into the residual stream, in the order in which they run.
         norms: the norms that the stream itself passes, one after each write (BERT); none where a norm is only in front
             of what reads the stream (Llama, ViT).
+        behind: the module, if there is one, that a map's output passes before it is added: a norm (Gemma 2 and 3) or a
+            scale per channel (DINOv2).
+        scale: what the outputs of all maps are multiplied by before they are added (Granite).
     """
 
     writes: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
+    behind: Mapping[str, str] = field(default_factory=dict)
+    scale: float = 1.0
 
 
 def stream_dim(bound: BoundSpec) -> str:
@@ -51,23 +62,84 @@ def find_stream_modules(walk: LayerWalk, bound: BoundSpec) -> StreamModules:
     """Run the first layer to see how its maps write into the stream.
 
     Raises:
-        ValueError: neither as a Llama's nor as a BERT's do.
+        ValueError: the stream passes more than a norm, or an output more than a norm without a mean or a scale.
     """
     inside, stream = f"{bound.layers_path}.0.", (stream_dim(bound),)
     modules: dict[int, list[str]] = {1: [], 2: []}
     for name, param in bound.params.items():
-        if param.layer == 0 and name.endswith(".weight") and param.axes[0] == stream and len(param.axes) in modules:
-            modules[len(param.axes)].append(name.removeprefix(inside).removesuffix(".weight"))
-    writes, norms = tuple(modules[2]), tuple(modules[1])
-    for places in (StreamModules(writes), StreamModules(writes, norms)):
-        recorder = walk.run(0, 0, places)
-        as_said = all(_same(norm_input, total) for norm_input, total in zip(recorder.normed, recorder.sums.values()))
-        if as_said and _same(recorder.output, recorder.stream):
-            return StreamModules(tuple(recorder.sums), places.norms)
+        path, _, kind = name.removeprefix(inside).rpartition(".")
+        if param.layer == 0 and param.axes[0] == stream and len(param.axes) in modules and kind != "bias":
+            modules[len(param.axes)].append(path)
+    writes, vectors = tuple(modules[2]), tuple(modules[1])
+    seen = walk.run(0, 0, StreamModules(writes, vectors))
+    behind = {
+        path: vector
+        for path, output in seen.outputs.items()
+        for vector, normed in seen.normed.items()
+        if normed.shape == output.shape and bool((normed == output).all())
+    }
+    for places in (
+        StreamModules(writes),
+        StreamModules(writes, vectors),
+        StreamModules(writes, behind=behind),
+        StreamModules(writes, scale=_common_scale(walk.run(0, 0, StreamModules(writes)))),
+    ):
+        if _as_said(recorder := walk.run(0, 0, places)):
+            return dataclasses.replace(places, writes=tuple(recorder.sums))
     raise HfDmsError(
         f"repair: what {', '.join(writes)} of a {bound.spec.model_type} layer write is not added to the residual "
-        "stream as it is, or not everything that is added comes from them. This architecture cannot be repaired."
+        "stream as it is, scaled or normalised, or not everything that is added comes from them. This architecture "
+        "cannot be repaired."
     )
+
+
+def _as_said(recorder: StreamRecorder) -> bool:
+    """Whether a run of a layer shows the stream that the recorder followed."""
+    passes = all(
+        _same(norm_input, total) for norm_input, total in zip(recorder.normed.values(), recorder.sums.values())
+    )
+    if not recorder.sums or not passes or not _same(recorder.output, recorder.stream):
+        return False
+    return all(slope_of(output, recorder.added[path]) is not None for path, output in recorder.outputs.items())
+
+
+def _common_scale(run: StreamRecorder) -> float:
+    """The one factor with which the maps' outputs make what a layer adds to the stream; nan if theirs differ."""
+    outputs = torch.stack([output.double().flatten() for output in run.outputs.values()], dim=1)
+    added = run.output.double().flatten() - (run.stream.double().flatten() - outputs.sum(1))
+    if not added.isfinite().all() or not outputs.isfinite().all():
+        return math.nan
+    scales = torch.linalg.lstsq(outputs, added[:, None]).solution[:, 0]
+    return float(scales[-1]) if bool((scales - scales[-1]).abs().max() < SAME_SCALE * scales.abs().max()) else math.nan
+
+
+def slope_of(output: Tensor, added: Tensor) -> tuple[Tensor, Tensor] | None:
+    """How what is added to the stream follows a map's output z: added = rows · channels · z, elementwise.
+
+    For a scale, rows are 1; for a norm without a mean (RMSNorm), 1 / root mean square of each position.
+
+    Args:
+        output: z, `[..., hidden]`.
+        added: of the same shape.
+
+    Returns:
+        Rows `[..., 1]` and channels `[hidden]`, float64; None if it does not follow it like this.
+    """
+    z, to = output.double().flatten(0, -2), added.double().flatten(0, -2)
+    rows = torch.ones_like(z[:, :1])
+    for attempt in range(ROUNDS + 1):
+        channels = _factor(z * rows, to, 0)
+        if _same(added, (rows * channels * z).view_as(added).to(added.dtype)):
+            return rows.view(*output.shape[:-1], 1), channels[0]
+        inverse = z.square().mean(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny).rsqrt()
+        rows = inverse if attempt == 0 else _factor(z * channels, to, 1)  # the norm's epsilon makes it a little less
+    return None
+
+
+def _factor(tensor: Tensor, to: Tensor, dim: int) -> Tensor:
+    """By how much a tensor comes closest to another one, a number along a dim."""
+    square = tensor.square().sum(dim, keepdim=True)
+    return (tensor * to).sum(dim, keepdim=True) / square.clamp(min=torch.finfo(square.dtype).tiny)
 
 
 def _same(tensor: Tensor, other: Tensor) -> bool:
@@ -85,8 +157,10 @@ class StreamRecorder:
     Attributes:
         stream: the stream as it is by now.
         inputs: per map that has written, its input.
-        sums: per map that has written, the stream with what it wrote, before a norm that the stream passes.
-        normed: the inputs of the norms that the stream is said to pass.
+        outputs: per map that has written, its output.
+        added: per map that has written, what was added to the stream.
+        sums: per map that has written, the stream with what it added, before a norm that the stream passes.
+        normed: per norm that the stream is said to pass, its input.
         output: the layer's output, once it has run to its end.
     """
 
@@ -95,29 +169,40 @@ class StreamRecorder:
     def __init__(self, stream: Tensor, until: str | None) -> None:
         self.stream, self.until = stream, until
         self.inputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self.added: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}
-        self.normed: list[Tensor] = []
+        self.normed: dict[str, Tensor] = {}
 
     @contextlib.contextmanager
     def on(self, layer: nn.Module, places: StreamModules) -> Iterator[None]:
         """Listen to a layer for a while."""
-        hooks = [layer.get_submodule(path).register_forward_hook(self._normed) for path in places.norms]
-        wrote = {path: functools.partial(self._wrote, path) for path in places.writes}
-        hooks += [layer.get_submodule(path).register_forward_hook(hook) for path, hook in wrote.items()]
+        listeners: list[tuple[str, Callable]] = [(path, functools.partial(self._normed, path)) for path in places.norms]
+        listeners += [(path, functools.partial(self._wrote, path, places)) for path in places.writes]
+        listeners += [(after, functools.partial(self._passed, path)) for path, after in places.behind.items()]
+        hooks = [layer.get_submodule(path).register_forward_hook(listener) for path, listener in listeners]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _wrote(self, path: str, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self.inputs[path] = args[0]
-        self.sums[path] = self.stream = self.stream + output
+    def _wrote(self, path: str, places: StreamModules, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.inputs[path], self.outputs[path] = args[0], output
+        if path not in places.behind:
+            self._add(path, output if places.scale == 1 else output * places.scale)
+
+    def _passed(self, path: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self._add(path, output)
+
+    def _add(self, path: str, added: Tensor) -> None:
+        self.added[path] = added
+        self.sums[path] = self.stream = self.stream + added
         if path == self.until:
             raise _Stop
 
-    def _normed(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self.normed.append(args[0])
+    def _normed(self, path: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.normed[path] = args[0]
         self.stream = output
 
 

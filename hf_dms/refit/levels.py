@@ -57,7 +57,7 @@ class RefittedMap:
     ) -> None:
         units = writer.units.to(sums.gram.device)
         dense = with_bias(module)
-        gram, moment = sums.gram / sums.count, (sums.moment + sums.gram @ dense) / sums.count
+        gram, moment = sums.gram / sums.total, (sums.moment + sums.gram @ dense) / sums.total
         unit = gram.diagonal()[: module.in_features].mean().clamp(min=torch.finfo(gram.dtype).tiny)
         self.dim, self.size, self.num_units = writer.dim, units.shape[1], len(units)
         try:

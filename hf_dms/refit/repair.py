@@ -5,11 +5,15 @@ A cut leaves the remaining weights as they were. Layer after layer, each map tha
 With A `[tokens, inputs]` the map's inputs in the cut model, as repaired so far, and R `[tokens, hidden]` what the
 stream lacks after it (the dense one minus the cut one, on the kept hidden units), its change is ridge regression:
 
-    ΔWᵀ = (AᵀA + ridge·mean(diag AᵀA)·I)⁻¹ AᵀR
+    ΔWᵀ = (AᵀDA + ridge·mean(diag AᵀDA)·I)⁻¹ AᵀDR
 
-so a cut that changes nothing is left as it is. The last map of a layer aims past the dropped layers that follow; where
-the stream itself is normalised (BERT) the layer takes over the norm of the last one dropped, which belongs to the sum
-aimed at. A bias is one more input, always 1. Nothing else of the model moves.
+where D weighs a position by 1 / mean square of the dense stream, so that an error counts relative to it. So a cut that
+changes nothing is left as it is. The last map of a layer aims past the dropped layers that follow; where the stream
+itself is normalised (BERT) the layer takes over the norm of the last one dropped, which belongs to the sum aimed at. A
+bias is one more input, always 1. Nothing else of the model moves.
+
+Where what a map writes is scaled or normalised before it is added (Granite, DINOv2, Gemma 2 and 3), R is stated before
+that; a norm keeps its own size, so a map in front of one can make up for less.
 
 The ridge is chosen for each map: the one whose solution on three quarters of the batches leaves the least error on the
 last quarter. The map is then solved on all of them.
@@ -75,8 +79,8 @@ def repair_(
 
     Raises:
         ValueError: no batches, a pruned model with gates, no plan, a plan of another cut, activations that are not
-            finite, or layers that do not write into the stream as a Llama's or a BERT's do. Layers before the one that
-            an error is about are repaired by then.
+            finite, or layers that do not write into the stream as a Llama's, a BERT's, a Granite's, a Gemma 2's or a
+            DINOv2's do. Layers before the one that an error is about are repaired by then.
     """
     _check(pruned, dense, plan, ridge)
     plan = plan_of(dense) if plan is None else plan
@@ -163,7 +167,7 @@ def _update_(module: Any, parts: Sequence[Sums], ridge: float | None, name: str)
 
 
 def ridge_change(sums: Sums, width: int, ridge: float) -> Tensor:
-    """ΔWᵀ = (AᵀA + ridge·mean(diag AᵀA)·I)⁻¹ AᵀR, `[inputs, outputs]`; not finite where there is no solution.
+    """ΔWᵀ = (AᵀDA + ridge·mean(diag AᵀDA)·I)⁻¹ AᵀDR, `[inputs, outputs]`; not finite where there is no solution.
 
     Args:
         sums: of a map.

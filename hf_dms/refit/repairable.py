@@ -26,7 +26,7 @@ def check_repairable(model: PreTrainedModel, bound: BoundSpec) -> None:
         bound: its architecture.
 
     Raises:
-        HfDmsError: its layers do not write into the residual stream as a Llama's or a BERT's do.
+        HfDmsError: its layers do not write into the residual stream as `find_stream_modules` knows it.
     """
     cls, config = pruned_class_and_config(model, bound, _small(bound), "per_layer")
     with torch.random.fork_rng():

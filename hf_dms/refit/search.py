@@ -2,8 +2,9 @@
 
 In training mode a map of a refitted dim gives y = W(k) x, with k = (1 − a) N and W(k) between two refits of levels.py,
 in place of the masked y = W (m ∘ x). Ratio, resource loss and rounding are those of every search; the units' order is
-that of order.py, computed anew with the refits by each `refresh_`. In evaluation mode hard masks and the model's own
-weights run, as they are cut. Dims that no layer owns (hidden, layers) keep their masks, and are open in the walk.
+that of order.py, computed anew with the refits by each `refresh_`, and for the cut by `choose_units_`. In evaluation
+mode hard masks and the model's own weights run, as they are cut. Dims that no layer owns (hidden, layers) keep their
+masks, and are open in the walk.
 
 Nothing of this is stored in a checkpoint but the ratios at the last refresh: weights are frozen, and the same examples
 and ratios give the same refits again.
@@ -26,6 +27,7 @@ from ..cut.verify import open_gates
 from ..errors import HfDmsError
 from ..gates import Gates
 from ..gating.attach import gates_of
+from ..resource import Sizes
 from .curvature import Key
 from .levels import RefittedMap, sweep
 from .one_shot import factors_of, rank_
@@ -74,6 +76,21 @@ class RefittedSearch:
             maps = sweep(self.model, self.bound, self.batches, self.factors, widths, **self.options)
         rank_(gates, maps)
         self._install_(maps)
+
+    @torch.no_grad()
+    def choose_units_(self, sizes: Sizes, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Order the units for the cut: by one more walk, on the model cut and refitted at whole sizes.
+
+        Args:
+            sizes: per dim the units that each row keeps, `[rows]` int64.
+            batches: keyword arguments of forward passes. More of them than of a `refresh_` pay: it happens once.
+        """
+        gates, sizes = self.gates, {name: sizes[name] for name in self.dims}
+        with open_gates(self.model):
+            if self.factors is None:
+                self.factors = factors_of(self.model, self.bound, self.batches)
+            batches = [{name: value.to(self.model.device) for name, value in batch.items()} for batch in batches]
+            rank_(gates, sweep(self.model, self.bound, batches, self.factors, sizes, **self.options))
 
     def _install_(self, maps: Mapping[Key, RefittedMap]) -> None:
         """Let the maps run refitted in training mode, until the gates are taken off."""

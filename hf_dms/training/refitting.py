@@ -9,14 +9,18 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..errors import HfDmsError
+from ..gating.rounding import round_sizes
 from ..refit.search import RefittedSearch
 
 REFRESHES = 3  # evenly over the search; one costs about a forward pass over its examples, three times
 POSITIONS_PER_INPUT = 4  # tokens or patches to refit on, per input of the widest map
+POSITIONS_TO_CHOOSE = 4 * POSITIONS_PER_INPUT  # those that the units of the cut are chosen on, once
 
 
 class RefitCallback(TrainerCallback):
     """Refits when the warm-up ends, a few times after it, and when a search goes on from a checkpoint.
+
+    At the end, sizes are those of the cut: the units are chosen once more, for them and on more examples.
 
     Args:
         trainer: a DMSTrainer; its training data must be map-style, with labels.
@@ -36,6 +40,11 @@ class RefitCallback(TrainerCallback):
         self.search.refresh_(None if due else gates.refit_ratio)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
+        model, gates = self.trainer._unwrapped(), self.trainer.gates
+        if gates.num_updates:
+            search = self.search or RefittedSearch(model, examples_to_refit_on(self.trainer))
+            sizes = round_sizes(gates, gates.attachment.bound, gates.attachment.config, model.config)
+            search.choose_units_(sizes, examples_to_refit_on(self.trainer, POSITIONS_TO_CHOOSE))
         self.search = None
 
 
@@ -45,8 +54,12 @@ def refresh_steps(warmup_steps: int, max_steps: int) -> list[int]:
     return sorted({warmup_steps + length * number // REFRESHES for number in range(REFRESHES)})
 
 
-def examples_to_refit_on(trainer: Any) -> list[dict[str, Tensor]]:
+def examples_to_refit_on(trainer: Any, positions_per_input: int = POSITIONS_PER_INPUT) -> list[dict[str, Tensor]]:
     """Batches of the training data, the same ones whenever they are asked for.
+
+    Args:
+        trainer: whose data.
+        positions_per_input: how many tokens or patches, per input of the widest map; fewer where the data ends.
 
     Raises:
         ValueError: the data is no map-style dataset.
@@ -62,7 +75,7 @@ def examples_to_refit_on(trainer: Any) -> list[dict[str, Tensor]]:
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
     batches: list[dict[str, Tensor]] = []
-    missing, size = POSITIONS_PER_INPUT * widest, trainer.args.per_device_train_batch_size
+    missing, size = positions_per_input * widest, trainer.args.per_device_train_batch_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for start in range(0, len(order), size):

@@ -1,5 +1,6 @@
 """What recipe, configs, tokenizer, weight files and data say alone is said by `validate`, and before any search."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -15,8 +16,6 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
-    Dinov2Config,
-    Dinov2ForImageClassification,
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
@@ -24,6 +23,8 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessorPil,
 )
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.mistral.modeling_mistral import MistralMLP
 
 from hf_dms import DMSConfig, HfDmsError, prune
 from hf_dms.archs.bind import bind
@@ -78,23 +79,6 @@ def no_weights(folder, dense):
     return [f"model.path={model}"]
 
 
-def unlike_layers(name):
-    """A decoder whose layers do not write into the stream as a Llama's do."""
-
-    def make(folder, dense):
-        sizes = {NAMES.get(name, {}).get(key, key): value for key, value in SIZES[name].items()}
-        AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**sizes)).save_pretrained(folder / "model")
-        save_tokenizer(folder / "model")
-        return [f"model.path={folder / 'model'}", "recover={repair: {}}", "dms.target=0.9"]
-
-    return make
-
-
-def refitted_granite(folder, dense):
-    model, *_ = unlike_layers("granite")(folder, dense)
-    return [model, "dms.search_over=refitted", "dms.pipeline=p-", "dms.target=0.9"]
-
-
 def images(folder: Path, model_class, config) -> list[str]:
     model_class(config).save_pretrained(folder / "model")
     ViTImageProcessorPil(size={"height": 12, "width": 12}).save_pretrained(folder / "model")
@@ -107,11 +91,6 @@ def images(folder: Path, model_class, config) -> list[str]:
 
 
 PIXELS = dict(image_size=12, patch_size=4, id2label={0: "dark", 1: "light"}, label2id={"dark": 0, "light": 1})
-
-
-def repair_of_dinov2(folder, dense):
-    config = Dinov2Config(**(SMALL | PIXELS | {"mlp_ratio": 2}))
-    return [*images(folder, Dinov2ForImageClassification, config), "recover={repair: {}}", "dms.target=0.9"]
 
 
 def truncated_image(folder, dense):
@@ -183,20 +162,6 @@ BAD = {
     "weights of another config": (other_weights, "Is config.json that of the weights?"),
     "no weights": (no_weights, "has no model.safetensors"),
     "untrained head": (untrained_head, "has no weights for classifier.bias, classifier.weight, which would be random"),
-    "repair of gemma2": (
-        unlike_layers("gemma2"),
-        "recover.repair: what self_attn.o_proj, mlp.down_proj of a gemma2",
-    ),
-    "repair of gemma3": (
-        unlike_layers("gemma3_text"),
-        "recover.repair: what self_attn.o_proj, mlp.down_proj of a",
-    ),
-    "repair of granite": (
-        unlike_layers("granite"),
-        "recover.repair: what self_attn.o_proj, mlp.down_proj of a",
-    ),
-    "repair of dinov2": (repair_of_dinov2, "This architecture cannot be repaired."),
-    "refitted search of granite": (refitted_granite, "dms.search_over: what self_attn.o_proj"),
     "truncated image": (truncated_image, "cannot be decoded"),
     "held-out rows without labels": (held_out_without_labels, "has no column 'label'"),
     "a label that is no class": (a_class_that_the_head_lacks, "data.label_column: the labels are maybe, no, yes"),
@@ -232,6 +197,19 @@ def test_a_recipe_that_cannot_end_well_ends_before_its_search(recipe, dense, tmp
         assert message in printed.err
         assert printed.err.count("\n") == 1
         assert sorted(tmp_path.rglob("*")) == files
+
+
+def test_layers_that_cannot_be_repaired_are_found_before_the_search(recipe, capsys, monkeypatch):
+    forward = LlamaMLP.forward
+    for mlp in (LlamaMLP, MistralMLP):  # a small Llama with few heads is a Mistral
+        monkeypatch.setattr(mlp, "forward", lambda self, inputs: 0.5 * forward(self, inputs))
+    asked = {
+        "recover.repair": ["recover={repair: {}}"],
+        "dms.search_over": ["dms.search_over=refitted", "dms.pipeline=p-"],
+    }
+    for (name, overrides), command in itertools.product(asked.items(), ("validate", "prune")):
+        assert recipe(*overrides, command=command)[0] == 2
+        assert f"{name}: what self_attn.o_proj, mlp.down_proj of a llama" in capsys.readouterr().err
 
 
 def test_what_is_good_in_these_recipes_passes(recipe, dense, tmp_path, capsys):

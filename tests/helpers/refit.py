@@ -65,3 +65,17 @@ def captured(model, module, batches):
     shape = inputs[0].shape[:2]
     counts = [batch.get("attention_mask", torch.ones(shape)).bool() for batch in batches]
     return [torch.cat([tensor[rows] for tensor, rows in zip(found, counts)]) for found in (inputs, outputs)]
+
+
+NORMS = {"bert": "output.LayerNorm", "electra": "output.LayerNorm", "distilbert": "output_layer_norm"}
+
+
+def stream_after(model, layer, batches):
+    """The residual stream behind a layer's last map, before a norm that the stream itself passes."""
+    norm = NORMS.get(model.config.model_type, "")
+    return captured(model, layers_of(model)[layer].get_submodule(norm), batches)[0 if norm else 1]
+
+
+def weights_of_positions(model, layer, batches):
+    """What least squares of a layer's last map weighs each position by."""
+    return 1 / stream_after(model, layer, batches).square().mean(1, keepdim=True)

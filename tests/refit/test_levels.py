@@ -3,19 +3,30 @@
 import pytest
 import torch
 from helpers.laws import tiny
-from helpers.refit import batches_for, bound_of, captured, cut_by, labelled_batches, layers_of
+from helpers.refit import (
+    batches_for,
+    bound_of,
+    captured,
+    cut_by,
+    labelled_batches,
+    layers_of,
+    weights_of_positions,
+)
 from helpers.tiny import relative_difference
 from transformers import (
     BertForMaskedLM,
+    Dinov2ForImageClassification,
     DistilBertForMaskedLM,
     ElectraForMaskedLM,
+    Gemma2ForCausalLM,
+    GraniteForCausalLM,
     LlamaForCausalLM,
     Qwen2ForCausalLM,
     ViTForImageClassification,
 )
 
 from hf_dms.cut.plan import Plan
-from hf_dms.refit.curvature import Sums, Writer, stream_factors, with_bias
+from hf_dms.refit.curvature import Sums, Writer, position_weights, stream_factors, with_bias
 from hf_dms.refit.levels import RefittedMap, sweep
 from hf_dms.refit.one_shot import factors_of
 
@@ -88,9 +99,25 @@ def test_sums_of_parts_are_the_sums_of_the_whole():
         parts[number % 2].add_(a[rows], missing[rows])
     whole.add_(a, missing)
     total = parts[0] + parts[1]
-    for name in ("gram", "moment", "missing"):
+    for name in ("gram", "moment", "missing", "total"):
         assert torch.allclose(getattr(total, name), getattr(whole, name), rtol=1e-12)
-    assert total.count == whole.count == 50
+    assert total.total == 50
+
+
+def test_a_position_of_weight_two_counts_as_two():
+    _, module, a, missing = map_of()
+    weighted, repeated = Sums.of(module), Sums.of(module)
+    weighted.add_(a, missing, torch.arange(50).double() % 3)
+    places = torch.arange(50).repeat_interleave(torch.arange(50) % 3)
+    repeated.add_(a[places], missing[places])
+    for name in ("gram", "moment", "missing", "total"):
+        assert torch.allclose(getattr(weighted, name), getattr(repeated, name), rtol=1e-12)
+
+
+def test_errors_count_relative_to_the_stream_of_a_position():
+    stream = torch.tensor([[3.0, -3.0], [300.0, -300.0], [0.0, 0.0]])
+    weights = position_weights(stream)
+    assert torch.allclose(weights * stream.square().mean(1), torch.tensor([1.0, 1.0, 0.0]))
 
 
 @pytest.mark.parametrize("width", [1.0, 6.0, 12.0])
@@ -140,7 +167,7 @@ def test_gradients_need_labels():
 
 
 # ---- the walk ----
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("cls", [*CLASSES, GraniteForCausalLM, Gemma2ForCausalLM, Dinov2ForImageClassification])
 def test_a_walk_that_cuts_nothing_finds_the_dense_weights(cls):
     model = tiny(cls)
     widths = {name: torch.full((3,), bound_of(model).sizes[name]) for name in dims_of(model)}
@@ -157,6 +184,7 @@ def test_later_maps_see_the_activations_of_the_model_as_it_is_refitted_so_far(cl
     """The last map of a walk is the ridge regression in the model that is cut and refitted everywhere before it."""
     model = tiny(cls, dtype=torch.float64)
     bound, batches = bound_of(model), batches_for(model)
+    weights = weights_of_positions(model, 2, batches)
     widths = {name: torch.tensor([2, 1, bound.sizes[name]]) for name in dims_of(model)}
     maps = sweep(model, bound, batches, {}, widths)
     kept = {
@@ -180,6 +208,7 @@ def test_later_maps_see_the_activations_of_the_model_as_it_is_refitted_so_far(cl
     if last.always:
         inputs = torch.cat([torch.ones_like(inputs[:, :1]), inputs], 1)
     inputs = inputs[:, [0] * last.always + [int(c) + last.always for c in last.columns[last.always :]]]
+    inputs = inputs * (weights / weights.mean()).sqrt()
     ridge = 0.1 * inputs[:, last.always :].square().mean()
     gram = inputs.T @ inputs / len(inputs) + ridge * torch.eye(inputs.shape[1])
     assert relative_difference(last.factor.double() @ last.factor.double().T, gram) < 1e-5

@@ -8,9 +8,10 @@ from helpers.searches import Images, arguments, bit_equal, dms, logged, stories,
 from helpers.tiny import Tokens, relative_difference, tiny_llama, trace
 from transformers import BertForMaskedLM, LlamaForCausalLM, ViTForImageClassification
 
-from hf_dms import DMSConfig, DMSTrainer, attach_, detach_, prune
+from hf_dms import DMSConfig, DMSTrainer, attach_, detach_, plan_of, prune
 from hf_dms.cut.verify import hard_masked, outputs_of
 from hf_dms.gating.attach import gates_of
+from hf_dms.refit.levels import sweep
 from hf_dms.refit.search import RefittedSearch
 from hf_dms.training.refitting import examples_to_refit_on, refresh_steps
 
@@ -128,6 +129,27 @@ def test_hidden_and_layers_keep_their_masks():
     assert gates.log_masks["hidden"][0].shape == (24,)
 
 
+@pytest.mark.parametrize("cls", CLASSES)
+def test_units_are_chosen_for_the_sizes_of_the_cut(cls):
+    """The order is that of a walk at these sizes: other than one at open ratios, and the same whatever came before."""
+    model, search = with_search(cls)
+    gates, batches = gates_of(model), labelled_batches(model, seed=3)
+    search.refresh_()
+    at_open = {name: gates.raw_importance(name).clone() for name in gates.dims}
+    sizes = {name: torch.tensor([dim.units, 1, 2]) for name, dim in gates.dims.items()}
+    search.choose_units_(sizes, batches)
+    chosen = {name: gates.raw_importance(name).clone() for name in gates.dims}
+    assert any(not torch.equal(chosen[name], at_open[name]) for name in gates.dims)
+    gates.prune_ratio.data.fill_(0.3)
+    search.refresh_()
+    search.choose_units_(sizes, batches)
+    assert all(torch.equal(gates.raw_importance(name), chosen[name]) for name in gates.dims)
+    detach_(model)
+    widths = {name: sizes[name] for name in chosen}
+    for (layer, _), refitted in sweep(model, bound_of(model), batches, search.factors, widths).items():
+        assert torch.equal(chosen[refitted.dim][layer].argsort(descending=True), refitted.elimination.order)
+
+
 # ---- in the trainer ----
 REFITTED = dict(
     prune=("kv", "mlp"), pipeline="p-", search_over="refitted", warmup_steps=0, resource_scope="layers", target=0.7
@@ -143,6 +165,16 @@ def test_a_trainer_searches_over_refitted_weights_to_its_target(tmp_path):
     before = weights_of_dense()
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
     trainer.prune()
+
+
+def test_a_trainer_chooses_the_units_of_the_cut_on_more_examples(tmp_path, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(RefittedSearch, "choose_units_", lambda self, *args: chosen.append(args))
+    trainer = trained(tmp_path, REFITTED, max_steps=4)
+    ((sizes, batches),) = chosen
+    plan = plan_of(trainer.model)
+    assert {name: size.tolist() for name, size in sizes.items()} == plan.sizes
+    assert len(batches) > len(examples_to_refit_on(trainer))
 
 
 def weights_of_dense():
