@@ -43,6 +43,7 @@ from ..training.finetune import train_
 from ..training.refitting import examples_beside_the_steps
 from ..training.trainer import DMSTrainer
 from .choose import Batches, cut_by_criterion, examples_of, shuffled
+from .own_data import with_own_texts
 from .prepare import Prepared, empty_model, lora_config, prepare, training_arguments
 from .recipe import Recipe, coerce_fields
 from .stages import dense_model
@@ -156,10 +157,10 @@ def _strategy(name: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _setup(recipe: Recipe, folder: Path) -> Setup:
     lowest = dataclasses.replace(recipe.dms, target=min(recipe.compare.targets or [recipe.dms.target]))
-    prepared = prepare(dataclasses.replace(recipe, dms=lowest), folder / "dense")
+    prepared = with_own_texts(prepare(dataclasses.replace(recipe, dms=lowest), folder / "dense"))
     texts = {"held out": prepared.held_out}
     for name, path in recipe.compare.texts.items():
-        data = dataclasses.replace(recipe.data, path=path, held_out=path)
+        data = dataclasses.replace(recipe.data, path=path, held_out=path, mix={})
         other = load_more_examples(data, recipe.task, prepared.processor, prepared.config, prepared.examples)
         texts[name] = evenly_spaced(other.held_out, len(texts["held out"]))
     return Setup(prepared, texts, folder)

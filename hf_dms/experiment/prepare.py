@@ -42,7 +42,7 @@ class Prepared:
         recipe: as it was read.
         config: the dense model's, with what the examples need of it.
         processor: the tokenizer or image processor.
-        examples: what is searched, repaired and measured on.
+        examples: what is searched, repaired and measured on, without what the dense model writes (own_data.py).
         retraining: what is retrained on.
         arguments: `TrainingArguments` of the stages that the recipe has: finetune, search, recover.
         lora: `peft.LoraConfig` of the search ("lora") and the retraining ("recover.lora"), None where there is none.
@@ -93,7 +93,8 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
     config = load_model_config(recipe)
     _check_task(recipe, config)
     processor, new_head = load_processor(recipe), recipe.dms.pipeline == "np"
-    examples = load_examples(recipe.data, recipe.task, processor, config, new_head=new_head)
+    data = recipe.data.without_own_texts()
+    examples = load_examples(data, recipe.task, processor, config, new_head=new_head)
     retraining = examples
     if recipe.recover.data is not None:
         with saying_where("recover."):
@@ -111,7 +112,7 @@ def sources_of(recipe: Recipe) -> list[str]:
     """What a recipe reads: the model and the data, local or on the Hub."""
     data = [recipe.data] if recipe.recover.data is None else [recipe.data, recipe.recover.data]
     held_out = [each.held_out for each in data if isinstance(each.held_out, str)]
-    return [recipe.model.path, *(each.path for each in data), *held_out]
+    return [recipe.model.path, *(each.path for each in data), *held_out, *recipe.data.mix]
 
 
 def _asking_for_bfloat16(recipe: Recipe, config: Any, arguments: Mapping[str, Any]) -> list[str]:

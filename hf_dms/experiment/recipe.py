@@ -22,7 +22,7 @@ import yaml
 
 from ..config import SEARCH, DMSConfig
 from ..errors import HfDmsError
-from ..tasks.data import DataConfig, is_data_file
+from ..tasks.data import OWN, DataConfig, is_data_file
 from ..tasks.registry import TASKS
 from ..tasks.task import Task
 from ..training.distillation import DistillationConfig
@@ -132,9 +132,20 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
             "recover.repair and recover.distillation need a dense model that is trained, which pipeline np has not. "
             "Leave them out, or use pipeline p."
         )
+    _check_mix(recipe)
     if recipe.dms.sequence_length is None:
         recipe.dms = dataclasses.replace(recipe.dms, sequence_length=recipe.data.sequence_length)
     return recipe
+
+
+def _check_mix(recipe: Recipe) -> None:
+    """Check that what is mixed can be: texts of a language model, its own only where it is one already."""
+    if (recipe.data.mix or recipe.data.uses_own_texts) and not recipe.task.generates:
+        raise HfDmsError(f"data.mix and the path {OWN} are for text-generation, and model.task is {recipe.model.task}.")
+    if recipe.data.uses_own_texts and recipe.dms.pipeline == "np":
+        raise HfDmsError(f"data: {OWN} is what the dense model writes, and with pipeline np it is random. Use p or p-.")
+    if recipe.recover.data is not None and recipe.recover.data.uses_own_texts:
+        raise HfDmsError(f"recover.data: {OWN} is not possible there. Mix it into data, and leave recover.data out.")
 
 
 def _section(values: dict[str, Any], name: str) -> Any:
@@ -284,7 +295,12 @@ def _use_files_beside_the_recipe_(values: dict[str, Any], folder: Path) -> None:
     for data in (values.get("data"), recover.get("data") if isinstance(recover, dict) else None):
         if not isinstance(data, dict):
             continue
-        for key in ("path", "held_out"):
-            value = data.get(key)
-            if isinstance(value, str) and is_data_file(value) and (folder / value).is_file():
-                data[key] = str(folder / value)
+        data |= {key: _beside(data[key], folder) for key in ("path", "held_out") if key in data}
+        if isinstance(data.get("mix"), dict):
+            data["mix"] = {_beside(path, folder): weight for path, weight in data["mix"].items()}
+
+
+def _beside(path: Any, folder: Path) -> Any:
+    """A data file by its place beside the recipe, if it stands there."""
+    is_there = isinstance(path, str) and is_data_file(path) and (folder / path).is_file()
+    return str(folder / path) if is_there else path

@@ -25,6 +25,7 @@ from ..report.page import PAGE, render
 from ..report.report import Report
 from ..tasks.evaluate import summary
 from ..training.distributed import check_launch, print_on_main, run_on_main
+from .own_data import with_own_texts
 from .prepare import Prepared, prepare, training_arguments, unfinished_folder
 from .recipe import Recipe
 from .stages import dense_model, recovery_steps, score, scores_on_soft_masks, search_and_cut, speeds
@@ -53,7 +54,7 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     if prepared is None:
         return None
     set_seed(prepared.arguments["search"].seed)
-    report, pruned, plan = _experiment(prepared)
+    report, pruned, plan = _experiment(with_own_texts(prepared))
     print_on_main(f"Saving to {output} ...")
     report.seconds = round(time.time() - started)
     written = run_on_main(lambda: _save(pruned, prepared, report, plan))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,7 @@ BUILDERS = {  # the packaged readers of `datasets`, by the suffix of a file
     ".csv": "csv",
     ".tsv": "csv",
 }
+OWN = "self"  # in place of a path: what the dense model writes itself, own_texts.py
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
@@ -73,7 +75,29 @@ class DataConfig:
         metadata={"help": "What to evaluate on: a file like `path`, another split's name, or a share of the data."},
     )
 
+    mix: dict[str, float] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Further text to search, repair and train on, {path: weight}: how many of its sequences come for "
+            "each one of `path`. Its column is `text`. The path self, here or as `path`, is what the dense model "
+            "writes itself: with it a narrow text does not ruin the model outside. For text-generation."
+        },
+    )
+    own_sequences: int = field(
+        default=128,
+        metadata={"help": "How many sequences the dense model writes for the path self; they are kept in a cache."},
+    )
+
     def __post_init__(self) -> None:
+        if self.own_sequences < 1:
+            raise HfDmsError(f"data.own_sequences must be at least 1, got {self.own_sequences}.")
+        for path, weight in self.mix.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+                raise HfDmsError(
+                    f"data.mix.{path} must be a weight above 0, got {weight!r}. 1 mixes as much of it as of data.path."
+                )
+            if path == self.path:
+                raise HfDmsError(f"data.mix.{path} is data.path itself, whose weight is 1. Weigh the others by it.")
         if self.path is None:
             raise HfDmsError(
                 "data.path is required: a txt, jsonl, parquet or csv file, a folder of images, or the Hub id of a "
@@ -84,10 +108,30 @@ class DataConfig:
             raise HfDmsError(f"data.held_out must be a share in (0, 1), a file or a split, got {self.held_out}.")
         if self.sequence_length < 2:
             raise HfDmsError(f"data.sequence_length must be at least 2, got {self.sequence_length}.")
-        for key in ("path", "held_out"):
-            value = getattr(self, key)
+        if self.path == OWN and not isinstance(self.held_out, str):
+            raise HfDmsError(
+                f"data.held_out must be a file, a folder or a dataset if data.path is {OWN}, got {self.held_out}: what "
+                "a model writes itself is no measure of it."
+            )
+        files = {"path": self.path, "held_out": self.held_out} | {f"mix.{path}": path for path in self.mix}
+        for key, value in files.items():
             if isinstance(value, str) and is_data_file(value) and not Path(value).exists():
                 raise HfDmsError(f"data.{key}: there is no file '{value}' (looked in {Path.cwd()}).")
+
+    @property
+    def uses_own_texts(self) -> bool:
+        """Whether a source is what the dense model writes itself."""
+        return OWN in (self.path, *self.mix)
+
+    def with_own_texts(self, path: str) -> DataConfig:
+        """The same with a file in place of `self`."""
+        mix = {path if source == OWN else source: weight for source, weight in self.mix.items()}
+        return dataclasses.replace(self, path=path if self.path == OWN else self.path, mix=mix)
+
+    def without_own_texts(self) -> DataConfig:
+        """What can be read before the dense model has written anything: the held-out text in place of `self`."""
+        mix = {source: weight for source, weight in self.mix.items() if source != OWN}
+        return dataclasses.replace(self, path=str(self.held_out) if self.path == OWN else self.path, mix=mix)
 
 
 def _number_if_it_is_one(held_out: str | float) -> str | float:

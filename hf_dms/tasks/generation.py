@@ -7,8 +7,9 @@ begins with it, and so does each window: one that begins inside a document holds
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +48,48 @@ class Streams:
 def load_examples(config: DataConfig, tokenizer: Any, model_config: Any, labels: Any = None) -> Examples:
     """Packed windows to train on and to measure on; see `Task.load`."""
     check_length(config.sequence_length, "data.sequence_length is", model_config)
-    return windows_of(load_streams(config, tokenizer, model_config), config.sequence_length)
+    examples = windows_of(load_streams(config, tokenizer, model_config), config.sequence_length)
+    others = [_windows_of_source(config, path, tokenizer, model_config) for path in config.mix]
+    if not others:
+        return examples
+    rows = mixed([examples.train, *others], [1.0, *config.mix.values()])
+    return dataclasses.replace(examples, train=rows)
+
+
+def _windows_of_source(config: DataConfig, path: str, tokenizer: Any, model_config: Any) -> Any:
+    """All windows of a further source, as a dataset; errors name it in place of data.path."""
+    source = DataConfig(path=path, held_out=path, sequence_length=config.sequence_length)
+    try:
+        streams = load_streams(source, tokenizer, model_config)
+        return as_dataset(pack(streams.train, config.sequence_length, "data.path", streams.start))
+    except HfDmsError as error:
+        name, reason = f"data.mix.{path}", str(error)
+        raise HfDmsError(reason.replace("data.path", name) if "data.path" in reason else f"{name}: {reason}") from error
+
+
+def mixed(sources: Sequence[Any], weights: Sequence[float]) -> Any:
+    """One dataset of several by weight, as long as the first source has rows, and shuffled.
+
+    In turns, rows that are taken at even distances (`evenly_spaced`) could all be of one source.
+
+    Args:
+        sources: datasets of the library `datasets`. Those after the first come from their beginning again when they
+            end.
+        weights: how often each comes, relative to the others.
+
+    Example:
+        Of a source of two rows with weight 1 and one of three rows with weight 2 come 0, 1 and 0, 1, 2, 0.
+    """
+    from datasets import concatenate_datasets
+
+    places, start = [], 0
+    for source, weight in zip(sources, weights):
+        share = round(len(sources[0]) * weight / weights[0])
+        places.append(start + torch.arange(max(share, 1)) % len(source))
+        start += len(source)
+    rows = torch.cat(places)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    return concatenate_datasets(list(sources)).select(rows[order].tolist()).with_format("torch")
 
 
 def windows_of(streams: Streams, sequence_length: int) -> Examples:

@@ -26,6 +26,7 @@ from transformers import (
     ViTModel,
 )
 
+import hf_dms.experiment.own_data
 import hf_dms.experiment.run
 import hf_dms.experiment.stages
 from hf_dms import DMSTrainer
@@ -409,6 +410,63 @@ def test_a_folder_that_is_not_ours_is_not_overwritten(recipe, tmp_path, capsys):
     assert recipe()[0] == 2
     assert_matches("exists and is not empty", capsys.readouterr().err)
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_dense_model_s_own_texts_are_mixed_in_and_written_once(recipe, dense, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(hf_dms.experiment.own_data, "HF_HOME", str(tmp_path / "cache"))
+    seen, load = [], hf_dms.experiment.own_data.load_examples
+
+    def keep(data, *args, **kwargs):
+        examples = load(data, *args, **kwargs)
+        seen.append((data, examples))
+        return examples
+
+    monkeypatch.setattr(hf_dms.experiment.own_data, "load_examples", keep)
+    mix = ["data.mix={self: 1}", "data.own_sequences=9", "output.overwrite=true"]
+    assert recipe(*mix, command="validate")[0] == 0
+    assert not (tmp_path / "cache").exists()
+    assert recipe(*mix)[0] == 0
+    printed = capsys.readouterr().out
+    assert "The dense model writes 9 texts of 16 tokens" in printed
+    assert_matches(r"They are \d+ tokens, kept in", printed)
+    (file,) = (tmp_path / "cache").rglob("*.jsonl")
+    assert len(file.read_text().splitlines()) == 9
+    assert recipe(*mix, "dms.target=0.7")[0] == 0
+    assert "The dense model writes" not in capsys.readouterr().out
+    (data, examples), _ = seen
+    assert data.mix == {str(file): 1}
+    assert examples.train.num_rows % 2 == 0
+    assert json.loads((tmp_path / "out" / "dms_report.json").read_text())["recipe"]["data"]["mix"] == {"self": 1}
+    model = LlamaForCausalLM.from_pretrained(dense)  # other weights write other texts
+    model.lm_head.weight.data *= 2
+    model.save_pretrained(tmp_path / "other")
+    save_tokenizer(tmp_path / "other")
+    assert recipe(*mix, f"model.path={tmp_path / 'other'}")[0] == 0
+    assert len(list((tmp_path / "cache").rglob("*.jsonl"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["data.mix={self: 1}", "dms.pipeline=np"],
+            "self is what the dense model writes, and with pipeline np it is ra",
+        ),
+        (
+            ["data.mix={self: 1}", "model.task=text-classification"],
+            "data.mix and the path self are for text-generation",
+        ),
+        (["data.path=self"], "data.held_out must be a file, a folder or a dataset if data.path is self, got 0.2"),
+        (
+            ["recover={max_steps: 1, data: {path: self, held_out: text.jsonl}}"],
+            "recover.data: self is not possible there. Mix it into data",
+        ),
+    ],
+)
+def test_own_texts_that_cannot_be_are_refused(recipe, overrides, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert recipe(*overrides, command="validate")[0] == 2
+    assert_matches(message, capsys.readouterr().err)
 
 
 def test_validate_says_ok(recipe, capsys):

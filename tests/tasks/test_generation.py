@@ -11,6 +11,7 @@ from helpers.tiny import TINY
 from transformers import AutoTokenizer, LlamaConfig
 
 from hf_dms.tasks.data import DataConfig
+from hf_dms.tasks.evaluate import evenly_spaced
 from hf_dms.tasks.generation import load_sequences, load_streams, pack, start_token
 from hf_dms.tasks.registry import TASKS, load_examples
 
@@ -61,6 +62,55 @@ def test_examples_are_tensors_whose_labels_are_the_tokens(tmp_path):
     batch = examples.collate([examples.train[0], examples.held_out[0]])
     assert batch["input_ids"].tolist() == batch["labels"].tolist() == [[3, 4], [5, 2]]
     assert (examples.labels, examples.unit, examples.config) == ((), "sequences of 2 tokens", {})
+
+
+# ---- several sources ----
+def test_sources_are_mixed_by_weight_and_the_smaller_one_comes_again(tmp_path):
+    """Of `path` all sequences come once, of another one its weight times as many; held out is only `path`."""
+    config = DataConfig(
+        path=documents(tmp_path / "a.jsonl", ["a" * 64]),
+        mix={documents(tmp_path / "b.jsonl", ["bbb", "ccc"]): 0.5, documents(tmp_path / "d.jsonl", ["ddd"]): 2},
+        held_out=documents(tmp_path / "e.jsonl", ["eee"]),
+        sequence_length=4,
+    )
+    examples = load_examples(config, TASK, letters(), LlamaConfig(**TINY))
+    rows = [tuple(examples.train[i]["input_ids"].tolist()) for i in range(len(examples.train))]
+    assert {row: rows.count(row) for row in rows} == {
+        (3, 3, 3, 3): 16, (4, 4, 4, 2): 4, (5, 5, 5, 2): 4, (6, 6, 6, 2): 32,
+    }  # fmt: skip
+    assert [row["input_ids"].tolist() for row in examples.held_out] == [[7, 7, 7, 2]]
+
+
+def test_rows_at_even_distances_are_of_every_source(tmp_path):
+    config = DataConfig(
+        path=documents(tmp_path / "a.jsonl", ["a" * 400]),
+        mix={documents(tmp_path / "b.jsonl", ["b" * 400]): 1},
+        sequence_length=2,
+    )
+    rows = evenly_spaced(load_examples(config, TASK, letters(), LlamaConfig(**TINY)).train, 48)
+    assert 16 < sum(int(row["input_ids"][0]) == 3 for row in rows) < 32
+
+
+def test_a_mistake_in_a_mix_names_its_source(tmp_path):
+    path = documents(tmp_path / "a.jsonl", ["abcd"])
+    with pytest.raises(ValueError, match=r"data\.mix\.\S+c\.jsonl: there is no file"):
+        DataConfig(path=path, mix={str(tmp_path / "c.jsonl"): 1})
+    with pytest.raises(ValueError, match=r"data\.mix\.x must be a weight above 0, got 0\. 1 mixes as much of it as of"):
+        DataConfig(path=path, mix={"x": 0})
+    with pytest.raises(ValueError, match=r"data\.mix\.\S+a\.jsonl is data\.path itself, whose weight is 1"):
+        DataConfig(path=path, mix={path: 1})
+    with pytest.raises(ValueError, match=r"data\.own_sequences must be at least 1, got 0"):
+        DataConfig(path=path, own_sequences=0)
+    with pytest.raises(ValueError, match=r"data\.held_out must be a file, a folder or a dataset if data\.path is self"):
+        DataConfig(path="self")
+    short = documents(tmp_path / "b.jsonl", ["b"])
+    config = DataConfig(path=path, mix={short: 1}, held_out=path, sequence_length=4)
+    with pytest.raises(ValueError, match=r"data\.mix\.\S+b\.jsonl has 2 tokens, less than one sequence of 4"):
+        load_examples(config, TASK, letters(), LlamaConfig(**TINY))
+    other = write_rows(tmp_path / "d.jsonl", [{"body": "b"}])
+    config = DataConfig(path=path, mix={other: 1}, held_out=path, sequence_length=4)
+    with pytest.raises(ValueError, match=r"data\.mix\.\S+d\.jsonl: data\.text_column: the data has no column 'text'"):
+        load_examples(config, TASK, letters(), LlamaConfig(**TINY))
 
 
 # ---- the windows of committed numbers stay ----

@@ -1,0 +1,74 @@
+"""`data.path: self`, or `self` in `data.mix`: the dense model's own texts, written once and kept in a cache.
+
+The cache is `hf_dms/own-texts` in the folder of the Hub's cache (`HF_HOME`); a file belongs to the weights, the number
+and the length of its texts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.constants import HF_HOME
+
+from ..tasks.own_texts import own_texts
+from ..tasks.registry import load_examples
+from ..training.distributed import print_on_main, run_on_main
+from .prepare import Prepared, model_class
+
+SEED = 0
+
+
+def with_own_texts(prepared: Prepared) -> Prepared:
+    """A prepared recipe whose examples have the dense model's own texts, if its data names them.
+
+    Raises:
+        HfDmsError: the tokenizer has no token to begin a text with.
+    """
+    recipe = prepared.recipe
+    if not recipe.data.uses_own_texts:
+        return prepared
+    path = own_texts_file(prepared)
+    run_on_main(lambda: None if path.exists() else _write(prepared, path))
+    data = recipe.data.with_own_texts(str(path))
+    examples = load_examples(data, recipe.task, prepared.processor, prepared.config)
+    retraining = examples if prepared.retraining is prepared.examples else prepared.retraining
+    return dataclasses.replace(prepared, examples=examples, retraining=retraining)
+
+
+def own_texts_file(prepared: Prepared) -> Path:
+    """Where the texts of a recipe's model are kept, whether they are there or not."""
+    data = prepared.recipe.data
+    about = [_weights(prepared), data.own_sequences, data.sequence_length, SEED]
+    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    return Path(HF_HOME) / "hf_dms" / "own-texts" / f"{digest}.jsonl"
+
+
+def _weights(prepared: Prepared) -> list[Any]:
+    """What changes when the weights at model.path do: the files' sizes and times, or the commit on the Hub."""
+    model = prepared.recipe.model
+    folder = Path(model.path)
+    if not folder.is_dir():
+        return [model.path, prepared.config._commit_hash or model.revision]
+    files = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))]
+    return [str(folder.resolve()), [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]]
+
+
+def _write(prepared: Prepared, path: Path) -> None:
+    recipe = prepared.recipe
+    count, length = recipe.data.own_sequences, recipe.data.sequence_length
+    print_on_main(f"The dense model writes {count} texts of {length} tokens to calibrate on ...")
+    dtype = recipe.model.dtype if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
+    model = model_class(recipe).from_pretrained(recipe.model.path, revision=recipe.model.revision, dtype=dtype)
+    device = prepared.arguments["search"].device
+    texts, sampled = own_texts(model.to(device), prepared.processor, count, length, SEED)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    unfinished.replace(path)
+    print_on_main(f"They are {sampled} tokens, kept in {path}.")
