@@ -36,15 +36,14 @@ from ..measure.versions import versions
 from ..refit.repair import repair_
 from ..report.comparison import write_comparison
 from ..strategies.one_shot import CRITERIA, check_dims, criterion_of
-from ..tasks.evaluate import evenly_spaced, example_scores, summary
-from ..tasks.registry import load_more_examples
+from ..tasks.evaluate import example_scores, summary
 from ..tasks.task import Examples
 from ..training.finetune import train_
 from ..training.refitting import examples_beside_the_steps
 from ..training.trainer import DMSTrainer
 from .choose import Batches, cut_by_criterion, examples_of, shuffled
 from .own_data import with_own_texts
-from .prepare import Prepared, empty_model, lora_config, prepare, training_arguments
+from .prepare import Prepared, empty_model, load_texts, lora_config, prepare, training_arguments
 from .recipe import Recipe, coerce_fields
 from .stages import dense_model
 
@@ -159,10 +158,7 @@ def _setup(recipe: Recipe, folder: Path) -> Setup:
     lowest = dataclasses.replace(recipe.dms, target=min(recipe.compare.targets or [recipe.dms.target]))
     prepared = with_own_texts(prepare(dataclasses.replace(recipe, dms=lowest), folder / "dense"))
     texts = {"held out": prepared.held_out}
-    for name, path in recipe.compare.texts.items():
-        data = dataclasses.replace(recipe.data, path=path, held_out=path, mix={})
-        other = load_more_examples(data, recipe.task, prepared.processor, prepared.config, prepared.examples)
-        texts[name] = evenly_spaced(other.held_out, len(texts["held out"]))
+    texts |= load_texts(recipe, recipe.compare.texts, prepared.processor, prepared.config, prepared.examples)
     return Setup(prepared, texts, folder)
 
 

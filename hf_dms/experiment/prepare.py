@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ class Prepared:
         config: the dense model's, with what the examples need of it.
         processor: the tokenizer or image processor.
         examples: what is searched, repaired and measured on, without what the dense model writes (own_data.py).
+        texts: further examples to measure on, by name (eval.texts).
         retraining: what is retrained on.
         arguments: `TrainingArguments` of the stages that the recipe has: finetune, search, recover.
         lora: `peft.LoraConfig` of the search ("lora") and the retraining ("recover.lora"), None where there is none.
@@ -52,6 +54,7 @@ class Prepared:
     config: Any
     processor: Any
     examples: Examples
+    texts: Mapping[str, Any]
     retraining: Examples
     arguments: Mapping[str, Any]
     lora: Mapping[str, Any]
@@ -99,20 +102,47 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
     if recipe.recover.data is not None:
         with saying_where("recover."):
             retraining = load_more_examples(recipe.recover.data, recipe.task, processor, config, examples)
+    texts = load_texts(recipe, recipe.eval.texts, processor, config, examples)
     config.update(examples.config)
     _check_model(recipe, config)
     if notice := slow_bfloat16(_asking_for_bfloat16(recipe, config, arguments)):
         logger.warning(notice)
     lora = {section: lora_config(recipe, section) for section in ("lora", "recover.lora")}
     _check_adapters(recipe, config, lora)
-    return Prepared(recipe, config, processor, examples, retraining, arguments, lora)
+    return Prepared(recipe, config, processor, examples, texts, retraining, arguments, lora)
+
+
+def load_texts(
+    recipe: Recipe, files: Mapping[str, str], processor: Any, config: Any, examples: Examples
+) -> dict[str, Any]:
+    """Examples of further files to measure on, by name: as many as of the held-out data.
+
+    Args:
+        recipe: how a file is read.
+        files: path by name.
+        processor: the tokenizer or image processor.
+        config: the model's.
+        examples: those of the recipe's own data.
+
+    Raises:
+        ValueError: a file cannot be read, or does not fit the model.
+    """
+    found = {}
+    for name, path in files.items():
+        try:
+            data = dataclasses.replace(recipe.data, path=path, held_out=path, mix={})
+            other = load_more_examples(data, recipe.task, processor, config, examples)
+        except HfDmsError as error:
+            raise HfDmsError(f"texts.{name}: {error}") from error
+        found[name] = evenly_spaced(other.held_out, recipe.eval.examples or recipe.task.num_held_out)
+    return found
 
 
 def sources_of(recipe: Recipe) -> list[str]:
     """What a recipe reads: the model and the data, local or on the Hub."""
     data = [recipe.data] if recipe.recover.data is None else [recipe.data, recipe.recover.data]
     held_out = [each.held_out for each in data if isinstance(each.held_out, str)]
-    return [recipe.model.path, *(each.path for each in data), *held_out, *recipe.data.mix]
+    return [recipe.model.path, *(each.path for each in data), *held_out, *recipe.data.mix, *recipe.eval.texts.values()]
 
 
 def _asking_for_bfloat16(recipe: Recipe, config: Any, arguments: Mapping[str, Any]) -> list[str]:

@@ -99,8 +99,15 @@ def _experiment(prepared: Prepared) -> tuple[Report, PreTrainedModel, str]:
     def answered(name: str, model: PreTrainedModel) -> list[Any]:
         return run_on_main(lambda: recipe.task.answers(samples, name, model, prepared.processor, examples, recipe.eval))
 
+    def measure_texts_(name: str, model: PreTrainedModel) -> None:
+        for text in prepared.texts:
+            print_on_main(f"Measuring the {name} model on {text} ...")
+            on_texts.setdefault(text, {})[name] = run_on_main(functools.partial(score, model, prepared, text))
+
+    on_texts: dict[str, dict[str, Tensor]] = {}
     dense = dense_model(prepared).to(arguments.device).eval()
     scores = {"dense": measure("dense", dense)}
+    measure_texts_("dense", dense)
     samples = answered("dense", dense)
     searched = search_and_cut(dense, prepared)
     soft = scores_on_soft_masks(searched.model, functools.partial(measure, "searched"))
@@ -109,18 +116,20 @@ def _experiment(prepared: Prepared) -> tuple[Report, PreTrainedModel, str]:
     dense = searched.model if recipe.lora is None else searched.model.unload()  # as FSDP or bitsandbytes left it
     pruned = searched.pruned
     scores["pruned"] = measure("pruned", pruned)
+    measure_texts_("pruned", pruned)
     for step in recovery_steps(pruned, dense, searched.plan, prepared):
         scores[step] = measure(step, pruned)
+        measure_texts_(step, pruned)
     samples = answered(list(scores)[-1], pruned)
     numbers = searched.costs
     speed = run_on_main(lambda: speeds(dense, pruned, prepared))
-    for name, values in scores.items():
-        quality = summary(recipe.task, values, None if name == "dense" else scores["dense"])
+    for name, quality in _summaries(recipe, scores).items():
         numbers[name] = numbers.get(name, {}) | quality | speed.get(name, {})
     soft_quality: Any = summary(recipe.task, soft, scores["dense"])
     report = Report(
         **numbers,
         masks={"soft": soft_quality},
+        texts={text: _summaries(recipe, each) for text, each in on_texts.items()} or None,
         outcome=searched.outcome,
         search=searched.logs,
         samples=samples,
@@ -133,6 +142,12 @@ def _experiment(prepared: Prepared) -> tuple[Report, PreTrainedModel, str]:
         seconds=0,
     )
     return report, pruned, kept
+
+
+def _summaries(recipe: Recipe, scores: dict[str, Tensor]) -> dict[str, Any]:
+    """The metric of each model, and for all but the dense one its difference from that."""
+    dense = scores["dense"]
+    return {name: summary(recipe.task, each, None if name == "dense" else dense) for name, each in scores.items()}
 
 
 def _save(pruned: PreTrainedModel, prepared: Prepared, report: Report, plan: str) -> dict[str, Any]:

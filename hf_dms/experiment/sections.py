@@ -53,6 +53,13 @@ class EvalConfig:
         metadata={"help": "Held-out examples to measure on, at most. Default: 64 for text-generation, otherwise all."},
     )
     batch_size: int = field(default=4, metadata={"help": "Examples per forward pass."})
+    texts: dict[str, str] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Further files to measure on, {name: file}, read as data.path is. One that nothing was calibrated "
+            "on shows what the cut costs outside the calibration's domain."
+        },
+    )
     prompt: str | list[str] = field(
         default="", metadata={"help": "Text or texts that the dense and the pruned model continue, for the report."}
     )

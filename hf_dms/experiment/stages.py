@@ -170,11 +170,12 @@ def choice_changes_weights(recipe: Recipe) -> bool:
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
-def score(model: PreTrainedModel, prepared: Prepared) -> Tensor:
-    """What each held-out example adds to the metric of the recipe's task, `[examples]`."""
+def score(model: PreTrainedModel, prepared: Prepared, text: str | None = None) -> Tensor:
+    """What each held-out example, or each of a further text, adds to the metric of the recipe's task, `[examples]`."""
     recipe, collate = prepared.recipe, prepared.examples.collate
+    rows = prepared.held_out if text is None else prepared.texts[text]
     progress = Countdown("measuring", "batches")
-    return example_scores(model, recipe.task, prepared.held_out, collate, recipe.eval.batch_size, progress)
+    return example_scores(model, recipe.task, rows, collate, recipe.eval.batch_size, progress)
 
 
 def scores_on_soft_masks(model: PreTrainedModel, measure: Any) -> Tensor:

@@ -24,6 +24,8 @@ from ..tasks.registry import TASKS, task_of_class
 from .report import FORMAT, Report
 
 REPORT = "dms_report.json"
+METRICS = ("perplexity", "accuracy")
+PARTED = 1.5  # by how much more perplexity may grow on another text before a run warns
 ROWS = {  # key of dms_report.json: (words of the table, format)
     "num_params": ("parameters", ",.0f"),
     "macs_per_token": ("MACs per token", ",.0f"),
@@ -156,7 +158,7 @@ def heading(report: dict[str, Any], name: str) -> str:
 
 
 def notes(report: dict[str, Any]) -> list[str]:
-    """What must be said beside the table: how the search ended if that was off its target, and what rounding cost."""
+    """What must be said beside the table: a search off its target, what rounding cost, texts that lost more."""
     found = [report["outcome"]["message"]] if report.get("outcome", {}).get("message") else []
     soft = report["masks"]["soft"] if report.get("search") else {}  # a choice without a search has no soft masks
     for metric, number in (("perplexity", ".2f"), ("accuracy", ".4f")):
@@ -165,7 +167,7 @@ def notes(report: dict[str, Any]) -> list[str]:
                 f"On the soft masks that the search ended with, the held-out {metric} was {soft[metric]:{number}}; "
                 f"the cut has {report['pruned'][metric]:{number}}."
             )
-    return found
+    return found + _parted_texts(report)
 
 
 def columns_of(report: dict[str, Any]) -> list[str]:
@@ -182,7 +184,29 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, list[str], str]]:
         if all(value is not None for value in values):
             change = _points(report[columns[-1]]) if key == "accuracy" else f"{values[-1] / values[0]:.3f}"
             rows.append((words, [format(value, number) for value in values], change))
+            for text, measured in report.get("texts", {}).items() if key in METRICS else ():
+                there = [measured[name][key] for name in columns]
+                change = _points(measured[columns[-1]]) if key == "accuracy" else f"{there[-1] / there[0]:.3f}"
+                rows.append((f"{key} on {text}", [format(value, number) for value in there], change))
     return rows
+
+
+def _parted_texts(report: dict[str, Any]) -> list[str]:
+    """A sentence for each further text on which the last model lost much more than on the held-out data."""
+    last = columns_of(report)[-1]
+    found: list[str] = []
+    for text, measured in report.get("texts", {}).items():
+        here, there = (each[last].get("perplexity") for each in (report, measured))
+        if here is None or there is None:
+            continue
+        here, there = here / report["dense"]["perplexity"], there / measured["dense"]["perplexity"]
+        if there > PARTED * here:
+            found.append(
+                f"The {last} model has {there:.2f} times the dense perplexity on {text}, and {here:.2f} times "
+                "on the held-out data: it was fitted to its calibration text. Mix others into that, as "
+                "data.mix: {self: 1}."
+            )
+    return found
 
 
 def report_table(report: dict[str, Any]) -> str:

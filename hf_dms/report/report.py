@@ -131,6 +131,10 @@ class Report:
         None
     )
     masks: Masks | None = None
+    texts: Annotated[
+        dict[str, dict[str, Measured]] | None,
+        "Of eval.texts: name to what each model of this report measured there, by the model's key here: quality alone.",
+    ] = None
     outcome: Annotated[
         SearchOutcome | None,
         "How the search ended: the shares that its ratios and the cut's whole sizes keep, beside the target; in words "

@@ -88,10 +88,14 @@ def examples_to_refit_on(trainer: Any, positions_per_input: int = POSITIONS_PER_
 
 
 def examples_beside_the_steps(trainer: Any) -> int:
-    """Examples seen to refit on, beside those of the search's steps: at each refresh, and once for the gradient."""
+    """Examples seen beside the search's steps: at each refresh, once for the gradient, and once to choose the units."""
     if trainer.dms_config.search_over != "refitted":
         return 0
-    return (REFRESHES + 1) * sum(len(next(iter(batch.values()))) for batch in examples_to_refit_on(trainer))
+    refit, choose = (
+        sum(len(next(iter(batch.values()))) for batch in examples_to_refit_on(trainer, positions))
+        for positions in (POSITIONS_PER_INPUT, POSITIONS_TO_CHOOSE)
+    )
+    return (REFRESHES + 1) * refit + choose
 
 
 def _positions(batch: dict[str, Tensor], bound: Any) -> int:

@@ -29,6 +29,7 @@ from transformers import (
 import hf_dms.experiment.own_data
 import hf_dms.experiment.run
 import hf_dms.experiment.stages
+import hf_dms.report.numbers
 from hf_dms import DMSTrainer
 from hf_dms.archs.bind import bind
 from hf_dms.archs.llama import LLAMA
@@ -467,6 +468,29 @@ def test_own_texts_that_cannot_be_are_refused(recipe, overrides, message, capsys
     monkeypatch.chdir(tmp_path)
     assert recipe(*overrides, command="validate")[0] == 2
     assert_matches(message, capsys.readouterr().err)
+
+
+def test_further_texts_are_measured_and_loss_there_is_said(recipe, tmp_path, capsys, monkeypatch):
+    rows = [{"text": " ".join(f"w{(i * j) % 7}" for j in range(1, 40))} for i in range(1, 12)]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(hf_dms.report.numbers, "PARTED", 0.0)
+    code, out = recipe(f"eval.texts={{another: {tmp_path / 'other.jsonl'}}}", "recover={repair: {examples: 4}}")
+    assert code == 0
+    report = json.loads((out / "dms_report.json").read_text())
+    assert mistakes(report) == []
+    measured = report["texts"]["another"]
+    assert list(measured) == ["dense", "pruned", "repaired"]
+    for name, values in measured.items():
+        assert values["perplexity"] != report[name]["perplexity"]
+    assert measured["repaired"]["difference"] != 0
+    printed = capsys.readouterr().out
+    assert f"| perplexity on another | {measured['dense']['perplexity']:.2f} |" in printed
+    assert_matches(r"The repaired model has \S+ times the dense perplexity on another, and \S+ times on the", printed)
+
+
+def test_a_further_text_that_is_not_there_is_an_error(recipe, capsys):
+    assert recipe("eval.texts={another: nowhere.jsonl}", command="validate")[0] == 2
+    assert_matches("texts.another: data.path: there is no file 'nowhere.jsonl'", capsys.readouterr().err)
 
 
 def test_validate_says_ok(recipe, capsys):
