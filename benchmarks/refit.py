@@ -1,10 +1,12 @@
 """Perplexity of SmolLM2-135M cut by structure that counts on its repair, and repaired; on two texts.
 
-    python benchmarks/refit.py MODEL_FOLDER [--runs obs-0.5 ...] [--seed 0]
+    python benchmarks/refit.py MODEL_FOLDER [--runs obs-0.5 ...] [--seed 0] [--own 0.5] [--weights equal]
 
 MODEL_FOLDER: what `make model` makes. Cuts, calibration text and held-out windows are those of quality.py; the second
 text, which no method sees, is Python's language reference (`pydoc_data.topics`), 64 windows of 256 tokens. RUNS lists
-what is run. `tokens` counts every use: search, gradients, each walk over the layers, and repair. Plans are kept in
+what is run. `--own` is the share of the repair's sequences that the dense model writes itself (`own_texts`);
+`--weights` says how positions count: by their stream, as in `repair_`, or alike, as before. `tokens` counts every use:
+search, gradients, each walk over the layers, and repair; not what the dense model reads to write. Plans are kept in
 --plans, each finished row is appended to refit.jsonl at once, and what is there already is not done again, so that a
 stopped run goes on.
 """
@@ -21,15 +23,18 @@ from repair import load_plan
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_dms import one_shot_obs_plan, repair_
+from hf_dms.refit import curvature
 from hf_dms.tasks.evaluate import evenly_spaced
-from hf_dms.tasks.generation import perplexity
+from hf_dms.tasks.generation import pack, perplexity
+from hf_dms.tasks.own_texts import own_texts
 
 REPAIR = 16384
+SAME_CUT = ("run", "seed", "windows")  # rows that are equal in these have one cut
 # name: strategy, its options; tokens that it uses before the repair
 RUNS = {
     "taylor": ("taylor", {"batches": 24}, 24 * 512),
     "obs": ("obs", {"sequences": 24, "walks": 2}, 3 * 24 * 256),
-    "refitted": ("refitted", {"steps": 80}, 80 * 512 + 4 * 24 * 256),
+    "refitted": ("refitted", {"steps": 80}, 80 * 512 + 4 * 24 * 256 + 96 * 256),
 }
 
 
@@ -42,6 +47,21 @@ def second_text(folder, windows):
 
 def labelled(sequences, size=4):
     return [{"input_ids": ids, "labels": ids} for ids in sequences.split(size)]
+
+
+def with_own(sequences, model, folder, share, file):
+    """Sequences, a share of which the dense model writes; kept in a file."""
+    count = round(share * len(sequences))
+    if not count:
+        return sequences
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(own_texts(model, tokenizer, count, sequences.shape[1])[0], file)
+    ids = tokenizer(torch.load(file), verbose=False)["input_ids"]
+    own = pack(torch.tensor([token for text in ids for token in [*text, tokenizer.eos_token_id]]), sequences.shape[1])
+    both = torch.cat([sequences[: len(sequences) - min(count, len(own))], own[:count]])
+    return both[torch.randperm(len(both), generator=torch.Generator().manual_seed(0))]
 
 
 def make_plan(model, strategy, options, target, sequences, seed):
@@ -61,11 +81,15 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repair", type=int, default=REPAIR, help="tokens to repair on")
     parser.add_argument("--ridge", type=float, default=0.1)
+    parser.add_argument("--own", type=float, default=0.0, help="share of the repair's sequences")
+    parser.add_argument("--weights", choices=["stream", "equal"], default="stream")
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--plans", default="outputs/refit-plans")
     parser.add_argument("--results", default=HERE / "refit.jsonl")
     options = parser.parse_args()
     results, seed = Path(options.results), options.seed
+    if options.weights == "equal":
+        curvature.position_weights = lambda aim: torch.ones_like(aim[..., 0])
     sequences, held_out = load_text(options.model, options.windows)
     texts = {"perplexity": held_out, "second_text": second_text(options.model, options.windows)}
     sequences = shuffled(sequences, seed)
@@ -74,6 +98,7 @@ def main():
         strategy, settings, used = RUNS[name]
         key = {"run": run, "strategy": strategy, **settings, "target": float(target), "seed": seed}
         key |= {"repair_tokens": options.repair, "ridge": options.ridge, "windows": options.windows}
+        key |= {"own": options.own, "weights": options.weights}
         if any(key.items() <= row.items() for row in rows_of(results)):
             continue
         model, start = AutoModelForCausalLM.from_pretrained(options.model), time.time()
@@ -84,9 +109,14 @@ def main():
         row = key | {"plan_seconds": round(time.time() - start) if made else None}
         pruned = cut_by(plan, model)
         row["layer_params"] = sum(p.numel() for n, p in pruned.named_parameters() if ".layers." in n)
-        row["as_cut"], start = round(perplexity(pruned, held_out), 2), time.time()
-        text = sequences[: options.repair // sequences.shape[1]].split(4)
-        repair_(pruned, model, plan, [{"input_ids": ids} for ids in text], ridge=options.ridge)
+        as_cut = [each["as_cut"] for each in rows_of(results) if all(each[name] == key[name] for name in SAME_CUT)]
+        row["as_cut"] = as_cut[0] if as_cut else round(perplexity(pruned, held_out), 2)
+        text = sequences[: options.repair // sequences.shape[1]]
+        text = with_own(
+            text, model, options.model, options.own, Path(options.plans) / f"own-{len(text)}-{options.own}.pt"
+        )
+        start = time.time()
+        repair_(pruned, model, plan, [{"input_ids": ids} for ids in text.split(4)], ridge=options.ridge)
         row |= {"repair_seconds": round(time.time() - start), "tokens": used + options.repair}
         append(row | {name: round(perplexity(pruned, text), 2) for name, text in texts.items()}, results)
 
