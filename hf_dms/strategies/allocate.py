@@ -55,10 +55,16 @@ def allocate_(gates: Gates, scores: Scores, allocation: str = "per_cost") -> Non
         scores: per gated dim `[rows, units]`.
         allocation: see `Criterion`.
     """
+    gates.num_updates = max(gates.num_updates, gates.schedule.warmup_steps, 1)
+    _set_ratios_(gates, sizes_of_scores(gates, scores, allocation))
+
+
+@torch.no_grad()
+def sizes_of_scores(gates: Gates, scores: Scores, allocation: str = "per_cost") -> Sizes:
+    """Leave scores as importance in the gates, in place; the sizes `[rows]` that they ask for."""
     for name, values in scores.items():
         gates.raw_importance(name).copy_(values)
-    gates.num_updates = max(gates.num_updates, gates.schedule.warmup_steps, 1)
-    _set_ratios_(gates, sizes_within_budget(gates, allocation))
+    return sizes_within_budget(gates, allocation)
 
 
 def sizes_within_budget(gates: Gates, allocation: str = "per_cost") -> Sizes:

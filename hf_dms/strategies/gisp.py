@@ -16,7 +16,7 @@ import dataclasses
 from transformers import PreTrainedModel
 
 from ..gating.attach import gates_of
-from .allocate import Batches, Criterion, Scores, allocate_
+from .allocate import Batches, Criterion, Scores, sizes_of_scores
 from .taylor import element_scores
 
 STEPS = 8
@@ -26,7 +26,7 @@ def gisp_scores(model: PreTrainedModel, batches: Batches) -> Scores:
     """Σ |w·dL/dw| over a unit's weights in the model as it is masked before the last step, 0 for units that are gone.
 
     Args:
-        model: a model with gates; their masks are those of the step before the last afterwards.
+        model: a model with gates; their importance is that of the step before the last afterwards.
         batches: keyword arguments of forward passes, with labels; split evenly over the steps.
     """
     gates = gates_of(model)
@@ -37,9 +37,9 @@ def gisp_scores(model: PreTrainedModel, batches: Batches) -> Scores:
             scores = element_scores(model, share)
             if step < steps:
                 gates.schedule = dataclasses.replace(schedule, target=schedule.target ** (step / steps))
-                allocate_(gates, scores)
+                gates.rounded = {name: size.long() for name, size in sizes_of_scores(gates, scores).items()}
     finally:
-        gates.schedule = schedule
+        gates.schedule, gates.rounded = schedule, None
     return scores
 
 

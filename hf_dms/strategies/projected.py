@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..gates import Gates
 from ..topk import topk_mask
-from .allocate import Criterion, Scores, sizes_within_budget
+from .allocate import Criterion, Scores, sizes_of_scores
 from .learned import Masks, learner, straight_through, units
 
 TAU = 1.5
@@ -41,9 +41,7 @@ class Projected:
     def masks(self, progress: float) -> Masks:
         soft = self.scores()
         with torch.no_grad():
-            for name, values in soft.items():
-                self.gates.raw_importance(name).copy_(values)
-            sizes = sizes_within_budget(self.gates, "global")
+            sizes = sizes_of_scores(self.gates, soft, "global")
             hard = {name: topk_mask(self.gates.importance(name), size.long()) for name, size in sizes.items()}
         return {name: straight_through(hard[name], soft[name]) for name in soft}
 

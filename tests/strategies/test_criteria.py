@@ -12,7 +12,7 @@ from hf_dms.archs.plain_view import submodule
 from hf_dms.cut.prune import plan_of
 from hf_dms.gating.attach import gates_of
 from hf_dms.strategies.activations import _Moments, flap_metric, flap_scores, wanda_metric, wanda_sp_scores
-from hf_dms.strategies.allocate import allocate_
+from hf_dms.strategies.allocate import allocate_, sizes_of_scores
 from hf_dms.strategies.block_influence import block_influence_scores
 from hf_dms.strategies.gisp import gisp_scores
 from hf_dms.strategies.kfac_obs import rising
@@ -137,14 +137,16 @@ def test_iterative_taylor_scores_what_is_left_anew_and_its_cuts_are_nested():
     model, batches = gated(prune=("mlp",), target=0.6, resource_scope="layers"), labelled(2)
     first = element_scores(gated(prune=("mlp",)), batches[:1])["mlp"]
     scores = gisp_scores(model, batches)["mlp"]
-    halfway = gates_of(model)
+    halfway = gates_of(gated(prune=("mlp",), target=0.6**0.5, resource_scope="layers"))
+    sizes = sizes_of_scores(halfway, {"mlp": first})
     gone = torch.ones_like(scores)
-    for row, units in enumerate(halfway.hard_units("mlp")):
+    for row, units in enumerate(sizes["mlp"]):
         gone[row, first[row].argsort(descending=True)[: int(units)]] = 0
-    assert halfway.resource(halfway.hard_sizes()) == pytest.approx(0.6**0.5, abs=0.02)
+    assert halfway.resource(halfway.dense_sizes() | sizes) == pytest.approx(0.6**0.5, abs=0.02)
     assert gone.sum() > 10
     assert torch.equal(scores == 0, gone == 1)
-    assert halfway.schedule.target == 0.6
+    assert gates_of(model).schedule.target == 0.6
+    assert gates_of(model).rounded is None
 
 
 def test_iterative_taylor_in_one_step_is_the_one_shot_criterion():
