@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .errors import VerificationError as VerificationError
     from .gating.attach import attach_ as attach_
     from .gating.attach import detach_ as detach_
+    from .refit.batch_norms import estimate_batch_norms_ as estimate_batch_norms_
     from .refit.one_shot import one_shot_obs_plan as one_shot_obs_plan
     from .refit.repair import repair_ as repair_
     from .strategies.one_shot import choose_ as choose_
@@ -50,6 +51,7 @@ _HOMES = {
     "attach_": "gating.attach",
     "choose_": "strategies.one_shot",
     "detach_": "gating.attach",
+    "estimate_batch_norms_": "refit.batch_norms",
     "one_shot_obs_plan": "refit.one_shot",
     "plan_of": "cut.prune",
     "prune": "cut.prune",

@@ -11,17 +11,18 @@ from torch import Tensor
 
 
 class MaskUnits(torch.autograd.Function):
-    """y = x·m along the last axis, m = exp(log m).
+    """y = x·m along one axis, by default the last, m = exp(log m).
 
     Saved for the backward: y alone. dL/d(log m) = m·dL/dm = Σ g·y needs neither x nor a division.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, log_mask: Tensor, shape: tuple[int, int, int]) -> Tensor:
-        mask = log_mask.exp().to(x.dtype)[None, :, None].expand(shape).reshape(-1)
+    def forward(ctx, x: Tensor, log_mask: Tensor, shape: tuple[int, int, int], axis: int = -1) -> Tensor:
+        behind = (1,) * (x.dim() - 1 - axis % x.dim())
+        mask = log_mask.exp().to(x.dtype)[None, :, None].expand(shape).reshape(-1, *behind)
         y = x * mask
         ctx.save_for_backward(y, mask)
-        ctx.shape = shape
+        ctx.shape, ctx.axis = shape, axis
         return y
 
     @staticmethod
@@ -30,9 +31,10 @@ class MaskUnits(torch.autograd.Function):
         grad_x = grad * mask if ctx.needs_input_grad[0] else None
         grad_log_mask = None
         if ctx.needs_input_grad[1]:
-            per_column = (grad * y).flatten(0, -2).sum(0, dtype=_at_least_float32(y.dtype))
+            others = [axis for axis in range(y.dim()) if axis != ctx.axis % y.dim()]
+            per_column = (grad * y).sum(others, dtype=_at_least_float32(y.dtype))
             grad_log_mask = per_column.view(ctx.shape).sum((0, 2)).to(torch.float32)
-        return grad_x, grad_log_mask, None
+        return grad_x, grad_log_mask, None, None
 
 
 class GateResidual(torch.autograd.Function):
@@ -122,6 +124,23 @@ class MaskedNorm(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             grad_bias = (g.sum(0) * mask).to(bias.dtype)
         return grad_x, grad_log_mask, grad_weight, grad_bias, None, None
+
+
+def masked_response_norm(x: Tensor, log_mask: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
+    """Global response normalisation (ConvNeXt V2, arXiv 2301.00808) whose mean runs over the kept units.
+
+    With g the norm of each unit over the image: y = w·x·g / (Σ m·g / Σ m + ε) + b + x. What reads y masks it.
+
+    Args:
+        x: `[batch, height, width, units]`.
+        log_mask: `[units]`.
+        weight, bias: `[1, 1, 1, units]`.
+        eps: that of transformers' class, which holds it in its code.
+    """
+    mask = log_mask.exp().to(_at_least_float32(x.dtype))
+    response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+    mean = (response * (mask / mask.sum())).sum(-1, keepdim=True)
+    return weight * (x * (response / (mean + eps)).to(x.dtype)) + bias + x
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2GRN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from hf_dms.masked_ops import GateResidual, MaskedNorm, MaskUnits
+from hf_dms.masked_ops import GateResidual, MaskedNorm, MaskUnits, masked_response_norm
 
 
 def double(*shape, seed=0, low=None):
@@ -41,6 +42,28 @@ def test_mask_units_is_the_product_and_its_gradient_that_of_autograd():
     inputs = double(5, 7, 24), log_mask(3)
     assert_same_gradients(lambda x, m: MaskUnits.apply(x, m, (2, 3, 4)), formula, inputs, mask_at=1)
     assert torch.autograd.gradcheck(lambda x, m: MaskUnits.apply(x, m, (2, 3, 4)), (double(2, 24), log_mask(3)))
+
+
+def test_mask_units_is_the_product_along_a_convolutions_axis_too():
+    def formula(x, log_mask):
+        return x * log_mask.exp()[None, :, None].expand(2, 3, 1).reshape(-1, 1, 1)
+
+    inputs = double(5, 6, 4, 3), log_mask(3)
+    assert_same_gradients(lambda x, m: MaskUnits.apply(x, m, (2, 3, 1), 1), formula, inputs, mask_at=1)
+
+
+def test_a_masked_response_norm_is_that_of_the_units_that_are_kept():
+    norm = ConvNextV2GRN(6).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x, kept = double(2, 3, 4, 6), torch.tensor([0, 2, 3])
+    mask = torch.zeros(6, dtype=torch.float64).index_fill(0, kept, 1.0)
+    smaller = ConvNextV2GRN(3).double()
+    smaller.weight.data, smaller.bias.data = norm.weight.data[..., kept], norm.bias.data[..., kept]
+    found = masked_response_norm(x, mask.log(), norm.weight, norm.bias)
+    torch.testing.assert_close(found[..., kept], smaller(x[..., kept]), **EXACTLY)
+    whole = masked_response_norm(x, torch.zeros(6, dtype=torch.float64), norm.weight, norm.bias)
+    torch.testing.assert_close(whole, norm(x), **EXACTLY)
 
 
 def test_gate_residual_is_x_plus_m_times_f_and_its_gradient_that_of_autograd():

@@ -1,6 +1,7 @@
 """What names promise: who may know an architecture's names, and what a name that ends in `_` does."""
 
 import ast
+import itertools
 import re
 from pathlib import Path
 
@@ -10,21 +11,25 @@ from hf_dms.archs.registry import SPECS
 PACKAGE = Path(hf_dms.__file__).parent
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
 COMMON = {"num_labels"}  # every config of transformers has it
-TORCH = {"LayerNorm", "out_features"}  # names of torch.nn, and only by chance of a module or a config key too
+TORCH = {"LayerNorm", "out_features", "running_mean"}  # of torch.nn, and only by chance of a module or config key too
 
 
 def names_of_modules():
     """Every part of a path of a module in a description, but for `weight` and `bias`."""
-    for spec in SPECS:
-        lines = [*spec.params, *(line for head in spec.heads.values() for line in head)]
-        for path in (*lines, *spec.attributes, *spec.stacks.values(), *spec.unnormed):
-            yield from set(path.split(".")) - {"{i}", "weight", "bias"}
+    for spec in itertools.chain.from_iterable(spec.every_variant() for spec in SPECS):
+        lines = [*spec.params, *spec.buffers, *(line for head in spec.heads.values() for line in head)]
+        paths = (*spec.unnormed, *spec.channels_first, *spec.response_norms)
+        for path in (*lines, *spec.attributes, *spec.stacks.values(), *paths):
+            names = {name for name in path.split(".") if re.fullmatch(r"[A-Za-z]\w*", name)}  # no layer or its number
+            yield from names - {"weight", "bias"}
 
 
 def config_keys():
     """Every config key in a description."""
     for spec in SPECS:
-        yield from (*spec.config, *spec.config_ratios, *spec.config_lists, *spec.config_leaves_out)
+        yield from (key.partition("[")[0] for key in spec.config)
+        yield from spec.variants
+        yield from (*spec.config_ratios, *spec.config_lists, *spec.config_leaves_out)
         yield from (*spec.must_be_false, *spec.alternative_overrides, *spec.alternative_needs, *spec.build_with)
         for text in (*(key for pair in spec.config_ratios.values() for key in pair), *(dim.size for dim in spec.dims)):
             yield from re.findall(r"[a-z_]\w+", text if isinstance(text, str) else "")

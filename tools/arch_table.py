@@ -41,14 +41,16 @@ def table(specs: tuple[ArchSpec, ...]) -> str:
     header = [("architectures", "heads", "dims", "`layout: uniform`"), ("---",) * 4]
     others = " and ".join(f"`layout: {layout}`" for layout in LAYOUTS if layout != "uniform")
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in [*header, *lines])
-    return f"{text}\n\nAll of them take {others} too; `per_layer` has no such limits."
+    stages = "Where a dim has `{s}` in its name\nthere is one for each stage, from 0; the word without it means all."
+    return f"{text}\n\nAll of them take {others} too; `per_layer` has no such limits. {stages}"
 
 
 def heads(spec: ArchSpec) -> list[str]:
     """In words, the Auto classes whose models of an architecture bind to its description."""
     stock: Any = CONFIG_MAPPING[spec.model_type]
-    depth = next(dim.name for dim in spec.dims if dim.scope == "depth")
-    config = stock(**{key: 1 for key, product in spec.config.items() if product == depth})
+    depths = {dim.name for dim in spec.dims if dim.scope == "depth"}
+    one_layer = {key: 1 for key, product in spec.config.items() if product in depths and "[" not in key}
+    config = stock(**one_layer, **dict.fromkeys(spec.must_be_false, False))
     found = []
     for auto in AUTO_CLASSES:
         classes = stock_classes(auto, stock)

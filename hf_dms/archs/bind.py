@@ -7,7 +7,7 @@ are sliced, what the config says.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -15,13 +15,14 @@ from torch import nn
 
 from ..errors import HfDmsError
 from ..resource import Monomial
-from .plain_view import names_by_tensor, plain_parameters
+from .plain_view import names_by_tensor, plain_buffers, plain_parameters
 from .spec import ArchSpec, Axes, Dim, parse_axes
+from .stages import in_stages
 
 
 @dataclass(frozen=True)
 class BoundParam:
-    """A parameter of a live model.
+    """A parameter or buffer of a live model.
 
     Attributes:
         axes: the dims that each of its axes is a product of.
@@ -45,7 +46,9 @@ class BoundSpec:
         prefix: what precedes the base model's names, "model." for a LlamaForCausalLM, "" for a LlamaModel.
         sizes: units of every dim.
         params: every parameter of the model by name, tied ones under each of their names.
+        buffers: every buffer of the model's state dict by name.
         tied: names that hold a tensor already listed under another name.
+        fixed_layers: per stack the layers that are never dropped, since their parameters are not those of the others.
     """
 
     spec: ArchSpec
@@ -53,6 +56,19 @@ class BoundSpec:
     sizes: dict[str, int]
     params: dict[str, BoundParam]
     tied: frozenset[str]
+    buffers: dict[str, BoundParam] = field(default_factory=dict)
+    fixed_layers: dict[str, frozenset[int]] = field(default_factory=dict)
+
+    @property
+    def prunable(self) -> list[str]:
+        """Names of the dims that a request can prune in this model: they are in its parameters, or layers may go."""
+        used = {factor for param in self.params.values() for axis in param.axes for factor in axis}
+        used |= {stack for stack in self.stacks if len(self.fixed_layers.get(stack, ())) < self.sizes[stack]}
+        return [name for name in self.spec.prunable if name in used]
+
+    def tensor(self, name: str) -> BoundParam:
+        """A parameter or a buffer."""
+        return self.params[name] if name in self.params else self.buffers[name]
 
     @property
     def stacks(self) -> dict[str, str]:
@@ -127,34 +143,55 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
             lines describe, or whose shape is not the product of its dims.
     """
     _check_variant(spec, model)
+    spec = in_stages(spec.variant(model.config), num_stages(spec, model.config))
     sizes = {dim.name: dim_size(dim, model.config) for dim in spec.dims}
     for dim in spec.dims:
         if dim.same_as is not None and sizes[dim.name] == sizes[dim.same_as]:
             spec = spec.with_one_name(dim.name, dim.same_as)
             del sizes[dim.name]
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
-    lines = [(_compile(pattern), text) for pattern, text in spec.lines(type(model).__name__).items()]
     bound = BoundSpec(spec, prefix, sizes, {}, frozenset())
-    params: dict[str, BoundParam] = {}
-    for name, _, shape in plain_parameters(model):
-        matches = [text for regex, text in lines if regex.fullmatch(name.removeprefix(prefix))]
+    kind = type(model).__name__
+    shapes = {name: shape for name, _, shape in plain_parameters(model)}
+    params, fixed = _bind_tensors(bound, kind, "parameter", shapes, spec.lines(kind))
+    shapes = {name: tuple(buffer.shape) for name, buffer in plain_buffers(model)}
+    buffers, _ = _bind_tensors(bound, kind, "buffer", shapes, spec.buffers)
+    tied = frozenset(name for names in names_by_tensor(model).values() for name in names[1:])
+    return replace(bound, params=params, buffers=buffers, tied=tied, fixed_layers=fixed)
+
+
+def _bind_tensors(
+    bound: BoundSpec, class_name: str, what: str, shapes: dict[str, tuple[int, ...]], lines: dict[str, str]
+) -> tuple[dict[str, BoundParam], dict[str, frozenset[int]]]:
+    """Match tensors with their lines; with them come the layers that lines name by their numbers, per stack.
+
+    Raises:
+        ValueError: see `bind`.
+    """
+    model_type = bound.spec.model_type
+    found: dict[str, BoundParam] = {}
+    fixed: dict[str, set[int]] = {stack: set() for stack in bound.stacks}
+    patterns = [(compiled(pattern), pattern) for pattern in lines]
+    for name, shape in shapes.items():
+        matches = [pattern for regex, pattern in patterns if regex.fullmatch(name.removeprefix(bound.prefix))]
         if len(matches) != 1:
             raise HfDmsError(
-                f"{spec.model_type}: parameter '{name}' {shape} matches {len(matches)} lines of the "
-                f"description of a {type(model).__name__}, expected 1. Add or correct its line in the ArchSpec."
+                f"{model_type}: {what} '{name}' {shape} matches {len(matches)} lines of the "
+                f"description of a {class_name}, expected 1. Add or correct its line in the ArchSpec."
             )
-        text = matches[0]
+        text = lines[matches[0]]
         axes = parse_axes(text)
-        expected = tuple(prod(sizes[factor] for factor in axis) for axis in axes)
+        expected = tuple(prod(bound.sizes[factor] for factor in axis) for axis in axes)
         if shape != expected:
             raise HfDmsError(
-                f"{spec.model_type}: parameter '{name}' has shape {shape}, but its description "
+                f"{model_type}: {what} '{name}' has shape {shape}, but its description "
                 f"'{text}' means {expected}. Correct it in the ArchSpec."
             )
         stack, layer = bound.layer_of(name)
-        params[name] = BoundParam(axes, layer, _positions(text, sizes), stack)
-    tied = frozenset(name for names in names_by_tensor(model).values() for name in names[1:])
-    return replace(bound, params=params, tied=tied)
+        found[name] = BoundParam(axes, layer, _positions(text, bound.sizes), stack)
+        if stack is not None and layer is not None and "{i" not in matches[0]:
+            fixed[stack].add(layer)
+    return found, {stack: frozenset(layers) for stack, layers in fixed.items()}
 
 
 def _check_variant(spec: ArchSpec, model: nn.Module) -> None:
@@ -174,14 +211,32 @@ def _check_variant(spec: ArchSpec, model: nn.Module) -> None:
             )
 
 
+def num_stages(spec: ArchSpec, config: Any) -> int:
+    """Stages of a model according to its config; 1 for an architecture without."""
+    if spec.stages is None:
+        return 1
+    return spec.stages(config) if callable(spec.stages) else getattr(config, spec.stages)
+
+
 def dim_size(dim: Dim, config: Any) -> int:
     """Size of a dim according to a config."""
     if callable(dim.size):
         return dim.size(config)
-    if dim.size.isdigit():
-        return int(dim.size)
-    values = [getattr(config, name.strip()) for name in dim.size.split("//")]
-    return values[0] if len(values) == 1 else values[0] // values[1]
+    left, operator, right = re.fullmatch(r"\s*([^\s*/]+)\s*(//|\*|)\s*(.*?)\s*", dim.size).groups()  # type: ignore[union-attr]
+    first = config_value(config, left)
+    if not operator:
+        return first
+    second = config_value(config, right)
+    return first * second if operator == "*" else first // second
+
+
+def config_value(config: Any, key: str) -> int:
+    """A number, or what a config says: `"12"`, `"hidden_size"`, `"depths[1]"`."""
+    if key.isdigit():
+        return int(key)
+    name, _, index = key.removesuffix("]").partition("[")
+    value = getattr(config, name)
+    return value[int(index)] if index else value
 
 
 def _positions(text: str, sizes: dict[str, int]) -> int | None:
@@ -192,5 +247,7 @@ def _positions(text: str, sizes: dict[str, int]) -> int | None:
     return int(positions) if positions.isdigit() else sizes[positions]
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
-    return re.compile(re.escape(pattern).replace(r"\{i\}", r"\d+"))
+def compiled(pattern: str) -> re.Pattern[str]:
+    """The regular expression of a parameter's or a module's name pattern: `{i}` is any layer, `{i>0}` not the first."""
+    escaped = re.escape(pattern)
+    return re.compile(escaped.replace(re.escape("{i}"), r"\d+").replace(re.escape("{i>0}"), r"[1-9]\d*"))

@@ -11,6 +11,7 @@ from ..errors import HfDmsError
 from ..resource import Cost, Monomial
 from .bind import BoundSpec
 from .plain_view import plain_module, submodule
+from .positions import recorded_positions
 from .spec import flat
 
 
@@ -20,8 +21,8 @@ def build_cost(bound: BoundSpec, model: nn.Module, resource: str, scope: str, se
     params: every parameter, tied ones once. macs: multiply-accumulates per token, that is those of a sequence divided
     by its length, of all `nn.Linear` and convolutions and of the attention scores over the full square of the sequence
     (embedding lookups, norms, activations and rotary embeddings are not counted). A sequence has `sequence_length`
-    tokens, or as many as the architecture says (an image). kv_bytes: bytes of keys and values per token in the model's
-    dtype.
+    tokens, or as many as the architecture says: an image's patches, or one for a convolutional network. kv_bytes: bytes
+    of keys and values per token in the model's dtype.
 
     Raises:
         ValueError: kv_bytes of a model without a cache, macs without a sequence length.
@@ -53,10 +54,12 @@ def _mac_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):
         sequence_length = bound.product(bound.spec.tokens)
     if sequence_length is None:
         raise HfDmsError("resource macs needs dms.sequence_length: the number of tokens per sequence.")
+    recorded = recorded_positions(bound, model) if bound.spec.records_positions else {}
     for name, param in bound.params.items():
         module_path, _, leaf = name.rpartition(".")
         if leaf == "weight" and isinstance(plain_module(submodule(model, module_path)), (nn.Linear, nn.Conv2d)):
-            share = 1.0 if param.positions is None else param.positions / sequence_length
+            positions = recorded.get(module_path, param.positions)
+            share = 1.0 if positions is None else positions / sequence_length
             yield flat(param.axes), share, param.stack, param.layer
     if bound.spec.attention:
         for layer in range(bound.num_layers):

@@ -46,6 +46,29 @@ def plain_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str,
             yield from plain_parameters(child, f"{prefix}{name}.")
 
 
+def plain_buffers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every buffer of a model's state dict under the name that it has without adapters; gates are left out.
+
+    Args:
+        module: the model, or a part of it.
+        prefix: of the names.
+    """
+    module = plain_module(module)
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield prefix + name, buffer
+    for name, child in module._modules.items():
+        if child is not None and prefix + name != "dms_gates":
+            yield from plain_buffers(child, f"{prefix}{name}.")
+
+
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """A parameter or a buffer by its name in the plain model, as it lies in it."""
+    path, _, leaf = name.rpartition(".")
+    module = plain_module(submodule(model, path))
+    return module._buffers[leaf] if leaf in module._buffers else module.get_parameter(leaf)  # type: ignore[return-value]
+
+
 def names_by_tensor(model: nn.Module) -> dict[int, list[str]]:
     """All names of every parameter of a plain model, several for tied ones, by the `id` of its tensor."""
     names: dict[int, list[str]] = {}
@@ -78,11 +101,11 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
 
 @torch.no_grad()
 def plain_weight(model: nn.Module, name: str) -> Tensor:
-    """A parameter with the part that active adapters have in it, unpacked.
+    """A parameter with the part that active adapters have in it, unpacked; or a buffer.
 
     Args:
         model: with or without adapters; it is left as it is.
-        name: that of the parameter in the plain model.
+        name: that of the tensor in the plain model.
     """
     path, _, leaf = name.rpartition(".")
     layer: Any = submodule(model, path)
@@ -99,7 +122,7 @@ def plain_weight(model: nn.Module, name: str) -> Tensor:
         merged = copy.deepcopy(layer, {id(gates): gates})  # its hooks know the gates
         merged.merge()
         module = merged.get_base_layer()
-    return module.get_parameter(leaf).detach()
+    return tensor_of(module, leaf).detach()
 
 
 def with_adapters(model: Any, config: Any, seed: int) -> Any:

@@ -6,6 +6,8 @@ from typing import Any
 
 from ..errors import HfDmsError
 from .bert import BERT
+from .convnext import CONVNEXT
+from .convnextv2 import CONVNEXTV2
 from .deit import DEIT
 from .dinov2 import DINOV2
 from .distilbert import DISTILBERT
@@ -16,16 +18,19 @@ from .llama import LLAMA
 from .mistral import MISTRAL
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
+from .resnet import RESNET
 from .roberta import ROBERTA
 from .smollm3 import SMOLLM3
 from .spec import ArchSpec
 from .vit import VIT
 from .xlm_roberta import CAMEMBERT, XLM_ROBERTA
+from .yolos import YOLOS
 
 SPECS = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GRANITE, GEMMA, GEMMA2, GEMMA3),
     *(BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, ELECTRA),
-    *(VIT, DEIT, DINOV2),
+    *(VIT, DEIT, DINOV2, YOLOS),
+    *(CONVNEXT, CONVNEXTV2, RESNET),
 )
 ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in SPECS}
 

@@ -22,7 +22,8 @@ class Dim:
 
     Attributes:
         name: the word used in axis strings.
-        size: config attribute, `"a // b"` of two of them, a number, or a function of the config.
+        size: config attribute (`"depths[1]"` for an entry of a list), `"a // b"` or `"a * b"` of two of them, a
+            number, or a function of the config.
         scope: "layer" (each layer has its own gate), "model" (one gate for the model), "depth" (the layers
             themselves) or "fixed" (never pruned).
         stack: name of the depth dim of the layers that a dim with scope "layer" is in.
@@ -48,22 +49,35 @@ def with_dims(dims: tuple[Dim, ...], *changed: Dim) -> tuple[Dim, ...]:
 class ArchSpec:
     """Everything that hf_dms knows about an architecture.
 
+    A network in stages is written once, with `{s}` for the stage in any text: binding repeats the line for each stage
+    (stages.py).
+
     Attributes:
         model_type: the config's.
         layers: path of the list of layers, below the base model; for several stacks of layers, that of each by the
             name of its depth dim.
         dims: the named sizes. Those with scope "depth" are the numbers of layers of the stacks.
-        params: parameter name pattern, below the base model or the model (`{i}` is the layer), to its axes, e.g.
-            `"(kv rep d) hidden"`. A matmul that does not run at every token of a sequence says at how many positions it
-            does: `"label pool @ 1"`, `"hidden channels height width @ patches"`. Names of parameters that a variant
-            lacks do no harm.
+        stages: number of stages, a config attribute or a function of the config; None for a network without.
+        families: words for all dims of a kind, `"mlp"` → `("mlp0", "mlp1", ...)`; binding fills it in.
+        params: parameter name pattern, below the base model or the model (`{i}` is the layer, `{i>0}` any but the
+            first), to its axes, e.g. `"(kv rep d) hidden"`. A layer that a line names by its number is never dropped. A
+            matmul that does not run at every token of a sequence says at how many positions it does: `"label pool @
+            1"`, `"hidden channels height width @ patches"`. Names of parameters that a variant lacks do no harm.
+        buffers: the same for the tensors of the state dict that are no parameters, such as the running statistics of a
+            batch norm; `""` for a single number. They are cut with their units, and never masked or counted.
+        variants: config attribute to its values to the fields that a model with this value has instead.
+        records_positions: the positions of every linear map and convolution are those of a forward pass of one image
+            (positions.py), and `params` says none.
         heads: what ends the name of a class to the lines of `params` that only such classes have.
-        config: config attribute to the product of dims that it holds.
+        config: config attribute, `"depths[1]"` for an entry of a list, to the product of dims that it holds.
         config_ratios: attribute of the stock config to the two attributes of `config` that it is the quotient of.
         config_lists: config attributes that are lists with an entry for each layer.
         config_leaves_out: config attributes that the config works out itself from the number of layers.
         unnormed: modules, below the base model, whose output enters the residual stream and is read there without a
             norm, so that it is masked itself.
+        channels_first: patterns of norms, below the base model, whose units are on axis 1 of their input.
+        response_norms: patterns of modules, below the base model, that divide the norm of each unit over an image by
+            the mean of all units' (global response normalisation).
         must_be_false: config attributes that make another architecture of it, which this description is not of.
         attributes: `"module pattern.attribute"` to the product of dims that a module of a layer remembers in it, or
             a power of it, `"d ** -0.5"`.
@@ -72,9 +86,10 @@ class ArchSpec:
         cache: product of dims that one position's key (and value) has; None for a model without a cache.
         tokens: product of dims that is the number of tokens of a sequence; empty where the input decides.
         image: dims of the axes of an input image; empty for text.
-        outputs: name of an output of the base model to the dim of its last axis, where that is not the residual stream.
+        outputs: name of an output of the base model to the dims of its last axes (`_` for any other), where that is not
+            the residual stream on the last one: `"pool"`, `"hidden _ _"`.
         must_divide: `(a, b)`: in the stock config the product a must divide the product b.
-        must_equal: `(a, b)`: in the stock config the product a must be the dim b.
+        must_equal: `(a, b)`: in the stock config the product a must be the dim b, which it may not mention.
         must_differ: `(a, b)`: if the fixed dim a and the dim b have one size, the stock class is another architecture.
         alternative: model_type that has the same tensors and maths without the limits of `must_divide`.
         alternative_overrides: config values that make it so.
@@ -86,10 +101,17 @@ class ArchSpec:
     dims: tuple[Dim, ...]
     params: dict[str, str]
     config: dict[str, str]
+    stages: str | Callable[[Any], int] | None = None
+    families: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    buffers: dict[str, str] = field(default_factory=dict)
+    variants: dict[str, dict[Any, dict[str, Any]]] = field(default_factory=dict)
+    records_positions: bool = False
     config_ratios: dict[str, tuple[str, str]] = field(default_factory=dict)
     config_lists: tuple[str, ...] = ("layer_types",)
     config_leaves_out: tuple[str, ...] = ()
     unnormed: tuple[str, ...] = ()
+    channels_first: tuple[str, ...] = ()
+    response_norms: tuple[str, ...] = ()
     must_be_false: tuple[str, ...] = ()
     heads: dict[str, dict[str, str]] = field(default_factory=dict)
     attributes: dict[str, str] = field(default_factory=dict)
@@ -124,6 +146,18 @@ class ArchSpec:
         head = next((head for head in self.heads if class_name.endswith(head)), None)
         return self.params if head is None else self.params | self.heads[head]
 
+    def every_variant(self) -> list[ArchSpec]:
+        """The descriptions of all variants, first of that of the other fields."""
+        changes = [fields for by_value in self.variants.values() for fields in by_value.values()]
+        return [replace(self, variants={}, **fields) for fields in ({}, *changes)]
+
+    def variant(self, config: Any) -> ArchSpec:
+        """The description of a model with this config."""
+        changes: dict[str, Any] = {}
+        for attribute, by_value in self.variants.items():
+            changes |= by_value.get(getattr(config, attribute), {})
+        return replace(self, variants={}, **changes) if self.variants else self
+
     def with_one_name(self, dim: str, name: str) -> ArchSpec:
         """The same with another dim's name in the place of a dim's, which goes: the two are one.
 
@@ -154,7 +188,7 @@ class ArchSpec:
 
 # Where dims are named, beside `heads` and `cache`, whose lines and product may be missing.
 DIM_LINKS = ("follows", "same_as")  # of a Dim
-NAMED_PRODUCTS = ("params", "config", "attributes", "outputs")  # name → product
+NAMED_PRODUCTS = ("params", "buffers", "config", "attributes", "outputs")  # name → product
 PRODUCTS = ("attention", "tokens", "image")
 LIMITS = ("must_divide", "must_equal", "must_differ")  # pairs of products
 
@@ -185,6 +219,8 @@ def check_spec(spec: ArchSpec) -> None:
                 )
     _check_stacks(spec)
     recorded = {factor for product in spec.config.values() for factor in product.split()}
+    if spec.families:  # stages, whose per-layer configs hold sizes by the names of dims
+        recorded |= {factor for limit in spec.must_equal for product in limit for factor in product.split()}
     for name in spec.prunable:
         if name not in recorded:
             raise HfDmsError(
@@ -217,11 +253,13 @@ def _check_names(spec: ArchSpec) -> None:
                 raise HfDmsError(
                     f"{spec.model_type}: `{where}` mentions '{key}', which `config` does not: {', '.join(spec.config)}."
                 )
-    for path in spec.unnormed:
-        if f"{path}.weight" not in spec.params:
-            raise HfDmsError(f"{spec.model_type}: `unnormed` mentions '{path}', but `params` has no '{path}.weight'.")
+    weights = {re.sub(r"\d+", "#", name) for name in spec.params}  # not every stage has every module
+    for key in ("unnormed", "channels_first", "response_norms"):
+        for path in getattr(spec, key):
+            if re.sub(r"\d+", "#", f"{path}.weight") not in weights:
+                raise HfDmsError(f"{spec.model_type}: `{key}` mentions '{path}', but `params` has no '{path}.weight'.")
     for where, text in _lines(spec):
-        if not re.fullmatch(r"(\(\w+( \w+)*\)|\w+)( (\(\w+( \w+)*\)|\w+))*( @ \w+)?", text):
+        if text and not re.fullmatch(r"(\(\w+( \w+)*\)|\w+)( (\(\w+( \w+)*\)|\w+))*( @ \w+)?", text):
             raise HfDmsError(
                 f"{spec.model_type}: '{text}', said of '{where}', is no list of axes, such as '(heads d) hidden' or "
                 "'label pool @ 1'."
@@ -229,17 +267,20 @@ def _check_names(spec: ArchSpec) -> None:
 
 
 def _lines(spec: ArchSpec) -> list[tuple[str, str]]:
-    """Every parameter's name and line."""
-    return [*spec.params.items(), *(line for head in spec.heads.values() for line in head.items())]
+    """Every parameter's and buffer's name and line."""
+    return [
+        *spec.params.items(),
+        *spec.buffers.items(),
+        *(line for head in spec.heads.values() for line in head.items()),
+    ]
 
 
 def _products(spec: ArchSpec) -> list[tuple[str, str]]:
     """Everything in a description that is a product of dims, and what it is said of."""
     found = [(where, " ".join(flat(parse_axes(text)))) for where, text in _lines(spec)]
     found += [(where, at) for where, text in _lines(spec) if not (at := text.partition("@")[2].strip()).isdigit()]
-    found += [
-        (where, text.partition("**")[0]) for where, text in (spec.config | spec.attributes | spec.outputs).items()
-    ]
+    found += [(where, text.partition("**")[0]) for where, text in (spec.config | spec.attributes).items()]
+    found += [(where, text.replace("_ ", " ").removesuffix("_")) for where, text in spec.outputs.items()]
     found += [(key, getattr(spec, key)) for key in PRODUCTS] + [("cache", spec.cache or "")]
     found += [(key, product) for key in LIMITS for pair in getattr(spec, key) for product in pair]
     return found + [(dim.name, getattr(dim, key) or "") for dim in spec.dims for key in DIM_LINKS]

@@ -15,7 +15,7 @@ from typing import Any
 from ..config import DMSConfig
 from ..errors import HfDmsError
 from .bind import BoundSpec
-from .spec import ArchSpec
+from .spec import ArchSpec, flat, parse_axes
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,11 @@ def tied_sizes(bound: BoundSpec, config: DMSConfig, pruned: Collection[str]) -> 
     leaders = {}
     for product, whole in bound.spec.must_equal if config.layout == "uniform" else ():
         part = prunable_factor(bound.spec, product)
+        if bound.product(product) != bound.sizes[whole] and {part, whole} & set(pruned):
+            raise HfDmsError(
+                f"layout uniform: this {bound.spec.model_type} has {bound.sizes[whole]} units of {whole}, and "
+                f"{bound.product(product)} of '{product}', which a search keeps equal. Use layout: per_layer."
+            )
         if part in pruned and whole in pruned:
             leaders[whole] = part
         elif part in pruned or whole in pruned:
@@ -120,7 +125,7 @@ def excluded_sizes(bound: BoundSpec, leaders: Mapping[str, str | None]) -> dict[
 def check_padding(bound: BoundSpec, pruned: Collection[str], model_config: Any) -> None:
     """Check that padded layers will have a stock config.
 
-    A layer's widths can be padded, the residual stream cannot: its norms would count the zeros. So where the stock
+    A layer's widths can be padded, a residual stream cannot: its norms would count the zeros. So where the stock
     config ties the two together, the residual stream must stay whole; its dense size fits the dense widths.
 
     Args:
@@ -129,15 +134,26 @@ def check_padding(bound: BoundSpec, pruned: Collection[str], model_config: Any) 
         model_config: the dense model's config.
 
     Raises:
-        ValueError: a pruned residual stream that the stock config ties to the layers' widths.
+        ValueError: a pruned residual stream that the stock config ties to the layers' widths, or a pruned width whose
+            units a module takes the mean of.
     """
     spec = bound.spec
+    averaged = {flat(parse_axes(spec.params[f"{path}.weight"]))[-1] for path in spec.response_norms}
+    if cannot := averaged.intersection(pruned):
+        others = ", ".join(name for name in spec.prunable if name not in averaged and spec.dim(name).scope != "model")
+        raise HfDmsError(
+            f"layout padded: a module of {spec.model_type} divides by a mean over {min(cannot)}, which would count the "
+            f"zeros. Prune others only, as prune: [{others}], or use layout: per_layer."
+        )
     limits = spec.must_equal + (() if has_alternative(spec, model_config) else spec.must_divide)
-    for product, whole in limits:
-        if whole in pruned and spec.dim(whole).scope == "model":
-            others = ", ".join(name for name in spec.prunable if name != whole)
+    streams = {whole: product for product, whole in limits} | {
+        prunable_factor(spec, product): whole for product, whole in spec.must_equal
+    }
+    for stream, other in streams.items():
+        if stream in pruned and spec.dim(stream).scope == "model":
+            others = ", ".join(name for name in spec.prunable if name not in streams or spec.dim(name).scope != "model")
             raise HfDmsError(
-                f"layout padded: the stock config of {spec.model_type} ties {whole} to '{product}', and {whole} cannot "
+                f"layout padded: the stock config of {spec.model_type} ties {stream} to '{other}', and {stream} cannot "
                 f"be padded. Prune others only, as prune: [{others}], or use layout: per_layer."
             )
 
@@ -150,9 +166,14 @@ def padded_sizes(bound: BoundSpec, layers: list[dict[str, int]], model_config: A
         layers: kept units of every dim, layer by layer.
         model_config: the dense model's config.
     """
-    sizes = {name: max(layer[name] for layer in layers) for name in bound.sizes}
+    sizes = widest(layers)
     if has_alternative(bound.spec, model_config):
         return sizes
+    for _ in bound.spec.must_equal:  # they may be a chain
+        for product, whole in bound.spec.must_equal:
+            if product_of(sizes, product) != sizes[whole]:  # the dense sizes fit
+                tied = [*product.split(), whole]
+                sizes |= {name: bound.sizes[name] for name in tied if bound.spec.dim(name).scope == "layer"}
     for name in sizes:
         if bound.spec.dim(name).scope == "layer":
             # The dense size fits the dense hidden size, and another multiple of a divisor is never further away.
@@ -160,6 +181,11 @@ def padded_sizes(bound: BoundSpec, layers: list[dict[str, int]], model_config: A
             allowed = (size for size in wider if within_limits(bound.spec, sizes | {name: size}, name))
             sizes[name] = next(allowed, sizes[name])
     return sizes
+
+
+def widest(layers: list[dict[str, int]]) -> dict[str, int]:
+    """The largest size of every dim among layers, of which each names those that it has."""
+    return {name: max(layer[name] for layer in layers if name in layer) for sizes in layers for name in sizes}
 
 
 # ---- what can hold given sizes ---------------------------------------------------------------------------------------

@@ -17,6 +17,11 @@ def sides(size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def image_sides(config) -> tuple[int, int]:
+    """Height and width of the images of a network that takes any, for the count of its MACs."""
+    return sides(getattr(config, "image_size", 224))
+
+
 def num_patches(config) -> int:
     """Patches of an image."""
     (height, width), (patch_height, patch_width) = sides(config.image_size), sides(config.patch_size)

@@ -25,7 +25,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key, r
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..archs.bind import BoundSpec, bind
-from ..archs.plain_view import names_by_tensor
+from ..archs.plain_view import names_by_tensor, plain_buffers, tensor_of
 from ..archs.registry import class_name, spec_for
 from ..archs.skeleton import skeleton
 from ..cut.formats import pruned_class_and_config
@@ -162,7 +162,7 @@ def stored_tensors(files: Iterable[Path], model: PreTrainedModel) -> tuple[dict[
     Raises:
         ValueError: transformers would make a parameter of several tensors, or several of one.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(plain_buffers(model))
     mapping: Any = get_model_conversion_mapping(model)
     renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
     converters = [step for step in mapping if not isinstance(step, WeightRenaming)]
@@ -256,15 +256,20 @@ def _first_mismatch(tensors: dict[str, Stored], model: PreTrainedModel) -> str |
     """What is wrong first with the tensors of a model: one of another shape, or one that is not there."""
     if wrong := _first_other_shape(tensors, model):
         return wrong
-    for names in names_by_tensor(model).values():
+    for names in _all_names(model):
         if not any(name in tensors for name in names):
             return f"there are no weights for '{names[0]}'."
     return None
 
 
+def _all_names(model: PreTrainedModel) -> list[list[str]]:
+    """Names of every tensor of a model's state dict, several for tied parameters."""
+    return [*names_by_tensor(model).values(), *([name] for name, _ in plain_buffers(model))]
+
+
 def _first_other_shape(tensors: dict[str, Stored], model: PreTrainedModel) -> str | None:
-    for names in names_by_tensor(model).values():
-        shape = tuple(model.get_parameter(names[0]).shape)
+    for names in _all_names(model):
+        shape = tuple(tensor_of(model, names[0]).shape)
         for name in names:
             if name in tensors and tensors[name].shape != shape:
                 return f"'{name}' has shape {tensors[name].shape} in {tensors[name].file.name}, expected {shape}."
@@ -291,7 +296,7 @@ def _read(stored: Stored) -> Tensor:
 
 
 def _cut(job: StreamedCut, source: str, name: str) -> Tensor:
-    shape = job.pruned.get_parameter(name).shape
+    shape = tensor_of(job.pruned, name).shape
     return cut_tensor(_read(job.tensors[source]), shape, job.bound, source, job.plan, job.layout).contiguous()
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..archs.bind import BoundSpec
+from ..archs.bind import BoundSpec, compiled
 from ..archs.skeleton import config_as_tied
 from ..archs.spec import parse_axes
-from ..archs.stock import has_alternative, padded_sizes, product_of, within_limits
+from ..archs.stock import has_alternative, padded_sizes, product_of, widest, within_limits
 from ..errors import HfDmsError
 from . import modeling_dms
 from .plan import Plan, kept_layers, kept_units
@@ -29,9 +29,8 @@ def pruned_class_and_config(
         ValueError: no stock config can express the sizes, and the layout asks for one.
     """
     sizes = written_sizes(bound, plan, layout, model.config)
-    per_layer = [config_values(bound, layer_sizes) for layer_sizes in sizes]
-    common = {key: max(values[key] for values in per_layer) for key in per_layer[0]}
-    values = config_as_tied(model).to_dict() | common
+    common = config_values(bound, widest(sizes))
+    values = with_values(config_as_tied(model).to_dict(), common)
     for key in (
         "architectures",
         "auto_map",
@@ -45,17 +44,13 @@ def pruned_class_and_config(
             values[key] = [values[key][layer] for _, layer in kept_layers(plan, bound)]
     cls: Any = type(model)
     stock: Any = type(model.config)
-    overrides = {
-        index: {key: value for key, value in layer_values.items() if value != common[key]}
-        for index, layer_values in enumerate(per_layer)
-    }
-    overrides = {index: layer_values for index, layer_values in overrides.items() if layer_values}
-    fits = within_limits(bound.spec, sizes[0])
+    differ = any(widest(sizes)[name] != size for layer in sizes for name, size in layer.items())
+    fits = within_limits(bound.spec, widest(sizes))
     stock_can = fits or has_alternative(bound.spec, model.config)
-    if overrides or (layout == "per_layer" and not stock_can):
+    if differ or (layout == "per_layer" and not stock_can):
         config_class = modeling_dms.dms_config_class(stock)
-        values |= {"model_type": config_class.model_type, "dms_layers": layer_description(bound)}
-        values |= {"per_layer_config": overrides, "auto_map": modeling_dms.auto_map(stock)}
+        values |= {"model_type": config_class.model_type, "auto_map": modeling_dms.auto_map(stock)}
+        values |= per_layer_values(bound, sizes, common)
         return modeling_dms.dms_model_class(cls), config_class.from_dict(values)
     if fits:
         values |= {key: values[over] // values[under] for key, (over, under) in bound.spec.config_ratios.items()}
@@ -78,37 +73,99 @@ def written_sizes(bound: BoundSpec, plan: Plan, layout: str, model_config: Any) 
         {
             name: len(kept_units(plan, name, layer, units))
             for name, units in bound.sizes.items()
-            if bound.stack_of(name) in (None, stack)
+            if bound.stack_of(name) in (None, stack) and name not in {*bound.stacks} - {stack}
         }
         for stack, layer in kept_layers(plan, bound)
     ]
-    return layers if layout != "padded" else [padded_sizes(bound, layers, model_config)] * len(layers)
+    if layout != "padded":
+        return layers
+    padded = padded_sizes(bound, layers, model_config)
+    return [{name: padded[name] for name in layer} for layer in layers]
 
 
 def config_values(bound: BoundSpec, sizes: dict[str, int]) -> dict[str, int]:
-    """What the config says of a layer of these sizes: attribute → size."""
+    """What the config says of a layer of these sizes, or of all: attribute → size."""
     return {key: product_of(sizes, product) for key, product in bound.spec.config.items()}
 
 
+def with_values(config: dict[str, Any], values: dict[str, int]) -> dict[str, Any]:
+    """A config as a mapping, with sizes put into it: attribute, or `"name[index]"` of a list's entry, → size."""
+    config = dict(config)
+    for key, value in values.items():
+        name, _, index = key.removesuffix("]").partition("[")
+        if index:
+            config[name] = [*config[name][: int(index)], value, *config[name][int(index) + 1 :]]
+        else:
+            config[name] = value
+    return config
+
+
+def per_layer_values(bound: BoundSpec, sizes: list[dict[str, int]], common: dict[str, int]) -> dict[str, Any]:
+    """What a per-layer config says beside the sizes that all layers have.
+
+    That is what differs in each layer, in transformers' schema, and how to build a layer from it. The schema has no
+    place for stages: their layers' sizes are in `dms_layers` too.
+
+    Args:
+        bound: the architecture.
+        sizes: units of every dim in each layer of the cut model.
+        common: what the config says of all layers.
+    """
+    if not bound.spec.families:
+        per_layer = [config_values(bound, layer_sizes) for layer_sizes in sizes]
+        overrides = {
+            index: {key: value for key, value in layer_values.items() if value != common[key]}
+            for index, layer_values in enumerate(per_layer)
+        }
+        overrides = {index: layer_values for index, layer_values in overrides.items() if layer_values}
+        return {"per_layer_config": overrides, "dms_layers": layer_description(bound)}
+    stacks = []
+    for stack in bound.stacks:
+        description = _inside_layers(bound, stack)
+        used = _dims_of(description)
+        mine = [layer for layer in sizes if stack in layer]
+        stacks.append(description | {"sizes": [{name: layer[name] for name in used} for layer in mine]})
+    return {"dms_layers": {"stacks": stacks, "build_with": bound.spec.build_with}}
+
+
 def layer_description(bound: BoundSpec) -> dict[str, Any]:
-    """What modeling_dms.py must know to build a layer from its sizes: the part of the description inside a layer."""
-    spec, path = bound.spec, bound.spec.stacks[bound.depth]
-    inside = f"{path}.{{i}}."
+    """What modeling_dms.py must know to build a layer of the one stack from its sizes."""
+    description = _inside_layers(bound, bound.depth)
+    recorded = {product: key for key, product in bound.spec.config.items()}
+    dims = {name: recorded.get(name, bound.spec.dim(name).size) for name in _dims_of(description)}
+    dims = {name: str(bound.sizes[name]) if callable(size) else size for name, size in dims.items()}
+    for key in ("axes", "attributes"):  # which are the same in every layer
+        description[key] = {name.removeprefix("{i}."): text for name, text in description[key].items()}
+    return description | {"dims": dims, "build_with": bound.spec.build_with}
+
+
+def _inside_layers(bound: BoundSpec, stack: str) -> dict[str, Any]:
+    """The part of the description that is inside the layers of a stack.
+
+    Args:
+        bound: the architecture.
+        stack: the depth dim of the layers.
+    """
+    spec, path = bound.spec, bound.spec.stacks[stack]
+    inside = [name.removeprefix(bound.prefix) for name in (*bound.params, *bound.buffers)]
     axes = {
-        pattern.removeprefix(inside): axes
-        for pattern, axes in spec.params.items()
-        if pattern.startswith(inside) and bound.prefix + pattern.replace("{i}", "0") in bound.params
+        pattern.removeprefix(f"{path}."): axes
+        for pattern, axes in (spec.params | spec.buffers).items()
+        if pattern.startswith(f"{path}.") and any(map(compiled(pattern).fullmatch, inside))
     }
-    used = {factor for text in axes.values() for axis in parse_axes(text) for factor in axis}
-    recorded = {product: key for key, product in spec.config.items()}
-    dims = {dim.name: recorded.get(dim.name, dim.size) for dim in spec.dims if dim.name in used}
-    return {
-        "path": path,
-        "dims": {name: str(bound.sizes[name]) if callable(size) else size for name, size in dims.items()},
-        "axes": axes,
-        "attributes": {pattern.removeprefix(inside): product for pattern, product in spec.attributes.items()},
-        "build_with": spec.build_with,
+    attributes = {
+        pattern.removeprefix(f"{path}."): product
+        for pattern, product in spec.attributes.items()
+        if pattern.startswith(f"{path}.")
     }
+    return {"path": path, "axes": axes, "attributes": attributes}
+
+
+def _dims_of(description: dict[str, Any]) -> list[str]:
+    """Names of the dims in a layer's description."""
+    axes = [factor for text in description["axes"].values() for axis in parse_axes(text) for factor in axis]
+    products = [factor for text in description["attributes"].values() for factor in text.partition("**")[0].split()]
+    return list(dict.fromkeys(axes + products))
 
 
 def _alternative_class_and_config(cls: Any, stock: Any, bound: BoundSpec, values: dict[str, Any]) -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ of a layer's parameters are products of. With hf_dms installed, `import hf_dms` 
 import contextlib
 import functools
 import re
+import warnings
 from math import prod
 from typing import Any
 
@@ -23,6 +24,7 @@ AUTO_CLASSES = (
     "AutoModelForCausalLM",
     "AutoModelForImageClassification",
     "AutoModelForMaskedLM",
+    "AutoModelForObjectDetection",
     "AutoModelForQuestionAnswering",
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
@@ -82,7 +84,9 @@ def dms_model_class(stock: Any) -> Any:
 
     @functools.wraps(stock.__init__)
     def __init__(self, config, *args, **kwargs) -> None:
-        with _common_sizes(config):
+        with _common_sizes(config), warnings.catch_warnings():
+            # A stock ResNet's inner width is a quarter of its outer one, rounded down.
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
             stock.__init__(self, config, *args, **kwargs)
         resize_layers_(self)
 
@@ -114,29 +118,55 @@ def _common_sizes(config):
 
 def resize_layers_(model) -> None:
     """Give each layer of a freshly built stock model the sizes that its config records, in place."""
-    config, layout = model.config, model.config.dms_layers
-    base = model.base_model
-    for index, layer in enumerate(base.get_submodule(layout["path"])):
-        layer_config = config.per_layer_config[index]
-        sizes = {name: _size(expression, layer_config) for name, expression in layout["dims"].items()}
+    layout = model.config.dms_layers
+    if "stacks" not in layout:  # one stack of layers, whose sizes are in transformers' own schema
+        count = len(model.base_model.get_submodule(layout["path"]))
+        layers = [model.config.per_layer_config[index] for index in range(count)]
+        sizes = [{name: _size(expression, layer) for name, expression in layout["dims"].items()} for layer in layers]
+        lines = {key: {f"{{i}}.{name}": text for name, text in layout[key].items()} for key in ("axes", "attributes")}
+        resize_stack_(model, layout | lines, sizes)
+    for stack in layout.get("stacks", ()):
+        resize_stack_(model, stack, stack["sizes"])
+
+
+def resize_stack_(model, layout: dict, layer_sizes: list[dict[str, int]]) -> None:
+    """Give the layers of a stack their sizes, in place.
+
+    Args:
+        model: a freshly built stock model.
+        layout: path of the stack below the base model; axes of a layer's parameters and buffers, and what its modules
+            remember, by names that begin with `{i}` for any layer, `{i>0}` for any but the first, or a layer's number.
+        layer_sizes: units of every dim, layer by layer.
+    """
+    layers = zip(model.base_model.get_submodule(layout["path"]), layer_sizes, strict=True)
+    for index, (layer, sizes) in enumerate(layers):
         resized: dict[nn.Module, None] = {}  # in order, so that the same seed gives the same weights
-        for name, axes in layout["axes"].items():
+        for name, axes in _of_layer(layout["axes"], index).items():
             path, _, leaf = name.rpartition(".")
             module = layer.get_submodule(path)
             old = getattr(module, leaf)
             shape = tuple(prod(sizes[factor] for factor in axis) for axis in _parse(axes))
             if old is not None and tuple(old.shape) != shape:
-                setattr(module, leaf, nn.Parameter(torch.empty(shape, dtype=old.dtype, device=old.device)))
+                new = torch.empty(shape, dtype=old.dtype, device=old.device)
+                setattr(module, leaf, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
                 if isinstance(module, nn.Linear) and leaf == "weight":
                     module.out_features, module.in_features = shape
+                if isinstance(module, nn.Conv2d) and leaf == "weight":
+                    module.out_channels, module.in_channels = shape[0], shape[1] * module.groups
                 resized[module] = None
-        for pattern, product in layout["attributes"].items():
+        for pattern, product in _of_layer(layout["attributes"], index).items():
             path, _, attribute = pattern.rpartition(".")
             factors, _, power = product.partition("**")
             value = prod(sizes[factor] for factor in factors.split())
             setattr(layer.get_submodule(path), attribute, value ** float(power) if power else value)
         for module in resized:
             model._init_weights(module)
+
+
+def _of_layer(lines: dict[str, str], index: int) -> dict[str, str]:
+    """The lines that hold for a layer, by names inside it."""
+    mine = {"{i}", str(index)} | ({"{i>0}"} if index > 0 else set())
+    return {name.partition(".")[2]: text for name, text in lines.items() if name.partition(".")[0] in mine}
 
 
 def _parse(axes: str) -> list[list[str]]:

@@ -88,7 +88,7 @@ def prune(
     sizes = {name: torch.tensor(units) for name, units in plan.sizes.items()}
     with _ranked(model), hard_masked(model, sizes), exact_packed_maps(model):
         inputs = inputs if inputs is not None else dummy_inputs(model)
-        check_same(model, pruned, inputs, ("masked", "cut"), output_units(model, bound, plan))
+        check_same(model, pruned, inputs, ("masked", "cut"), output_units(bound, plan))
     return pruned
 
 

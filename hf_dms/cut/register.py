@@ -42,9 +42,11 @@ def register_arch(spec: ArchSpec) -> None:
 
     from ..archs.registry import ARCHS
     from ..archs.spec import check_spec
+    from ..archs.stages import in_stages
     from .modeling_dms import dms_config_class
 
-    check_spec(spec)
+    for variant in spec.every_variant():
+        check_spec(in_stages(variant, 2))
     if spec.model_type not in CONFIG_MAPPING:
         raise HfDmsError(
             f"AutoConfig does not know model type '{spec.model_type}'. "

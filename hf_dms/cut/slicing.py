@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
 
 from ..archs.bind import BoundSpec
-from ..archs.plain_view import plain_weight
+from ..archs.plain_view import plain_buffers, plain_weight
 from ..errors import VerificationError
 from .formats import pruned_class_and_config
 from .plan import Plan, kept_units
@@ -38,7 +38,10 @@ def cut(model: PreTrainedModel, bound: BoundSpec, plan: Plan, layout: str) -> Pr
         parameter.data = cut_tensor(source, parameter.shape, bound, sources[name], plan, layout).to(
             model.dtype, copy=True
         )
-    pruned.to(model.device)  # buffers
+    for name, buffer in plain_buffers(pruned):
+        source = plain_weight(model, sources[name])
+        buffer.data = cut_tensor(source, buffer.shape, bound, sources[name], plan, layout).to(source.dtype, copy=True)
+    pruned.to(model.device)  # buffers that are not in the state dict
     pruned.tie_weights()
     if model.can_generate():
         pruned.generation_config = copy.deepcopy(model.generation_config)
@@ -46,7 +49,7 @@ def cut(model: PreTrainedModel, bound: BoundSpec, plan: Plan, layout: str) -> Pr
 
 
 def source_names(pruned: PreTrainedModel, bound: BoundSpec, plan: Plan) -> dict[str, str]:
-    """Name of every parameter of a cut model (tied ones under each of their names), and its name in the dense one.
+    """Name of every parameter (tied ones under each of their names) and buffer of a cut model, and its dense one's.
 
     Args:
         pruned: the cut model; the meta device will do.
@@ -56,7 +59,7 @@ def source_names(pruned: PreTrainedModel, bound: BoundSpec, plan: Plan) -> dict[
     kept = {stack: kept_units(plan, stack, None, bound.sizes[stack]).tolist() for stack in bound.stacks}
     prefix = f"{pruned.base_model_prefix}." if bound.prefix else ""  # MistralForQuestionAnswering's is not Llama's
     sources = {}
-    for name, _ in pruned.named_parameters(remove_duplicate=False):
+    for name, _ in (*pruned.named_parameters(remove_duplicate=False), *plain_buffers(pruned)):
         source = bound.prefix + name.removeprefix(prefix) if name.startswith(prefix) else name
         stack, position = bound.layer_of(source)
         if stack is not None and position is not None:
@@ -97,7 +100,7 @@ def slice_tensor(tensor: Tensor, bound: BoundSpec, name: str, plan: Plan) -> Ten
         name: its name in the dense model.
         plan: which units stay.
     """
-    param = bound.params[name]
+    param = bound.tensor(name)
     for place, axis in enumerate(param.axes):
         if any(factor in plan.kept for factor in axis):
             tensor = tensor.index_select(place, axis_indices(axis, bound, param.layer, plan).to(tensor.device))
@@ -116,7 +119,7 @@ def pad_tensor(tensor: Tensor, shape: torch.Size, bound: BoundSpec, name: str) -
         bound: the architecture it belongs to.
         name: its name in the dense model.
     """
-    for place, axis in enumerate(bound.params[name].axes):
+    for place, axis in enumerate(bound.tensor(name).axes):
         own = [position for position, factor in enumerate(axis) if bound.spec.dim(factor).scope == "layer"]
         if own and tensor.shape[place] != shape[place]:
             before = bound.product(axis[: own[0]])  # each of these has its own units, and zeros behind them

@@ -85,16 +85,20 @@ def all_outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict
     return {name: value for name, value in named if isinstance(value, Tensor)}
 
 
-def output_units(model: PreTrainedModel, bound: BoundSpec, plan: Plan) -> dict[str, Tensor]:
-    """Units of the last axis of a dense model's outputs that stay, by the outputs' names; none for a model with a head.
+def output_units(bound: BoundSpec, plan: Plan) -> dict[str, tuple[int, Tensor]]:
+    """Axis of a dense model's outputs and units on it that stay, by the names of outputs that a model may return.
 
-    Without a head a model returns its residual stream, and what the description says of its other outputs.
+    A base model returns its residual stream, and what the description says of its other outputs; some heads do too.
     """
-    if model.base_model is not model:
-        return {}
     streams = [name for name in plan.kept if list(norms(bound, name))]
     dims = dict.fromkeys(("last_hidden_state", "pooler_output"), *streams[:1]) | bound.spec.outputs
-    return {name: plan.kept[dim][0] for name, dim in dims.items() if dim in plan.kept}
+    axes = {name: axes.split() for name, axes in dims.items() if axes}
+    return {
+        name: (place - len(last), plan.kept[dim][0])
+        for name, last in axes.items()
+        for place, dim in enumerate(last)
+        if dim in plan.kept
+    }
 
 
 def can_be_upcast(model: PreTrainedModel) -> bool:
@@ -113,7 +117,7 @@ def check_same(
     other: PreTrainedModel,
     inputs: Mapping[str, Tensor],
     names: tuple[str, str],
-    units: Mapping[str, Tensor] | None = None,
+    units: Mapping[str, tuple[int, Tensor]] | None = None,
 ) -> float:
     """Compare all outputs of two models in evaluation mode on one batch, in float32 if they are of half precision.
 
@@ -122,7 +126,7 @@ def check_same(
         other: the second one.
         inputs: keyword arguments of a forward pass.
         names: what to call them in an error.
-        units: by the name of an output, positions on the last axis of the first model's that the second one has.
+        units: by the name of an output, an axis of the first model's and the positions on it that the second one has.
             Default: all.
 
     Returns:
@@ -134,9 +138,9 @@ def check_same(
     upcast = model.dtype in HALF and can_be_upcast(model) and can_be_upcast(other)
     dtype = torch.float32 if upcast else model.dtype
     expected, found = (_proof_outputs(each, inputs, upcast) for each in (model, other))
-    for name, kept in (units or {}).items():
+    for name, (axis, kept) in (units or {}).items():
         if name in expected:
-            expected[name] = expected[name].index_select(-1, kept.to(expected[name].device))
+            expected[name] = expected[name].index_select(axis, kept.to(expected[name].device))
     return max(_difference(name, expected, found, names, dtype) for name in expected | found)
 
 

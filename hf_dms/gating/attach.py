@@ -1,8 +1,9 @@
 """Where a gate touches the running model: `attach_` and `detach_`.
 
-- Hidden size: every norm takes its statistics over the kept width and its output is masked. Every read of the residual
-  stream passes a norm, so nothing else needs to know; what a description says is read without one is masked itself.
-- Other widths: the input of every linear map that reads the dim is multiplied by its mask.
+- Hidden size, or the width of a stage: every norm takes its statistics over the kept width and its output is masked.
+  Every read of the residual stream passes a norm, so nothing else needs to know; what a description says is read
+  without one is masked itself.
+- Other widths: the input of every linear map or convolution that reads the dim is multiplied by its mask.
 - Depth: x + m·(layer(x) - x), the paper's x + m·f(x) for a residual block.
 
 A hard-masked model computes what the cut model computes. Nothing is wrapped or renamed; each multiplication keeps only
@@ -20,15 +21,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ..archs.bind import BoundSpec, bind
-from ..archs.plain_view import adapted_layers, base_model_of, check_adapters, submodule
+from ..archs.bind import BoundSpec, bind, compiled
+from ..archs.plain_view import adapted_layers, base_model_of, check_adapters, submodule, tensor_of
 from ..archs.registry import spec_for
 from ..config import DMSConfig
 from ..errors import HfDmsError
 from ..gates import Gates
-from ..masked_ops import GateResidual, MaskedNorm, MaskUnits
+from ..masked_ops import GateResidual, MaskedNorm, MaskUnits, masked_response_norm
 from .checks import check_as_built, check_attachable, check_checkpointing, check_model
-from .gates_for import build_gates
+from .gates_for import build_gates, for_stages
 from .rounding import check_target, rounded_of
 
 
@@ -41,6 +42,7 @@ class Attachment:
     model_config: Any
     hooks: list[RemovableHandle]
     frozen: list[str] = field(default_factory=list)  # parameters that `freeze_` took the gradient from
+    statistics: dict[str, Tensor] = field(default_factory=dict)  # of batch norms, when `freeze_` froze the weights
 
 
 def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
@@ -66,6 +68,7 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
     spec = spec_for(model.config)
     check_as_built(model)
     bound = bind(spec, model)
+    dms_config = for_stages(dms_config, bound)
     gates = build_gates(bound, model, dms_config)
     check_target(gates, bound, dms_config, model.config)
     gates.train(model.training)
@@ -74,25 +77,33 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
     for name in gates.dims:
         if name in bound.stacks:
             for layer, module in enumerate(submodule(model, bound.stacks[name]).children()):
+                if layer in bound.fixed_layers[name]:
+                    continue  # it may change the width or resolution, so that there is nothing to fall back on
                 hook = functools.partial(_gate_residual, gates, name, layer)
                 hooks.append(module.register_forward_hook(hook, with_kwargs=True))
         elif paths := list(norms(bound, name)):
             for path in paths:
-                norm = submodule(model, path)
-                norm.forward = functools.partial(_masked_norm_forward, norm, gates, name)
+                norm, axis = submodule(model, path), 1 if is_among(bound, path, "channels_first") else -1
+                norm.forward = functools.partial(_masked_norm_forward, norm, gates, name, axis)
             for path in unnormed(bound, name):
                 hook = functools.partial(_mask_output, gates, name)
                 hooks.append(submodule(model, path).register_forward_hook(hook))
         else:
             for path, row, shape in masked_inputs(bound, name):
-                hook = functools.partial(_mask_input, gates, name, row, shape)
+                axis = unit_axis(bound, path)
+                hook = functools.partial(_mask_input, gates, name, row, shape, axis)
                 hooks.append(submodule(model, path).register_forward_pre_hook(hook))
+            for path, row in response_norms(bound, name):
+                norm = submodule(model, path)
+                norm.forward = functools.partial(_masked_response_norm_forward, norm, gates, name, row)
     gates.attachment = Attachment(bound, dms_config, model.config, hooks)
     gates.rounder = rounded_of
 
 
 def detach_(model: PreTrainedModel) -> None:
-    """Take the gates off a model, in place, without a trace; weights that `freeze_` froze may train again.
+    """Take the gates off a model, in place, without a trace.
+
+    Weights that `freeze_` froze may train again, and batch norms have the running statistics from before it.
 
     Raises:
         ValueError: the model has no gates.
@@ -103,9 +114,11 @@ def detach_(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if name in gates.attachment.frozen:
             parameter.requires_grad_(True)
+    for name, tensor in gates.attachment.statistics.items():
+        tensor_of(model, name).copy_(tensor)
     for module in model.modules():
         forward = module.__dict__.get("forward")
-        if isinstance(forward, functools.partial) and forward.func is _masked_norm_forward:
+        if isinstance(forward, functools.partial) and forward.func in MASKED_FORWARDS:
             del module.forward
     del model.dms_gates
 
@@ -117,6 +130,8 @@ def freeze_(model: nn.Module) -> None:
         if parameter.requires_grad and parameter is not gates.prune_ratio:
             parameter.requires_grad_(False)
             gates.attachment.frozen.append(name)
+    statistics = {name: tensor_of(base, name).clone() for name in gates.attachment.bound.buffers}
+    gates.attachment.statistics.update(statistics)
 
 
 def frozen_mode_(model: nn.Module) -> None:
@@ -177,21 +192,29 @@ def gates_of(model: nn.Module) -> Gates:
 
 # ---- where masks go, derived from the description --------------------------------------------------------------------
 def masked_inputs(bound: BoundSpec, name: str) -> Iterator[tuple[str, int, tuple[int, int, int]]]:
-    """Linear maps that read a dim: (module path, row of its gates, (units before, units, after) on their input)."""
+    """Linear maps and convolutions that read a dim: (module path, row of its gates, (units before, units, after)).
+
+    The units are those on their input, along `unit_axis`.
+    """
     for parameter, param in bound.params.items():
         path, _, leaf = parameter.rpartition(".")
-        if leaf == "weight" and len(param.axes) == 2 and name in param.axes[-1]:
-            axis = param.axes[-1]
+        if leaf == "weight" and len(param.axes) in (2, 4) and name in param.axes[1]:
+            axis = param.axes[1]
             place = axis.index(name)
             before, after = bound.product(axis[:place]), bound.product(axis[place + 1 :])
             yield path, (param.layer or 0) if bound.rows(name) > 1 else 0, (before, bound.sizes[name], after)
 
 
+def unit_axis(bound: BoundSpec, path: str) -> int:
+    """The axis of a map's input that its units are on: 1 for a convolution, the last for a linear map."""
+    return 1 if len(bound.params[f"{path}.weight"].axes) == 4 else -1
+
+
 def norms(bound: BoundSpec, name: str) -> Iterator[str]:
-    """Paths of the norms over a dim: the modules whose weight is a vector of it."""
+    """Paths of the norms over a dim: the modules whose weight is a vector of it; a batch norm treats each by itself."""
     for parameter, param in bound.params.items():
         path, _, leaf = parameter.rpartition(".")
-        if leaf == "weight" and param.axes == ((name,),):
+        if leaf == "weight" and param.axes == ((name,),) and f"{path}.running_mean" not in bound.buffers:
             yield path
 
 
@@ -203,6 +226,20 @@ def unnormed(bound: BoundSpec, name: str) -> Iterator[str]:
             yield bound.prefix + path
 
 
+def response_norms(bound: BoundSpec, name: str) -> Iterator[tuple[str, int]]:
+    """Modules that divide by a mean over a dim's units: (path, row of its gates)."""
+    for parameter, param in bound.params.items():
+        path, _, leaf = parameter.rpartition(".")
+        if leaf == "weight" and param.axes[-1] == (name,) and is_among(bound, path, "response_norms"):
+            yield path, (param.layer or 0) if bound.rows(name) > 1 else 0
+
+
+def is_among(bound: BoundSpec, path: str, field_name: str) -> bool:
+    """Whether a module is of those that a field of the description lists by patterns."""
+    patterns = getattr(bound.spec, field_name)
+    return any(compiled(pattern).fullmatch(path.removeprefix(bound.prefix)) for pattern in patterns)
+
+
 # ---- what the hooks do -----------------------------------------------------------------------------------------------
 def _compute_masks(gates: Gates, module: nn.Module, args: tuple) -> None:
     if gates.training:
@@ -210,10 +247,12 @@ def _compute_masks(gates: Gates, module: nn.Module, args: tuple) -> None:
     gates.compute_masks_()
 
 
-def _mask_input(gates: Gates, name: str, row: int, shape: tuple[int, int, int], module: nn.Module, args: tuple):
+def _mask_input(
+    gates: Gates, name: str, row: int, shape: tuple[int, int, int], axis: int, module: nn.Module, args: tuple
+):
     if (log_mask := gates.log_masks[name][row]) is None:
         return None
-    return (MaskUnits.apply(args[0], log_mask, shape), *args[1:])
+    return (MaskUnits.apply(args[0], log_mask, shape, axis), *args[1:])
 
 
 def _mask_output(gates: Gates, name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -228,8 +267,21 @@ def _gate_residual(gates: Gates, name: str, layer: int, module: nn.Module, args:
     return GateResidual.apply(before, output, log_mask)
 
 
-def _masked_norm_forward(norm: nn.Module, gates: Gates, name: str, x: Tensor) -> Tensor:
+def _masked_norm_forward(norm: nn.Module, gates: Gates, name: str, axis: int, x: Tensor) -> Tensor:
     centered = isinstance(norm, nn.LayerNorm)
     eps = norm.eps if centered else norm.variance_epsilon
     bias = norm.bias if centered else None
-    return MaskedNorm.apply(x, gates.log_masks[name][0], norm.weight, bias, eps, centered)
+    x = x.movedim(axis, -1)
+    return MaskedNorm.apply(x, gates.log_masks[name][0], norm.weight, bias, eps, centered).movedim(-1, axis)
+
+
+def _masked_response_norm_forward(norm: Any, gates: Gates, name: str, row: int, x: Tensor) -> Tensor:
+    if (log_mask := gates.log_masks[name][row]) is None:
+        return type(norm).forward(norm, x)
+    return masked_response_norm(x, log_mask, norm.weight, norm.bias)
+
+
+MASKED_FORWARDS = (
+    _masked_norm_forward,
+    _masked_response_norm_forward,
+)  # that `attach_` puts in the place of modules' own

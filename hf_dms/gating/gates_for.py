@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import gcd, lcm
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -26,6 +28,7 @@ def build_gates(
     Raises:
         ValueError: a dim that the architecture lacks, sizes that cannot be, a resource that it does not have.
     """
+    config = for_stages(config, bound)
     check_request(bound, config)
     if config.layout == "padded":
         check_padding(bound, dims_to_prune(bound, config), model.config)
@@ -44,7 +47,7 @@ def build_gates(
                 shared=config.layout == "uniform" or rows == 1,
                 lowest=tuple(units if row in whole else low for row in range(rows)),
                 highest=tuple(units if row in whole else high for row in range(rows)),
-                protected=tuple(kept_layers.get(name, ())),
+                protected=tuple(staying_layers(bound, config, name)) if name in bound.stacks else (),
                 step=step,
                 follows=leader,
             )
@@ -86,10 +89,33 @@ def recount_(gates: Gates, model: PreTrainedModel) -> None:
     gates.attachment = replace(attachment, bound=now)
 
 
+def for_stages(config: DMSConfig, bound: BoundSpec) -> DMSConfig:
+    """A request in which the word for all stages' dims (`mlp`) stands for each of them (`mlp0`, `mlp1`, ...).
+
+    What it says of a single stage's dim goes before what it says of all. Without such a word it is returned itself.
+    """
+    families = bound.spec.families
+
+    def names(given: Iterable[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for word in given for name in families.get(word, (word,))))
+
+    def values(given: Mapping[str, int]) -> dict[str, int]:
+        together = {name: value for word, value in given.items() for name in families.get(word, ())}
+        return together | {name: value for name, value in given.items() if name not in families}
+
+    protect: dict[str, Any] = dict(config.protect)
+    protect |= {key: values(protect[key]) for key in ("min", "max") if key in protect}
+    protect |= {"dims": list(names(protect["dims"]))} if "dims" in protect else {}
+    prune = None if config.prune is None else names(config.prune)
+    changed: dict[str, Any] = {"prune": prune, "round_to": values(config.round_to), "protect": protect}
+    same = all(getattr(config, key) == value for key, value in changed.items())
+    return config if same else replace(config, **changed)
+
+
 def dims_to_prune(bound: BoundSpec, config: DMSConfig) -> list[str]:
     """Names of the dims that a request prunes, in the architecture's order."""
     wanted = bound.spec.prunable if config.prune is None else config.prune
-    return [n for n in bound.spec.prunable if n in wanted and n not in config.protect.get("dims", ())]
+    return [n for n in bound.prunable if n in wanted and n not in config.protect.get("dims", ())]
 
 
 def protected_layers(bound: BoundSpec, config: DMSConfig) -> dict[str, list[int]]:
@@ -100,6 +126,11 @@ def protected_layers(bound: BoundSpec, config: DMSConfig) -> dict[str, list[int]
         found[stack] = sorted(layer - first for layer in wanted if 0 <= layer - first < bound.sizes[stack])
         first += bound.sizes[stack]
     return found
+
+
+def staying_layers(bound: BoundSpec, config: DMSConfig, stack: str) -> list[int]:
+    """Layers of a stack that are not dropped: those that a request keeps whole, and those that cannot be."""
+    return sorted({*protected_layers(bound, config)[stack], *bound.fixed_layers[stack]})
 
 
 def gated_dims(bound: BoundSpec, config: DMSConfig) -> dict[str, str | None]:
@@ -123,7 +154,7 @@ def size_range(bound: BoundSpec, config: DMSConfig, leaders: dict[str, str | Non
     step, protect = config.round_to.get(name, 1), config.protect
     low, high = protect.get("min", {}).get(name, 1), protect.get("max", {}).get(name, bound.sizes[name])
     if name in bound.stacks:
-        low = max(low, len(protected_layers(bound, config)[name]))
+        low = max(low, len(staying_layers(bound, config, name)))
     for follower in (follower for follower, leader in leaders.items() if leader == name):
         factor = bound.sizes[follower] // bound.sizes[name]
         least, most, its_step = size_range(bound, config, leaders, follower)
@@ -137,6 +168,11 @@ def size_range(bound: BoundSpec, config: DMSConfig, leaders: dict[str, str | Non
             + (", or use layout: per_layer." if together != name else ".")
         )
     return low, high, step
+
+
+def _families(bound: BoundSpec) -> list[str]:
+    """Words for prunable dims of all stages."""
+    return [word for word, names in bound.spec.families.items() if set(names) & set(bound.spec.prunable)]
 
 
 def check_request(bound: BoundSpec, config: DMSConfig) -> None:
@@ -157,11 +193,15 @@ def check_request(bound: BoundSpec, config: DMSConfig) -> None:
         for name in names:
             if name not in spec.prunable:
                 raise HfDmsError(
-                    f"{option}: {spec.model_type} has no dim '{name}'. Its dims are {', '.join(spec.prunable)}."
+                    f"{option}: {spec.model_type} has no dim '{name}'. Its dims are {', '.join(spec.prunable)}"
+                    + (f"; all stages' together: {', '.join(_families(bound))}." if spec.families else ".")
                 )
     pruned = dims_to_prune(bound, config)
     if not pruned:
-        raise HfDmsError("Nothing is left to prune: dms.protect.dims names every dim of dms.prune.")
+        raise HfDmsError(
+            "Nothing is left to prune: this model has nothing of the dims of dms.prune that could go, or "
+            "dms.protect.dims names them all."
+        )
     for layer in protect.get("layers", ()):
         if not isinstance(layer, int) or not -bound.total_layers <= layer < bound.total_layers:
             raise HfDmsError(f"dms.protect.layers: the model has layers 0 to {bound.total_layers - 1}, got {layer!r}.")

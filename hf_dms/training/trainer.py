@@ -7,6 +7,7 @@ Nothing here knows about shapes.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -30,11 +31,15 @@ from ..errors import HfDmsError
 from ..gates import Gates
 from ..gating.attach import attach_, freeze_, frozen_mode_, gates_of
 from ..gating.outcome import SearchOutcome, say_outcome, search_outcome
+from ..refit.batch_norms import batch_norms, estimate_batch_norms_
+from ..tasks.evaluate import evenly_spaced
 from .distributed import check_launch, check_plugin, leave_gates_out_, unsharded, without_ddp_for_frozen
 from .exact_resume import ExactCheckpointsMixin, loss_is_summed_over_micro_batches
 from .progress import show_progress_
 from .refitting import RefitCallback
 from .step_guard import FiniteStepsMixin
+
+BATCH_NORM_BATCHES = 64  # that the running statistics of a cut model are the mean of
 
 
 class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
@@ -123,6 +128,8 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
     def prune(self) -> PreTrainedModel:
         """Cut the model to the exact budget and prove the result on a batch of the trainer's data.
 
+        Batch norms then get the running statistics of the smaller model on some of the training data.
+
         Returns:
             A plain, smaller `PreTrainedModel`, in evaluation mode; the model in training is left as it was.
 
@@ -132,6 +139,8 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         """
         with _without_autocast(self._unwrapped(), self.accelerator) as model:
             pruned = prune(unsharded(model), inputs=self.example_inputs())
+        if batch_norms(pruned):
+            estimate_batch_norms_(pruned, self._some_batches(BATCH_NORM_BATCHES))
         if self._use_cache is not None:
             pruned.config.use_cache = self._use_cache
         return pruned
@@ -177,6 +186,18 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Training checkpoints stay local: what is pushed is the pruned model."""
+
+    def _some_batches(self, count: int) -> Iterator[dict[str, Tensor]]:
+        """Up to so many batches of the training data, evenly spaced or, of a stream, the first ones."""
+        size, rows = self.args.train_batch_size, self.train_dataset
+        if not isinstance(rows, IterableDataset):
+            some = evenly_spaced(rows, count * size)
+            rows = (some[place] for place in range(len(some)))
+        collate, rows = self._get_collator_with_removed_columns(self.data_collator), iter(rows)
+        for _ in range(count):
+            if examples := list(itertools.islice(rows, size)):
+                batch = collate(examples)
+                yield {name: value for name, value in batch.items() if isinstance(value, Tensor)}
 
     def example_inputs(self) -> dict[str, Tensor] | None:
         """One example of the evaluation data, else the training data, as tensors for a forward pass."""

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers.laws import EXACT, SHIPPED, assert_same, masked_cut_reloaded, searched, tiny
-from helpers.tiny import lowest_target, search_
+from helpers.laws import EXACT, SHIPPED, assert_same, batch_for, masked_cut_reloaded, searched, tiny
+from helpers.tiny import lowest_target, search_, untouched
 from transformers import (
     Dinov2Backbone,
     Dinov2Config,
@@ -12,11 +12,13 @@ from transformers import (
     ElectraForMaskedLM,
     ElectraForSequenceClassification,
     ElectraModel,
+    YolosForObjectDetection,
 )
 
 from hf_dms import DMSConfig, attach_
 from hf_dms.archs.bind import bind
 from hf_dms.archs.electra import ELECTRA
+from hf_dms.cut.prune import make_plan
 from hf_dms.gating.attach import gates_of, norms, unnormed
 from hf_dms.gating.rounding import round_sizes
 
@@ -115,3 +117,29 @@ def test_variants_that_are_not_described_are_errors():
         ValueError, match=r"Dinov2Backbone names its outputs after layers.* Load the base model instead"
     ):
         attach_(tiny(Dinov2Backbone), DMSConfig(target=0.9))
+
+
+# ---- YOLOS: detection tokens, and two MLPs that read them ----
+def test_yolos_with_embeddings_between_its_layers_is_refused():
+    message = "yolos with use_mid_position_embeddings = True in its config is not supported, only with False"
+    untouched(tiny(YolosForObjectDetection, use_mid_position_embeddings=True), message)
+
+
+def test_importance_of_every_dim_of_a_detector_follows_from_its_outputs():
+    model = tiny(YolosForObjectDetection)
+    attach_(model, DMSConfig(target=0.5, layout="per_layer"))
+    gates = gates_of(model)
+    assert list(gates.dims) == ["heads", "mlp", "hidden", "layers", "class_1", "class_2", "box_1", "box_2"]
+    outputs = model.train()(**batch_for(model))
+    (outputs.logits.square().mean() + outputs.pred_boxes.square().mean()).backward()
+    gates.update_importance_()
+    assert all((gates.raw_importance(name) > 0).any(-1).all() for name in gates.dims)
+
+
+def test_widths_inside_a_detectors_heads_keep_the_hidden_size_and_choose_their_own_units():
+    model = tiny(YolosForObjectDetection)
+    gates, sizes = searched(model, layout="per_layer", prune=("hidden",))
+    assert len({int(sizes[name]) for name in ("hidden", "class_1", "class_2", "box_1", "box_2")}) == 1
+    assert gates.prune_ratio.shape == (1,)
+    kept = make_plan(gates, sizes).kept
+    assert not torch.equal(kept["class_1"][0], kept["box_1"][0])

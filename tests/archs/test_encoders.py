@@ -62,22 +62,83 @@ RELATIVES = (
     *heads_of("Electra", *TASKS, "MaskedLM"),
     *heads_of("DeiT", "ImageClassification", "ImageClassificationWithTeacher"),
     *heads_of("Dinov2", "ImageClassification"),
+    *heads_of("Yolos", "ObjectDetection"),
+)
+RESNETS = heads_of("ResNet", "ImageClassification")
+CONVNETS = (
+    *heads_of("ConvNext", "ImageClassification"),
+    *heads_of("ConvNextV2", "ImageClassification"),
+    *RESNETS,
 )
 TWINS = (*heads_of("XLMRoberta", *TASKS, "MaskedLM"), *heads_of("Camembert", *TASKS, "MaskedLM"))
 # Decoders are loaded here too: a fresh process takes seconds, another model in it hardly any time.
 DECODERS = ("Mistral", "Qwen2", "Qwen3", "SmolLM3", "Granite", "Gemma", "Gemma2", "Gemma3")
-SAVED = (*HEADS, *RELATIVES, *(getattr(transformers, f"{name}ForCausalLM") for name in DECODERS))
+SAVED = (*HEADS, *RELATIVES, *CONVNETS, *(getattr(transformers, f"{name}ForCausalLM") for name in DECODERS))
 DIMS = ("heads", "mlp", "hidden", "layers")
 
 
+# Dims whose sizes the stock config derives from one another.
+TIED = {model_type: {"heads", "hidden"} for model_type in (*BERTS, "yolos")}
+TIED |= {"convnext": {"mlp", "hidden"}, "convnextv2": {"mlp", "hidden"}, "resnet": {"reduced", "mid", "hidden"}}
+
+
+def dims_of(cls):
+    """The dims of a model class; a convolutional network's are those of all stages together."""
+    if cls in RESNETS:
+        return ("reduced", "mid", "hidden", "layers")
+    return DIMS[1:] if cls in CONVNETS else DIMS
+
+
 def possible(cls, dims, layout):
-    """A stock BERT has hidden = heads·d, so neither is pruned alone, and heads are padded only up to all of them."""
-    if cls.config_class.model_type not in BERTS or layout == "per_layer":
-        return True
-    return "hidden" not in dims if layout == "padded" else ("heads" in dims) == ("hidden" in dims)
+    """Stock sizes that go together are pruned together, and padding cannot reach the dense hidden size.
+
+    That is of a BERT hidden = heads·d, of a ConvNeXt mlp = 4·hidden, and of a ResNet hidden = 4·mid.
+    """
+    tied = TIED.get(cls.config_class.model_type, set())
+    if layout == "padded" and "mlp" in dims and cls.config_class.model_type == "convnextv2":
+        return False  # its response norms would count the zeros
+    if layout == "padded" and tied:
+        return "hidden" not in dims
+    return layout == "per_layer" or tied & set(dims) in (set(), tied)
 
 
 # ---- masked = cut = reloaded ----
+CANNOT = {  # by layout and whether a response norm is in the way
+    (
+        "uniform",
+        False,
+    ): r"needs (mlp0 = 4·hidden0|mid0 = 1·reduced0|hidden0 = 4·reduced0), so .* can only be pruned toget",
+    (
+        "padded",
+        False,
+    ): r"ties hidden0 to '(mlp0|four reduced0)', and hidden0 cannot be padded. Prune others only, as prun",
+    (
+        "padded",
+        True,
+    ): r"divides by a mean over mlp0, which would count the zeros. Prune others only, as prune: \[layers0",
+}
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per_layer", "padded"])
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (3,), (0, 1), (0, 1, 2), (0, 1, 2, 3)], ids=str)
+@pytest.mark.parametrize("head", CONVNETS)
+def test_masked_equals_cut_equals_reloaded_in_stages(head, which, layout, tmp_path):
+    dims = tuple(dim for place, dim in enumerate(dims_of(head)) if place in which) or dims_of(head)[-1:]
+    if not possible(head, dims, layout):
+        averaged = layout == "padded" and head.config_class.model_type == "convnextv2" and "mlp" in dims
+        with pytest.raises(ValueError, match=CANNOT[layout, averaged]):
+            attach_(tiny(head), DMSConfig(target=0.9, prune=dims, layout=layout))
+        return
+    model = tiny(head, dtype=torch.float64)
+    gates, sizes = searched(model, prune=dims, layout=layout)
+    bound = gates.attachment.bound
+    assert sorted(sizes) == sorted(name for name in bound.prunable if name.rstrip("012") in dims)
+    *outputs, pruned = masked_cut_reloaded(model, sizes, tmp_path / "out")
+    assert_same(*outputs, EXACT)
+    assert pruned.num_parameters() < model.num_parameters()
+    assert layout == "per_layer" or is_stock(pruned)
+
+
 @pytest.mark.parametrize("layout", ["uniform", "per_layer"])
 @pytest.mark.parametrize("dims", [*[(dim,) for dim in DIMS], ("heads", "hidden"), DIMS], ids="-".join)
 @pytest.mark.parametrize("head", [*HEADS, ElectraForMaskedLM, Dinov2ForImageClassification])
@@ -97,7 +158,7 @@ def test_masked_equals_cut_equals_reloaded(head, dims, layout, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["uniform", "per_layer"])
-@pytest.mark.parametrize("head", sorted({*HEADS, *RELATIVES, *TWINS}, key=lambda head: head.__name__))
+@pytest.mark.parametrize("head", sorted({*HEADS, *RELATIVES, *TWINS, *CONVNETS}, key=lambda head: head.__name__))
 def test_masked_equals_cut_equals_reloaded_as_shipped(head, layout, tmp_path):
     model = tiny(head)
     _, sizes = searched(model, layout=layout)
@@ -108,24 +169,34 @@ def test_masked_equals_cut_equals_reloaded_as_shipped(head, layout, tmp_path):
 @st.composite
 def requests(draw):
     heads, layout = draw(st.integers(1, 4)), draw(st.sampled_from(["uniform", "per_layer", "padded"]))
-    head = draw(st.sampled_from(HEADS + RELATIVES))
-    config = dict(
-        num_attention_heads=heads,
-        hidden_size=heads * draw(st.sampled_from([2, 3, 5])),
-        intermediate_size=draw(st.integers(1, 12)),
-        num_hidden_layers=draw(st.integers(1, 3)),
+    head = draw(st.sampled_from(HEADS + RELATIVES + CONVNETS))
+    config = (
+        stages(draw, head)
+        if head in CONVNETS
+        else dict(
+            num_attention_heads=heads,
+            hidden_size=heads * draw(st.sampled_from([2, 3, 5])),
+            intermediate_size=draw(st.integers(1, 12)),
+            num_hidden_layers=draw(st.integers(1, 3)),
+        )
     )
-    if head.main_input_name == "pixel_values":
+    if head.main_input_name == "pixel_values" and head not in CONVNETS:
         square = head.config_class.model_type == "dinov2"  # other images it interpolates, for square numbers of patches
-        config["image_size"] = 8 if square else draw(st.sampled_from([8, (8, 12)]))
-        config["patch_size"] = draw(st.sampled_from([4, (4, 2)]))
+        yolos = head.config_class.model_type == "yolos"
+        config["image_size"] = 8 if square else draw(st.sampled_from([[8, 8], [8, 12]] if yolos else [8, (8, 12)]))
+        config["patch_size"] = 4 if yolos else draw(st.sampled_from([4, (4, 2)]))
         config["qkv_bias"] = draw(st.booleans())
-        config |= draw(st.sampled_from([{}, {"head_dim": 3}, {"pooler_output_size": 5}]))
+        config |= {} if yolos else draw(st.sampled_from([{}, {"head_dim": 3}, {"pooler_output_size": 5}]))
     if head.config_class.model_type == "electra":
         config["embedding_size"] = draw(st.sampled_from([config["hidden_size"], 1, 5, 7]))
-    dims = tuple(draw(st.lists(st.sampled_from(DIMS), min_size=1, unique=True)))
+    all_dims = tuple(dim for dim in dims_of(head) if config.get("layer_type") != "basic" or dim != "reduced")
+    dims = tuple(draw(st.lists(st.sampled_from(all_dims), min_size=1, unique=True)))
     if not possible(head, dims, layout):
-        dims = (*{*dims, "heads"} - {"hidden"},) if layout == "padded" else (*{*dims, "heads", "hidden"},)
+        tied = TIED[head.config_class.model_type] & set(all_dims)
+        padded = tuple(dim for dim in dims if possible(head, (dim,), layout))
+        dims = (padded or ("layers",)) if layout == "padded" else (*sorted({*dims} | tied),)
+    if head in RESNETS and set(dims) == {"layers"} and max(config["depths"]) == 1:
+        dims = ("layers", "mid") if layout == "padded" else ("layers", *all_dims[:-1])  # no layer of it can go
     options = dict(
         prune=dims,
         layout=layout,
@@ -133,6 +204,23 @@ def requests(draw):
         resource_scope=draw(st.sampled_from(["model", "layers"])),
     )
     return head, config, options, draw(st.integers(0, 1000)), draw(st.floats(0, 1))
+
+
+def stages(draw, head):
+    """A config of a network in stages."""
+    count = draw(st.integers(1, 3))
+    widths = draw(st.lists(st.integers(1, 6), min_size=count, max_size=count))
+    config = dict(
+        depths=draw(st.lists(st.integers(1, 3), min_size=count, max_size=count)),
+        image_size=draw(st.sampled_from([16, (16, 24)])),
+    )
+    if head not in RESNETS:
+        patch = draw(st.sampled_from([2, (4, 2)]))
+        return config | dict(num_hidden_layers=count, hidden_sizes=widths, patch_size=patch)
+    config |= dict(layer_type=draw(st.sampled_from(["basic", "bottleneck"])))
+    config |= dict(downsample_in_first_stage=draw(st.booleans()), downsample_in_bottleneck=draw(st.booleans()))
+    widths = [4 * width for width in widths] if config["layer_type"] == "bottleneck" else widths
+    return config | dict(hidden_sizes=widths, embedding_size=draw(st.sampled_from([widths[0], 3])))
 
 
 @given(requests())
@@ -147,12 +235,14 @@ def test_the_laws_hold_for_any_config(tmp_path_factory, request_):
     counted, scope = float(gates.count(gates.dense_sizes() | sizes)), options["resource_scope"]
     assert counted <= gates.attachment.config.target * gates.dense_resource
     written = float(gates.count(written_sizes(gates, sizes, pruned)))
+    bound = gates.attachment.bound
     if options["resource"] == "params":
-        whole = pruned.get_submodule(gates.attachment.bound.layers_path) if scope == "layers" else pruned
-        assert written == sum(parameter.numel() for parameter in whole.parameters())
+        parts = [pruned.get_submodule(path) for path in bound.stacks.values()] if scope == "layers" else [pruned]
+        assert written == sum(parameter.numel() for part in parts for parameter in part.parameters())
     else:
-        length = gates.attachment.bound.sizes.get("tokens", 7)
-        found = macs_by_the_flop_counter(pruned, scope, batch_for(pruned, batch=1), length)
+        length = 1 if head in CONVNETS else bound.sizes.get("tokens", 7)
+        stacks = bound.spec.stacks if head in CONVNETS else None
+        found = macs_by_the_flop_counter(pruned, scope, batch_for(pruned, batch=1), length, stacks)
         assert written == pytest.approx(found, rel=1e-12)
 
 
@@ -247,6 +337,7 @@ def test_a_follower_has_gates_only_where_the_model_has_its_parameters():
         ElectraForSequenceClassification,
         ViTForImageClassification,
         Dinov2ForImageClassification,
+        *CONVNETS[1::2],
     ],
 )
 def test_importance_of_every_dim_follows_from_training(head):
@@ -263,7 +354,7 @@ def test_importance_of_every_dim_follows_from_training(head):
     assert gates.prune_ratio.grad.abs().min() > 0
 
 
-@pytest.mark.parametrize("head", HEADS + RELATIVES)
+@pytest.mark.parametrize("head", HEADS + RELATIVES + CONVNETS)
 def test_open_gates_are_not_seen_and_taken_off_leave_the_model_as_it_was(head):
     model = tiny(head)
     for module in model.modules():
@@ -271,7 +362,10 @@ def test_open_gates_are_not_seen_and_taken_off_leave_the_model_as_it_was(head):
             module.p = 0.0
     before = outputs_of(model, batch_for(model))
     attach_(model, DMSConfig(target=0.5, warmup_steps=1))
-    assert relative_difference(outputs_of(model.train(), batch_for(model)), before) < SHIPPED
+    for module in model.train().modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()  # it would see the batch
+    assert relative_difference(outputs_of(model, batch_for(model)), before) < SHIPPED
     detach_(model)
     assert torch.equal(outputs_of(model.eval(), batch_for(model)), before)
 
@@ -304,7 +398,9 @@ def auto_of(head):
 def saved(head, layout, folder, **overrides):
     """A folder, and beside it a batch and what the model in it computes."""
     model = tiny(head, **overrides)
-    dims = None if possible(head, DIMS, layout) else ("heads", "mlp", "layers")
+    dims = None
+    if not possible(head, DIMS, layout):
+        dims = tuple(dim for dim in dims_of(head) if possible(head, (dim,), layout))
     searched(model, layout=layout, share=0.6, prune=dims)
     inputs = batch_for(model)
     pruned = prune(model, inputs=inputs)

@@ -24,6 +24,7 @@ from hf_dms.archs.electra import ELECTRA
 from hf_dms.archs.llama import LLAMA
 from hf_dms.archs.registry import ARCHS, spec_for
 from hf_dms.archs.spec import LIMITS, NAMED_PRODUCTS, PRODUCTS, ArchSpec, Dim, check_spec, flat, parse_axes, with_dims
+from hf_dms.archs.stages import in_stages
 
 HEADS = (
     LlamaModel,
@@ -115,9 +116,14 @@ def test_a_model_on_the_meta_device_can_be_bound():
     assert bind(LLAMA, model).params == bind(LLAMA, tiny_llama()).params
 
 
-@pytest.mark.parametrize(("size", "expected"), [("7", 7), ("hidden_size", 24), ("hidden_size // head_dim", 6)])
-def test_a_dim_size_is_a_number_an_attribute_or_a_quotient(size, expected):
-    assert dim_size(Dim("x", size), tiny_llama().config) == expected
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [("7", 7), ("hidden_size", 24), ("hidden_size // head_dim", 6), ("4 * hidden_size", 96), ("sizes[1] * 2", 18)],
+)
+def test_a_dim_size_is_a_number_an_attribute_an_entry_a_quotient_or_a_product(size, expected):
+    config = tiny_llama().config
+    config.sizes = [5, 9]
+    assert dim_size(Dim("x", size), config) == expected
 
 
 def test_costs_that_cannot_be_are_errors():
@@ -133,15 +139,18 @@ def test_costs_that_cannot_be_are_errors():
 # ---- the descriptions themselves ----
 @pytest.mark.parametrize("spec", ARCHS.values(), ids=ARCHS)
 def test_a_description_is_consistent_and_has_no_dim_that_nothing_uses(spec):
+    spec = in_stages(spec, 2)
     check_spec(spec)
     lines = [*spec.params.values(), *(line for head in spec.heads.values() for line in head.values())]
-    used = {factor for line in lines for factor in flat(parse_axes(line))} | {"layers"}
+    used = {factor for line in lines for factor in flat(parse_axes(line))} | {*spec.stacks}
+    used |= {factor for limit in spec.must_equal for product in limit for factor in product.split()}
     used |= {line.partition("@")[2].strip() for line in lines} | {*spec.tokens.split(), *spec.image.split()}
     assert {dim.name for dim in spec.dims} <= used
 
 
 WRONG = {
     "params": LLAMA.params | {"norm.weight": "nothing"},
+    "buffers": {"norm.running_mean": "nothing"},
     "heads": {"ForX": {"score.weight": "label nothing"}},
     "config": LLAMA.config | {"width": "nothing"},
     "attributes": {"layers.{i}.size": "nothing ** -0.5"},
@@ -158,6 +167,7 @@ WRONG = {
 NO_DIMS = {
     *("model_type", "layers", "config_ratios", "config_lists", "config_leaves_out", "unnormed", "must_be_false"),
     *("build_with", "alternative", "alternative_overrides", "alternative_needs"),
+    *("stages", "families", "variants", "records_positions", "channels_first", "response_norms"),
 }
 
 
@@ -192,6 +202,8 @@ def test_every_field_of_a_description_is_checked_and_renamed_or_names_no_dims():
             "`config_ratios` mentions 'mlp', which `config` does not",
         ),
         ({"unnormed": ("proj",)}, "`unnormed` mentions 'proj', but `params` has no 'proj.weight'"),
+        ({"channels_first": ("proj",)}, "`channels_first` mentions 'proj', but `params` has no 'proj.weight'"),
+        ({"response_norms": ("proj",)}, "`response_norms` mentions 'proj', but `params` has no 'proj.weight'"),
         ({"dims": LLAMA.dims[:3]}, "scope='depth' and be called layers"),
     ],
 )

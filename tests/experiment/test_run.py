@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from datasets import ClassLabel, Dataset, Features, Image
-from helpers.laws import IMAGE, TEXT
+from helpers.laws import IMAGE, SIZES, STAGES, TEXT
 from helpers.recipes import save_tokenizer
 from helpers.schema import mistakes
 from PIL import Image as Picture
@@ -18,9 +18,13 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertModel,
+    ConvNextConfig,
+    ConvNextModel,
     GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
+    ResNetConfig,
+    ResNetModel,
     ViTConfig,
     ViTImageProcessorPil,
     ViTModel,
@@ -46,7 +50,10 @@ def classifiers(tmp_path):
     rows = [{"text": f"w{i % 9} w{i % 7}", "label": ["no", "yes"][i % 2]} for i in range(40)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ViTModel(ViTConfig(**(IMAGE | {"num_channels": 3}))).save_pretrained(tmp_path / "vit")
-    ViTImageProcessorPil(size={"height": 12, "width": 12}).save_pretrained(tmp_path / "vit")
+    ConvNextModel(ConvNextConfig(**(STAGES | {"num_channels": 3}))).save_pretrained(tmp_path / "convnext")
+    ResNetModel(ResNetConfig(**SIZES["resnet"] | {"num_channels": 3})).save_pretrained(tmp_path / "resnet")
+    for name, side in (("vit", 12), ("convnext", 16), ("resnet", 16)):
+        ViTImageProcessorPil(size={"height": side, "width": side}).save_pretrained(tmp_path / name)
     features = Features({"image": Image(), "label": ClassLabel(names=["dark", "light"])})
     pictures = [Picture.new("L", (8, 8), 6 * i) for i in range(40)]
     images = Dataset.from_dict({"image": pictures, "label": [int(i >= 20) for i in range(40)]}, features=features)
@@ -75,7 +82,7 @@ def classifiers(tmp_path):
 
 
 @pytest.mark.parametrize("resource", ["params", "macs"])
-@pytest.mark.parametrize("model", ["bert", "vit"])
+@pytest.mark.parametrize("model", ["bert", "vit", "convnext", "resnet"])
 def test_a_classifier_is_fine_tuned_pruned_and_recovered(classifiers, model, resource, capsys):
     code, out = classifiers(model, f"dms.resource={resource}")
     assert code == 0

@@ -19,6 +19,9 @@ EXACT, SHIPPED = 1e-9, 1e-5
 BLOCKS = dict(hidden_size=24, intermediate_size=20, num_hidden_layers=3, num_attention_heads=4)
 TEXT = BLOCKS | dict(vocab_size=33, max_position_embeddings=16)
 IMAGE = BLOCKS | dict(image_size=12, patch_size=4, num_channels=2)
+STAGES = dict(
+    num_channels=2, image_size=16, patch_size=2, num_hidden_layers=3, hidden_sizes=[6, 8, 10], depths=[2, 3, 1]
+)
 DECODER = {name: value for name, value in TINY.items() if name not in ("head_dim", "num_labels")}
 GEMMA = DECODER | {"head_dim": 4, "hidden_size": 36}  # the scale of embeddings, its root, is exact in any dtype
 WINDOWS = dict(sliding_window=4, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
@@ -32,6 +35,11 @@ SIZES = {
     "vit": IMAGE,
     "deit": IMAGE,
     "dinov2": IMAGE | {"intermediate_size": 3},  # times the hidden size
+    "yolos": IMAGE | dict(image_size=[8, 12], num_detection_tokens=3, use_mid_position_embeddings=False),
+    "convnext": STAGES,
+    "convnextv2": STAGES,
+    "resnet": {name: value for name, value in STAGES.items() if name not in ("patch_size", "num_hidden_layers")}
+    | dict(embedding_size=5, hidden_sizes=[8, 12, 16], depths=[2, 3, 1]),
     "llama": DECODER,
     "mistral": DECODER,
     "qwen2": DECODER,
@@ -60,7 +68,8 @@ def tiny(cls, seed=0, dtype=torch.float32, **overrides):
     """A model whose weights are drawn from normal(0, 0.3), its norms' from normal(1, 0.3): no unit is like another."""
     family = cls.config_class.model_type
     sizes = SIZES[family] | {"num_labels": 2 if cls.__name__.endswith("QuestionAnswering") else 3} | overrides
-    sizes = {n: v[: sizes["num_hidden_layers"]] if isinstance(v, list) else v for n, v in sizes.items()}  # of layers
+    layers = sizes.get("num_hidden_layers")
+    sizes = {n: v[:layers] if isinstance(v, list) else v for n, v in sizes.items()}  # of layers, or of stages
     sizes = {NAMES.get(family, {}).get(name, name): value for name, value in sizes.items()}
     attn = "sdpa" if cls._supports_sdpa else "eager"
     model = cls._from_config(cls.config_class(**sizes), attn_implementation=attn).eval()
@@ -69,6 +78,11 @@ def tiny(cls, seed=0, dtype=torch.float32, **overrides):
         for name, parameter in model.named_parameters():
             mean = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
             parameter.normal_(mean, 0.3, generator=generator)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(0, 0.3, generator=generator)
+            if name.endswith("running_var"):
+                buffer.uniform_(0.5, 1.5, generator=generator)
     return model.to(dtype)
 
 
@@ -95,10 +109,13 @@ def masked_cut_reloaded(model, sizes, folder):
     with hard_masked(model, sizes):
         masked = all_outputs_of(model, inputs)
     kept = make_plan(gates_of(model), sizes).kept
-    pooled = "pool" if "pool" in gates_of(model).attachment.bound.sizes else "hidden"
-    for name, dim in (("last_hidden_state", "hidden"), ("pooler_output", pooled)):
+    bound = gates_of(model).attachment.bound
+    stream = "hidden" if "hidden" in bound.sizes else f"hidden{len(bound.stacks) - 1}"  # the last stage's
+    pooled = "pool" if "pool" in bound.sizes else stream
+    for name, dim in (("last_hidden_state", stream), ("pooler_output", pooled)):
         if name in masked and dim in kept:
-            masked[name] = masked[name][..., kept[dim][0]]
+            axis = 1 if masked[name].dim() == 4 else -1  # a convolution's output
+            masked[name] = masked[name].index_select(axis, kept[dim][0])
     save_pruned(pruned, folder, inputs=inputs)
     reloaded = type(pruned).from_pretrained(folder, dtype=pruned.dtype)
     assert same_tensors(reloaded, pruned)
@@ -117,14 +134,20 @@ def assert_same(masked, cut_, reloaded, tolerance):
         assert relative_difference(reloaded[name], cut_[name]) < tolerance
 
 
-def macs_by_the_flop_counter(model, scope, inputs, length):
-    """Multiply-accumulates of one forward pass of one sequence, per token; under sdpa attention is not counted."""
+def macs_by_the_flop_counter(model, scope, inputs, length, stacks=None):
+    """Multiply-accumulates of one forward pass of one sequence, per token; under sdpa attention is not counted.
+
+    Modules with a number for a name are layers, unless it is said which paths the stacks of layers have.
+    """
     model.set_attn_implementation("eager")
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         model(**inputs)
     by_module = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
-    layers = [flops for name, flops in by_module.items() if name.rpartition(".")[2].isdigit()]
+    numbered = [name for name in by_module if name.rpartition(".")[2].isdigit()]
+    layers = [
+        by_module[name] for name in numbered if not stacks or name.rpartition(".")[0].endswith(tuple(stacks.values()))
+    ]
     return (sum(layers) if scope == "layers" else by_module["Global"]) / 2 / length
 
 

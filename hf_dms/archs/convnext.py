@@ -1,0 +1,61 @@
+"""ConvNeXt: stages of depthwise convolution, layer norm and a plain MLP four times as wide, with a scale on its output.
+
+Read it beside `ConvNextLayer`. Each stage has a residual width and a depth of its own. Its first module, a norm and a
+strided convolution, reads the width of the stage before it, and is no layer, so no cut drops it. The stock config has
+no word for the MLP's width.
+"""
+
+from __future__ import annotations
+
+from .spec import ArchSpec, Dim
+from .vit import sides
+
+CONVNEXT = ArchSpec(
+    model_type="convnext",
+    stages="num_stages",
+    layers={"layers{s}": "encoder.stages.{s}.layers"},
+    dims=(
+        Dim("mlp{s}", "4 * hidden_sizes[{s}]", scope="layer", stack="layers{s}"),
+        Dim("hidden{s}", "hidden_sizes[{s}]", scope="model"),
+        Dim("layers{s}", "depths[{s}]", scope="depth"),
+        Dim("label", "num_labels"),
+        Dim("one", "1"),
+        Dim("two", "2"),
+        Dim("four", "4"),
+        Dim("kernel", "7"),
+        Dim("channels", "num_channels"),
+        Dim("height", lambda config: sides(config.image_size)[0]),
+        Dim("width", lambda config: sides(config.image_size)[1]),
+        Dim("patch_height", lambda config: sides(config.patch_size)[0]),
+        Dim("patch_width", lambda config: sides(config.patch_size)[1]),
+    ),
+    params={
+        "embeddings.patch_embeddings.weight": "hidden0 channels patch_height patch_width",
+        "embeddings.patch_embeddings.bias": "hidden0",
+        "embeddings.layernorm.weight": "hidden0",
+        "embeddings.layernorm.bias": "hidden0",
+        "encoder.stages.{s}.downsampling_layer.0.weight": "hidden{s-1}",
+        "encoder.stages.{s}.downsampling_layer.0.bias": "hidden{s-1}",
+        "encoder.stages.{s}.downsampling_layer.1.weight": "hidden{s} hidden{s-1} two two",
+        "encoder.stages.{s}.downsampling_layer.1.bias": "hidden{s}",
+        "encoder.stages.{s}.layers.{i}.dwconv.weight": "hidden{s} one kernel kernel",
+        "encoder.stages.{s}.layers.{i}.dwconv.bias": "hidden{s}",
+        "encoder.stages.{s}.layers.{i}.layernorm.weight": "hidden{s}",
+        "encoder.stages.{s}.layers.{i}.layernorm.bias": "hidden{s}",
+        "encoder.stages.{s}.layers.{i}.pwconv1.weight": "mlp{s} hidden{s}",
+        "encoder.stages.{s}.layers.{i}.pwconv1.bias": "mlp{s}",
+        "encoder.stages.{s}.layers.{i}.pwconv2.weight": "hidden{s} mlp{s}",
+        "encoder.stages.{s}.layers.{i}.pwconv2.bias": "hidden{s}",
+        "encoder.stages.{s}.layers.{i}.layer_scale_parameter": "hidden{s}",
+        "layernorm.weight": "hidden{last}",
+        "layernorm.bias": "hidden{last}",
+    },
+    heads={"ForImageClassification": {"classifier.weight": "label hidden{last}", "classifier.bias": "label"}},
+    config={"hidden_sizes[{s}]": "hidden{s}", "depths[{s}]": "layers{s}"},
+    records_positions=True,
+    channels_first=("embeddings.layernorm", "encoder.stages.{s}.downsampling_layer.0"),
+    outputs={"last_hidden_state": "hidden{last} _ _", "pooler_output": "hidden{last}"},
+    tokens="one",
+    image="channels height width",
+    must_equal=(("four hidden{s}", "mlp{s}"),),
+)

@@ -1,0 +1,16 @@
+"""ConvNeXt V2: ConvNeXt with a global response normalisation inside the MLP in the place of the scale on its output."""
+
+from dataclasses import replace
+
+from .convnext import CONVNEXT
+
+CONVNEXTV2 = replace(
+    CONVNEXT,
+    model_type="convnextv2",
+    params={name: axes for name, axes in CONVNEXT.params.items() if not name.endswith("layer_scale_parameter")}
+    | {
+        "encoder.stages.{s}.layers.{i}.grn.weight": "one one one mlp{s}",
+        "encoder.stages.{s}.layers.{i}.grn.bias": "one one one mlp{s}",
+    },
+    response_norms=("encoder.stages.{s}.layers.{i}.grn",),
+)

@@ -1,0 +1,37 @@
+"""At how many positions of an image each linear map and convolution of a model runs, for the count of its MACs."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .bind import BoundSpec
+from .skeleton import skeleton
+
+
+@torch.no_grad()
+def recorded_positions(bound: BoundSpec, model: Any) -> dict[str, int]:
+    """Positions of every linear map and convolution, by its path: outputs of one image divided by its output units.
+
+    They are recorded from a forward pass on the meta device, which computes shapes only.
+
+    Args:
+        bound: the architecture, which says what an image is.
+        model: a model of it; its class and config are used.
+    """
+    found: dict[str, int] = {}
+
+    def record(path: str, module: nn.Linear | nn.Conv2d, args: tuple, output: Tensor) -> None:
+        units = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+        found[path] = found.get(path, 0) + output.numel() // units
+
+    empty = skeleton(type(model), model.config).eval()
+    for path, module in empty.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.register_forward_hook(functools.partial(record, path))
+    shape = [bound.sizes[name] for name in bound.spec.image.split()]
+    empty(torch.empty(1, *shape, device="meta", dtype=empty.dtype))
+    return found

@@ -1,0 +1,99 @@
+"""ResNet: stages of residual blocks, each with batch norms behind its convolutions and a ReLU behind its sum.
+
+Read it beside `ResNetBottleNeckLayer` and `ResNetBasicLayer`. The first block of a stage reads the width of the stage
+before it, so it is never dropped. Each block reads the residual stream without a norm that spans it: masks are on the
+inputs of the convolutions. The stem's width is pruned where it is that of the first stage (ResNet-18), and with it;
+elsewhere it stays, since the stock class drops a shortcut where the two are equal.
+
+Its config has no image size: MACs are those of 224 × 224 pixels, or of an `image_size` that was added to it.
+"""
+
+from __future__ import annotations
+
+from .spec import ArchSpec, Dim
+from .vit import image_sides
+
+NORM = ("weight", "bias", "running_mean", "running_var")
+
+
+def _lines(convolutions: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Parameters and buffers of convolutions and the batch norms behind them, by the path of the two."""
+    params: dict[str, str] = {}
+    buffers: dict[str, str] = {}
+    for path, axes in convolutions.items():
+        units = axes.partition(" ")[0]
+        params[f"{path}.convolution.weight"] = axes
+        params |= {f"{path}.normalization.{name}": units for name in NORM[:2]}
+        buffers |= {f"{path}.normalization.{name}": units for name in NORM[2:]}
+        buffers[f"{path}.normalization.num_batches_tracked"] = ""
+    return params, buffers
+
+
+OUTSIDE = {
+    "embedder.embedder": "embedding channels seven seven",
+    "encoder.stages.0.layers.0.shortcut": "hidden0 embedding one one",
+    "encoder.stages.{s}.layers.0.shortcut": "hidden{s} hidden{s-1} one one",
+}
+BOTTLENECK = _lines(
+    OUTSIDE
+    | {
+        "encoder.stages.0.layers.0.layer.0": "reduced0 embedding one one",
+        "encoder.stages.{s}.layers.0.layer.0": "reduced{s} hidden{s-1} one one",
+        "encoder.stages.{s}.layers.{i>0}.layer.0": "reduced{s} hidden{s} one one",
+        "encoder.stages.{s}.layers.{i}.layer.1": "mid{s} reduced{s} three three",
+        "encoder.stages.{s}.layers.{i}.layer.2": "hidden{s} mid{s} one one",
+    }
+)
+BASIC = _lines(
+    OUTSIDE
+    | {
+        "encoder.stages.0.layers.0.layer.0": "mid0 embedding three three",
+        "encoder.stages.{s}.layers.0.layer.0": "mid{s} hidden{s-1} three three",
+        "encoder.stages.{s}.layers.{i>0}.layer.0": "mid{s} hidden{s} three three",
+        "encoder.stages.{s}.layers.{i}.layer.1": "hidden{s} mid{s} three three",
+    }
+)
+FIXED = (
+    Dim("hidden{s}", "hidden_sizes[{s}]", scope="model"),
+    Dim("layers{s}", "depths[{s}]", scope="depth"),
+    Dim("embedding", "embedding_size", same_as="hidden0"),
+    Dim("label", "num_labels"),
+    Dim("one", "1"),
+    Dim("three", "3"),
+    Dim("four", "4"),
+    Dim("seven", "7"),
+    Dim("channels", "num_channels"),
+    Dim("height", lambda config: image_sides(config)[0]),
+    Dim("width", lambda config: image_sides(config)[1]),
+)
+
+RESNET = ArchSpec(
+    model_type="resnet",
+    stages=lambda config: len(config.depths),
+    layers={"layers{s}": "encoder.stages.{s}.layers"},
+    dims=(
+        Dim("reduced{s}", "hidden_sizes[{s}] // 4", scope="layer", stack="layers{s}"),
+        Dim("mid{s}", "hidden_sizes[{s}] // 4", scope="layer", stack="layers{s}"),
+        *FIXED,
+    ),
+    params=BOTTLENECK[0],
+    buffers=BOTTLENECK[1],
+    heads={"ForImageClassification": {"classifier.1.weight": "label hidden{last}", "classifier.1.bias": "label"}},
+    config={"embedding_size": "embedding", "hidden_sizes[{s}]": "hidden{s}", "depths[{s}]": "layers{s}"},
+    variants={
+        "layer_type": {
+            "basic": {
+                "dims": (Dim("mid{s}", "hidden_sizes[{s}]", scope="layer", stack="layers{s}"), *FIXED),
+                "params": BASIC[0],
+                "buffers": BASIC[1],
+                "must_equal": (("mid{s}", "hidden{s}"),),
+            }
+        }
+    },
+    records_positions=True,
+    outputs={"last_hidden_state": "hidden{last} _ _", "pooler_output": "hidden{last} _ _"},
+    tokens="one",
+    image="channels height width",
+    must_equal=(("reduced{s}", "mid{s}"), ("four reduced{s}", "hidden{s}")),
+    must_differ=(("embedding", "hidden0"),),
+)

@@ -1,0 +1,87 @@
+"""Networks in stages: a description that is written once for all stages, repeated for each of them.
+
+In any text of it, `{s}` is the stage, `{s-1}` the one before it and `{last}` the last one. An entry of a tuple or a
+mapping that mentions `{s}` stands for one entry a stage; one that mentions `{s-1}` too has none for the first stage,
+before which there is no other. So `Dim("hidden{s}", "hidden_sizes[{s}]")` is one dim a stage, and `"hidden{s}
+hidden{s-1} two two"` a convolution from one stage's width to the next one's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from .spec import ArchSpec
+
+PLACE = re.compile(r"\{(s|s-1|last)\}")
+
+
+def in_stages(spec: ArchSpec, count: int) -> ArchSpec:
+    """A description with every stage written out; one without stages as it is.
+
+    Args:
+        spec: the description.
+        count: its stages.
+    """
+    if spec.stages is None:
+        return spec
+    written = {
+        field.name: _written_out(getattr(spec, field.name), count)
+        for field in fields(spec)
+        if field.name not in ("stages", "families")
+    }
+    families = {
+        dim.name.replace("{s}", ""): tuple(dim.name.replace("{s}", str(stage)) for stage in range(count))
+        for dim in spec.dims
+        if "{s}" in dim.name
+    }
+    return replace(spec, **written, stages=None, families=families)
+
+
+def _written_out(value: Any, count: int) -> Any:
+    """A field of a description, its entries repeated and its texts filled in."""
+    if isinstance(value, dict):
+        return {
+            _filled(key, stage, count): _filled_or_written_out(inner, stage, count)
+            for key, inner in value.items()
+            for stage in _stages((key, inner) if not isinstance(inner, dict) else (key,), count)
+        }
+    if isinstance(value, tuple):
+        return tuple(_filled(entry, stage, count) for entry in value for stage in _stages(entry, count))
+    return _filled(value, 0, count)
+
+
+def _filled_or_written_out(value: Any, stage: int, count: int) -> Any:
+    return _written_out(value, count) if isinstance(value, dict) else _filled(value, stage, count)
+
+
+def _stages(entry: Any, count: int) -> range:
+    """Stages that an entry is repeated for."""
+    places = {place for text in _texts(entry) for place in PLACE.findall(text)}
+    return range(1 if "s-1" in places else 0, count) if places & {"s", "s-1"} else range(1)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, tuple):
+        for entry in value:
+            yield from _texts(entry)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _texts(getattr(value, field.name))
+
+
+def _filled(value: Any, stage: int, count: int) -> Any:
+    """A value with a stage's numbers in all of its texts."""
+    if isinstance(value, str):
+        numbers = {"s": stage, "s-1": stage - 1, "last": count - 1}
+        return PLACE.sub(lambda place: str(numbers[place[1]]), value)
+    if isinstance(value, tuple):
+        return tuple(_filled(entry, stage, count) for entry in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        changes = {field.name: _filled(getattr(value, field.name), stage, count) for field in fields(value)}
+        return replace(value, **changes)
+    return value
