@@ -17,7 +17,6 @@ import pytest
 import yaml
 from arch_table import heads
 
-import hf_dms
 from hf_dms.archs.bert import BERT
 from hf_dms.archs.llama import LLAMA
 from hf_dms.cli import _parser
@@ -116,12 +115,6 @@ def test_every_error_of_the_troubleshooting_page_is_raised_somewhere():
 
 
 # ---- the site ----
-def test_the_citation_has_the_version():
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert citation["version"] == hf_dms.__version__
-    assert "2405.07194" in str(citation["references"])
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")

@@ -1,0 +1,26 @@
+"""Prune a Llama (or Qwen, Gemma, ...) to 80 % of its layers' parameters, weights frozen.
+
+python examples/llama.py [MODEL TEXTS.jsonl STEPS]      # hf-dms fetch smollm2-135m gets the default model
+"""
+
+import sys
+
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, TrainingArguments
+
+from hf_dms import DMSConfig, DMSTrainer, save_pruned
+
+path, texts, steps = sys.argv[1:] or ["models/smollm2-135m", "recipes/data/sotu_train.jsonl", "100"]
+model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+rows = load_dataset("json", data_files=texts, split="train")
+trainer = DMSTrainer(
+    model=model,
+    args=TrainingArguments("outputs/example", max_steps=int(steps), per_device_train_batch_size=2, report_to="none"),
+    dms_config=DMSConfig(target=0.8, resource_scope="layers", prune=("kv", "mlp"), layout="uniform", pipeline="p-"),
+    train_dataset=rows.map(lambda row: tokenizer(row["text"], truncation=True, max_length=256), remove_columns="text"),
+    data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+)
+trainer.train()
+pruned = trainer.prune()
+save_pruned(pruned, "outputs/example/pruned", processor=tokenizer, overwrite=True)
+print(f"{model.num_parameters():,} -> {pruned.num_parameters():,} parameters, saved in outputs/example/pruned")
