@@ -6,9 +6,9 @@
 
 hf jobs uv run --flavor a10g-small --secrets HF_TOKEN examples/hf_jobs.py quickstart.yaml hub.repo_id=you/smaller
 
-The first argument is the name of a packaged recipe (`hf-dms recipes`); section.key=value overrides follow;
-model.path and data.path may be ids on the Hub. Until hf_dms is on the package index, replace the dependency above by the
-URL of a wheel or of a repository.
+The first argument is the name of a packaged recipe (`hf-dms recipes`); section.key=value overrides follow. model.path
+and data.path may be ids on the Hub. Until hf_dms is on the package index, replace the dependency above by the URL of a
+wheel.
 """
 
 import sys
