@@ -52,4 +52,4 @@ def _maths(match: re.Match) -> str:
         return match["code"]
     if match["block"]:
         return f'<div class="equation">{convert(match["block"].strip(), display="block")}</div>'
-    return convert(match["inline"])
+    return f"<span>{convert(match['inline'])}</span>"  # Markdown ends a paragraph at a line that begins with <math>
