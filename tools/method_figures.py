@@ -1,7 +1,7 @@
 """The pictures of the documentation: `python tools/method_figures.py docs/images`.
 
-Those of docs/method.md are drawn from the operator itself, that of the README from the sizes in `smollm2-per-layer.json`,
-which are those of `recipes/smollm2-per-layer.yaml` (seed 0, one CPU thread).
+Those of docs/method.md are drawn from the operator itself. That of the README is drawn from `smollm2-per-layer.json`,
+the sizes that `recipes/smollm2-per-layer.yaml` found (seed 0, one CPU thread).
 """
 
 from __future__ import annotations
