@@ -7,6 +7,7 @@ Nothing heavy is imported before a command runs, so that `hf-dms --help` answers
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -31,8 +32,13 @@ def main(arguments: list[str] | None = None) -> int:
     options.rest = rest
     register()
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stderr.isatty():
+        _no_bars_()
+    options.stdout = sys.stdout
     try:
-        return options.run(options)
+        # With --json, stdout holds the result alone: whatever else is printed on the way goes to stderr.
+        with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+            return options.run(options)
     except HfDmsError as error:
         if os.environ.get("HF_DMS_TRACEBACK"):
             raise
@@ -50,6 +56,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
+def _no_bars_() -> None:
+    """Switch off the progress bars of other libraries: a log file wants lines (training/progress.py writes some)."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") != "0":
+        disable_progress_bars()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-dms", description="Learn how wide and deep a Transformers model should be, and cut it to that size."
@@ -59,7 +75,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_measuring(commands)
     _add_results(commands)
     _add_supplies(commands)
+    for command in commands.choices.values():
+        command.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else on stdout")
     return parser
+
+
+def _show(options: argparse.Namespace, words: str, result: Any) -> None:
+    """Print the result of a command: in words, or with --json as data."""
+    if options.json:
+        print(json.dumps(result, indent=2, ensure_ascii=False), file=options.stdout, flush=True)
+    else:
+        print(words, flush=True)
 
 
 def _add_running(commands: Any) -> None:
@@ -108,7 +134,6 @@ def _add_measuring(commands: Any) -> None:
     bench.add_argument("--repeats", type=int, default=5, help="timed runs of each model")
     bench.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto")
     bench.add_argument("--device", help="default: an accelerator if there is one, else cpu")
-    bench.add_argument("--json", help="file for all numbers")
     bench.set_defaults(run=_bench)
 
 
@@ -153,14 +178,16 @@ def _prune(options: argparse.Namespace) -> int:
         from .experiment.cut_files import cut_by_plan
 
         cut = cut_by_plan(options.plan, model, output)
-        print(f"\nSaved to {output.path} ({cut['model_class']}).")
+        _show(options, f"\nSaved to {output.path} ({cut['model_class']}).", cut | {"path": output.path})
         return 0
     recipe = load_recipe(options.recipe, options.overrides)
     from .experiment.run import run
     from .report.numbers import loading_lines
+    from .report.page import read
     from .training.distributed import (  # torch and transformers, once the recipe itself is sound
         MainProcessError,
         end_processes,
+        is_main,
         print_on_main,
     )
 
@@ -175,6 +202,8 @@ def _prune(options: argparse.Namespace) -> int:
             print_on_main(f"\nIt continues:\n    {list(report['samples'][0]['outputs'].values())[-1]}")
         print_on_main(f"\nSaved to {recipe.output.path} ({report['model_class']}). Load it with\n")
         print_on_main(loading_lines(report["model_class"], recipe.output.path))
+    if options.json and is_main():
+        _show(options, "", read(recipe.output.path)[0])
     end_processes()
     return 0
 
@@ -184,17 +213,20 @@ def _validate(options: argparse.Namespace) -> int:
     from .experiment.recipe import load_recipe
 
     overrides = [word for word in options.recipes if "=" in word]
-    wrong = 0
+    found: list[dict[str, Any]] = []
     for path in options.recipes:
         if path in overrides:
             continue
         try:
             prepare(load_recipe(path, overrides))
+            found.append({"recipe": path, "ok": True})
             print(f"{path}: ok")
         except HfDmsError as error:
-            wrong += 1
+            found.append({"recipe": path, "ok": False, "error": str(error)})
             print(f"{path}: {error}", file=sys.stderr)
-    return 2 if wrong else 0
+    if options.json:
+        _show(options, "", found)
+    return 0 if all(row["ok"] for row in found) else 2
 
 
 def _eval(options: argparse.Namespace) -> int:
@@ -202,6 +234,8 @@ def _eval(options: argparse.Namespace) -> int:
 
     if not options.tasks and not options.data:
         raise HfDmsError("eval needs --tasks (of lm-evaluation-harness) or --data (a file).")
+    if options.json and options.tasks:
+        raise HfDmsError("--json is for --data. With --tasks, lm-evaluation-harness writes its JSON to --output_path.")
     paths = [path for path in (options.baseline, options.path) if path]
     for path in paths if options.tasks else ():
         print(f"{path}:", flush=True)
@@ -209,8 +243,12 @@ def _eval(options: argparse.Namespace) -> int:
     if options.data:
         columns = {name: getattr(options, name) for name in ("text_column", "image_column", "label_column")}
         data = whole_data(options.data, **columns)
+        rows = []
         for row in measure_files(paths, data, options.lengths, options.examples, options.batch_size):
+            rows.append(row)
             print(json.dumps(row), flush=True)
+        if options.json:
+            _show(options, "", rows)
     return 0
 
 
@@ -220,14 +258,17 @@ def _compare(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     from .experiment.compare import compare  # torch and transformers, once the recipe itself is sound
 
-    print(compare(recipe))
+    table = compare(recipe)
+    with open(os.path.join(recipe.output.path, "table.json"), encoding="utf-8") as file:
+        _show(options, table, json.load(file))
     return 0
 
 
 def _report(options: argparse.Namespace) -> int:
-    from .report.page import show
+    from .report.page import as_data, show
 
-    print(show(options.path, options.html, options.figures))
+    words = show(options.path, options.html, options.figures)
+    _show(options, words, as_data(options.path) if options.json else None)
     return 0
 
 
@@ -237,10 +278,7 @@ def _bench(options: argparse.Namespace) -> int:
 
     names = ("path", "baseline", "sequence_length", "new_tokens", "repeats", "dtype", "device")
     result = bench(**{name: getattr(options, name) for name in names}, batch_sizes=tuple(options.batch_sizes))
-    print(bench_table(result))
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            file.write(json.dumps(result, indent=2) + "\n")
+    _show(options, bench_table(result), result)
     return 0
 
 
@@ -248,7 +286,8 @@ def _push(options: argparse.Namespace) -> int:
     from .checkpoint.hub import push
 
     place = {"private": options.private, "revision": options.revision}
-    print(f"Pushed to {push(options.path, options.repo, **place, commit_message=options.message)}")
+    address = push(options.path, options.repo, **place, commit_message=options.message)
+    _show(options, f"Pushed to {address}", {"url": address})
     return 0
 
 
@@ -257,17 +296,19 @@ def _fetch(options: argparse.Namespace) -> int:
     from .experiment.fetch import ASSETS, fetch
 
     if options.name is None:
-        print("\n".join(f"{name}: {asset.about}" for name, asset in ASSETS.items()))
+        about = {name: asset.about for name, asset in ASSETS.items()}
+        _show(options, "\n".join(f"{name}: {words}" for name, words in about.items()), about)
         return 0
     folder = fetch(options.name, options.folder)
-    print(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+    files = sorted(file.name for file in folder.iterdir())
+    _show(options, f"{folder}: {', '.join(files)}", {"folder": str(folder), "files": files})
     return 0
 
 
 def _recipes(options: argparse.Namespace) -> int:
-    from .experiment.packaged import list_of_recipes
+    from .experiment.packaged import list_of_recipes, packaged_recipes, recipe_names
 
-    print(list_of_recipes())
+    _show(options, list_of_recipes(), {"folder": str(packaged_recipes()), "recipes": recipe_names()})
     return 0
 
 
@@ -276,7 +317,7 @@ def _launch_config(options: argparse.Namespace) -> int:
 
     content = launch_config(options.name)
     if options.file is None:
-        print(content, end="")
+        _show(options, content.rstrip("\n"), content)
     elif os.path.exists(options.file):
         raise HfDmsError(f"{options.file} exists. Say another file, or remove it.")
     else:
@@ -290,11 +331,14 @@ def _archs(options: argparse.Namespace) -> int:
 
     if options.name is not None and options.name not in ARCHS:
         raise HfDmsError(f"There is no architecture '{options.name}'. Supported: {', '.join(sorted(ARCHS))}.")
+    lines, found = [], {}
     for name, spec in sorted(ARCHS.items()):
         if options.name in (None, name):
-            print(f"{name}: prunes {', '.join(spec.prunable)}")
+            lines.append(f"{name}: prunes {', '.join(spec.prunable)}")
+            found[name] = {"prunes": list(spec.prunable), "params": dict(spec.params), "heads": dict(spec.heads)}
             if options.name:
-                print("\n".join(f"  {parameter}: {axes}" for parameter, axes in spec.params.items()))
-                for head, lines in spec.heads.items():
-                    print("\n".join(f"  {parameter}: {axes}  (…{head})" for parameter, axes in lines.items()))
+                lines += [f"  {parameter}: {axes}" for parameter, axes in spec.params.items()]
+                for head, params in spec.heads.items():
+                    lines += [f"  {parameter}: {axes}  (…{head})" for parameter, axes in params.items()]
+    _show(options, "\n".join(lines), found)
     return 0

@@ -1,12 +1,13 @@
 """The command line in its own process."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 
 from hf_dms.archs.registry import ARCHS
-from hf_dms.cli import main
+from hf_dms.cli import _parser, main
 
 
 def test_help_needs_neither_torch_nor_transformers(tmp_path):
@@ -39,3 +40,48 @@ def test_an_unknown_command_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["prun"])
     assert "invalid choice" in capsys.readouterr().err
+
+
+# ---- for programs and log files ----
+@pytest.mark.parametrize(
+    ("command", "holds"),
+    [
+        (["archs", "llama"], lambda found: found["llama"]["prunes"] == ["kv", "mlp", "hidden", "layers"]),
+        (["recipes"], lambda found: "quickstart.yaml" in found["recipes"]),
+        (["fetch"], lambda found: "smollm2-135m" in found),
+        (["launch-config", "ddp"], lambda found: "distributed_type" in found),
+        (["validate", "no-such.yaml"], lambda found: not found[0]["ok"] and "no-such.yaml" in found[0]["error"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_json_is_all_that_stdout_holds(command, holds, capsys):
+    assert main([*command, "--json"]) == (2 if command[0] == "validate" else 0)
+    assert holds(json.loads(capsys.readouterr().out))
+
+
+def test_every_command_takes_json():
+    commands = next(action for action in _parser()._actions if action.choices).choices
+    assert len(commands) > 10
+    assert [name for name, command in commands.items() if "--json" not in command.format_help()] == []
+
+
+def test_a_prune_prints_its_report_as_json_and_again_when_it_is_finished(recipe, capsys):
+    for _ in range(2):
+        code, out = recipe("--json")
+        assert code == 0
+        assert json.loads(capsys.readouterr().out) == json.loads((out / "dms_report.json").read_text())
+    assert main(["report", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["report"]["model_class"] == "LlamaForCausalLM"
+    assert {verdict["runtime"] for verdict in found["runtimes"]} >= {"transformers", "vLLM"}
+
+
+def test_a_log_file_has_no_bars_and_no_colours(recipe, tmp_path):
+    recipe()  # writes recipe.yaml
+    command = [sys.executable, "-m", "hf_dms", "prune", str(tmp_path / "recipe.yaml"), "output.overwrite=true"]
+    done = subprocess.run([*command, "train.disable_tqdm=false"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for text in (done.stdout, done.stderr):
+        assert "\r" not in text
+        assert "\x1b[" not in text
+        assert "it/s" not in text

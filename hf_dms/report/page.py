@@ -7,6 +7,7 @@ script and fetches nothing, and its own content policy forbids both.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,12 @@ def _plus_minus(error: float | None) -> str:
 
 
 # ---- `hf-dms report` -------------------------------------------------------------------------------------------------
+def as_data(path: str) -> dict[str, Any]:
+    """What `show` says, for programs: the report, None if there is none, and what the runtimes do with the model."""
+    report, config = read(path)
+    return {"report": report, "runtimes": [asdict(verdict) for verdict in verdicts(config)]}
+
+
 def show(path: str, page: str | None = None, figures: str | None = None) -> str:
     """Write a report's page anew, and its figures if asked; what they say in words.
 
