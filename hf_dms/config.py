@@ -47,61 +47,64 @@ class DMSConfig:
         "(bytes of key-value cache per token).",
     )
     resource_scope: str = _option(
-        "model", "model counts everything; layers counts the stack of layers alone, most papers' 'sparsity'."
+        "model", "model counts everything. layers counts the stack of layers alone, as most papers do."
     )
     sequence_length: int | None = _option(
-        None, "Tokens per sequence, for macs. Default: the data's. For images their size decides, whatever is here."
+        None, "Tokens per sequence, which the MACs of attention depend on. Default: the data's. Ignored for images."
     )
     prune: tuple[str, ...] | None = _option(
-        None, "Names of the dims to prune, of those that the architecture has (`hf-dms archs`). Default: all it has."
+        None, "Names of the dims to prune. Default: all that the architecture has; `hf-dms archs` lists them."
     )
     layout: str = _option(
         "uniform",
-        "uniform: one prune ratio per dim for all layers, the result is a stock model. per_layer: every layer has its "
-        "own, as in the paper; the result is a dms_* model (loads with hf_dms, or with trust_remote_code). padded: the "
-        "same with zeros up to the widest layer, a stock model that computes exactly that; larger than the target, "
-        "which counts what is kept.",
+        "The checkpoint format. uniform: all layers share one prune ratio per dim, and the result is a stock model. "
+        "per_layer: every layer has its own ratios, as in the paper, and the result is a dms_* model, which loads "
+        "with hf_dms or with trust_remote_code. padded: the per_layer cut, filled with zeros up to the widest layer, "
+        "so that it is a stock model; the target counts only the kept units, not the zeros.",
     )
-    round_to: dict[str, int] = _mapping("Multiple that a dim's size is rounded to, e.g. {mlp: 64}. Default: 1.")
+    round_to: dict[str, int] = _mapping(
+        "Multiple that the size of a dim is rounded to, per dim, e.g. {mlp: 64}. Default: 1."
+    )
     protect: dict[str, Any] = _mapping(
-        "What is never cut. layers: list of layer indices kept whole (negative ones count from the end); "
-        "dims: list of dim names; min and max: smallest and largest size per dim, e.g. {min: {mlp: 256}}.",
+        "What is never cut. layers: indices of layers that stay whole (negative ones count from the end). "
+        "dims: names of dims that stay whole. min and max: smallest and largest size per dim, e.g. {min: {mlp: 256}}.",
     )
     pipeline: str = _option(
         "p",
-        "p: pretrained weights train during the search. np: randomly initialised weights do. "
-        "p-: weights are frozen, only the prune ratios move.",
+        "p: pretrained weights train during the search. np: randomly initialised weights train during the search. "
+        "p-: pretrained weights are frozen, and only the prune ratios train.",
     )
     strategy: str = _option(
         "dms",
-        "How structure is chosen. dms: by the search. Or by another strategy of docs/strategies.md, such as flap or "
-        "taylor, which looks at `train.max_steps` batches once, or by your own, as module:NAME. Weights stay frozen.",
+        "How structure is chosen. dms: by the search. Any other strategy of docs/strategies.md, such as flap or "
+        "taylor, looks at `train.max_steps` batches once, with frozen weights. Your own strategy is module:NAME.",
     )
     search_over: str = _option(
         "masks",
-        "What the ratios are learned on. masks: units fade out, the rest stays as it is. refitted: the maps that write "
-        "into the residual stream are refitted by least squares at every width, and the ratio goes between widths, so "
-        "that the search sees the model as `repair_` will leave it. For frozen weights (pipeline p-) and a repair "
-        "afterwards; units of kv, heads and mlp go in the order of what their removal costs after a refit.",
+        "What the ratios are learned on. masks: units fade out, and the other weights stay as they are. refitted: the "
+        "maps that write into the residual stream are refitted by least squares at every width, so the search sees the "
+        "model as `repair_` will leave it. It needs frozen weights (pipeline p-) and a repair afterwards. Units of kv, "
+        "heads and mlp are then ordered by what their removal costs after a refit.",
     )
     sharpness: float | None = _option(
         None,
-        "Steepness λ of the soft mask, as a multiple of a dim's number of units N. Default: λ = N, but not below "
-        "min(8 N, 256), so that a short dim (heads, layers) is open at ratio 0.",
+        "Steepness λ of the soft mask, as a multiple of the number of units N of a dim. Default: λ = N, but at least "
+        "min(8 N, 256), so that the mask of a short dim (heads, layers) is open at ratio 0.",
     )
     importance_decay: float = _option(0.99, "Decay of the moving average of the Taylor importance, in [0, 1).")
     warmup_steps: int = _option(
-        8, "Steps in which every mask is exactly 1 and only importance is gathered, before the ratios may move."
+        8, "Steps at the start in which every mask is exactly 1 and only importance is gathered."
     )
     target_schedule: str = _option(
         "geometric",
-        "How the target falls: geometric, from 1 to target over the first `target_ramp` of the search; or constant.",
+        "How the target falls. geometric: from 1 to target over the first `target_ramp` of the search. constant: not "
+        "at all.",
     )
-    target_ramp: float = _option(0.7, "Fraction of the search over which a falling target reaches its end, in (0, 1].")
+    target_ramp: float = _option(0.7, "Fraction of the search over which the target falls, in (0, 1].")
     decide_at: float = _option(
         0.85,
-        "Fraction of the search after which layers, heads and KV groups get the whole sizes that they will have in the "
-        "cut, and hard masks; MLP widths learn on until the end. 1: nothing is decided before the cut.",
+        "Fraction of the search after which layers, heads and KV groups get the whole sizes of the cut, and hard "
+        "masks. MLP widths learn on until the end. 1: nothing is decided before the cut.",
     )
     resource_weight: float = _option(10.0, "λ_resource, the weight of the resource loss beside the task loss.")
     gate_learning_rate: float | None = _option(
@@ -109,8 +112,8 @@ class DMSConfig:
     )
     max_nonfinite_steps: int = _option(
         10,
-        "Steps in a row whose loss or gradients are not finite, before the search, or the training before or after it, "
-        "stops. Each is skipped: weights, ratios and importance stay.",
+        "Number of steps in a row whose loss or gradients are not finite, after which a search or a training stops. "
+        "Each such step is skipped: weights, ratios and importance stay as they were.",
     )
 
     def __post_init__(self) -> None:

@@ -50,7 +50,7 @@ def fetch(name: str, folder: str | None = None) -> Path:
         raise HfDmsError(f"There is nothing called '{name}' to fetch. There are {', '.join(ASSETS)}.")
     out = Path(folder or f"models/{name}")
     if out.is_file():
-        raise HfDmsError(f"{out} is a file. Say a folder that is not there yet: hf-dms fetch {name} FOLDER.")
+        raise HfDmsError(f"{out} is a file. Give a folder that does not exist yet: hf-dms fetch {name} FOLDER.")
     if out.is_dir() and any(out.iterdir()):
         return out
     asset = ASSETS[name]

@@ -193,7 +193,7 @@ def _check_trained_weights(recipe: Recipe) -> None:
     pipeline, quantization = recipe.dms.pipeline, recipe.model.quantization
     if recipe.lora is not None and pipeline != "p":
         raise HfDmsError(
-            f"lora trains beside pretrained weights that are frozen, and dms.pipeline is {pipeline}: say pipeline p."
+            f"lora trains beside pretrained weights that are frozen, and dms.pipeline is {pipeline}: use pipeline p."
         )
     if recipe.dms.strategy != SEARCH and (recipe.lora is not None or quantization is not None):
         given = "lora" if recipe.lora is not None else "model.quantization"
@@ -204,13 +204,13 @@ def _check_trained_weights(recipe: Recipe) -> None:
     if quantization is not None and (pipeline == "np" or (pipeline == "p" and recipe.lora is None)):
         raise HfDmsError(
             f"model.quantization: weights in {quantization} cannot train, which dms.pipeline {pipeline} asks for. "
-            "Say pipeline p-, or add a lora section."
+            "Use pipeline p-, or add a lora section."
         )
     if quantization is not None and recipe.finetune:
         raise HfDmsError("model.quantization packs the weights of model.path, not fine-tuned ones: leave one out.")
     if recipe.recover.lora is not None and recipe.dms.layout == "padded":
         raise HfDmsError(
-            "recover.lora with dms.layout padded: adapters would fill the zeros. Say layout per_layer, or retrain all "
+            "recover.lora with dms.layout padded: adapters would fill the zeros. Use layout per_layer, or train all "
             "weights, which leaves the zeros as they are."
         )
 

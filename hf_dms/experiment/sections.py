@@ -18,12 +18,15 @@ class ModelConfig:
     path: str = field(  # type: ignore[assignment]  # None is refused below
         default=None, metadata={"help": "Folder or Hub id of the dense model. Required."}
     )
-    task: str = field(default="text-generation", metadata={"help": f"What it is for: {', '.join(TASKS)}."})
+    task: str = field(default="text-generation", metadata={"help": f"What the model is for: {', '.join(TASKS)}."})
     dtype: str = field(default="auto", metadata={"help": "auto (the checkpoint's), float32, bfloat16 or float16."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2, ..."})
     quantization: str | None = field(
-        default=None, metadata={"help": "8bit or 4bit (bitsandbytes): search on packed weights, cut the whole ones."}
+        default=None,
+        metadata={
+            "help": "8bit or 4bit (bitsandbytes): the search runs on packed weights, the cut takes the unpacked ones."
+        },
     )
 
     base: str | None = field(
@@ -50,7 +53,9 @@ class EvalConfig:
 
     examples: int | None = field(
         default=None,
-        metadata={"help": "Held-out examples to measure on, at most. Default: 64 for text-generation, otherwise all."},
+        metadata={
+            "help": "At most so many held-out examples are measured. Default: 64 for text-generation, otherwise all."
+        },
     )
     batch_size: int = field(default=4, metadata={"help": "Examples per forward pass."})
     texts: dict[str, str] = field(
@@ -61,14 +66,14 @@ class EvalConfig:
         },
     )
     prompt: str | list[str] = field(
-        default="", metadata={"help": "Text or texts that the dense and the pruned model continue, for the report."}
+        default="", metadata={"help": "Text, or a list of texts, that both models continue for the report."}
     )
-    new_tokens: int = field(default=40, metadata={"help": "Tokens of such a continuation."})
+    new_tokens: int = field(default=40, metadata={"help": "Tokens of each continuation of a prompt."})
     samples: int = field(
         default=4,
         metadata={
-            "help": "Held-out examples of a classifier that the report shows, with both models' predictions; 0 "
-            "keeps the data out of it."
+            "help": "Held-out examples of a classifier that the report shows with both models' predictions. 0 keeps "
+            "the data out of the report."
         },
     )
 
@@ -94,7 +99,8 @@ class CompareConfig:
     )
     targets: list[float] = field(default_factory=list, metadata={"help": "Budgets. Default: dms.target."})
     seeds: list[int] = field(
-        default_factory=lambda: [0], metadata={"help": "Of the order of the examples, and all else."}
+        default_factory=lambda: [0],
+        metadata={"help": "Seeds of the order of the examples and of everything else that is random."},
     )
     tokens: int | None = field(
         default=None,
@@ -104,7 +110,7 @@ class CompareConfig:
         },
     )
     texts: dict[str, str] = field(
-        default_factory=dict, metadata={"help": "Further files to measure on, by name, of another domain for instance."}
+        default_factory=dict, metadata={"help": "Further files to measure on, by name, such as text of another domain."}
     )
 
     def __post_init__(self) -> None:
@@ -133,9 +139,11 @@ class OutputConfig:
 class HubConfig:
     """The `hub` section of a recipe: where the result is pushed to when it is saved."""
 
-    repo_id: str | None = field(default=None, metadata={"help": "namespace/name on the Hub. Default: no push."})
+    repo_id: str | None = field(
+        default=None, metadata={"help": "Repository on the Hub, namespace/name. Default: no push."}
+    )
     private: bool | None = field(
-        default=None, metadata={"help": "Whether a repository that is made is private. Default: the account's."}
+        default=None, metadata={"help": "Whether a new repository is private. Default: the setting of the account."}
     )
     revision: str | None = field(default=None, metadata={"help": "Branch to push to. Default: main."})
 
@@ -148,12 +156,14 @@ class HubConfig:
 class RepairConfig:
     """The `recover.repair` section: least squares on the maps that write into the residual stream, see repair.py."""
 
-    examples: int = field(default=64, metadata={"help": "Examples of the training data to repair on, evenly spaced."})
+    examples: int = field(
+        default=64, metadata={"help": "Number of examples of the training data to repair on, evenly spaced."}
+    )
     ridge: float | None = field(
         default=None,
         metadata={
-            "help": "How strongly a weight is held back, relative to the mean square of its inputs. Default: chosen "
-            "for each map on held-out examples."
+            "help": "How strongly a weight is held at its old value, relative to the mean square of its inputs. "
+            "Default: chosen for each map on held-out examples."
         },
     )
 
@@ -171,10 +181,11 @@ class RecoverConfig:
     repair: RepairConfig | None = None
     distillation: DistillationConfig | None = None
     data: DataConfig | None = field(
-        default=None, metadata={"help": "What is retrained on, such as instructions; default: what was searched on."}
+        default=None,
+        metadata={"help": "Data to train on after the cut, such as instructions. Default: the data of the search."},
     )
     lora: dict[str, Any] | None = field(
-        default=None, metadata={"help": "peft.LoraConfig of the retraining; default: all weights train."}
+        default=None, metadata={"help": "peft.LoraConfig for the training after the cut. Default: all weights train."}
     )
     train: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "All other keys: TrainingArguments of a retraining, if there are any."}

@@ -43,7 +43,7 @@ class DataConfig:
             "dataset. Text is UTF-8. Required."
         },
     )
-    name: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
+    name: str | None = field(default=None, metadata={"help": "Name of the configuration of a dataset on the Hub."})
     split: str = field(default="train", metadata={"help": "Split to search on."})
     text_column: str = field(
         default="text", metadata={"help": "Column with the text, or with chat messages (the chat template is applied)."}

@@ -12,9 +12,12 @@ class DistillationConfig:
     """The `recover.distillation` section: the dense model teaches the pruned one (Hinton et al., arXiv 1503.02531)."""
 
     weight: float = field(
-        default=0.5, metadata={"help": "Share of the teacher in the loss, the rest is the labels', in (0, 1]."}
+        default=0.5,
+        metadata={"help": "Share of the teacher in the loss, in (0, 1]. The rest is the loss on the labels."},
     )
-    temperature: float = field(default=2.0, metadata={"help": "What both models' logits are divided by."})
+    temperature: float = field(
+        default=2.0, metadata={"help": "Temperature: the logits of both models are divided by it."}
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.weight <= 1:

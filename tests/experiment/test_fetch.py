@@ -63,7 +63,7 @@ def test_unknown_names_and_files_in_the_way_are_named(tmp_path, capsys):
     assert main(["fetch", "gpt-9"]) == 2
     assert "There is nothing called 'gpt-9' to fetch. There are smollm2-135m, minilm, vit" in capsys.readouterr().err
     (tmp_path / "file").touch()
-    with pytest.raises(HfDmsError, match=r"file is a file\. Say a folder"):
+    with pytest.raises(HfDmsError, match=r"file is a file\. Give a folder"):
         fetch.fetch("minilm", str(tmp_path / "file"))
 
 
@@ -133,7 +133,7 @@ def test_a_launch_config_is_printed_or_written(name, tmp_path, capsys):
     assert main(["launch-config", name, str(file)]) == 0
     assert file.read_text(encoding="utf-8") == printed
     assert main(["launch-config", name, str(file)]) == 2
-    assert "config.yaml exists. Say another file" in capsys.readouterr().err
+    assert "config.yaml exists. Choose another file" in capsys.readouterr().err
 
 
 def test_an_unknown_launch_config_lists_those_there_are(capsys):
