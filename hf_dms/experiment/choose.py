@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..cut.prune import prune
 from ..gating.attach import attach_
+from ..refit.batch_norms import BATCHES, batch_norms, estimate_batch_norms_
 from ..strategies.one_shot import choose_, criterion_of
 from ..tasks.task import Examples
 from .recipe import Recipe
@@ -80,6 +81,7 @@ def cut_by_criterion(
     attach_(model, recipe.dms)
     choose_(model, name, Batches(examples, used, size, model.device))
     inputs = Batches(examples, 1, 1, model.device)[0]
-    return prune(
-        model, inputs={key: value for key, value in inputs.items() if key != "labels"}
-    ), used * criterion.passes
+    pruned = prune(model, inputs={key: value for key, value in inputs.items() if key != "labels"})
+    if batch_norms(pruned):
+        estimate_batch_norms_(pruned, Batches(examples, min(BATCHES * size, len(examples.train)), size, model.device))
+    return pruned, used * criterion.passes

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ..archs.restoring import evaluating, restoring
 from ..errors import HfDmsError
 
+BATCHES = 64  # that statistics are taken from, where there is more data
+
 
 def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     """The batch norms of a model that keep running statistics; those that are frozen by their class are none."""

@@ -21,20 +21,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..archs.plain_view import plain_weight, submodule
-from ..gating.attach import gates_of, masked_inputs
+from ..gating.attach import gates_of, masked_inputs, unit_axis
 from .allocate import Batches, Criterion, Scores
 
 
 class _Moments:
-    """Sums over positions of a map's inputs: how many, Σx and Σx², per input, in float64."""
+    """Sums over positions of a map's inputs, on one axis: how many, Σx and Σx², per input, in float64."""
 
-    def __init__(self, inputs: int) -> None:
+    def __init__(self, inputs: int, axis: int = -1) -> None:
+        self.axis = axis
         self.count = 0
         self.total = torch.zeros(inputs, dtype=torch.float64)
         self.squares = torch.zeros(inputs, dtype=torch.float64)
 
     def __call__(self, module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        rows = arguments[0].detach().flatten(0, -2).double().cpu()
+        rows = arguments[0].detach().movedim(self.axis, -1).flatten(0, -2).double().cpu()
         self.count += len(rows)
         self.total += rows.sum(0)
         self.squares += rows.square().sum(0)
@@ -55,7 +56,7 @@ def _moments(model: PreTrainedModel, batches: Batches) -> dict[str, list[tuple[i
     handles = []
     for name in gates.dims:
         for path, row, shape in masked_inputs(gates.attachment.bound, name):
-            moments = _Moments(shape[0] * shape[1] * shape[2])
+            moments = _Moments(shape[0] * shape[1] * shape[2], unit_axis(gates.attachment.bound, path))
             handles.append(submodule(model, path).register_forward_pre_hook(moments))
             found[name].append((row, shape, path, moments))
     gates.rounded = {name: torch.full((dim.rows,), dim.units) for name, dim in gates.dims.items()}  # nothing is masked
@@ -114,7 +115,8 @@ def _scores(
     scores = {name: torch.zeros(dim.rows, dim.units, dtype=torch.float64) for name, dim in gates.dims.items()}
     for name, maps in _moments(model, batches).items():
         for row, shape, path, moments in maps:
-            per_input = metric(plain_weight(model, f"{path}.weight").double().cpu(), moments)
+            weight = plain_weight(model, f"{path}.weight").double().cpu()
+            per_input = metric(weight.movedim(1, -1).flatten(0, -2), moments)  # a kernel has outputs at every place
             scores[name][row] += pool(per_input.view(shape).movedim(1, 0).flatten(1), -1)
     return scores
 

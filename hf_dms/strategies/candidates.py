@@ -151,9 +151,9 @@ def zico(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def zico_score(model: PreTrainedModel, masks: Masks, batches: Batches) -> Fitness:
-    """ZiCo's score of the masked model, over the matrices inside its layers."""
+    """ZiCo's score of the masked model, over the matrices and kernels inside its layers."""
     bound = gates_of(model).attachment.bound
-    names = [name for name, param in bound.params.items() if param.layer is not None and len(param.axes) == 2]
+    names = [name for name, param in bound.params.items() if param.layer is not None and len(param.axes) in (2, 4)]
     weights = [model.get_parameter(name) for name in names]
 
     def fitness(candidate: Masks) -> float:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..archs.plain_view import submodule
 from ..gates import Gates
-from ..gating.attach import gates_of, masked_inputs
+from ..gating.attach import gates_of, masked_inputs, unit_axis
 from ..refit.curvature import frozen
 from ..resource import resource_loss, scheduled_target
 from .allocate import Batches, Scores
@@ -82,10 +82,12 @@ def masked_by(model: PreTrainedModel) -> Iterator[Masks]:
     for name in gates.dims:
         if name in bound.stacks:
             for layer, module in enumerate(submodule(model, bound.stacks[name]).children()):
-                hook = _on_residual(masks, name, layer)
-                handles.append(module.register_forward_hook(hook, with_kwargs=True))
+                if layer not in bound.fixed_layers[name]:
+                    hook = _on_residual(masks, name, layer)
+                    handles.append(module.register_forward_hook(hook, with_kwargs=True))
         for path, row, shape in masked_inputs(bound, name):
-            handles.append(submodule(model, path).register_forward_pre_hook(_on_inputs(masks, name, row, shape)))
+            inputs = _on_inputs(masks, name, row, shape, unit_axis(bound, path))
+            handles.append(submodule(model, path).register_forward_pre_hook(inputs))
     gates.rounded = {name: torch.full((dim.rows,), dim.units) for name, dim in gates.dims.items()}
     try:
         yield masks
@@ -95,10 +97,11 @@ def masked_by(model: PreTrainedModel) -> Iterator[Masks]:
             handle.remove()
 
 
-def _on_inputs(masks: Masks, name: str, row: int, shape: tuple[int, int, int]) -> Any:
+def _on_inputs(masks: Masks, name: str, row: int, shape: tuple[int, int, int], axis: int) -> Any:
     def hook(module: nn.Module, args: tuple) -> tuple:
         mask = masks[name][row][None, :, None].expand(shape).reshape(-1)
-        return (args[0] * mask.to(args[0].dtype), *args[1:])
+        masked = args[0].movedim(axis, -1) * mask.to(args[0].dtype)
+        return (masked.movedim(-1, axis), *args[1:])
 
     return hook
 

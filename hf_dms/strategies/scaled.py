@@ -71,7 +71,7 @@ def fold_(model: PreTrainedModel, scales: Masks) -> None:
     for name, scale in scales.items():
         for path, row, shape in masked_inputs(bound, name):
             weight: Tensor = submodule(model, path).weight  # type: ignore[assignment]
-            weight.mul_(scale[row][None, :, None].expand(shape).reshape(-1).to(weight.dtype))
+            weight.movedim(1, -1).mul_(scale[row][None, :, None].expand(shape).reshape(-1).to(weight.dtype))
 
 
 def scaled_scores(model: PreTrainedModel, batches: Batches) -> Scores:

@@ -31,15 +31,13 @@ from ..errors import HfDmsError
 from ..gates import Gates
 from ..gating.attach import attach_, freeze_, frozen_mode_, gates_of
 from ..gating.outcome import SearchOutcome, say_outcome, search_outcome
-from ..refit.batch_norms import batch_norms, estimate_batch_norms_
+from ..refit.batch_norms import BATCHES, batch_norms, estimate_batch_norms_
 from ..tasks.evaluate import evenly_spaced
 from .distributed import check_launch, check_plugin, leave_gates_out_, unsharded, without_ddp_for_frozen
 from .exact_resume import ExactCheckpointsMixin, loss_is_summed_over_micro_batches
 from .progress import show_progress_
 from .refitting import RefitCallback
 from .step_guard import FiniteStepsMixin
-
-BATCH_NORM_BATCHES = 64  # that the running statistics of a cut model are the mean of
 
 
 class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
@@ -140,7 +138,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         with _without_autocast(self._unwrapped(), self.accelerator) as model:
             pruned = prune(unsharded(model), inputs=self.example_inputs())
         if batch_norms(pruned):
-            estimate_batch_norms_(pruned, self._some_batches(BATCH_NORM_BATCHES))
+            estimate_batch_norms_(pruned, self._some_batches(BATCHES))
         if self._use_cache is not None:
             pruned.config.use_cache = self._use_cache
         return pruned

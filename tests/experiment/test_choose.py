@@ -1,18 +1,28 @@
 """`dms.strategy`: a recipe whose units are chosen without a search, through the same stages to the same folder."""
 
+import copy
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.laws import tiny
 from helpers.tiny import tiny_llama, token_batch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ResNetForImageClassification,
+    TrainingArguments,
+    default_data_collator,
+)
 
 import hf_dms.experiment.stages as stages
-from hf_dms import DMSConfig, DMSTrainer, attach_, choose_, plan_of, prune
-from hf_dms.experiment.choose import Batches, shuffled
+from hf_dms import DMSConfig, DMSTrainer, attach_, choose_, estimate_batch_norms_, plan_of, prune
+from hf_dms.experiment.choose import Batches, cut_by_criterion, shuffled
 from hf_dms.gating.attach import gates_of
 from hf_dms.gating.outcome import search_outcome
+from hf_dms.refit.batch_norms import batch_norms
 from hf_dms.tasks.data import DataConfig
 from hf_dms.tasks.generation import load_sequences
 from hf_dms.tasks.task import Examples
@@ -102,3 +112,18 @@ def test_batches_are_collated_when_asked_for_and_slices_are_of_the_same_examples
     assert seen == [2, 3, 4, 5]
     mixed = Batches(shuffled(examples, 1), 10, 10)[0]["input_ids"].flatten().tolist()
     assert sorted(mixed) == list(range(10)) != mixed
+
+
+def test_a_chosen_cut_has_batch_norms_of_its_own():
+    rows = [{"pixel_values": torch.full((2, 16, 16), float(index)), "labels": index % 3} for index in range(8)]
+    examples = Examples(rows, [], default_data_collator, (), "images")
+    model = tiny(ResNetForImageClassification)
+    before = [norm.running_mean.clone() for norm in batch_norms(model)]
+    recipe = SimpleNamespace(dms=DMSConfig(target=0.8, layout="per_layer", prune=("reduced", "mid")))
+    pruned, seen = cut_by_criterion(model, recipe, "magnitude", examples, 8, 4)
+    assert seen == 0
+    expected = copy.deepcopy(pruned)
+    estimate_batch_norms_(expected, Batches(examples, 8, 4))
+    for norm, other in zip(batch_norms(pruned), batch_norms(expected)):
+        torch.testing.assert_close(norm.running_mean, other.running_mean)
+    assert not torch.equal(batch_norms(pruned)[0].running_mean, before[0])  # the stem's, which is not narrower

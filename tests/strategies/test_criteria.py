@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.laws import batch_for, tiny
 from helpers.tiny import relative_difference, tiny_llama, token_batch
+from transformers import ResNetForImageClassification
 
 from hf_dms import DMSConfig, HfDmsError, attach_, one_shot_obs_plan, prune
 from hf_dms.archs.plain_view import submodule
@@ -190,16 +191,41 @@ def test_every_criterion_leads_to_a_cut_that_keeps_the_budget(name, layout):
 
 
 @pytest.mark.parametrize("name", [name for name, criterion in CRITERIA.items() if "layer" in criterion.dims])
-@pytest.mark.parametrize("kind", ["BertForSequenceClassification", "ViTForImageClassification"])
-def test_criteria_serve_encoders_of_text_and_images(name, kind):
+@pytest.mark.parametrize(
+    ("kind", "dims"),
+    [
+        ("BertForSequenceClassification", ("heads", "mlp")),
+        ("ViTForImageClassification", ("heads", "mlp")),
+        ("ConvNextForImageClassification", ("mlp",)),
+        ("ResNetForImageClassification", ("reduced", "mid")),
+    ],
+)
+def test_criteria_serve_encoders_of_text_and_images(name, kind, dims):
     import transformers
 
     model = tiny(getattr(transformers, kind))
     batch = batch_for(model)
     labels = torch.zeros(len(next(iter(batch.values()))), dtype=torch.long)
-    attach_(model, DMSConfig(target=0.8, layout="per_layer", prune=("heads", "mlp")))
+    attach_(model, DMSConfig(target=0.9, layout="per_layer", prune=dims))
+    if name == "kfac_obs" and kind.startswith(("ConvNext", "ResNet")):
+        with pytest.raises(HfDmsError, match="has several stacks of layers"):
+            choose_(model, name, 4 * [batch | {"labels": labels}])
+        return
     choose_(model, name, 4 * [batch | {"labels": labels}])
     assert sum(p.numel() for p in prune(model).parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_activation_criteria_look_at_a_convolution_s_inputs_at_every_position():
+    model = tiny(ResNetForImageClassification)
+    seen, path = [], "resnet.encoder.stages.1.layers.1.layer.1.convolution"
+    hook = submodule(model, path).register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    model(**batch_for(model))
+    hook.remove()
+    x, weight = seen[0].double(), submodule(model, path).weight.detach().double()
+    attach_(model, DMSConfig(target=0.9, layout="per_layer", prune=("reduced",)))
+    norm = torch.stack([x[:, unit].norm() for unit in range(x.shape[1])])
+    expected = torch.stack([weight[:, unit].abs().sum() for unit in range(x.shape[1])]) * norm
+    assert torch.allclose(wanda_sp_scores(model, [batch_for(model)])["reduced1"][1], expected)
 
 
 def test_after_a_choice_the_masked_model_is_the_cut_one():
