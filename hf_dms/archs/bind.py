@@ -143,7 +143,7 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
             lines describe, or whose shape is not the product of its dims.
     """
     _check_variant(spec, model)
-    spec = in_stages(spec.variant(model.config), num_stages(spec, model.config))
+    spec = for_config(spec, model.config)
     sizes = {dim.name: dim_size(dim, model.config) for dim in spec.dims}
     for dim in spec.dims:
         if dim.same_as is not None and sizes[dim.name] == sizes[dim.same_as]:
@@ -209,6 +209,11 @@ def _check_variant(spec: ArchSpec, model: nn.Module) -> None:
             raise HfDmsError(
                 f"{spec.model_type} with {attribute} = {value} in its config is not supported, only with False."
             )
+
+
+def for_config(spec: ArchSpec, config: Any) -> ArchSpec:
+    """A description as it is of a model with this config: its variant, every stage written out."""
+    return in_stages(spec.variant(config), num_stages(spec, config))
 
 
 def num_stages(spec: ArchSpec, config: Any) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..archs.bind import dim_size
+from ..archs.bind import dim_size, for_config
 from ..archs.inputs import max_tokens
 from ..archs.registry import dense_spec
 from ..errors import HfDmsError
@@ -203,7 +203,7 @@ def _medians(profiles: list[dict[str, float]]) -> dict[str, float]:
 def shape_of(model: Any) -> Shape:
     """What of a model's shape a reason may name."""
     multiple = ALIGNED_BYTES.get(model.device.type, 64) // model.dtype.itemsize
-    spec = dense_spec(model.config.model_type)
+    spec = for_config(dense_spec(model.config.model_type), model.config)
     num_layers = sum(dim_size(spec.dim(stack), model.config) for stack in spec.stacks)
     return Shape(num_layers, widths(model), multiple)
 

@@ -7,7 +7,12 @@ import pytest
 import torch
 from helpers.laws import batch_for, searched, tiny
 from helpers.tiny import tiny_llama
-from transformers import BertForSequenceClassification, LlamaForSequenceClassification, ViTForImageClassification
+from transformers import (
+    BertForSequenceClassification,
+    LlamaForSequenceClassification,
+    ResNetForImageClassification,
+    ViTForImageClassification,
+)
 
 from hf_dms import prune
 from hf_dms.archs.bind import bind
@@ -341,3 +346,8 @@ class Deadly:
 def test_a_process_that_the_system_ends_is_told():
     with pytest.raises(ValueError, match="ran it at batch size 8 ended with exit code 3"):
         peak_bytes(Deadly(), CAUSAL, "auto", "cpu", Run(8, 1))
+
+
+def test_layers_of_all_stages_are_counted():
+    model = tiny(ResNetForImageClassification, depths=[2, 3, 1])
+    assert shape_of(model).num_layers == 6
