@@ -143,3 +143,12 @@ def test_equations_are_mathml_and_links_to_source_lead_to_it(site):
     assert "$" not in re.sub(r"<(script|code|math).*?</\1>", "", page, flags=re.DOTALL)
     assert "../source/hf_dms/topk.py.txt" in page
     assert (site / "source/hf_dms/topk.py.txt").read_text() == (ROOT / "hf_dms/topk.py").read_text()
+
+
+def test_the_reading_path_is_as_long_as_it_says():
+    text = (ROOT / "docs" / "code.md").read_text(encoding="utf-8")
+    files = re.findall(r"^\d+\. \[.+?\]\(\.\./(\S+?)\)", text, re.M)
+    lines = sum(len((ROOT / file).read_text(encoding="utf-8").splitlines()) for file in files)
+    said = int(re.search(r"in about ([\d,]+) lines", text)[1].replace(",", ""))
+    assert len(files) == 9
+    assert abs(said - lines) <= 50, lines
