@@ -20,7 +20,7 @@ from ..cut.plan import PLAN_FILE, plan_to_json
 from ..gating.attach import detach_, gates_of
 from ..measure.versions import versions
 from ..report.card import base_metadata, model_card
-from ..report.numbers import REPORT, as_written, notes, report_table, to_json
+from ..report.numbers import REPORT, as_written, notes, report_table, size_bars, to_json
 from ..report.page import PAGE, render
 from ..report.report import Report
 from ..tasks.evaluate import summary
@@ -59,7 +59,7 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     report.seconds = round(time.time() - started)
     written = run_on_main(lambda: _save(pruned, prepared, report, plan))
     run_on_main(lambda: remove_unfinished(unfinished, output))
-    print_on_main("\n" + "\n\n".join([report_table(written), *notes(written)]))
+    print_on_main("\n" + "\n\n".join([report_table(written), size_bars(written), *notes(written)]))
     if recipe.hub.repo_id:
         print_on_main(f"\nPushed to {run_on_main(lambda: push(output, **dataclasses.asdict(recipe.hub)))}")
     return written

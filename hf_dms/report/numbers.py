@@ -26,6 +26,7 @@ from .report import FORMAT, Report
 REPORT = "dms_report.json"
 METRICS = ("perplexity", "accuracy")
 PARTED = 1.5  # by how much more perplexity may grow on another text before a run warns
+BARS = "▁▂▃▄▅▆▇█"
 ROWS = {  # key of dms_report.json: (words of the table, format)
     "num_params": ("parameters", ",.0f"),
     "macs_per_token": ("MACs per token", ",.0f"),
@@ -227,6 +228,23 @@ def sizes_table(sizes: dict[str, list[int]]) -> str:
     """A Markdown table of `sizes_by_layer`."""
     rows = (f"| {dim} | {', '.join(map(str, units))} |" for dim, units in sizes.items())
     return "\n".join(["| dim | units kept |", "|---|---|", *rows])
+
+
+def size_bars(report: dict[str, Any]) -> str:
+    """The widths of the layers as bars for the terminal: a line per dim, a column per layer of the dense model.
+
+    A full column keeps all units; a blank one is a layer that is gone. Dims of the whole model follow as numbers.
+    """
+    sizes, units = report["sizes"], report["units"]
+    wide = {dim: kept for dim, kept in sizes.items() if len(kept) > 1}
+    lines = []
+    for dim, kept in wide.items():
+        levels = (math.ceil(len(BARS) * size / units[dim]) for size in kept)
+        bars = "".join(BARS[level - 1] if level else " " for level in levels)
+        low, high = min(filter(None, kept), default=0), max(kept)
+        lines.append(f"{dim:>8} {bars}  {low}{f' to {high}' if high > low else ''} of {units[dim]}")
+    whole = [f"{dim} {kept[0]} of {units[dim]}" for dim, kept in sizes.items() if dim not in wide]
+    return "\n".join([*lines, *([f"{'whole':>8} {', '.join(whole)}"] if whole else [])])
 
 
 def loading_lines(model_class: str, path: str) -> str:

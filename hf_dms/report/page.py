@@ -19,7 +19,7 @@ from ..files import read_json
 from ..tasks.registry import TASKS
 from .card import source_of
 from .figures import COLOURS, cut_panels, search_panels, svg, write_figures
-from .numbers import REPORT, columns_of, heading, loading_lines, notes, report_table, sizes_table, table_rows
+from .numbers import REPORT, columns_of, heading, loading_lines, notes, report_table, size_bars, sizes_table, table_rows
 from .runtimes import STATUSES, layout_of, verdicts
 
 PAGE = "report.html"
@@ -138,6 +138,7 @@ def show(path: str, page: str | None = None, figures: str | None = None) -> str:
     return "\n\n".join(
         [
             report_table(report),
+            size_bars(report),
             *notes(report),
             sizes_table(report["sizes"]),
             runtimes(config),

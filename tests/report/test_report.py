@@ -18,7 +18,7 @@ from helpers.tiny import tiny_llama
 from PIL import Image
 
 from hf_dms.cli import main
-from hf_dms.report.numbers import as_written, notes, without_local_paths
+from hf_dms.report.numbers import as_written, notes, size_bars, without_local_paths
 from hf_dms.report.page import render
 from hf_dms.report.report import schema
 from hf_dms.tasks.images import picture
@@ -229,3 +229,14 @@ def test_the_schema_is_that_of_the_dataclass():
 def test_every_key_is_in_the_document():
     text = (Path(__file__).parents[2] / "docs" / "report.md").read_text()
     assert [key for key in SCHEMA["properties"] if f"`{key}`" not in text] == []
+
+
+# ---- the terminal ----------------------------------------------------------------------------------------------------
+def test_bars_show_each_layers_width_and_the_layers_that_are_gone():
+    sizes = {"kv": [3, 1, 0, 2], "mlp": [16, 2, 0, 1], "hidden": [18], "layers": [3]}
+    report = {"sizes": sizes, "units": {"kv": 3, "mlp": 16, "hidden": 24, "layers": 4}}
+    assert size_bars(report).splitlines() == [
+        "      kv █▃ ▆  1 to 3 of 3",
+        "     mlp █▁ ▁  1 to 16 of 16",
+        "   whole hidden 18 of 24, layers 3 of 4",
+    ]
