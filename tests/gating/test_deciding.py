@@ -40,7 +40,7 @@ def test_decided_dims_run_on_the_masks_of_the_cut_in_training_too(layout):
         masks = torch.stack(gates.log_masks[name]).exp()
         assert [row.nonzero().flatten().tolist() for row in masks] == [row.tolist() for row in plan.kept[name]]
         assert set(masks.unique().tolist()) <= {0.0, 1.0}
-        assert gates.undecided(name) == 0
+        assert gates.soft_fraction(name) == 0
     before = {name: gates.raw_importance(name).clone() for name in gates.dims}
     gates.update_importance_()
     assert all(gates.raw_importance(name).isfinite().all() for name in gates.dims)
@@ -154,11 +154,11 @@ def test_both_losses_are_those_of_a_forward_pass_on_soft_and_on_hard_masks(tmp_p
     assert len(trainer.state.log_history) == entries
 
 
-def test_a_trainer_decides_once_and_logs_no_undecided_units_from_then_on(tmp_path):
+def test_a_trainer_decides_once_and_logs_no_soft_units_from_then_on(tmp_path):
     trainer = ended(tmp_path, 0.7)
     first = next(step for step in range(1, 25) if (step - 1 - 2) / 22 >= 0.7)
     for name in ("kv", "layers"):
-        found = logged(trainer, f"undecided/{name}")
+        found = logged(trainer, f"soft_fraction/{name}")
         assert max(found[: first - 1]) > 0
         assert found[first - 1 :] == [0.0] * (24 - first + 1)
         assert len(set(logged(trainer, f"kept/{name}")[first - 1 :])) == 1
