@@ -585,7 +585,7 @@ def test_compiling_changes_nothing(tmp_path):
     compiled = trained(tmp_path / "compiled", **options, torch_compile=True, torch_compile_backend="aot_eager")
     assert isinstance(compiled.model_wrapped, torch._dynamo.OptimizedModule)
     assert torch.allclose(compiled.gates.prune_ratio, plain.gates.prune_ratio, atol=1e-5)
-    assert float(plain.gates.prune_ratio.detach().max()) > 0.1
+    assert float(plain.gates.prune_ratio.detach().max()) > 0.03  # Adam moved them
     for name in plain.gates.dims:
         assert relative_difference(compiled.gates.raw_importance(name), plain.gates.raw_importance(name)) < 1e-5
 

@@ -93,7 +93,7 @@ def test_a_search_beside_the_adapters_that_sft_puts_on(chats, tokenizer, tmp_pat
     )  # fmt: skip
     trainer.train()
     pruned = trainer.prune()
-    assert type(pruned).__name__ == "DmsLlamaForCausalLM"
+    assert pruned.num_parameters() <= trainer.dms_config.target * tiny_llama().num_parameters()
     assert not any("lora" in name for name in pruned.state_dict())
     adapters = [p for name, p in trainer.model.named_parameters() if "lora_B" in name]
     assert adapters
