@@ -132,7 +132,14 @@ def show(path: str, page: str | None = None, figures: str | None = None) -> str:
             raise HfDmsError(f"'{path}' has no {REPORT}: hf_dms did not prune it, so there is nothing to show.")
         return runtimes(config)
     target = Path(page) if page else Path(path, PAGE)
-    target.write_text(render(report, config, name), encoding="utf-8")
+    try:
+        content = render(report, config, name)
+    except (jinja2.UndefinedError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise HfDmsError(
+            f"{Path(path, REPORT)} lacks what the page shows, or has it in another form: {error}. If it was changed by "
+            "hand, set it back."
+        ) from error
+    target.write_text(content, encoding="utf-8")
     written = [str(target), *(str(file) for file in (write_figures(report, figures) if figures else []))]
     lines = loading_lines(report["model_class"], path)
     return "\n\n".join(
