@@ -13,13 +13,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.constants import HF_HOME
 
 from ..tasks.own_texts import own_texts
 from ..tasks.registry import load_examples
 from ..training.distributed import print_on_main, run_on_main
-from .prepare import Prepared, model_class
+from .prepare import Prepared
+from .stages import load_model
 
 SEED = 0
 
@@ -63,10 +63,8 @@ def _write(prepared: Prepared, path: Path) -> None:
     recipe = prepared.recipe
     count, length = recipe.data.own_sequences, recipe.data.sequence_length
     print_on_main(f"The dense model writes {count} texts of {length} tokens to calibrate on ...")
-    dtype = recipe.model.dtype if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
-    model = model_class(recipe).from_pretrained(recipe.model.path, revision=recipe.model.revision, dtype=dtype)
-    device = prepared.arguments["search"].device
-    texts, sampled = own_texts(model.to(device), prepared.processor, count, length, SEED)
+    model: Any = load_model(prepared).to(prepared.arguments["search"].device)
+    texts, sampled = own_texts(model, prepared.processor, count, length, SEED)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}")
     unfinished.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")

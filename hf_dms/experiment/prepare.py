@@ -21,6 +21,7 @@ from ..checkpoint.hub import check_repo_id, check_token
 from ..checkpoint.stream import missing_weights
 from ..config import SEARCH
 from ..errors import HfDmsError
+from ..files import load_saved
 from ..gating.gates_for import build_gates
 from ..gating.rounding import check_target
 from ..measure.precision import slow_bfloat16
@@ -305,11 +306,7 @@ def load_model_config(recipe: Recipe) -> Any:
     Raises:
         ValueError: there is none at model.path.
     """
-    try:
-        return AutoConfig.from_pretrained(recipe.model.path, revision=recipe.model.revision)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise HfDmsError(f"model.path: no model can be read from '{recipe.model.path}'. {reason}") from error
+    return _load_saved(recipe, AutoConfig)
 
 
 def model_class(recipe: Recipe) -> Any:
@@ -323,9 +320,11 @@ def load_processor(recipe: Recipe) -> Any:
     Raises:
         ValueError: there is none at model.path.
     """
-    kind = recipe.task.processor_class
+    return _load_saved(recipe, getattr(transformers, recipe.task.processor_class))
+
+
+def _load_saved(recipe: Recipe, auto: Any) -> Any:
     try:
-        return getattr(transformers, kind).from_pretrained(recipe.model.path, revision=recipe.model.revision)
-    except (OSError, ValueError) as error:
-        what = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}[kind]
-        raise HfDmsError(f"model.path: '{recipe.model.path}' has no {what} that can be read. {error}") from error
+        return load_saved(auto, recipe.model.path, revision=recipe.model.revision)
+    except HfDmsError as error:
+        raise HfDmsError(f"model.path: {error}") from error

@@ -42,7 +42,7 @@ def dense_model(prepared: Prepared) -> PreTrainedModel:
     Raises:
         ValueError: the checkpoint lacks weights of the model, and the recipe does not train them.
     """
-    model = _load_model(prepared)
+    model = load_model(prepared)
     if prepared.recipe.finetune:
         print_on_main("Fine-tuning the dense model ...")
         limit = prepared.recipe.dms.max_nonfinite_steps
@@ -82,7 +82,7 @@ def search_and_cut(dense: PreTrainedModel, prepared: Prepared) -> Searched:
     if recipe.model.quantization is not None:
         packed = {"quantization_config": packing(recipe, dense.dtype), "device_map": {"": arguments.device}}
         dense.cpu()
-        model = _load_model(prepared, **packed)
+        model = load_model(prepared, **packed)
     model = model if lora is None else with_adapters(model, lora, arguments.seed)
     print_on_main("Searching ...")
     trainer = DMSTrainer(
@@ -205,7 +205,16 @@ def _arguments(prepared: Prepared, stage: str) -> Any:
     return prepared.arguments[stage]
 
 
-def _load_model(prepared: Prepared, **packed: Any) -> PreTrainedModel:
+def load_model(prepared: Prepared, **packed: Any) -> PreTrainedModel:
+    """The model of `model.path`, or for pipeline np one with random weights, as the recipe says.
+
+    Args:
+        prepared: the recipe.
+        packed: arguments of `from_pretrained` that pack its weights.
+
+    Raises:
+        ValueError: the checkpoint lacks weights of the model, and the recipe does not train them.
+    """
     recipe, config = prepared.recipe, copy.deepcopy(prepared.config)
     dtype = recipe.model.dtype if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
     if recipe.dms.pipeline == "np":

@@ -79,6 +79,15 @@ def no_weights(folder, dense):
     return [f"model.path={model}"]
 
 
+def a_key_of_another_type(file: str, key: str, value: object):
+    def change(folder, dense):
+        path = copy_of_dense(folder, dense) / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+        return [f"model.path={path.parent}"]
+
+    return change
+
+
 def images(folder: Path, model_class, config) -> list[str]:
     model_class(config).save_pretrained(folder / "model")
     ViTImageProcessorPil(size={"height": 12, "width": 12}).save_pretrained(folder / "model")
@@ -160,6 +169,18 @@ BAD = {
     "truncated shard": (truncated_shard, "is damaged or cut short"),
     "truncated header": (truncated_header, "is damaged or cut short"),
     "weights of another config": (other_weights, "Is config.json that of the weights?"),
+    "a config of another kind": (
+        a_key_of_another_type("config.json", "model_type", ["llama"]),
+        "model.path: No model can be read from",
+    ),
+    "a size that is a word": (
+        a_key_of_another_type("config.json", "hidden_size", "x"),
+        "model.path: No model can be read from",
+    ),
+    "a tokenizer of another kind": (
+        a_key_of_another_type("tokenizer.json", "model", {"type": "Nope"}),
+        "model.path: No tokenizer can be read from",
+    ),
     "no weights": (no_weights, "has no model.safetensors"),
     "untrained head": (untrained_head, "has no weights for classifier.bias, classifier.weight, which would be random"),
     "truncated image": (truncated_image, "cannot be decoded"),

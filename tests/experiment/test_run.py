@@ -372,7 +372,7 @@ def test_a_recipe_may_ask_for_the_best_model(recipe):
         ("hub.repo_id=a/b/c", "'a/b/c' cannot be a repository on the Hub"),
         ("data.text_column=body", "the data has no column 'body'. It has text"),
         ("data.sequence_length=5000", "less than one sequence of 5000"),
-        ("model.path=/nowhere/model", "no model can be read from '/nowhere/model'"),
+        ("model.path=/nowhere/model", "model.path: No model can be read from '/nowhere/model'"),
     ],
 )
 @pytest.mark.parametrize("command", ["validate", "prune"])
