@@ -8,7 +8,7 @@ no word for the MLP's width.
 from __future__ import annotations
 
 from .spec import ArchSpec, Dim
-from .vit import sides
+from .vit import IMAGE, PATCH
 
 CONVNEXT = ArchSpec(
     model_type="convnext",
@@ -23,11 +23,8 @@ CONVNEXT = ArchSpec(
         Dim("two", "2"),
         Dim("four", "4"),
         Dim("kernel", "7"),
-        Dim("channels", "num_channels"),
-        Dim("height", lambda config: sides(config.image_size)[0]),
-        Dim("width", lambda config: sides(config.image_size)[1]),
-        Dim("patch_height", lambda config: sides(config.patch_size)[0]),
-        Dim("patch_width", lambda config: sides(config.patch_size)[1]),
+        *IMAGE,
+        *PATCH,
     ),
     params={
         "embeddings.patch_embeddings.weight": "hidden0 channels patch_height patch_width",

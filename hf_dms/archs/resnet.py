@@ -11,7 +11,7 @@ Its config has no image size: MACs are those of 224 × 224 pixels, or of an `ima
 from __future__ import annotations
 
 from .spec import ArchSpec, Dim
-from .vit import image_sides
+from .vit import IMAGE
 
 NORM = ("weight", "bias", "running_mean", "running_var")
 
@@ -62,9 +62,7 @@ FIXED = (
     Dim("three", "3"),
     Dim("four", "4"),
     Dim("seven", "7"),
-    Dim("channels", "num_channels"),
-    Dim("height", lambda config: image_sides(config)[0]),
-    Dim("width", lambda config: image_sides(config)[1]),
+    *IMAGE,
 )
 
 RESNET = ArchSpec(

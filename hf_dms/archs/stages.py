@@ -44,21 +44,17 @@ def _written_out(value: Any, count: int) -> Any:
     """A field of a description, its entries repeated and its texts filled in."""
     if isinstance(value, dict):
         return {
-            _filled(key, stage, count): _filled_or_written_out(inner, stage, count)
+            _filled(key, stage, count): _filled(inner, stage, count)
             for key, inner in value.items()
-            for stage in _stages((key, inner) if not isinstance(inner, dict) else (key,), count)
+            for stage in _stages((key, inner), count)
         }
     if isinstance(value, tuple):
         return tuple(_filled(entry, stage, count) for entry in value for stage in _stages(entry, count))
     return _filled(value, 0, count)
 
 
-def _filled_or_written_out(value: Any, stage: int, count: int) -> Any:
-    return _written_out(value, count) if isinstance(value, dict) else _filled(value, stage, count)
-
-
 def _stages(entry: Any, count: int) -> range:
-    """Stages that an entry is repeated for."""
+    """Stages that an entry is repeated for; the entries of a mapping in it are repeated by themselves."""
     places = {place for text in _texts(entry) for place in PLACE.findall(text)}
     return range(1 if "s-1" in places else 0, count) if places & {"s", "s-1"} else range(1)
 
@@ -75,7 +71,9 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _filled(value: Any, stage: int, count: int) -> Any:
-    """A value with a stage's numbers in all of its texts."""
+    """A value with a stage's numbers in all of its texts; a mapping is written out."""
+    if isinstance(value, dict):
+        return _written_out(value, count)
     if isinstance(value, str):
         numbers = {"s": stage, "s-1": stage - 1, "last": count - 1}
         return PLACE.sub(lambda place: str(numbers[place[1]]), value)

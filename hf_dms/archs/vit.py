@@ -18,7 +18,7 @@ def sides(size) -> tuple[int, int]:
 
 
 def image_sides(config) -> tuple[int, int]:
-    """Height and width of the images of a network that takes any, for the count of its MACs."""
+    """Height and width of images; 224 pixels for a network that takes any and has no word for them in its config."""
     return sides(getattr(config, "image_size", 224))
 
 
@@ -27,6 +27,16 @@ def num_patches(config) -> int:
     (height, width), (patch_height, patch_width) = sides(config.image_size), sides(config.patch_size)
     return (height // patch_height) * (width // patch_width)
 
+
+IMAGE = (
+    Dim("channels", "num_channels"),
+    Dim("height", lambda config: image_sides(config)[0]),
+    Dim("width", lambda config: image_sides(config)[1]),
+)
+PATCH = (
+    Dim("patch_height", lambda config: sides(config.patch_size)[0]),
+    Dim("patch_width", lambda config: sides(config.patch_size)[1]),
+)
 
 VIT = ArchSpec(
     model_type="vit",
@@ -42,11 +52,8 @@ VIT = ArchSpec(
         Dim("one", "1"),
         Dim("patches", num_patches),
         Dim("tokens", lambda config: num_patches(config) + 1),  # the class token comes first
-        Dim("channels", "num_channels"),
-        Dim("height", lambda config: sides(config.image_size)[0]),
-        Dim("width", lambda config: sides(config.image_size)[1]),
-        Dim("patch_height", lambda config: sides(config.patch_size)[0]),
-        Dim("patch_width", lambda config: sides(config.patch_size)[1]),
+        *IMAGE,
+        *PATCH,
     ),
     params={
         "embeddings.cls_token": "one one hidden",

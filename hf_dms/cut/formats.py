@@ -19,6 +19,8 @@ from ..errors import HfDmsError
 from . import modeling_dms
 from .plan import Plan, kept_layers, kept_units
 
+NOT_TAKEN_OVER = ("architectures", "auto_map", "transformers_version", "quantization_config")  # from a dense config
+
 
 def pruned_class_and_config(
     model: PreTrainedModel, bound: BoundSpec, plan: Plan, layout: str
@@ -29,23 +31,18 @@ def pruned_class_and_config(
         ValueError: no stock config can express the sizes, and the layout asks for one.
     """
     sizes = written_sizes(bound, plan, layout, model.config)
-    common = config_values(bound, widest(sizes))
+    largest = widest(sizes)
+    common = config_values(bound, largest)
     values = with_values(config_as_tied(model).to_dict(), common)
-    for key in (
-        "architectures",
-        "auto_map",
-        "transformers_version",
-        "quantization_config",
-        *bound.spec.config_leaves_out,
-    ):
+    for key in (*NOT_TAKEN_OVER, *bound.spec.config_leaves_out):
         values.pop(key, None)
     for key in bound.spec.config_lists:
         if isinstance(values.get(key), list):
             values[key] = [values[key][layer] for _, layer in kept_layers(plan, bound)]
     cls: Any = type(model)
     stock: Any = type(model.config)
-    differ = any(widest(sizes)[name] != size for layer in sizes for name, size in layer.items())
-    fits = within_limits(bound.spec, widest(sizes))
+    differ = any(largest[name] != size for layer in sizes for name, size in layer.items())
+    fits = within_limits(bound.spec, largest)
     stock_can = fits or has_alternative(bound.spec, model.config)
     if differ or (layout == "per_layer" and not stock_can):
         config_class = modeling_dms.dms_config_class(stock)

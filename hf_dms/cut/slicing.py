@@ -33,14 +33,10 @@ def cut(model: PreTrainedModel, bound: BoundSpec, plan: Plan, layout: str) -> Pr
     with initialization.no_init_weights():
         pruned = cls._from_config(config, dtype=model.dtype, attn_implementation=model.config._attn_implementation)
     sources = source_names(pruned, bound, plan)
-    for name, parameter in pruned.named_parameters():
+    for name, tensor in (*pruned.named_parameters(), *plain_buffers(pruned)):
         source = plain_weight(model, sources[name])
-        parameter.data = cut_tensor(source, parameter.shape, bound, sources[name], plan, layout).to(
-            model.dtype, copy=True
-        )
-    for name, buffer in plain_buffers(pruned):
-        source = plain_weight(model, sources[name])
-        buffer.data = cut_tensor(source, buffer.shape, bound, sources[name], plan, layout).to(source.dtype, copy=True)
+        dtype = model.dtype if isinstance(tensor, nn.Parameter) else source.dtype
+        tensor.data = cut_tensor(source, tensor.shape, bound, sources[name], plan, layout).to(dtype, copy=True)
     pruned.to(model.device)  # buffers that are not in the state dict
     pruned.tie_weights()
     if model.can_generate():

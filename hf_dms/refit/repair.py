@@ -99,8 +99,8 @@ def repair_(
         places = find_stream_modules(teacher, bound)
         for layer in range(kept_layers[0]):
             teacher.advance(layer)
-        for position, layer in enumerate(kept_layers):
-            end = kept_layers[position + 1] if position + 1 < len(kept_layers) else bound.num_layers
+        ends = [*kept_layers[1:], bound.num_layers]
+        for position, (layer, end) in enumerate(zip(kept_layers, ends)):
             targets = targets_of_layers(teacher, places, range(layer, end), units)
             for path in places.writes:
                 module: Any = student.layers[position].get_submodule(path)
