@@ -27,9 +27,9 @@ from transformers import PreTrainedModel
 from ..gates import Gates
 from ..gating.attach import gates_of
 from ..refit.curvature import frozen
-from ..topk import ranks, topk_mask
+from ..topk import ranks
 from .allocate import Batches, Criterion, Scores, largest_fitting, of_every_row
-from .learned import Masks, masked_by
+from .learned import Masks, hard_masks, masked_by
 from .taylor import TAYLOR, vector_scores
 
 BATCHES_A_TRY = 2
@@ -49,11 +49,6 @@ def sizes_of(gates: Gates, genes: Genes) -> dict[str, Tensor]:
         return {name: (share * most * genes[name] * units[name]).floor().clamp(1, units[name]) for name in genes}
 
     return largest_fitting(gates, at)
-
-
-def hard_masks(gates: Gates, sizes: dict[str, Tensor]) -> Masks:
-    """The most important units of every row, as many as sizes say."""
-    return {name: topk_mask(gates.importance(name), size.long()) for name, size in sizes.items()}
 
 
 def random_genes(gates: Gates) -> Genes:

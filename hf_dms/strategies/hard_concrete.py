@@ -21,7 +21,7 @@ from torch import Tensor
 from ..gates import Gates
 from ..resource import scheduled_target
 from .allocate import Criterion, Scores
-from .learned import Masks, kept_resource, learner, units
+from .learned import Masks, PerUnit, kept_resource, learner
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 START = 3.0
@@ -49,31 +49,31 @@ def open_probability(log_alpha: Tensor) -> Tensor:
     return torch.sigmoid(log_alpha - BETA * math.log(-GAMMA / ZETA))
 
 
-class HardConcrete:
+class HardConcrete(PerUnit):
     """log α of every unit and the two multipliers; see `Relaxation`."""
 
     rate = 0.1
 
     def __init__(self, gates: Gates) -> None:
-        self.gates, self.log_alpha = gates, units(gates, START)
+        super().__init__(gates, START)
         self.multipliers = torch.zeros(2, device=gates.prune_ratio.device).requires_grad_()
         self.multipliers.register_hook(lambda gradient: -gradient)  # they ascend
 
     def parameters(self) -> Iterable[Tensor]:
-        return [*self.log_alpha.values(), self.multipliers]
+        return [*super().parameters(), self.multipliers]
 
     def masks(self, progress: float) -> Masks:
-        uniform = {n: torch.empty_like(a).uniform_(NOISE, 1 - NOISE) for n, a in self.log_alpha.items()}
-        return {name: hard_concrete(log_alpha, uniform[name]) for name, log_alpha in self.log_alpha.items()}
+        uniform = {n: torch.empty_like(a).uniform_(NOISE, 1 - NOISE) for n, a in self.learned.items()}
+        return {name: hard_concrete(log_alpha, uniform[name]) for name, log_alpha in self.learned.items()}
 
     def penalty(self, progress: float) -> Tensor:
         schedule = self.gates.schedule
         target = scheduled_target(schedule.target, progress, schedule.target_ramp, schedule.target_schedule)
-        excess = kept_resource(self.gates, {n: open_probability(a) for n, a in self.log_alpha.items()}) - target
+        excess = kept_resource(self.gates, {n: open_probability(a) for n, a in self.learned.items()}) - target
         return self.multipliers[0] * excess + self.multipliers[1] * excess.square()
 
     def scores(self) -> Scores:
-        return {name: torch.sigmoid(log_alpha) for name, log_alpha in self.log_alpha.items()}
+        return {name: torch.sigmoid(log_alpha) for name, log_alpha in self.learned.items()}
 
 
 HARD_CONCRETE = Criterion(learner(HardConcrete), allocation="global", dims=("layer", "depth"))

@@ -20,7 +20,8 @@ from ..archs.plain_view import submodule
 from ..gates import Gates
 from ..gating.attach import gates_of, masked_inputs, unit_axis
 from ..refit.curvature import frozen
-from ..resource import resource_loss, scheduled_target
+from ..resource import Sizes, resource_loss, scheduled_target
+from ..topk import topk_mask
 from .allocate import Batches, Scores
 
 Masks = dict[str, Tensor]  # per dim `[rows, units]`
@@ -48,14 +49,13 @@ def learner(make: Callable[[Gates], Relaxation]) -> Callable[[PreTrainedModel, B
     """The `scores` of a criterion that trains a relaxation, a step for each batch, with all weights frozen."""
 
     def scores(model: PreTrainedModel, batches: Batches) -> Scores:
-        relaxation = train_masks(model, make(gates_of(model)), batches)
-        return {name: values.detach().clone() for name, values in relaxation.scores().items()}
+        return train_masks(model, make(gates_of(model)), batches)
 
     return scores
 
 
-def train_masks(model: PreTrainedModel, relaxation: Any, batches: Batches) -> Any:
-    """Train a relaxation, in place, and return it.
+def train_masks(model: PreTrainedModel, relaxation: Relaxation, batches: Batches) -> Scores:
+    """Train a relaxation, in place; what every unit is worth at the end.
 
     Args:
         model: a model with gates, which stay open meanwhile.
@@ -71,7 +71,7 @@ def train_masks(model: PreTrainedModel, relaxation: Any, batches: Batches) -> An
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return relaxation
+    return {name: values.detach().clone() for name, values in relaxation.scores().items()}
 
 
 @contextlib.contextmanager
@@ -120,6 +120,29 @@ def units(gates: Gates, value: float) -> Masks:
     """A number for every unit, to be learned: per dim `[rows, units]` float32 with a gradient."""
     device = gates.prune_ratio.device
     return {n: torch.full((d.rows, d.units), value, device=device).requires_grad_() for n, d in gates.dims.items()}
+
+
+class PerUnit:
+    """What relaxations that learn a number for every unit begin with.
+
+    Args:
+        gates: of the model.
+        value: of every unit at first.
+
+    Attributes:
+        learned: the numbers, per dim `[rows, units]`.
+    """
+
+    def __init__(self, gates: Gates, value: float) -> None:
+        self.gates, self.learned = gates, units(gates, value)
+
+    def parameters(self) -> Iterable[Tensor]:
+        return self.learned.values()
+
+
+def hard_masks(gates: Gates, sizes: Sizes) -> Masks:
+    """The most important units of every row, as many as sizes say."""
+    return {name: topk_mask(gates.importance(name), size.long()) for name, size in sizes.items()}
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:

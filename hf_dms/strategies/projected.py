@@ -11,45 +11,38 @@ not fit ends the projection, while there smaller ones may follow it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from ..gates import Gates
-from ..topk import topk_mask
 from .allocate import Criterion, Scores, sizes_of_scores
-from .learned import Masks, learner, straight_through, units
+from .learned import Masks, PerUnit, hard_masks, learner, straight_through
 
 TAU = 1.5
 TIES = 1e-3
 
 
-class Projected:
+class Projected(PerUnit):
     """A score of every unit; see `Relaxation`."""
 
     rate = 0.01
 
     def __init__(self, gates: Gates) -> None:
-        self.gates, self.score = gates, units(gates, 0.0)
-        for score in self.score.values():
+        super().__init__(gates, 0.0)
+        for score in self.learned.values():
             score.data.add_(TIES * torch.randn_like(score))
-
-    def parameters(self) -> Iterable[Tensor]:
-        return self.score.values()
 
     def masks(self, progress: float) -> Masks:
         soft = self.scores()
         with torch.no_grad():
-            sizes = sizes_of_scores(self.gates, soft, "global")
-            hard = {name: topk_mask(self.gates.importance(name), size.long()) for name, size in sizes.items()}
+            hard = hard_masks(self.gates, sizes_of_scores(self.gates, soft, "global"))
         return {name: straight_through(hard[name], soft[name]) for name in soft}
 
     def penalty(self, progress: float) -> Tensor:
         return torch.zeros(())  # the masks keep the budget
 
     def scores(self) -> Scores:
-        return {name: torch.sigmoid(score / TAU) for name, score in self.score.items()}
+        return {name: torch.sigmoid(score / TAU) for name, score in self.learned.items()}
 
 
 PROJECTED = Criterion(learner(Projected), allocation="global", dims=("layer", "depth"))

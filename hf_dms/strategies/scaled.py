@@ -11,8 +11,6 @@ and not bounded by 1. Not, or not known: which surrogate; the KL divergence from
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,7 +19,7 @@ from ..archs.plain_view import submodule
 from ..gates import Gates
 from ..gating.attach import gates_of, masked_inputs
 from .allocate import Batches, Criterion, Scores
-from .learned import Masks, pull, train_masks, units
+from .learned import Masks, PerUnit, pull, train_masks
 
 WIDEST, NARROWEST = 1.0, 0.1  # ε at the beginning and at the end
 
@@ -36,28 +34,25 @@ def soft_count(scale: Tensor, width: float) -> Tensor:
     return scale.square() / (scale.square() + width**2)
 
 
-class Scaled:
+class Scaled(PerUnit):
     """A scale for every unit; see `Relaxation`."""
 
     rate = 0.02
 
     def __init__(self, gates: Gates) -> None:
-        self.gates, self.scale = gates, units(gates, 1.0)
-
-    def parameters(self) -> Iterable[Tensor]:
-        return self.scale.values()
+        super().__init__(gates, 1.0)
 
     def masks(self, progress: float) -> Masks:
-        return self.scale
+        return self.learned
 
     def penalty(self, progress: float) -> Tensor:
         width = WIDEST * (NARROWEST / WIDEST) ** progress
         dense = 1 + width**2  # so that a model of scales 1 counts as whole
-        kept = {name: (dense * soft_count(scale, width)).clamp(max=1) for name, scale in self.scale.items()}
+        kept = {name: (dense * soft_count(scale, width)).clamp(max=1) for name, scale in self.learned.items()}
         return pull(self.gates, kept, progress)
 
     def scores(self) -> Scores:
-        return {name: scale.abs() for name, scale in self.scale.items()}
+        return {name: scale.abs() for name, scale in self.learned.items()}
 
 
 @torch.no_grad()
@@ -76,9 +71,10 @@ def fold_(model: PreTrainedModel, scales: Masks) -> None:
 
 def scaled_scores(model: PreTrainedModel, batches: Batches) -> Scores:
     """|s| of every unit; the scales are in the model's weights afterwards."""
-    relaxation = train_masks(model, Scaled(gates_of(model)), batches)
-    fold_(model, relaxation.scale)
-    return {name: values.detach() for name, values in relaxation.scores().items()}
+    relaxation = Scaled(gates_of(model))
+    scores = train_masks(model, relaxation, batches)
+    fold_(model, relaxation.learned)
+    return scores
 
 
 SCALED = Criterion(scaled_scores, allocation="global", dims=("layer",), changes_weights=True)

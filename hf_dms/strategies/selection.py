@@ -25,7 +25,7 @@ from ..gates import Gates
 from ..gating.attach import gates_of
 from ..topk import ranks
 from .allocate import Batches, Criterion, Scores
-from .learned import Masks, learner, pull, straight_through, train_masks, units
+from .learned import Masks, PerUnit, learner, pull, straight_through, train_masks
 from .taylor import vector_scores
 
 TAU = 0.1
@@ -33,25 +33,22 @@ WIDTHS = 16
 HOTTEST, COLDEST = 5.0, 0.5  # temperature of single-number selection, first and last
 
 
-class ElementSelection:
+class ElementSelection(PerUnit):
     """A logit for every unit: kept against dropped; see `Relaxation`."""
 
     rate = 0.1
 
     def __init__(self, gates: Gates) -> None:
-        self.gates, self.logit = gates, units(gates, 3.0)
-
-    def parameters(self) -> Iterable[Tensor]:
-        return self.logit.values()
+        super().__init__(gates, 3.0)
 
     def masks(self, progress: float) -> Masks:
-        return {name: hard_gumbel(logit, torch.rand_like(logit)) for name, logit in self.logit.items()}
+        return {name: hard_gumbel(logit, torch.rand_like(logit)) for name, logit in self.learned.items()}
 
     def penalty(self, progress: float) -> Tensor:
         return pull(self.gates, self.scores(), progress)
 
     def scores(self) -> Scores:
-        return {name: torch.sigmoid(logit) for name, logit in self.logit.items()}
+        return {name: torch.sigmoid(logit) for name, logit in self.learned.items()}
 
 
 def hard_gumbel(logit: Tensor, u: Tensor) -> Tensor:
@@ -68,25 +65,22 @@ def hard_gumbel(logit: Tensor, u: Tensor) -> Tensor:
     return straight_through((soft > 0.5).to(soft), soft)
 
 
-class PaS:
+class PaS(PerUnit):
     """A weight for every unit, kept where it is at least ½; see `Relaxation`."""
 
     rate = 0.02
 
     def __init__(self, gates: Gates) -> None:
-        self.gates, self.weight = gates, units(gates, 1.0)
-
-    def parameters(self) -> Iterable[Tensor]:
-        return self.weight.values()
+        super().__init__(gates, 1.0)
 
     def masks(self, progress: float) -> Masks:
-        return {name: straight_through((w >= 0.5).to(w), w) for name, w in self.weight.items()}
+        return {name: straight_through((w >= 0.5).to(w), w) for name, w in self.learned.items()}
 
     def penalty(self, progress: float) -> Tensor:
         return pull(self.gates, self.masks(progress), progress)
 
     def scores(self) -> Scores:
-        return dict(self.weight)
+        return self.learned
 
 
 class NumberSelection:
@@ -135,9 +129,9 @@ def number_selection_scores(model: PreTrainedModel, batches: Batches) -> Scores:
     """How likely each unit is to be among those that stay, after a quarter of the batches went into the order."""
     first = max(len(batches) // 4, 1)
     importance = vector_scores(model, batches[:first])
-    relaxation = train_masks(model, NumberSelection(gates_of(model), importance), batches[first:])
+    scores = train_masks(model, NumberSelection(gates_of(model), importance), batches[first:])
     order = {name: (ranks(values) + 1) * 1e-6 / values.shape[-1] for name, values in importance.items()}
-    return {name: values.detach() + order[name] for name, values in relaxation.scores().items()}
+    return {name: values + order[name] for name, values in scores.items()}
 
 
 DIMS = ("layer", "depth")

@@ -140,8 +140,7 @@ def variant(**options: str | bool) -> Criterion:
         if options.get("kind") == "weights":
             for name, values in magnitude_importance(gates.attachment.bound, model, gates).items():
                 gates.raw_importance(name).copy_(values)
-        relaxation = train_masks(model, TopK(gates, **options), batches)  # type: ignore[arg-type]
-        return {name: values.detach() for name, values in relaxation.scores().items()}
+        return train_masks(model, TopK(gates, **options), batches)  # type: ignore[arg-type]
 
     return Criterion(scores, allocation="global", dims=("layer", "depth"))
 

@@ -12,7 +12,6 @@ from hf_dms.gating.attach import gates_of
 from hf_dms.refit.curvature import frozen
 from hf_dms.strategies.candidates import (
     evolve,
-    hard_masks,
     minus_loss,
     random_genes,
     shrink,
@@ -20,7 +19,7 @@ from hf_dms.strategies.candidates import (
     zico,
     zico_score,
 )
-from hf_dms.strategies.learned import masked_by
+from hf_dms.strategies.learned import hard_masks, masked_by
 from hf_dms.strategies.one_shot import choose_
 
 

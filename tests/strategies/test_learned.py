@@ -129,20 +129,20 @@ def test_projected_masks_are_hard_keep_the_budget_at_every_step_and_carry_the_so
         masks = relaxation.masks(0.0)
         assert all(set(mask.unique().tolist()) <= {0.0, 1.0} for mask in masks.values())
         assert 0.6 < float(kept_resource(gates, masks).detach()) <= 0.7
-        for score in relaxation.score.values():
+        for score in relaxation.learned.values():
             score.data += torch.randn_like(score)
     relaxation.masks(0.0)["mlp"].sum().backward()
-    p = torch.sigmoid(relaxation.score["mlp"].detach() / TAU)
-    assert torch.allclose(relaxation.score["mlp"].grad, p * (1 - p) / TAU)
+    p = torch.sigmoid(relaxation.learned["mlp"].detach() / TAU)
+    assert torch.allclose(relaxation.learned["mlp"].grad, p * (1 - p) / TAU)
 
 
 def test_pas_keeps_weights_of_a_half_and_passes_gradients_straight():
     relaxation = PaS(gates_of(gated(prune=("mlp",))))
-    relaxation.weight["mlp"].data[0, :2] = torch.tensor([0.5, 0.49])
+    relaxation.learned["mlp"].data[0, :2] = torch.tensor([0.5, 0.49])
     masks = relaxation.masks(0.0)["mlp"]
     assert masks[0, :3].tolist() == [1.0, 0.0, 1.0]
     masks.sum().backward()
-    assert torch.equal(relaxation.weight["mlp"].grad, torch.ones(3, 20))
+    assert torch.equal(relaxation.learned["mlp"].grad, torch.ones(3, 20))
 
 
 def test_the_multipliers_of_the_lagrangian_ascend_and_its_gates_descend():
@@ -150,12 +150,12 @@ def test_the_multipliers_of_the_lagrangian_ascend_and_its_gates_descend():
     relaxation = HardConcrete(gates)
     relaxation.multipliers.data[0] = 1.0
     relaxation.penalty(0.5).backward()
-    excess = kept_resource(gates, {n: open_probability(a) for n, a in relaxation.log_alpha.items()}) - 0.7
+    excess = kept_resource(gates, {n: open_probability(a) for n, a in relaxation.learned.items()}) - 0.7
     assert float(excess.detach()) > 0.1
     assert relaxation.multipliers.grad.tolist() == pytest.approx(
         [-float(excess.detach()), -(float(excess.detach()) ** 2)]
     )
-    assert all((a.grad > 0).all() for a in relaxation.log_alpha.values())
+    assert all((a.grad > 0).all() for a in relaxation.learned.values())
 
 
 # ---- masks ----
@@ -234,7 +234,7 @@ def test_the_loss_reaches_every_mask():
     """With the budget far away, gradients of the model's own loss move every unit's logit."""
     model = gated(target=1.0)
     relaxation = ElementSelection(gates_of(model))
-    before = {name: logit.detach().clone() for name, logit in relaxation.logit.items()}
+    before = {name: logit.detach().clone() for name, logit in relaxation.learned.items()}
     torch.manual_seed(0)
     train_masks(model, relaxation, labelled(3))
-    assert all((before[name] != logit.detach()).float().mean() > 0.5 for name, logit in relaxation.logit.items())
+    assert all((before[name] != logit.detach()).float().mean() > 0.5 for name, logit in relaxation.learned.items())
