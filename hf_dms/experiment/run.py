@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..checkpoint.folders import check_writable
 from ..checkpoint.hub import push
 from ..checkpoint.save import save_pruned
+from ..config import SEARCH
 from ..cut.plan import PLAN_FILE, plan_to_json
 from ..gating.attach import detach_, gates_of
 from ..measure.versions import versions
@@ -92,44 +93,42 @@ def _experiment(prepared: Prepared) -> tuple[Report, PreTrainedModel, str]:
     protocol = f"{len(prepared.held_out)} held-out {examples.unit}"
     samples: list[Any] = recipe.task.samples(examples, prepared.processor, recipe.eval)
 
-    def measure(name: str, model: PreTrainedModel) -> Tensor:
-        print_on_main(f"Measuring the {name} model on {protocol} ...")
-        return run_on_main(lambda: score(model, prepared))
+    def measured(name: str, model: PreTrainedModel, text: str | None = None) -> Tensor:
+        print_on_main(f"Measuring the {name} model on {protocol if text is None else text} ...")
+        return run_on_main(lambda: score(model, prepared, text))
+
+    def measure_(name: str, model: PreTrainedModel) -> None:
+        for text in (None, *prepared.texts):
+            scores.setdefault(text, {})[name] = measured(name, model, text)
 
     def answered(name: str, model: PreTrainedModel) -> list[Any]:
         return run_on_main(lambda: recipe.task.answers(samples, name, model, prepared.processor, examples, recipe.eval))
 
-    def measure_texts_(name: str, model: PreTrainedModel) -> None:
-        for text in prepared.texts:
-            print_on_main(f"Measuring the {name} model on {text} ...")
-            on_texts.setdefault(text, {})[name] = run_on_main(functools.partial(score, model, prepared, text))
-
-    on_texts: dict[str, dict[str, Tensor]] = {}
+    scores: dict[str | None, dict[str, Tensor]] = {}  # by text, None is the held-out data, and model
     dense = dense_model(prepared).to(arguments.device).eval()
-    scores = {"dense": measure("dense", dense)}
-    measure_texts_("dense", dense)
+    measure_("dense", dense)
     samples = answered("dense", dense)
     searched = search_and_cut(dense, prepared)
-    soft = scores_on_soft_masks(searched.model, functools.partial(measure, "searched"))
+    masks: Any = None
+    if recipe.dms.strategy == SEARCH:
+        soft = scores_on_soft_masks(searched.model, functools.partial(measured, "searched"))
+        masks = {"soft": summary(recipe.task, soft, scores[None]["dense"])}
     kept = plan_to_json(searched.plan, gates_of(searched.model).attachment.bound, recipe.dms.layout)
     detach_(searched.model)
     dense = searched.model if recipe.lora is None else searched.model.unload()  # as FSDP or bitsandbytes left it
     pruned = searched.pruned
-    scores["pruned"] = measure("pruned", pruned)
-    measure_texts_("pruned", pruned)
+    measure_("pruned", pruned)
     for step in recovery_steps(pruned, dense, searched.plan, prepared):
-        scores[step] = measure(step, pruned)
-        measure_texts_(step, pruned)
-    samples = answered(list(scores)[-1], pruned)
+        measure_(step, pruned)
+    samples = answered(list(scores[None])[-1], pruned)
     numbers = searched.costs
     speed = run_on_main(lambda: speeds(dense, pruned, prepared))
-    for name, quality in _summaries(recipe, scores).items():
+    for name, quality in _summaries(recipe, scores.pop(None)).items():
         numbers[name] = numbers.get(name, {}) | quality | speed.get(name, {})
-    soft_quality: Any = summary(recipe.task, soft, scores["dense"])
     report = Report(
         **numbers,
-        masks={"soft": soft_quality},
-        texts={text: _summaries(recipe, each) for text, each in on_texts.items()} or None,
+        masks=masks,
+        texts={str(text): _summaries(recipe, each) for text, each in scores.items()} or None,
         outcome=searched.outcome,
         search=searched.logs,
         samples=samples,

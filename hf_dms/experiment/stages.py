@@ -102,10 +102,7 @@ def search_and_cut(dense: PreTrainedModel, prepared: Prepared) -> Searched:
     else:
         pruned = trainer.prune()
     unshard_(model, arguments.device)
-    plan = plan_of(model)
-    costs = sizes_and_costs(model, plan, gates_of(model).attachment.config.sequence_length)
-    logs = [logs for logs in trainer.state.log_history if "task_loss" in logs]
-    return Searched(model, pruned, plan, costs, search_outcome(model), logs)
+    return _ended_in(model, pruned, [logs for logs in trainer.state.log_history if "task_loss" in logs])
 
 
 def _choose(dense: PreTrainedModel, prepared: Prepared) -> Searched:
@@ -117,9 +114,13 @@ def _choose(dense: PreTrainedModel, prepared: Prepared) -> Searched:
     count = examples_of(arguments, examples)
     pruned, seen = cut_by_criterion(dense, recipe, name, examples, count, arguments.train_batch_size)
     print_on_main(f"{name} has seen {seen} examples.")
-    plan = plan_of(dense)
-    costs = sizes_and_costs(dense, plan, gates_of(dense).attachment.config.sequence_length)
-    return Searched(dense, pruned, plan, costs, search_outcome(dense), [])
+    return _ended_in(dense, pruned, [])
+
+
+def _ended_in(model: Any, pruned: PreTrainedModel, logs: list[Any]) -> Searched:
+    plan = plan_of(model)
+    costs = sizes_and_costs(model, plan, gates_of(model).attachment.config.sequence_length)
+    return Searched(model, pruned, plan, costs, search_outcome(model), logs)
 
 
 def recovery_steps(pruned: PreTrainedModel, searched: PreTrainedModel, plan: Plan, prepared: Prepared) -> Iterator[str]:

@@ -161,7 +161,7 @@ def heading(report: dict[str, Any], name: str) -> str:
 def notes(report: dict[str, Any]) -> list[str]:
     """What must be said beside the table: a search off its target, what rounding cost, texts that lost more."""
     found = [report["outcome"]["message"]] if report.get("outcome", {}).get("message") else []
-    soft = report["masks"]["soft"] if report.get("search") else {}  # a choice without a search has no soft masks
+    soft = report.get("masks", {}).get("soft", {})
     for metric, number in (("perplexity", ".2f"), ("accuracy", ".4f")):
         if soft.get(metric) is not None and report["pruned"].get(metric) is not None:
             found.append(

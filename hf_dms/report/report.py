@@ -44,7 +44,7 @@ class Measured(TypedDict, total=False):
 
 
 class Masks(TypedDict):
-    """Quality before the cut."""
+    """Quality before the cut, which a choice without a search does not have."""
 
     soft: Annotated[
         Measured,
@@ -178,6 +178,10 @@ def schema() -> dict[str, Any]:
     fields = dataclasses.fields(Report)
     hints = typing.get_type_hints(Report, include_extras=True)
     optional = {field.name for field in fields if field.default is None}
+    choice = {
+        "required": [key for key in OF_A_SEARCH if key != "masks"],
+        "properties": {"masks": False, "search": {"maxItems": 0}},
+    }
     form = {"const": FORMAT, "description": "Of this file; a change of what a key means raises it."}
     keys = {name: _schema_of(_without_none(hint) if name in optional else hint) for name, hint in hints.items()}
     return {
@@ -186,7 +190,7 @@ def schema() -> dict[str, Any]:
         "description": (Report.__doc__ or "").partition("\n")[0],
         "type": "object",
         "required": ["format", *(field.name for field in fields if field.name not in optional)],
-        "oneOf": [{"required": list(OF_A_SEARCH)}, {"required": list(OF_A_CUT_BY_A_PLAN)}],
+        "oneOf": [{"required": list(OF_A_SEARCH)}, choice, {"required": list(OF_A_CUT_BY_A_PLAN)}],
         "properties": {"format": form} | keys,
         "additionalProperties": False,
         "$defs": {"Measured": _schema_of_dict(Measured)},

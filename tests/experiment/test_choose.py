@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.laws import tiny
+from helpers.schema import mistakes
 from helpers.tiny import tiny_llama, token_batch
 from transformers import (
     AutoModelForCausalLM,
@@ -30,7 +31,7 @@ from hf_dms.tasks.task import Examples
 CUT = ("dms.prune=[kv, mlp]", "dms.layout=per_layer", "dms.target=0.8", "recover.repair={examples: 4}")
 
 
-def test_a_recipe_with_a_strategy_keeps_the_units_that_the_strategy_chooses(recipe, dense, tmp_path):
+def test_a_recipe_with_a_strategy_keeps_the_units_that_the_strategy_chooses(recipe, dense, tmp_path, capsys):
     code, out = recipe("dms.strategy=taylor", *CUT)
     assert code == 0
     report = json.loads((out / "dms_report.json").read_text())
@@ -43,6 +44,9 @@ def test_a_recipe_with_a_strategy_keeps_the_units_that_the_strategy_chooses(reci
     choose_(model, "taylor", batches)
     assert {name: report["sizes"][name] for name in ("kv", "mlp")} == plan_of(model).sizes
     assert report["search"] == []
+    assert "masks" not in report  # they are of a search
+    assert mistakes(report) == []
+    assert "the searched model" not in capsys.readouterr().out
     assert report["pruned"]["num_params"] <= 0.8 * report["dense"]["num_params"]
     assert report["repaired"]["perplexity"] > 0
     card = (out / "README.md").read_text()

@@ -212,12 +212,23 @@ def test_a_report_conforms_and_mistakes_are_found():
     assert "is valid under each of" in mistakes(report | {"model": {}, "proof": "tensors", "left_out": []})[0]
 
 
+def without_masks(report):
+    return {key: value for key, value in report.items() if key != "masks"}
+
+
+def test_a_report_without_soft_masks_is_one_of_a_choice_without_a_search():
+    report = make_report()
+    assert mistakes(without_masks(report) | {"search": []}) == []
+    assert "is not valid under any of" in mistakes(without_masks(report))[0]
+
+
 def test_what_is_said_beside_the_table_is_of_a_search_alone():
     report = make_report()
     (said,) = notes(report)
     assert said == "On the soft masks that the search ended with, the held-out perplexity was 0.75; the cut has 0.75."
     assert notes(report | {"outcome": {"message": "Below."}}) == ["Below.", said]
-    assert notes(report | {"search": []}) == []
+    assert notes(report | {"search": []}) == [said]  # one without logs
+    assert notes(without_masks(report) | {"search": []}) == []
     assert notes({"dense": {}, "pruned": {}}) == []
 
 
