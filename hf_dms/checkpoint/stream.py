@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,36 +19,19 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..archs.bind import BoundSpec, bind
-from ..archs.plain_view import names_by_tensor, plain_buffers, tensor_of
+from ..archs.plain_view import names_by_tensor, tensor_of
 from ..archs.registry import class_name, spec_for
 from ..archs.skeleton import skeleton
 from ..cut.formats import pruned_class_and_config
 from ..cut.plan import PLAN_FILE, Plan, load_plan, plan_to_json
 from ..cut.slicing import cut_tensor, slice_tensor, source_names
 from ..errors import HfDmsError, VerificationError
-from ..files import load_saved, open_weights, shards_of
-
-ROWS_AT_A_TIME = 4096  # of an embedding, when two are compared
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a file.
-
-    Attributes:
-        file: the safetensors file.
-        key: its name there.
-        shape: its shape.
-    """
-
-    file: Path
-    key: str
-    shape: tuple[int, ...]
+from ..files import load_saved, open_weights
+from .stored import Stored, equal, first_mismatch, read, stored_tensors, weight_files
 
 
 @dataclass(frozen=True)
@@ -97,7 +79,7 @@ def prepare_cut(folder: Path, plan_path: str | Path) -> StreamedCut:
         dense, tensors = _untied(dense, tensors)
     bound = bind(spec_for(dense.config), dense)
     plan, layout = load_plan(plan_path, bound)
-    if wrong := _first_mismatch(tensors, dense):
+    if wrong := first_mismatch(tensors, dense):
         raise HfDmsError(f"{folder}: {wrong} Is config.json that of the weights?")
     cls, config = pruned_class_and_config(dense, bound, plan, layout)
     return StreamedCut(dense, skeleton(cls, config, dense.dtype), bound, plan, layout, tensors, left_out)
@@ -120,87 +102,10 @@ def write_cut(job: StreamedCut, folder: Path, target: Path) -> dict[str, int]:
     """
     _write_all_but_weights(job, folder, target)
     written, unknown = stored_tensors(_write_weights(job, target), job.pruned)
-    wrong = f"'{unknown[0]}' has no parameter." if unknown else _first_mismatch(written, job.pruned)
+    wrong = f"'{unknown[0]}' has no parameter." if unknown else first_mismatch(written, job.pruned)
     if wrong:
         raise VerificationError(f"The written files are not what {type(job.pruned).__name__} loads: {wrong}")
     return {"dense": _count(job.tensors, job.dense), "pruned": _count(written, job.pruned), "kept": _count_kept(job)}
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint.
-
-    Raises:
-        ValueError: it has none, or not all that its index names.
-    """
-    single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        kinds = sorted(
-            {file.suffix for file in folder.glob("*") if file.suffix in (".bin", ".h5", ".msgpack", ".gguf")}
-        )
-        raise HfDmsError(
-            f"{folder} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}"
-            + (f", only {', '.join(kinds)} files, which cannot be read tensor by tensor" if kinds else "")
-            + ". Save it as safetensors first: from_pretrained(...).save_pretrained(folder)."
-        )
-    files = [folder / name for name in shards_of(index)]
-    for file in files:
-        if not file.is_file():
-            raise HfDmsError(f"{folder} lacks {file.name}, which {index.name} names. Download or copy it again.")
-    return files
-
-
-def stored_tensors(files: Iterable[Path], model: PreTrainedModel) -> tuple[dict[str, Stored], list[str]]:
-    """What safetensors files hold for a model, by the model's names, from their headers.
-
-    Files of some architectures (ViT) have other names than the model; transformers' own mapping renames them.
-
-    Returns:
-        The tensors, and names of those that the model has no parameters for.
-
-    Raises:
-        ValueError: transformers would make a parameter of several tensors, or several of one.
-    """
-    parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(plain_buffers(model))
-    mapping: Any = get_model_conversion_mapping(model)
-    renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
-    converters = [step for step in mapping if not isinstance(step, WeightRenaming)]
-    tensors, others = {}, []
-    for file in files:
-        with open_weights(file) as content:
-            for key in content.keys():  # noqa: SIM118 (it is no dict)
-                name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
-                if converter is not None:
-                    raise HfDmsError(
-                        f"{file} holds '{key}', which transformers puts together or takes apart when it loads it. "
-                        "This cannot be cut from files: load the model and use hf_dms.prune."
-                    )
-                if name in parameters:
-                    tensors[name] = Stored(file, key, tuple(content.get_slice(key).get_shape()))
-                else:
-                    others.append(key)
-    return tensors, others
-
-
-def missing_weights(folder: Path, model: PreTrainedModel) -> list[str]:
-    """Names of a model's parameters that a checkpoint does not hold, from the headers of its safetensors files.
-
-    Args:
-        folder: of the checkpoint; one with files of other kinds only is not looked into, and lacks nothing.
-        model: what would be loaded, on the meta device or any other.
-
-    Raises:
-        ValueError: a file is missing or cut short, or a tensor has another shape than the model's.
-    """
-    others = any(folder.glob("*.bin"))
-    if others and not any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
-        return []
-    tensors, _ = stored_tensors(weight_files(folder), model)
-    if wrong := _first_other_shape(tensors, model):
-        raise HfDmsError(f"{folder}: {wrong} Is config.json that of the weights?")
-    groups = names_by_tensor(model).values()
-    return [names[0] for names in groups if not any(name in tensors for name in names)]
 
 
 def _dense_on_meta(folder: Path, file: Path) -> PreTrainedModel:
@@ -226,17 +131,9 @@ def _tied_but_different(tensors: dict[str, Stored], model: PreTrainedModel) -> s
     for names in names_by_tensor(model).values():
         first, *others = [name for name in names if name in tensors] or names[:1]
         for name in others:
-            if tensors[name].shape == tensors[first].shape and not _equal(tensors[name], tensors[first]):
+            if tensors[name].shape == tensors[first].shape and not equal(tensors[name], tensors[first]):
                 return name
     return None
-
-
-def _equal(stored: Stored, other: Stored) -> bool:
-    """Whether two tensors of one shape in files are equal, read a few rows at a time."""
-    with open_weights(stored.file) as content, open_weights(other.file) as others:
-        mine, its = content.get_slice(stored.key), others.get_slice(other.key)
-        rows = range(0, stored.shape[0], ROWS_AT_A_TIME)
-        return all(torch.equal(mine[row : row + ROWS_AT_A_TIME], its[row : row + ROWS_AT_A_TIME]) for row in rows)
 
 
 def _untied(model: PreTrainedModel, tensors: dict[str, Stored]) -> tuple[PreTrainedModel, dict[str, Stored]]:
@@ -252,30 +149,6 @@ def _untied(model: PreTrainedModel, tensors: dict[str, Stored]) -> tuple[PreTrai
     return skeleton(type(model), model.config, model.dtype), shared
 
 
-def _first_mismatch(tensors: dict[str, Stored], model: PreTrainedModel) -> str | None:
-    """What is wrong first with the tensors of a model: one of another shape, or one that is not there."""
-    if wrong := _first_other_shape(tensors, model):
-        return wrong
-    for names in _all_names(model):
-        if not any(name in tensors for name in names):
-            return f"there are no weights for '{names[0]}'."
-    return None
-
-
-def _all_names(model: PreTrainedModel) -> list[list[str]]:
-    """Names of every tensor of a model's state dict, several for tied parameters."""
-    return [*names_by_tensor(model).values(), *([name] for name, _ in plain_buffers(model))]
-
-
-def _first_other_shape(tensors: dict[str, Stored], model: PreTrainedModel) -> str | None:
-    for names in _all_names(model):
-        shape = tuple(tensor_of(model, names[0]).shape)
-        for name in names:
-            if name in tensors and tensors[name].shape != shape:
-                return f"'{name}' has shape {tensors[name].shape} in {tensors[name].file.name}, expected {shape}."
-    return None
-
-
 def _count(tensors: dict[str, Stored], model: PreTrainedModel) -> int:
     """Parameters in files, tied ones once."""
     stored = (next(tensors[name] for name in names if name in tensors) for names in names_by_tensor(model).values())
@@ -289,15 +162,9 @@ def _count_kept(job: StreamedCut) -> int:
     return sum(slice_tensor(job.dense.get_parameter(name), job.bound, name, job.plan).numel() for name in kept)
 
 
-def _read(stored: Stored) -> Tensor:
-    """A tensor, on a mapping of the file that is its own: pages of the file leave memory with it."""
-    with open_weights(stored.file) as content:
-        return content.get_tensor(stored.key)
-
-
 def _cut(job: StreamedCut, source: str, name: str) -> Tensor:
     shape = tensor_of(job.pruned, name).shape
-    return cut_tensor(_read(job.tensors[source]), shape, job.bound, source, job.plan, job.layout).contiguous()
+    return cut_tensor(read(job.tensors[source]), shape, job.bound, source, job.plan, job.layout).contiguous()
 
 
 def _write_shard(job: StreamedCut, names: dict[str, str], file: Path) -> None:
@@ -315,7 +182,7 @@ def _write_shard(job: StreamedCut, names: dict[str, str], file: Path) -> None:
     del tensors, tensor
     for source, name in names.items():
         expected = _cut(job, source, name)
-        found = _read(Stored(file, keys[source], tuple(expected.shape)))
+        found = read(Stored(file, keys[source], tuple(expected.shape)))
         same_kind = (found.shape, found.dtype) == (expected.shape, expected.dtype)
         if not same_kind or not torch.equal(_bytes(found), _bytes(expected)):
             raise VerificationError(f"'{name}' was written, but what is read back is not the slice of '{source}'.")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..cut.prune import prune
 from ..gating.attach import attach_
-from ..refit.batch_norms import BATCHES, batch_norms, estimate_batch_norms_
+from ..refit.batch_norms import BATCHES, estimate_batch_norms_
 from ..strategies.one_shot import choose_, criterion_of
 from ..tasks.task import Examples
 from .recipe import Recipe
@@ -82,6 +82,5 @@ def cut_by_criterion(
     choose_(model, name, Batches(examples, used, size, model.device))
     inputs = Batches(examples, 1, 1, model.device)[0]
     pruned = prune(model, inputs={key: value for key, value in inputs.items() if key != "labels"})
-    if batch_norms(pruned):
-        estimate_batch_norms_(pruned, Batches(examples, min(BATCHES * size, len(examples.train)), size, model.device))
+    estimate_batch_norms_(pruned, Batches(examples, BATCHES * size, size, model.device))
     return pruned, used * criterion.passes

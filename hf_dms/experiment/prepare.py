@@ -18,7 +18,7 @@ from ..archs.plain_view import with_adapters
 from ..archs.registry import spec_for
 from ..checkpoint.folders import check_place
 from ..checkpoint.hub import check_repo_id, check_token
-from ..checkpoint.stream import missing_weights
+from ..checkpoint.stored import missing_weights
 from ..config import SEARCH
 from ..errors import HfDmsError
 from ..files import load_saved

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..archs.bind import BoundSpec
 from ..errors import HfDmsError
 from ..gating.attach import masked_inputs
-from .layerwise import LayerWalk, StreamModules, slope_of
+from .layerwise import LayerWalk, StreamModules, layers_of, slope_of
 from .shelf import Shelf
 
 Key = tuple[int, str]  # a layer, and the path of a map inside it
@@ -208,7 +208,7 @@ def stream_factors(
     Raises:
         ValueError: no batches, or batches without labels.
     """
-    layers: list[nn.Module] = list(model.base_model.get_submodule(bound.spec.stacks[bound.depth]).children())
+    layers = layers_of(model, bound)
     factors: dict[Key, Tensor] = {}
     terms = 0
     with contextlib.ExitStack() as stack:

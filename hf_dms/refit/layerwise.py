@@ -58,6 +58,12 @@ def stream_dim(bound: BoundSpec) -> str:
     return next(name for name in names if bound.spec.dim(name).scope != "layer")
 
 
+def layers_of(model: PreTrainedModel, bound: BoundSpec) -> list[nn.Module]:
+    """The layers of a model, or of one cut from it."""
+    base: Any = model.base_model
+    return list(base.get_submodule(bound.spec.stacks[bound.depth]).children())
+
+
 def find_stream_modules(walk: LayerWalk, bound: BoundSpec) -> StreamModules:
     """Run the first layer to see how its maps write into the stream.
 
@@ -230,7 +236,7 @@ class LayerWalk:
         offload: str | os.PathLike | None = None,
     ) -> None:
         base: Any = model.base_model
-        self.layers: list[nn.Module] = list(base.get_submodule(bound.spec.stacks[bound.depth]).children())
+        self.layers = layers_of(model, bound)
         self.offload = offload
         self.calls, self.hidden = Shelf(offload), Shelf(offload)
         self._base = base

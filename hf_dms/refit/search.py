@@ -29,6 +29,7 @@ from ..gates import Gates
 from ..gating.attach import gates_of
 from ..resource import Sizes
 from .curvature import Key
+from .layerwise import layers_of
 from .levels import RefittedMap, sweep
 from .one_shot import factors_of, rank_
 
@@ -95,9 +96,7 @@ class RefittedSearch:
     def _install_(self, maps: Mapping[Key, RefittedMap]) -> None:
         """Let the maps run refitted in training mode, until the gates are taken off."""
         first = not self.gates.refitted
-        layers: list[nn.Module] = list(
-            self.model.base_model.get_submodule(self.bound.spec.stacks[self.bound.depth]).children()
-        )
+        layers = layers_of(self.model, self.bound)
         for (layer, path), refitted in maps.items():
             module: Any = layers[layer].get_submodule(path)
             module.forward = functools.partial(_forward, module, self.gates, refitted, layer)

@@ -31,7 +31,7 @@ from ..errors import HfDmsError
 from ..gates import Gates
 from ..gating.attach import attach_, freeze_, frozen_mode_, gates_of
 from ..gating.outcome import SearchOutcome, say_outcome, search_outcome
-from ..refit.batch_norms import BATCHES, batch_norms, estimate_batch_norms_
+from ..refit.batch_norms import BATCHES, estimate_batch_norms_
 from ..tasks.evaluate import evenly_spaced
 from .distributed import check_launch, check_plugin, leave_gates_out_, unsharded, without_ddp_for_frozen
 from .exact_resume import ExactCheckpointsMixin, loss_is_summed_over_micro_batches
@@ -137,8 +137,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         """
         with _without_autocast(self._unwrapped(), self.accelerator) as model:
             pruned = prune(unsharded(model), inputs=self.example_inputs())
-        if batch_norms(pruned):
-            estimate_batch_norms_(pruned, self._some_batches(BATCHES))
+        estimate_batch_norms_(pruned, self._some_batches(BATCHES))
         if self._use_cache is not None:
             pruned.config.use_cache = self._use_cache
         return pruned

@@ -16,6 +16,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 from transformers.core_model_loading import Concatenate, WeightConverter
 
+import hf_dms.checkpoint.stored
 import hf_dms.checkpoint.stream
 from hf_dms import DMSConfig, attach_
 from hf_dms.archs.bind import bind
@@ -289,7 +290,7 @@ def test_a_shard_that_is_not_there_is_named(made, tmp_path):
 def test_tensors_that_transformers_puts_together_are_refused(made, tmp_path, monkeypatch):
     made(tiny_llama())
     together = WeightConverter("gate_proj.weight", "gate_up_proj.weight", operations=[Concatenate(0)])
-    monkeypatch.setattr(hf_dms.checkpoint.stream, "get_model_conversion_mapping", lambda model: [together])
+    monkeypatch.setattr(hf_dms.checkpoint.stored, "get_model_conversion_mapping", lambda model: [together])
     with pytest.raises(ValueError, match=r"gate_proj.weight', which transformers puts together .* use hf_dms.prune"):
         stream(tmp_path)
 

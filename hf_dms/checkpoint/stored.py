@@ -1,0 +1,154 @@
+"""What the safetensors files of a checkpoint hold, from their headers: names as the model has them, and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..archs.plain_view import names_by_tensor, plain_buffers, tensor_of
+from ..errors import HfDmsError
+from ..files import open_weights, shards_of
+
+ROWS_AT_A_TIME = 4096  # of an embedding, when two are compared
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file.
+
+    Attributes:
+        file: the safetensors file.
+        key: its name there.
+        shape: its shape.
+    """
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint.
+
+    Raises:
+        ValueError: it has none, or not all that its index names.
+    """
+    single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        kinds = sorted(
+            {file.suffix for file in folder.glob("*") if file.suffix in (".bin", ".h5", ".msgpack", ".gguf")}
+        )
+        raise HfDmsError(
+            f"{folder} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}"
+            + (f", only {', '.join(kinds)} files, which cannot be read tensor by tensor" if kinds else "")
+            + ". Save it as safetensors first: from_pretrained(...).save_pretrained(folder)."
+        )
+    files = [folder / name for name in shards_of(index)]
+    for file in files:
+        if not file.is_file():
+            raise HfDmsError(f"{folder} lacks {file.name}, which {index.name} names. Download or copy it again.")
+    return files
+
+
+def stored_tensors(files: Iterable[Path], model: PreTrainedModel) -> tuple[dict[str, Stored], list[str]]:
+    """What safetensors files hold for a model, by the model's names, from their headers.
+
+    Files of some architectures (ViT) have other names than the model; transformers' own mapping renames them.
+
+    Returns:
+        The tensors, and names of those that the model has no parameters for.
+
+    Raises:
+        ValueError: transformers would make a parameter of several tensors, or several of one.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(plain_buffers(model))
+    mapping: Any = get_model_conversion_mapping(model)
+    renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
+    converters = [step for step in mapping if not isinstance(step, WeightRenaming)]
+    tensors, others = {}, []
+    for file in files:
+        with open_weights(file) as content:
+            for key in content.keys():  # noqa: SIM118 (it is no dict)
+                name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
+                if converter is not None:
+                    raise HfDmsError(
+                        f"{file} holds '{key}', which transformers puts together or takes apart when it loads it. "
+                        "This cannot be cut from files: load the model and use hf_dms.prune."
+                    )
+                if name in parameters:
+                    tensors[name] = Stored(file, key, tuple(content.get_slice(key).get_shape()))
+                else:
+                    others.append(key)
+    return tensors, others
+
+
+def missing_weights(folder: Path, model: PreTrainedModel) -> list[str]:
+    """Names of a model's tensors that a checkpoint does not hold, from the headers of its safetensors files.
+
+    They are what `from_pretrained` calls missing: parameters, tied ones once, and buffers of the state dict.
+
+    Args:
+        folder: of the checkpoint; one with files of other kinds only is not looked into, and lacks nothing.
+        model: what would be loaded, on the meta device or any other.
+
+    Raises:
+        ValueError: a file is missing or cut short, or a tensor has another shape than the model's.
+    """
+    others = any(folder.glob("*.bin"))
+    if others and not any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        return []
+    tensors, _ = stored_tensors(weight_files(folder), model)
+    if wrong := _first_other_shape(tensors, model):
+        raise HfDmsError(f"{folder}: {wrong} Is config.json that of the weights?")
+    return _absent(tensors, model)
+
+
+def first_mismatch(tensors: dict[str, Stored], model: PreTrainedModel) -> str | None:
+    """What is wrong first with the tensors of a model: one of another shape, or one that is not there."""
+    if wrong := _first_other_shape(tensors, model):
+        return wrong
+    absent = _absent(tensors, model)
+    return f"there are no weights for '{absent[0]}'." if absent else None
+
+
+def _absent(tensors: dict[str, Stored], model: PreTrainedModel) -> list[str]:
+    return [names[0] for names in _all_names(model) if not any(name in tensors for name in names)]
+
+
+def _all_names(model: PreTrainedModel) -> list[list[str]]:
+    """Names of every tensor of a model's state dict, several for tied parameters."""
+    return [*names_by_tensor(model).values(), *([name] for name, _ in plain_buffers(model))]
+
+
+def _first_other_shape(tensors: dict[str, Stored], model: PreTrainedModel) -> str | None:
+    for names in _all_names(model):
+        shape = tuple(tensor_of(model, names[0]).shape)
+        for name in names:
+            if name in tensors and tensors[name].shape != shape:
+                return f"'{name}' has shape {tensors[name].shape} in {tensors[name].file.name}, expected {shape}."
+    return None
+
+
+def read(stored: Stored) -> Tensor:
+    """A tensor, on a mapping of the file that is its own: pages of the file leave memory with it."""
+    with open_weights(stored.file) as content:
+        return content.get_tensor(stored.key)
+
+
+def equal(stored: Stored, other: Stored) -> bool:
+    """Whether two tensors of one shape in files are equal, read a few rows at a time."""
+    with open_weights(stored.file) as content, open_weights(other.file) as others:
+        mine, its = content.get_slice(stored.key), others.get_slice(other.key)
+        rows = range(0, stored.shape[0], ROWS_AT_A_TIME)
+        return all(torch.equal(mine[row : row + ROWS_AT_A_TIME], its[row : row + ROWS_AT_A_TIME]) for row in rows)
