@@ -8,12 +8,8 @@ Rows are appended to `rows.jsonl` in output.path at once; a table that was stopp
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import json
 import os
-import platform
-import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +28,6 @@ from ..gating.attach import detach_, gates_of
 from ..gating.gates_for import build_gates
 from ..gating.rounding import check_target
 from ..measure.speed import peak_resident_bytes
-from ..measure.versions import versions
 from ..refit.repair import repair_
 from ..report.comparison import write_comparison
 from ..strategies.one_shot import CRITERIA, check_dims, criterion_of
@@ -45,7 +40,8 @@ from .choose import Batches, cut_by_criterion, examples_of, shuffled
 from .own_data import with_own_texts
 from .prepare import Prepared, empty_model, load_texts, lora_config, prepare, training_arguments
 from .recipe import Recipe, coerce_fields
-from .stages import dense_model
+from .rows import append_row, fingerprint, provenance, read_rows
+from .stages import choice_changes_weights, dense_model
 
 ROWS = "rows.jsonl"
 
@@ -106,7 +102,7 @@ def compare(recipe: Recipe) -> str:
     setup = _setup(recipe, folder)
     for cell in cells:
         _check(setup, cell)
-    about = _fingerprint(recipe)
+    about = fingerprint(recipe)
     rows = [row for row in read_rows(folder / ROWS) if row["work"] == about]
     done = [row["cell"] for row in rows]
     for cell in cells:
@@ -208,8 +204,8 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
     pruned, plan, resource, seen = _choose(dense, recipe, examples, cell)
     row |= {"resource": resource, "sizes": plan.sizes}
     finish_("cut", pruned, started, seen)
-    if _trains_weights(recipe, cell):
-        dense = _dense(setup)
+    if choice_changes_weights(recipe):
+        dense = _dense(setup)  # the one before the choice can be nobody's teacher
     if (repair := recipe.recover.repair) is not None:
         started = time.time()
         batches = Batches(examples, repair.examples, recipe.eval.batch_size)
@@ -267,12 +263,6 @@ def _choose(
     return pruned, plan, resource, seen
 
 
-def _trains_weights(recipe: Recipe, cell: Cell) -> bool:
-    """Whether the dense model is another one after the choice, so that it can be nobody's teacher."""
-    criterion = cell.settings.get("criterion")
-    return recipe.dms.pipeline != "p-" if criterion is None else criterion_of(criterion).changes_weights
-
-
 def _dense(setup: Setup) -> PreTrainedModel:
     """The dense model of all cells: loaded, and fine-tuned once if the recipe says so, whatever the cell's seed."""
     device = setup.prepared.arguments["search"].device  # whatever chooses: a search would move it there
@@ -300,59 +290,6 @@ def _measured(model: PreTrainedModel, setup: Setup) -> dict[str, Any]:
         scores = example_scores(model.eval(), recipe.task, rows, collate, recipe.eval.batch_size)
         found[name] = summary(recipe.task, scores) | {"scores": [round(value, 6) for value in scores.tolist()]}
     return found
-
-
-# ---- rows ------------------------------------------------------------------------------------------------------------
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Rows of an earlier run; a line that was cut off, which does not end with the brace of a row, is left out."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}}")]
-
-
-def append_row(file: Path, row: dict[str, Any]) -> None:
-    """Write a row behind the others, on a line of its own even where an earlier one was cut off."""
-    cut_off = file.is_file() and not file.read_bytes().endswith(b"\n")
-    with file.open("a", encoding="utf-8") as rows:
-        rows.write(("\n" if cut_off else "") + json.dumps(row) + "\n")
-
-
-def _fingerprint(recipe: Recipe) -> str:
-    """What must be the same for rows to stand in one table: all of the recipe but which cells there are."""
-    values = _said(recipe)
-    values.pop("output"), values.pop("hub", None)
-    values["compare"] = {key: values["compare"][key] for key in ("tokens", "texts") if key in values["compare"]}
-    values["dms"].pop("target")
-    for key in ("path", "held_out"):  # the same files may lie in another folder
-        values["data"] |= {key: Path(str(values["data"][key])).name} if key in values["data"] else {}
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
-def _said(value: Any) -> Any:
-    """What a section says other than its defaults: an option that a later version adds does not change it."""
-    if not dataclasses.is_dataclass(value):
-        return value
-    factories = {f.name: f.default_factory for f in dataclasses.fields(value) if callable(f.default_factory)}
-    defaults = {
-        f.name: factories[f.name]() if f.name in factories else f.default
-        for f in dataclasses.fields(value)
-        if f.default is not dataclasses.MISSING or f.name in factories
-    }
-    found = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    return {name: _said(each) for name, each in found.items() if name not in defaults or each != defaults[name]}
-
-
-def provenance() -> dict[str, Any]:
-    """What produced a row: commit of the source, if it is a checkout, versions, machine, threads."""
-    folder = Path(__file__).parent
-    asked = subprocess.run(
-        ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    return {
-        "commit": asked.stdout.strip() or None,
-        "versions": versions(),
-        "machine": machine | {"threads": torch.get_num_threads()},
-    }
 
 
 def _name(cell: Cell) -> str:

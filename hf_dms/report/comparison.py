@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 from .figures import Panel, Points, lines_panel, save
-from .numbers import finite, to_json
+from .numbers import METRICS, finite, to_json
 
 STAGES = ("cut", "repaired", "recovered")
-METRICS = ("perplexity", "accuracy")
 
 
 def comparison_numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

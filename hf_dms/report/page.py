@@ -19,7 +19,18 @@ from ..files import read_json
 from ..tasks.registry import TASKS
 from .card import source_of
 from .figures import COLOURS, cut_panels, search_panels, svg, write_figures
-from .numbers import REPORT, columns_of, heading, loading_lines, notes, report_table, size_bars, sizes_table, table_rows
+from .numbers import (
+    METRICS,
+    REPORT,
+    columns_of,
+    heading,
+    loading_lines,
+    notes,
+    report_table,
+    size_bars,
+    sizes_table,
+    table_rows,
+)
 from .runtimes import STATUSES, layout_of, verdicts
 
 PAGE = "report.html"
@@ -89,7 +100,7 @@ def standard_errors(report: dict[str, Any]) -> list[tuple[str, str]]:
     lines = []
     for name in columns_of(report):
         measured = report[name]
-        metric = next((metric for metric in ("perplexity", "accuracy") if measured.get(metric) is not None), None)
+        metric = next((metric for metric in METRICS if measured.get(metric) is not None), None)
         if metric is None:
             continue
         words = f"{metric} {measured[metric]:.4g}{_plus_minus(measured.get('stderr'))}"

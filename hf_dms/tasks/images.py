@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,12 +15,12 @@ from transformers import default_data_collator
 
 from ..archs.inputs import image_shape
 from ..errors import HfDmsError
-from .classification import config_values, correct_predictions, load_labelled, predicted, samples_shown_as
+from .classification import TEXT_CLASSIFICATION, config_values, load_labelled, samples_shown_as
 from .data import DataConfig
 from .evaluate import evenly_spaced
 from .labels import Head
 from .sources import Source, load_sources
-from .task import Examples, Task
+from .task import Examples
 
 MODES = {1: "L", 3: "RGB"}  # PIL's name of the colours, by number of channels
 CHECKED = 20_000  # images of a source that are decoded before anything else; at 3 ms each that is a minute
@@ -167,20 +168,14 @@ def picture(pixels: Tensor) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-IMAGE_CLASSIFICATION = Task(
+IMAGE_CLASSIFICATION = dataclasses.replace(
+    TEXT_CLASSIFICATION,
     name="image-classification",
     model_class="AutoModelForImageClassification",
     processor_class="AutoImageProcessor",
     ending="ForImageClassification",
     peft=None,
-    generates=False,
-    metric="accuracy",
-    log_scores=False,
-    num_held_out=None,
     speed=("images_per_second", "images/s"),
-    amount=lambda batch: len(batch["labels"]),
     load=load_examples,
-    score=correct_predictions,
     samples=samples_shown_as(lambda example, processor: picture(example["pixel_values"])),
-    answers=predicted,
 )
