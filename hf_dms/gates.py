@@ -113,6 +113,7 @@ class Gates(nn.Module):
         self.rounder: Callable[[Gates], Rounded] | None = None  # the sizes that a cut would have now; set by attach_
         self.rounding: tuple[Any, Rounded] | None = None  # what it found, and for what
         self.decided: Sizes = {}  # dims that have whole sizes already, see `decide_`
+        self.at_target: tuple[int, Tensor] | None = None  # updates and ratios when the target was last met, if decided
         self.found_resource: float | None = None  # what the search had come to when it decided, share of the dense one
         self.soft_in_evaluation = False  # whether evaluation mode runs on soft masks too, see `soft_masks`
         self.attachment: Any = None  # where in a model these gates are (masking.Attachment)
@@ -203,6 +204,8 @@ class Gates(nn.Module):
         self.num_updates = int(state["num_updates"])
         for name in self.dims:
             self.raw_importance(name).copy_(state[f"importance_{name}"])
+        met = bool(self.decided) and bool(self._fits(self.prune_ratio[None]))  # as a search saves it after each step
+        self.at_target = (self.num_updates, self.prune_ratio.detach().clone()) if met else None
 
     # ---- masks -------------------------------------------------------------------------------------------------------
     @property
@@ -269,11 +272,15 @@ class Gates(nn.Module):
     def clamp_ratios_(self) -> None:
         """Keep the prune ratios in [0, 1] and within the sizes that are allowed; every training forward does it too.
 
-        Those that still move after a decision are kept at the target.
+        Those that still move after a decision are kept at the target: once per move, and per update of the importance,
+        by which the layers that count are ranked.
         """
         self.prune_ratio.clamp_(self.lower, self.upper)
-        if self.decided and self.decided.keys() != self.dims.keys():
+        if not self.decided or self.decided.keys() == self.dims.keys():
+            return
+        if self.at_target is None or self.at_target[0] != self.num_updates or self._moved_from(self.at_target[1]):
             self._meet_target_()
+            self.at_target = (self.num_updates, self.prune_ratio.detach().clone())
 
     @torch.no_grad()
     def decide_(self, progress: float) -> None:
@@ -314,11 +321,17 @@ class Gates(nn.Module):
         for _ in range(GRIDS):
             factors = low + width * torch.linspace(0, 1, GRID_POINTS, device=start.device)
             ratios = (1 - factors[:, None] * (1 - start)).clamp(self.lower, self.upper)
-            sizes = {name: (1 - self._rows(ratios, name)) * dim.units for name, dim in self.dims.items()}
-            fits = self.count(self.dense_sizes() | sizes) <= self.schedule.target * self.dense_resource
-            best = fits.sum().clamp(min=1) - 1
+            best = self._fits(ratios).sum().clamp(min=1) - 1
             low, width = factors[best], width / (GRID_POINTS - 1)
             self.prune_ratio.copy_(ratios[best])
+
+    def _fits(self, ratios: Tensor) -> Tensor:
+        """Whether vectors of all prune ratios, `[..., ratios]`, cost no more than the target: `[...]` bool."""
+        sizes = {name: (1 - self._rows(ratios, name)) * dim.units for name, dim in self.dims.items()}
+        return self.count(self.dense_sizes() | sizes) <= self.schedule.target * self.dense_resource
+
+    def _moved_from(self, ratios: Tensor) -> bool:
+        return not torch.equal(self.prune_ratio, ratios.to(self.prune_ratio.device))
 
     def _rows(self, ratios: Tensor, name: str) -> Tensor:
         """What belongs to a dim of vectors of all prune ratios, `[..., ratios]`, one per row: `[..., rows]`."""

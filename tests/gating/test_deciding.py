@@ -9,6 +9,7 @@ from helpers.tiny import search_, tiny_llama, token_batch
 
 from hf_dms import DMSConfig, attach_
 from hf_dms.cut.prune import plan_of
+from hf_dms.gates import Gates
 from hf_dms.gating.attach import gates_of
 from hf_dms.gating.rounding import sizes_of
 
@@ -121,6 +122,32 @@ def test_nothing_is_decided_in_the_warm_up_or_if_decide_at_is_one():
     _, gates = searched(decide_at=1.0)
     gates.decide_(1.0)
     assert gates.decided == {}
+
+
+def test_sizes_are_brought_to_the_target_once_per_move(monkeypatch):
+    model, gates = searched()
+    gates.decide_(0.9)
+    met, meet = [], Gates._meet_target_
+    monkeypatch.setattr(Gates, "_meet_target_", lambda gates: met.append(meet(gates)))
+    gates.clamp_ratios_()
+    backward(model), backward(model)
+    assert len(met) == 0  # decide_ has met it
+    gates.update_importance_()  # another ranking of the layers may cost otherwise
+    backward(model), backward(model)
+    assert len(met) == 1
+    with torch.no_grad():
+        gates.prune_ratio.sub_(0.01)
+    gates.clamp_ratios_()
+    backward(model), backward(model)
+    assert len(met) == 2
+    assert float(gates.resource().detach()) == pytest.approx(0.6, abs=1e-5)
+    gates.load_search_state_(gates.search_state())  # as it was saved, so that a resumed search goes on bit by bit
+    backward(model)
+    assert len(met) == 2
+    astray = gates.search_state() | {"prune_ratio": (gates.prune_ratio.detach() - 0.01).clamp(min=0)}
+    gates.load_search_state_(astray)
+    backward(model)
+    assert len(met) == 3
 
 
 # ---- in a search ----
