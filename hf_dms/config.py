@@ -106,6 +106,13 @@ class DMSConfig:
         "Fraction of the search after which layers, heads and KV groups get the whole sizes of the cut, and hard "
         "masks. MLP widths learn on until the end. 1: nothing is decided before the cut.",
     )
+    kl_weight: float = _option(
+        0.0,
+        "Share of KL(dense ‖ searched model) in the loss of the search, in [0, 1]; the rest is the task's loss. The "
+        "dense logits come from the same frozen weights with open masks: one more forward pass without gradients per "
+        "step. It needs pipeline p-. In the warm-up the divergence is 0, and the task's loss alone gives the "
+        "importance.",
+    )
     resource_weight: float = _option(10.0, "λ_resource, the weight of the resource loss beside the task loss.")
     gate_learning_rate: float | None = _option(
         None, "Constant learning rate of the prune ratios. Default: 2 / steps of the search, within [0.002, 0.05]."
@@ -150,8 +157,13 @@ class DMSConfig:
 
         if not isinstance(self.strategy, str):
             raise HfDmsError(f"dms.strategy must be the name of a strategy, such as flap, got {self.strategy!r}.")
-        if self.strategy != SEARCH and (self.search_over != "masks" or self.pipeline == "np"):
-            option = "pipeline = np" if self.pipeline == "np" else f"search_over = {self.search_over}"
+        meaningless = {
+            "pipeline = np": self.pipeline == "np",
+            f"search_over = {self.search_over}": self.search_over != "masks",
+            f"kl_weight = {self.kl_weight}": self.kl_weight != 0,
+        }
+        if self.strategy != SEARCH and any(meaningless.values()):
+            option = next(name for name, given in meaningless.items() if given)
             raise HfDmsError(
                 f"dms.strategy = {self.strategy} chooses units of trained weights without a search, so that "
                 f"dms.{option} has no meaning. Leave one of the two out."
@@ -166,6 +178,7 @@ class DMSConfig:
             "importance_decay": (0, 1, True, False),
             "target_ramp": (0, 1, False, True),
             "decide_at": (0, 1, False, True),
+            "kl_weight": (0, 1, True, True),
             "warmup_steps": (0, math.inf, True, False),
             "resource_weight": (0, math.inf, True, False),
             "gate_learning_rate": (0, math.inf, True, False),
@@ -183,6 +196,21 @@ class DMSConfig:
             if not ((value > low or (with_low and value == low)) and (value < high or (with_high and value == high))):
                 interval = f"{'[' if with_low else '('}{low}, {high}{']' if with_high else ')'}"
                 raise HfDmsError(f"dms.{name} must be in {interval}, got {value}.")
+
+        self._check_kl()
+
+    def _check_kl(self) -> None:
+        if self.kl_weight and self.pipeline != "p-":
+            raise HfDmsError(
+                f"dms.kl_weight = {self.kl_weight} needs frozen weights, got pipeline {self.pipeline}: where weights "
+                "train, the model with open masks is no longer the dense one. Write pipeline: p-, or teach the cut "
+                "model by recover.distillation."
+            )
+        if self.kl_weight == 1 and self.warmup_steps == 0 and self.search_over == "masks":
+            raise HfDmsError(
+                "dms.kl_weight = 1 needs a warm-up, got dms.warmup_steps = 0: at open masks the divergence is 0, so "
+                "that no unit would be more important than another. Write warmup_steps: 8, or a smaller kl_weight."
+            )
 
     def _check_names(self) -> None:
         if self.prune is not None:

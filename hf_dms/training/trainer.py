@@ -33,6 +33,7 @@ from ..gating.attach import attach_, freeze_, frozen_mode_, gates_of
 from ..gating.outcome import SearchOutcome, say_outcome, search_outcome
 from ..refit.batch_norms import BATCHES, estimate_batch_norms_
 from ..tasks.evaluate import evenly_spaced
+from .dense_logits import check_divergence, kl_to_dense, logits_with_open_masks, without_labels
 from .distributed import check_launch, check_plugin, leave_gates_out_, unsharded, without_ddp_for_frozen
 from .exact_resume import ExactCheckpointsMixin, loss_is_summed_over_micro_batches
 from .progress import show_progress_
@@ -75,6 +76,8 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         leave_gates_out_(self.model, self.gates, self.accelerator)
         if dms_config.pipeline == "p-":
             freeze_(self.model)
+        if dms_config.kl_weight:
+            check_divergence(self.model)
         self.gate_optimizer = torch.optim.Adam([self.gates.prune_ratio])
         self._step_task_loss = torch.zeros((), device=self.args.device)
         self._task_loss = torch.zeros((), device=self.args.device)
@@ -211,16 +214,27 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
 
     # ---- Trainer's hooks ---------------------------------------------------------------------------------------------
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        if model.training and self.dms_config.pipeline == "p-":
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        if self.dms_config.pipeline == "p-":
             frozen_mode_(self._unwrapped())  # the Trainer has just put all of it into training mode
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
-        loss = result[0] if return_outputs else result
-        if model.training:
-            share = 1 / self.current_gradient_accumulation_steps
-            scaled = loss_is_summed_over_micro_batches(self, num_items_in_batch)
-            self._step_task_loss += loss.detach() * (1.0 if scaled else share)
-            loss = loss + self.gates.resource_loss(self.progress).to(loss.device) * (share if scaled else 1.0)
-        return (loss, *result[1:]) if return_outputs else loss
+        scaled = loss_is_summed_over_micro_batches(self, num_items_in_batch)
+        share = 1 / self.current_gradient_accumulation_steps
+        weight = 0.0 if self.gates.is_warming_up else self.dms_config.kl_weight
+        dense_logits = logits_with_open_masks(self._unwrapped(), model, inputs) if weight else None
+        outputs = None
+        if weight == 1:  # the task's loss is not wanted, nor the memory that it takes
+            loss, outputs = torch.zeros((), device=self.args.device), model(**without_labels(inputs))
+        elif dense_logits is not None or return_outputs:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)
+        else:
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        if dense_logits is not None:
+            divergence = kl_to_dense(self._unwrapped(), outputs, dense_logits, inputs.get("labels"))
+            loss = (1 - weight) * loss + weight * divergence * (share if scaled else 1.0)
+        self._step_task_loss += loss.detach() * (1.0 if scaled else share)
+        loss = loss + self.gates.resource_loss(self.progress).to(loss.device) * (share if scaled else 1.0)
+        return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)

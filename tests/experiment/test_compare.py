@@ -63,6 +63,14 @@ def test_what_a_search_refits_on_is_counted_and_equalised_too(table):
     assert [row["seen"]["cut"] * 16 for row in rows] == [1120, 1120]
 
 
+def test_a_search_by_the_divergence_from_the_dense_model_is_a_strategy_too(table):
+    searches = "{dms: {}, dms-kl: {dms: {kl_weight: 1.0, warmup_steps: 1}}, dms-plain: {dms: {warmup_steps: 1}}}"
+    *_, rows = table(f"compare.strategies={searches}", "recover={}")
+    assert [row["seen"] for row in rows] == [rows[0]["seen"]] * 3
+    assert rows[1]["scores"]["dense"] == rows[2]["scores"]["dense"]
+    assert rows[1]["scores"]["cut"] != rows[2]["scores"]["cut"]
+
+
 def test_a_search_by_epochs_is_a_search_of_whole_epochs_and_rivals_see_as_much(table):
     epochs = ("train.max_steps=-1", "train.num_train_epochs=1", "compare.strategies={dms: {}, taylor: {}}")
     *_, rows = table(*epochs, "recover={}", "dms.warmup_steps=1")

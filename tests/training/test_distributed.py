@@ -57,9 +57,11 @@ def launched(tmp_path_factory):
         "main_only",
         "ddp:p",
         "ddp:p-",
+        "ddp_kl:p-",
         "poison:p",
         "fsdp:p",
         "fsdp:p-",
+        "fsdp_kl:p-",
         "resume:p",
     ]  # FSDP last: it is for the whole process
     code, _, err = launch(ROOT / "tests/helpers/processes.py", folder, *kinds)
@@ -67,12 +69,14 @@ def launched(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("pipeline", ["p", "p-"])
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("kind", "pipeline"),
+    [("ddp", "p"), ("ddp", "p-"), ("ddp_kl", "p-"), ("fsdp", "p"), ("fsdp", "p-"), ("fsdp_kl", "p-")],
+)
 def test_two_processes_search_as_one_does(launched, kind, pipeline, tmp_path):
     """Sums over a batch run in another order: 1e-7 of a value, which six steps of SGD through steep masks raise to
     about 1e-6 of the importance and of the weights, 2e-6 of a ratio. The tolerance is ten times that."""
-    alone = searching(tmp_path, pipeline)
+    alone = searching(tmp_path, pipeline, kl_weight=1.0 if kind.endswith("kl") else 0.0)
     alone.train()
     expected = results(alone)
     found = [load_file(launched / f"{kind}:{pipeline}-{rank}.safetensors") for rank in (0, 1)]

@@ -69,6 +69,15 @@ def test_open_masks_without_resource_loss_train_like_the_plain_trainer(chats, to
     assert logged(open_, "task_loss") == pytest.approx(logged(plain, "loss"), rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")
+def test_a_search_by_divergence_alone_works_on_chats_and_half_of_one_is_refused(chats, tokenizer, tmp_path):
+    trainer = searched(tmp_path, chats, tokenizer, dict(pipeline="p-", kl_weight=1.0))
+    assert all(0 < loss < 1 for loss in logged(trainer, "task_loss")[3:])
+    assert float(trainer.gates.prune_ratio.detach().max()) > 0.02
+    with pytest.raises(ValueError, match=r"computes its loss without logits .* Write kl_weight: 1"):
+        searched(tmp_path, chats, tokenizer, dict(pipeline="p-", kl_weight=0.5))
+
+
 def test_a_search_on_chats_is_evaluated_cut_and_resumed(chats, tokenizer, tmp_path):
     options = dict(save_strategy="steps", save_steps=3, eval_strategy="steps", eval_steps=3)
     whole = searched(tmp_path, chats, tokenizer, **options)

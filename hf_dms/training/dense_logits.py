@@ -1,0 +1,107 @@
+"""The dense model as the teacher of its own search: logits with open masks, and the divergence from them.
+
+Where weights are frozen (pipeline p-), the model with every mask open is the dense model, so no second one is needed.
+It is for heads that give one distribution per prediction; a token's, an example's, or an object query's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..archs.plain_view import base_model_of, tensor_of
+from ..cut.verify import open_gates
+from ..errors import HfDmsError
+from ..gating.attach import gates_of
+from .finetune import distillation_loss
+
+NO_DISTRIBUTION = ("regression", "multi_label_classification")  # values of a config's problem_type
+
+
+def check_divergence(model: nn.Module) -> None:
+    """Check that a model's head gives distributions.
+
+    Raises:
+        ValueError: it is for regression, or for several labels at once.
+    """
+    base: Any = base_model_of(model)
+    kind = base.config.problem_type
+    if kind is None and base.config.num_labels == 1 and base.get_output_embeddings() is None:
+        kind = "regression"  # as transformers takes it
+    if kind in NO_DISTRIBUTION:
+        raise HfDmsError(
+            f"dms.kl_weight needs a head that gives a distribution over classes, got problem_type {kind}. Leave "
+            "kl_weight out."
+        )
+
+
+def without_labels(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model is called with so that it computes logits alone."""
+    return {name: value for name, value in inputs.items() if name != "labels"}
+
+
+@torch.no_grad()
+def logits_with_open_masks(model: PreTrainedModel, prepared: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """Logits of the dense model, from a frozen model in its search.
+
+    Call it before the forward pass that gets a gradient: the gates keep the masks of the last one.
+
+    Args:
+        model: the model with gates.
+        prepared: the same one, as the Trainer calls it.
+        inputs: keyword arguments of a forward pass; labels are left out.
+
+    Raises:
+        ValueError: the model gives no logits.
+    """
+    with open_gates(model), _dense_statistics(model):
+        return _logits(prepared(**without_labels(inputs)))
+
+
+def kl_to_dense(model: nn.Module, outputs: Any, dense_logits: Tensor, labels: Tensor | None) -> Tensor:
+    """KL(dense ‖ searched model) at temperature 1 over all classes, mean over predictions: a float32 scalar.
+
+    Args:
+        model: which of its positions predict what.
+        outputs: of the masked forward pass.
+        dense_logits: `[..., classes]`.
+        labels: `[...]`; predictions whose label is -100 do not count. None: all count.
+
+    Raises:
+        ValueError: the outputs have no logits, or such as no gradient flows through.
+    """
+    logits = _logits(outputs)
+    if torch.is_grad_enabled() and not logits.requires_grad:
+        raise HfDmsError(
+            "dms.kl_weight: the Trainer below DMSMixin computes its loss without logits that have a gradient (TRL's "
+            "SFTTrainer does). Write kl_weight: 1, which leaves that loss out, or 0."
+        )
+    causal = base_model_of(model).can_generate()  # it predicts the next label
+    return distillation_loss(logits, dense_logits, 1.0, labels, shifted=causal)
+
+
+def _logits(outputs: Any) -> Tensor:
+    if "logits" not in outputs:
+        raise HfDmsError(
+            f"dms.kl_weight needs a model that gives logits; this one gives {', '.join(outputs)}. Leave kl_weight out."
+        )
+    return outputs["logits"]
+
+
+@contextlib.contextmanager
+def _dense_statistics(model: nn.Module) -> Iterator[None]:
+    """Give batch norms the dense model's running statistics for a while; those of the search follow its masks."""
+    base, dense = base_model_of(model), gates_of(model).attachment.statistics
+    moved = {name: tensor_of(base, name).clone() for name in dense}
+    for name, tensor in dense.items():
+        tensor_of(base, name).copy_(tensor)
+    try:
+        yield
+    finally:
+        for name, tensor in moved.items():
+            tensor_of(base, name).copy_(tensor)
