@@ -416,13 +416,14 @@ class Gates(nn.Module):
         """The limited resource itself at given sizes, in parameters, MACs or bytes.
 
         Args:
-            sizes: `[..., rows]` per dim.
+            sizes: `[..., rows]` per dim, on any device.
             cost: another resource to count.
 
         Returns:
-            `[...]` float64.
+            `[...]` float64, on the gates' device.
         """
-        cost = self.cost if cost is None else cost.to(self.prune_ratio.device)
+        device = self.prune_ratio.device
+        cost, sizes = self.cost if cost is None else cost.to(device), {n: size.to(device) for n, size in sizes.items()}
         kept = {
             stack: linear_topk_count(self.importance(stack)[0], sizes[stack].squeeze(-1))
             for stack in cost.stacks

@@ -109,7 +109,7 @@ def compare(recipe: Recipe) -> str:
         if cell.key in done:
             continue
         print(f"{cell.strategy}, target {cell.target:g}, seed {cell.seed} ...", flush=True)
-        row = {"work": about, "cell": cell.key} | run_cell(setup, cell) | provenance()
+        row = {"work": about, "cell": cell.key} | run_cell(setup, cell) | provenance(_device(setup))
         append_row(folder / ROWS, row)
         rows.append(row)
     wanted = [cell.key for cell in cells]
@@ -184,10 +184,11 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
     Returns:
         `scores`: per stage (dense, cut, repaired, recovered) and text the metric, its standard error and the scores of
         the single examples; `seen`: examples that each stage saw, and the `tokens` of all of them for a language model;
-        `seconds` of each; `resource`: what is kept of the dense one, `sizes`; `peak_bytes`, the most resident memory.
+        `seconds` of each; `resource`: what is kept of the dense one, `sizes`; `peak_bytes`, the most resident memory,
+        and on an accelerator `peak_device_bytes`, the most that torch allocated there.
     """
     recipe = _recipe_of(setup.prepared.recipe, cell)
-    _reset_peak()
+    _reset_peaks(_device(setup))
     examples = shuffled(setup.prepared.examples, cell.seed)
     dense = _dense(setup)
     row: dict[str, Any] = {"scores": {}, "seen": {}, "seconds": {}}
@@ -220,7 +221,10 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
         finish_("recovered", pruned, started, examples_of(arguments, examples))
     if recipe.task.generates:
         row["tokens"] = sum(row["seen"].values()) * recipe.data.sequence_length
-    return row | {"peak_bytes": peak_resident_bytes()}
+    row["peak_bytes"] = peak_resident_bytes()
+    if _device(setup).type != "cpu":
+        row["peak_device_bytes"] = torch.accelerator.max_memory_allocated(_device(setup))
+    return row
 
 
 def _recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
@@ -257,7 +261,7 @@ def _choose(
         searched, name = model, cell.settings["criterion"]
         pruned, seen = cut_by_criterion(model, recipe, name, examples, count, arguments.train_batch_size)
     plan, gates = plan_of(searched), gates_of(searched)
-    sizes = {name: torch.tensor(units, device=model.device) for name, units in plan.sizes.items()}
+    sizes = {name: torch.tensor(units) for name, units in plan.sizes.items()}
     resource = float(gates.resource(gates.dense_sizes() | sizes))
     detach_(searched)
     return pruned, plan, resource, seen
@@ -265,8 +269,12 @@ def _choose(
 
 def _dense(setup: Setup) -> PreTrainedModel:
     """The dense model of all cells: loaded, and fine-tuned once if the recipe says so, whatever the cell's seed."""
-    device = setup.prepared.arguments["search"].device  # whatever chooses: a search would move it there
-    return dense_model(setup.prepared).to(device).eval()
+    return dense_model(setup.prepared).to(_device(setup)).eval()
+
+
+def _device(setup: Setup) -> torch.device:
+    """Where a search would run, whatever chooses."""
+    return setup.prepared.arguments["search"].device
 
 
 def _examples_to_see(recipe: Recipe, asked: int) -> int:
@@ -296,8 +304,10 @@ def _name(cell: Cell) -> str:
     return f"{cell.strategy}-{cell.target:g}-{cell.seed}"
 
 
-def _reset_peak() -> None:
-    """Let the most resident memory of this process begin anew, where the system can (Linux, see `man proc`)."""
+def _reset_peaks(device: torch.device) -> None:
+    """Let the most memory that is in use begin anew: a device's, and this process's (Linux alone, see `man proc`)."""
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
     file = Path("/proc/self/clear_refs")
     if os.access(file, os.W_OK):
         file.write_text("5", encoding="ascii")

@@ -6,14 +6,13 @@ import dataclasses
 import hashlib
 import json
 import os
-import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..measure.versions import versions
+from ..measure.versions import device_name, versions
 from .recipe import Recipe
 
 
@@ -55,13 +54,18 @@ def _said(value: Any) -> Any:
     return {name: _said(each) for name, each in found.items() if name not in defaults or each != defaults[name]}
 
 
-def provenance() -> dict[str, Any]:
-    """What produced a row: commit of the source, if it is a checkout, versions, machine, threads."""
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What produced a row: commit of the source, if it is a checkout, versions, machine, threads.
+
+    Args:
+        device: what computed; `accelerator` names it, unless it is the CPU.
+    """
     folder = Path(__file__).parent
     asked = subprocess.run(
         ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    machine = {"processor": device_name("cpu"), "cores": os.cpu_count()}
+    machine |= {} if device.type == "cpu" else {"accelerator": device_name(device)}
     return {
         "commit": asked.stdout.strip() or None,
         "versions": versions(),

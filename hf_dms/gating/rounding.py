@@ -293,8 +293,5 @@ class _Rounding:
 
     def count(self, state: State) -> Tensor:
         """The limited resource, `[...]` float64, of sizes `[..., num_ratios]`."""
-        sizes = {name: size.cpu() for name, size in self.gates.dense_sizes().items()}
-        for name in self.gates.dims:
-            sizes[name] = self.rows(state, name).double()
-        device = self.gates.prune_ratio.device
-        return self.gates.count({name: size.to(device) for name, size in sizes.items()}).cpu()
+        sizes = {name: self.rows(state, name).double() for name in self.gates.dims}
+        return self.gates.count(self.gates.dense_sizes() | sizes).cpu()

@@ -9,7 +9,6 @@ reasons in `reasons.py`.
 from __future__ import annotations
 
 import os
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from ..errors import HfDmsError
 from ..tasks.registry import task_of
 from .reasons import ALIGNED_BYTES, Shape, falls_short, reasons
 from .speed import Run, costs_of, in_turns, inputs_for, load_model, peak_bytes, profiled, run_with, timed, widths
-from .versions import versions
+from .versions import device_name, versions
 
 PROFILES = 3  # profiled runs of each model, where a measurement falls short
 
@@ -154,23 +153,15 @@ def quartiles(values: list[float]) -> list[float]:
 
 def machine(device: str, dtype: torch.dtype) -> dict[str, Any]:
     """What the numbers hold for."""
-    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _cpu_name()
     busy = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     return {
         "device": device,
-        "name": name,
+        "name": device_name(device),
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "load_average": busy,
         "versions": versions(),
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 # ---- telling ---------------------------------------------------------------------------------------------------------
