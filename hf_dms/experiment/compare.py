@@ -269,7 +269,9 @@ def _choose(
 
 def _dense(setup: Setup) -> PreTrainedModel:
     """The dense model of all cells: loaded, and fine-tuned once if the recipe says so, whatever the cell's seed."""
-    return dense_model(setup.prepared).to(_device(setup)).eval()
+    model = dense_model(setup.prepared).eval()
+    model.to(_device(setup))
+    return model
 
 
 def _device(setup: Setup) -> torch.device:
