@@ -113,6 +113,11 @@ class DMSConfig:
         "step. It needs pipeline p-. In the warm-up the divergence is 0, and the task's loss alone gives the "
         "importance.",
     )
+    scales: bool = _option(
+        False,
+        "Whether each unit of kv, heads and mlp learns a scale beside its prune ratio, 1 at first, which the cut folds "
+        "into the weights that read the unit. For searches over masks with frozen weights (pipeline p-).",
+    )
     resource_weight: float = _option(10.0, "λ_resource, the weight of the resource loss beside the task loss.")
     gate_learning_rate: float | None = _option(
         None, "Constant learning rate of the prune ratios. Default: 2 / steps of the search, within [0.002, 0.05]."
@@ -161,6 +166,7 @@ class DMSConfig:
             "pipeline = np": self.pipeline == "np",
             f"search_over = {self.search_over}": self.search_over != "masks",
             f"kl_weight = {self.kl_weight}": self.kl_weight != 0,
+            "scales": bool(self.scales),
         }
         if self.strategy != SEARCH and any(meaningless.values()):
             option = next(name for name, given in meaningless.items() if given)
@@ -198,6 +204,21 @@ class DMSConfig:
                 raise HfDmsError(f"dms.{name} must be in {interval}, got {value}.")
 
         self._check_kl()
+        self._check_scales()
+
+    def _check_scales(self) -> None:
+        if not isinstance(self.scales, bool):
+            raise HfDmsError(f"dms.scales must be true or false, got {self.scales!r}.")
+        if self.scales and self.pipeline != "p-":
+            raise HfDmsError(
+                f"dms.scales needs frozen weights, got pipeline {self.pipeline}, in which weights learn their scale "
+                "themselves. Write pipeline: p-, or leave scales out."
+            )
+        if self.scales and self.search_over != "masks":
+            raise HfDmsError(
+                f"dms.scales needs search_over = masks, got {self.search_over}, whose refits scale units already. "
+                "Leave one of the two out."
+            )
 
     def _check_kl(self) -> None:
         if self.kl_weight and self.pipeline != "p-":

@@ -120,6 +120,7 @@ class Gates(nn.Module):
         self.refitted: frozenset[str] = frozenset()  # dims whose maps run refitted in training (refit/search.py)
         self.refit_ratio: Tensor | None = None  # the prune ratios when they were refitted
         self.log_masks: dict[str, tuple[Any, ...]] = {}  # tensors; None: no mask
+        self.scales: Sizes = {}  # θ of units' scales exp θ, `[rows, units]` per dim that has some (gating/scales.py)
         self._taylor: dict[str, Tensor] = {}
         self._gathered: set[str] = set()  # dims that a backward pass has reached since the last update
         lower, upper = self._bounds()
@@ -167,6 +168,7 @@ class Gates(nn.Module):
         state = {f"importance_{name}": self.raw_importance(name) for name in self.dims}
         state |= {} if self.refit_ratio is None else {"refit_ratio": self.refit_ratio}
         state |= {f"decided_{name}": size for name, size in self.decided.items()}
+        state |= {f"scale_{name}": scale for name, scale in self.scales.items()}
         if self.found_resource is not None:
             state["decided"] = torch.tensor(self.found_resource)
         return state | {"prune_ratio": self.prune_ratio.detach(), "num_updates": torch.tensor(self.num_updates)}
@@ -204,6 +206,8 @@ class Gates(nn.Module):
         self.num_updates = int(state["num_updates"])
         for name in self.dims:
             self.raw_importance(name).copy_(state[f"importance_{name}"])
+        for name, scale in self.scales.items():
+            scale.copy_(state[f"scale_{name}"])
         met = bool(self.decided) and bool(self._fits(self.prune_ratio[None]))  # as a search saves it after each step
         self.at_target = (self.num_updates, self.prune_ratio.detach().clone()) if met else None
 
@@ -231,6 +235,7 @@ class Gates(nn.Module):
                 log_mask = mask.log().requires_grad_()
             else:
                 log_mask = log_soft_topk_mask(self.importance(name), self.ratio(name), dim.sharpness)
+            log_mask = log_mask + self.scales[name] if name in self.scales else log_mask
             if self.training and torch.is_grad_enabled():
                 log_mask.register_hook(_Accumulate(self._taylor, self._gathered, name))
             self.log_masks[name] = log_mask.unbind(0)
@@ -385,6 +390,8 @@ class Gates(nn.Module):
         for name, term in self._taylor.items():
             if name not in self.refitted:
                 self.raw_importance(name).mul_(decay).add_(term.square(), alpha=1 - decay)
+            if name in self.scales:  # m·dL/dm is dL/dθ too
+                self.scales[name].grad = None if self.is_warming_up else term.clone()
         self.forget_step_()
         self.num_updates += 1
 
@@ -454,6 +461,7 @@ class Gates(nn.Module):
         """Follow the model to another device, but stay float32 when it is cast."""
         device = fn(self.lower.new_empty(0)).device
         self.cost = self.cost.to(device)
+        self.scales = {name: scale.to(device) for name, scale in self.scales.items()}
         return super()._apply(lambda tensor: tensor.to(device), recurse)
 
     def __getstate__(self) -> dict[str, Any]:

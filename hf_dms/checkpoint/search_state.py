@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import HfDmsError
@@ -29,12 +30,14 @@ def save_search_state(
     Args:
         model: a model with gates.
         folder: an existing checkpoint folder.
-        optimizer: that of the prune ratios alone, whose state is written too.
+        optimizer: that of the prune ratios and scales alone, whose state is written too.
     """
     gates = gates_of(model)
     folder = Path(folder)
-    moments = {} if optimizer is None else optimizer.state.get(gates.prune_ratio, {})
-    state = gates.search_state() | {f"{OPTIMIZER}{name}": tensor for name, tensor in moments.items()}
+    moments = {} if optimizer is None else optimizer.state_dict()["state"]
+    state = gates.search_state()
+    for number, tensors_of in moments.items():  # 0: the ratios
+        state |= {f"{OPTIMIZER}{number}_{name}": tensor for name, tensor in tensors_of.items()}
     tensors = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
     save_file(tensors, folder / STATE_TENSORS)
     summary = {
@@ -61,9 +64,12 @@ def load_search_state_(
         state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (it is no dict)
     gates_of(model).load_search_state_(state)
     if optimizer is not None:
-        moments = {name.removeprefix(OPTIMIZER): tensor for name, tensor in state.items() if name.startswith(OPTIMIZER)}
-        saved = optimizer.state_dict() | {"state": {0: moments} if moments else {}}
-        optimizer.load_state_dict(saved)
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in state.items():
+            if name.startswith(OPTIMIZER):
+                number, _, moment = name.removeprefix(OPTIMIZER).partition("_")
+                moments.setdefault(int(number), {})[moment] = tensor
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
 
 
 def load_weights_(model: PreTrainedModel, folder: str | os.PathLike) -> None:

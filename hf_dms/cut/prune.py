@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..archs.bind import BoundSpec
 from ..archs.plain_view import base_model_of, check_adapters, exact_packed_maps, plain_weight
+from ..archs.restoring import HALF
 from ..config import SEARCH, DMSConfig
 from ..errors import HfDmsError
 from ..gates import Gates
@@ -23,11 +24,12 @@ from ..gating.checks import check_model
 from ..gating.gates_for import recount_
 from ..gating.outcome import say_gap, say_outcome
 from ..gating.rounding import sizes_of
+from ..gating.scales import folded, folded_scales
 from ..resource import Sizes
 from ..topk import topk_mask
 from .plan import Plan
 from .slicing import cut
-from .verify import check_same, dummy_inputs, hard_masked, output_units
+from .verify import can_be_upcast, check_same, dummy_inputs, hard_masked, output_units
 
 
 def prune(
@@ -84,9 +86,11 @@ def prune(
         check_searched(gates)
         say_outcome(model)
     plan = plan_of(model)
-    pruned = cut(model, bound, plan, config.layout)
+    pruned = cut(model, bound, plan, config.layout, folded_scales(gates, bound))
     sizes = {name: torch.tensor(units) for name, units in plan.sizes.items()}
-    with _ranked(model), hard_masked(model, sizes), exact_packed_maps(model):
+    rounds = model.dtype in HALF and can_be_upcast(model)
+    scaled = folded(model) if rounds else contextlib.nullcontext()
+    with _ranked(model), hard_masked(model, sizes), exact_packed_maps(model), scaled:
         inputs = inputs if inputs is not None else dummy_inputs(model)
         check_same(model, pruned, inputs, ("masked", "cut"), output_units(bound, plan))
     return pruned

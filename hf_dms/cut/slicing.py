@@ -7,6 +7,8 @@ stays. Nothing here knows a module's name.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,13 @@ from .plan import Plan, kept_units
 
 
 @torch.no_grad()
-def cut(model: PreTrainedModel, bound: BoundSpec, plan: Plan, layout: str) -> PreTrainedModel:
+def cut(
+    model: PreTrainedModel,
+    bound: BoundSpec,
+    plan: Plan,
+    layout: str,
+    factors: Mapping[str, Tensor] = MappingProxyType({}),
+) -> PreTrainedModel:
     """A new model that holds the kept units of another.
 
     Args:
@@ -28,6 +36,7 @@ def cut(model: PreTrainedModel, bound: BoundSpec, plan: Plan, layout: str) -> Pr
         bound: its architecture.
         plan: which units stay.
         layout: uniform, per_layer or padded.
+        factors: what parameters are multiplied by, by their names in the dense model.
     """
     cls, config = pruned_class_and_config(model, bound, plan, layout)
     with initialization.no_init_weights():
@@ -35,6 +44,7 @@ def cut(model: PreTrainedModel, bound: BoundSpec, plan: Plan, layout: str) -> Pr
     sources = source_names(pruned, bound, plan)
     for name, tensor in (*pruned.named_parameters(), *plain_buffers(pruned)):
         source = plain_weight(model, sources[name])
+        source = source * factors[sources[name]] if sources[name] in factors else source
         dtype = model.dtype if isinstance(tensor, nn.Parameter) else source.dtype
         tensor.data = cut_tensor(source, tensor.shape, bound, sources[name], plan, layout).to(dtype, copy=True)
     pruned.to(model.device)  # buffers that are not in the state dict

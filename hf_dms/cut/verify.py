@@ -45,9 +45,13 @@ def open_gates(model: PreTrainedModel) -> Iterator[None]:
         yield
         return
     gates = gates_of(model)
-    with hard_masked(model, {name: torch.full((dim.rows,), dim.units) for name, dim in gates.dims.items()}):
-        gates.compute_masks_()
-        yield
+    scales, gates.scales = gates.scales, {}
+    try:
+        with hard_masked(model, {name: torch.full((dim.rows,), dim.units) for name, dim in gates.dims.items()}):
+            gates.compute_masks_()
+            yield
+    finally:
+        gates.scales = scales
 
 
 def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:

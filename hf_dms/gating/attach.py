@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -71,6 +72,8 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
     dms_config = for_stages(dms_config, bound)
     gates = build_gates(bound, model, dms_config)
     check_target(gates, bound, dms_config, model.config)
+    if dms_config.scales:
+        gates.scales = _unit_scales(gates, bound)
     gates.train(model.training)
     model.add_module("dms_gates", gates)
     hooks = [model.register_forward_pre_hook(functools.partial(_compute_masks, gates))]
@@ -238,6 +241,24 @@ def is_among(bound: BoundSpec, path: str, field_name: str) -> bool:
     """Whether a module is of those that a field of the description lists by patterns."""
     patterns = getattr(bound.spec, field_name)
     return any(compiled(pattern).fullmatch(path.removeprefix(bound.prefix)) for pattern in patterns)
+
+
+def _unit_scales(gates: Gates, bound: BoundSpec) -> dict[str, Tensor]:
+    """θ = 0 for every unit of the dims that linear maps or convolutions alone read, see scales.py.
+
+    Raises:
+        ValueError: there is no such dim.
+    """
+    read_otherwise = {*bound.stacks} | {
+        name for name in gates.dims if [*norms(bound, name), *response_norms(bound, name)]
+    }
+    names = [name for name in gates.dims if name not in read_otherwise]
+    if not names:
+        raise HfDmsError(
+            f"dms.scales: units of {', '.join(gates.dims)} can have no scales, those that linear maps read can. Prune "
+            "another dim too, such as mlp, or leave scales out."
+        )
+    return {name: torch.zeros_like(gates.raw_importance(name)) for name in names}
 
 
 # ---- what the hooks do -----------------------------------------------------------------------------------------------

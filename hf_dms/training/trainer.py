@@ -40,6 +40,8 @@ from .progress import show_progress_
 from .refitting import RefitCallback
 from .step_guard import FiniteStepsMixin
 
+SCALE_RATE = 1.0  # of the scales at the beginning, in rates of the prune ratios; at the end it is 0
+
 
 class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
     """What a DMS search adds to a Trainer.
@@ -78,7 +80,8 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
             freeze_(self.model)
         if dms_config.kl_weight:
             check_divergence(self.model)
-        self.gate_optimizer = torch.optim.Adam([self.gates.prune_ratio])
+        learned = [[self.gates.prune_ratio], [*self.gates.scales.values()]]
+        self.gate_optimizer = torch.optim.Adam([{"params": tensors} for tensors in learned if tensors])
         self._step_task_loss = torch.zeros((), device=self.args.device)
         self._task_loss = torch.zeros((), device=self.args.device)
         self._gate_grad_norm = torch.zeros((), device=self.args.device)
@@ -272,7 +275,8 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         self._task_loss += self._step_task_loss
         *_, ratio_gradient = self.gates.step_terms()
         self._gate_grad_norm += ratio_gradient.norm()
-        self.gate_optimizer.param_groups[0]["lr"] = self.gate_learning_rate
+        for group, rate in zip(self.gate_optimizer.param_groups, (1.0, SCALE_RATE * (1 - self.progress))):
+            group["lr"] = rate * self.gate_learning_rate
         self.gate_optimizer.step()
         self.gate_optimizer.zero_grad()
         self.gates.clamp_ratios_()

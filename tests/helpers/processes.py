@@ -25,7 +25,9 @@ from hf_dms.training.distributed import MainProcessError, end_processes, run_on_
 GLOBAL_BATCH = 8
 
 
-def searching(folder: Path, pipeline: str, callbacks=(), model=None, kl_weight=0.0, **options) -> DMSTrainer:
+def searching(
+    folder: Path, pipeline: str, callbacks=(), model=None, kl_weight=0.0, scales=False, **options
+) -> DMSTrainer:
     """A trainer of a short search, in two micro-batches per step and process.
 
     SGD, unless told: Adam's first steps are signs, which turn a rounding error of a small gradient into a whole step.
@@ -38,7 +40,7 @@ def searching(folder: Path, pipeline: str, callbacks=(), model=None, kl_weight=0
     )  # fmt: skip
     config = DMSConfig(
         target=0.6, layout="per_layer", warmup_steps=2, gate_learning_rate=0.02, target_ramp=0.5, pipeline=pipeline,
-        kl_weight=kl_weight,
+        kl_weight=kl_weight, scales=scales,
     )  # fmt: skip
     return DMSTrainer(
         model=tiny_llama() if model is None else model,
@@ -67,15 +69,15 @@ def ddp(folder: Path, pipeline: str) -> dict[str, Tensor]:
 
 
 def ddp_kl(folder: Path, pipeline: str) -> dict[str, Tensor]:
-    """With the dense model's logits as what is searched for."""
-    trainer = searching(folder / f"ddp_kl{pipeline}", pipeline, kl_weight=1.0)
+    """With the dense model's logits as what is searched for, and scales of units."""
+    trainer = searching(folder / f"ddp_kl{pipeline}", pipeline, kl_weight=1.0, scales=True)
     trainer.train()
     return results(trainer)
 
 
 def fsdp_kl(folder: Path, pipeline: str) -> dict[str, Tensor]:
     _pretend_fsdp()
-    trainer = searching(folder / f"fsdp_kl{pipeline}", pipeline, kl_weight=1.0)
+    trainer = searching(folder / f"fsdp_kl{pipeline}", pipeline, kl_weight=1.0, scales=True)
     trainer.train()
     return results(trainer)
 

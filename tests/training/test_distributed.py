@@ -76,7 +76,7 @@ def launched(tmp_path_factory):
 def test_two_processes_search_as_one_does(launched, kind, pipeline, tmp_path):
     """Sums over a batch run in another order: 1e-7 of a value, which six steps of SGD through steep masks raise to
     about 1e-6 of the importance and of the weights, 2e-6 of a ratio. The tolerance is ten times that."""
-    alone = searching(tmp_path, pipeline, kl_weight=1.0 if kind.endswith("kl") else 0.0)
+    alone = searching(tmp_path, pipeline, **(dict(kl_weight=1.0, scales=True) if kind.endswith("kl") else {}))
     alone.train()
     expected = results(alone)
     found = [load_file(launched / f"{kind}:{pipeline}-{rank}.safetensors") for rank in (0, 1)]

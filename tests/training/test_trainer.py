@@ -425,7 +425,7 @@ def test_checkpoints_hold_the_search_beside_model_files_without_gates(tmp_path):
     with safe_open(folder / "dms_state.safetensors", "pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     moments = trainer.gate_optimizer.state[trainer.gates.prune_ratio]
-    moments = {f"optimizer_{name}": tensor for name, tensor in moments.items()}
+    moments = {f"optimizer_0_{name}": tensor for name, tensor in moments.items()}
     assert bit_equal(state, trainer.gates.search_state() | moments)
     summary = json.loads((folder / "dms_state.json").read_text())
     assert DMSConfig(**summary["dms_config"]) == trainer.dms_config

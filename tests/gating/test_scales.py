@@ -1,0 +1,147 @@
+"""Scales of units: learned beside the prune ratios, and in the weights of the cut model."""
+
+import pytest
+import torch
+from helpers.laws import tiny
+from helpers.refit import batches_for
+from helpers.searches import bit_equal, dms, logged, trained, weights
+from helpers.tiny import relative_difference, search_, tiny_llama, token_batch, trace
+from transformers import (
+    BertForSequenceClassification,
+    ConvNextForImageClassification,
+    ConvNextV2ForImageClassification,
+    LlamaForCausalLM,
+    ResNetForImageClassification,
+    ViTForImageClassification,
+)
+
+from hf_dms import DMSConfig, attach_, detach_, plan_of, prune
+from hf_dms.cut.verify import hard_masked, open_gates, outputs_of
+from hf_dms.errors import VerificationError
+from hf_dms.gating.attach import copy_search_, gates_of
+
+SCALES = dict(pipeline="p-", scales=True)
+
+
+def searched(model, **options):
+    """A model with gates whose ratios and scales a search has moved."""
+    attach_(model, DMSConfig(**({"target": 0.6} | SCALES | options)))
+    search_(model)
+    generator = torch.Generator().manual_seed(1)
+    for scale in gates_of(model).scales.values():
+        scale.normal_(0, 0.5, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per_layer", "padded"])
+@pytest.mark.parametrize("cls", [LlamaForCausalLM, BertForSequenceClassification, ViTForImageClassification])
+def test_masked_equals_cut(cls, layout):
+    model = searched(
+        tiny(cls).double(), layout=layout, **(dict(prune=("mlp",), target=0.8) if layout == "padded" else {})
+    )
+    batch = batches_for(model)[0]
+    pruned = prune(model, inputs=batch)
+    with hard_masked(model, {name: torch.tensor(size) for name, size in plan_of(model).sizes.items()}):
+        masked = outputs_of(model, batch)
+    assert relative_difference(outputs_of(pruned, batch), masked) < 1e-6
+    gates = gates_of(model)
+    gates.scales = {name: torch.zeros_like(scale) for name, scale in gates.scales.items()}
+    assert relative_difference(outputs_of(prune(model), batch), masked) > 1e-3
+
+
+@pytest.mark.parametrize("cls", [ConvNextForImageClassification, ResNetForImageClassification])
+def test_masked_equals_cut_with_convolutions(cls, monkeypatch):
+    model = searched(tiny(cls))
+    assert gates_of(model).scales
+    prune(model, inputs=batches_for(model)[0])  # proves it
+    monkeypatch.setattr("hf_dms.cut.prune.folded_scales", lambda gates, bound: {})
+    with pytest.raises(VerificationError):
+        prune(model, inputs=batches_for(model)[0])
+
+
+def test_scales_are_of_units_that_maps_alone_read():
+    assert set(gates_of(searched(tiny_llama())).scales) == {"kv", "mlp"}
+    with pytest.raises(ValueError, match=r"dms\.scales: units of mlp0, mlp1, mlp2 can have no scales"):
+        searched(tiny(ConvNextV2ForImageClassification), prune=("mlp",), layout="per_layer")  # norms average over them
+    for dims in (("hidden",), ("layers",)):
+        model = tiny_llama()
+        before = trace(model)
+        with pytest.raises(ValueError, match=f"dms.scales: units of {dims[0]} can have no scales"):
+            attach_(model, DMSConfig(target=0.9, prune=dims, **SCALES))
+        assert trace(model) == before
+
+
+def test_the_gradient_of_a_scale_is_that_of_the_loss():
+    model = searched(tiny_llama(), layout="per_layer", warmup_steps=0)
+    model.train()
+    gates, ids = gates_of(model), token_batch()["input_ids"]
+    model(input_ids=ids, labels=ids).loss.backward()
+    gates.update_importance_()
+    gradient = gates.scales["mlp"].grad
+    place = divmod(int(gradient.abs().argmax()), gradient.shape[1])
+    search_(model)
+    step, moved = 1e-2, []
+    for sign in (1, -1):
+        gates.scales["mlp"][place] += sign * step
+        with torch.no_grad():
+            moved.append(float(model(input_ids=ids, labels=ids).loss))
+        gates.scales["mlp"][place] -= sign * step
+    assert float(gradient[place]) == pytest.approx((moved[0] - moved[1]) / (2 * step), rel=0.02)
+
+
+def test_without_them_open_gates_are_the_dense_model_and_they_come_off_without_a_trace():
+    model, batch = tiny_llama(), token_batch()
+    before, dense = trace(model), outputs_of(model, batch)
+    searched(model)
+    with open_gates(model):
+        assert relative_difference(outputs_of(model, batch), dense) < 1e-5
+    assert gates_of(model).scales["mlp"].any()
+    detach_(model)
+    assert trace(model) == before
+
+
+def test_a_copy_of_a_search_has_its_scales():
+    model, other = searched(tiny_llama()), tiny_llama()
+    copy_search_(model, other)
+    assert bit_equal(gates_of(other).scales, gates_of(model).scales)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_proof_in_half_precision_is_on_the_weights_as_they_are_rounded(dtype):
+    model = searched(tiny_llama(dtype=dtype))
+    before = weights(model)
+    assert prune(model).dtype == dtype
+    assert bit_equal(weights(model), before)
+    assert all(scale.any() for scale in gates_of(model).scales.values())
+
+
+# ---- the search ----
+def test_a_search_moves_them_after_its_warm_up_and_resumes_exactly(tmp_path):
+    steps = dict(save_strategy="steps", save_steps=3)
+    begun = trained(tmp_path / "warm", SCALES, max_steps=3)
+    whole = trained(tmp_path, SCALES, **steps)
+    scales = whole.gates.scales
+    assert max(float(scale.abs().max()) for scale in begun.gates.scales.values()) <= 0.02 + 1e-6  # one step of Adam
+    assert all(0.02 < float(scale.abs().max()) < 4 * 0.02 for scale in scales.values())
+    again = trained(tmp_path, SCALES, resume=str(tmp_path / "checkpoint-3"), **steps)
+    assert bit_equal(again.gates.search_state(), whole.gates.search_state())
+    plain = trained(tmp_path / "plain", dict(pipeline="p-"))
+    assert logged(whole, "task_loss")[:3] == logged(plain, "task_loss")[:3]
+    assert logged(whole, "task_loss")[-1] < logged(plain, "task_loss")[-1]
+    assert bit_equal(whole.model.state_dict(), tiny_llama().state_dict())
+    assert not bit_equal(whole.prune().state_dict(), plain.prune().state_dict())
+
+
+# ---- what is refused ----
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(scales=True), "scales needs frozen weights, got pipeline p,"),
+        (dict(SCALES, search_over="refitted"), "scales needs search_over = masks, got refitted"),
+        (dict(SCALES, strategy="flap"), r"strategy = flap .* dms\.scales has no meaning"),
+        (dict(SCALES, scales="yes"), "scales must be true or false, got 'yes'"),
+    ],
+)
+def test_what_has_no_use_for_scales_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        dms(**options)
