@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all."""
+"""Folders that are written whole or not at all, by one process at a time."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from ..errors import HfDmsError
 
@@ -19,18 +21,43 @@ def new_folder(
     """A temporary folder that becomes `folder` when the block ends well, and is gone when it does not.
 
     Raises:
-        ValueError: it may not be written, see `check_writable`.
+        ValueError: it may not be written, see `check_writable`; another process writes it.
     """
     target = Path(folder)
     check_writable(target, overwrite, sources)
     temporary = target.with_name(f".{target.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-    temporary.mkdir(parents=True)
+    with only_writer(target):
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+        temporary.mkdir()
+        try:
+            yield temporary
+            replace_folder(target, temporary)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def only_writer(folder: str | os.PathLike) -> Iterator[None]:
+    """Keep other processes from writing to a folder for a while; where a process is killed, the system lets go for it.
+
+    Raises:
+        ValueError: another one writes it.
+    """
+    target = Path(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(target.with_name(f".{target.name}.lock"))
     try:
-        yield temporary
-        replace_folder(target, temporary)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise HfDmsError(
+            f"{target} is being written by another process. Wait until it has ended, or choose another folder."
+        ) from None
+    try:
+        yield
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):  # Windows does it by itself when it is free
+            os.remove(lock.lock_file)
+        lock.release()
 
 
 def replace_folder(folder: Path, new: Path | None = None) -> None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, set_seed
 
 from ..archs.bind import bind
 from ..archs.registry import spec_for
+from ..checkpoint.folders import only_writer
 from ..config import SEARCH, DMSConfig
 from ..cut.plan import Plan
 from ..cut.prune import plan_of
@@ -94,11 +95,16 @@ def compare(recipe: Recipe) -> str:
         The table of all rows, as Markdown; `table.md` has it too, `table.json` its numbers, `quality.png` a plot.
 
     Raises:
-        HfDmsError: there is no such section, or a strategy that cannot be.
+        HfDmsError: there is no such section, or a strategy that cannot be; another process makes its rows.
     """
     cells = cells_of(recipe)
     folder = Path(recipe.output.path)
     folder.mkdir(parents=True, exist_ok=True)
+    with only_writer(folder):
+        return _compare(recipe, cells, folder)
+
+
+def _compare(recipe: Recipe, cells: list[Cell], folder: Path) -> str:
     setup = _setup(recipe, folder)
     for cell in cells:
         _check(setup, cell)

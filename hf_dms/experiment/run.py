@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
-from ..checkpoint.folders import check_writable
+from ..checkpoint.folders import check_writable, only_writer
 from ..checkpoint.hub import push
 from ..checkpoint.save import save_pruned
 from ..config import SEARCH
@@ -44,26 +45,28 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
 
     Raises:
         ValueError: something is wrong with the recipe, and nothing has been written; or the finished result, which is
-            in output.path, could not be pushed.
+            in output.path, could not be pushed; another process runs it.
     """
     output, unfinished = Path(recipe.output.path), unfinished_folder(recipe)
     started = time.time()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # in a log file a bar is a line per movement
     check_launch(training_arguments(recipe, "train", unfinished / "search"))
-    prepared = _start(recipe, output, unfinished)
-    if prepared is None:
-        return None
-    set_seed(prepared.arguments["search"].seed)
-    report, pruned, plan = _experiment(with_own_texts(prepared))
-    print_on_main(f"Saving to {output} ...")
-    report.seconds = round(time.time() - started)
-    written = run_on_main(lambda: _save(pruned, prepared, report, plan))
-    run_on_main(lambda: remove_unfinished(unfinished, output))
-    print_on_main("\n" + "\n\n".join([report_table(written), size_bars(written), *notes(written)]))
-    if recipe.hub.repo_id:
-        print_on_main(f"\nPushed to {run_on_main(lambda: push(output, **dataclasses.asdict(recipe.hub)))}")
-    return written
+    with contextlib.ExitStack() as stack:
+        run_on_main(lambda: stack.enter_context(only_writer(unfinished)))
+        prepared = _start(recipe, output, unfinished)
+        if prepared is None:
+            return None
+        set_seed(prepared.arguments["search"].seed)
+        report, pruned, plan = _experiment(with_own_texts(prepared))
+        print_on_main(f"Saving to {output} ...")
+        report.seconds = round(time.time() - started)
+        written = run_on_main(lambda: _save(pruned, prepared, report, plan))
+        run_on_main(lambda: remove_unfinished(unfinished, output))
+        print_on_main("\n" + "\n\n".join([report_table(written), size_bars(written), *notes(written)]))
+        if recipe.hub.repo_id:
+            print_on_main(f"\nPushed to {run_on_main(lambda: push(output, **dataclasses.asdict(recipe.hub)))}")
+        return written
 
 
 def _start(recipe: Recipe, output: Path, unfinished: Path) -> Prepared | None:

@@ -1,6 +1,9 @@
 """Saving: with a proof that the folder reloads to the same model, or not at all."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from hf_dms import DMSConfig, attach_, prune
 from hf_dms.checkpoint.folders import new_folder
 from hf_dms.checkpoint.save import save_pruned
 from hf_dms.checkpoint.search_state import hard_unit_counts, load_search_state_, save_search_state
-from hf_dms.errors import VerificationError
+from hf_dms.errors import HfDmsError, VerificationError
 from hf_dms.gating.attach import gates_of
 
 DAMAGE = "The reloaded model does not compute what the cut model does: .*tolerance 1e-04 for torch.float32"
@@ -125,6 +128,27 @@ def test_the_old_folder_stays_until_the_new_one_is_complete(tmp_path):
         assert (tmp_path / "out" / "old.txt").read_text() == "old"
         assert temporary.parent == tmp_path
     assert contents(tmp_path) == {"new.txt": b"new"}
+
+
+def test_a_folder_has_one_writer_at_a_time(tmp_path):
+    with new_folder(tmp_path / "out") as temporary:
+        (temporary / "first.txt").write_text("first")
+        with pytest.raises(HfDmsError, match="out is being written by another process"), new_folder(tmp_path / "out"):
+            pass
+    assert contents(tmp_path) == {"first.txt": b"first"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_killed_writer_lets_go(tmp_path):
+    script = (
+        "import os, signal, sys; from hf_dms.checkpoint.folders import new_folder\n"
+        "with new_folder(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")])
+    assert killed.returncode == -signal.SIGKILL
+    with new_folder(tmp_path / "out") as temporary:
+        (temporary / "second.txt").write_text("second")
+    assert contents(tmp_path) == {"second.txt": b"second"}
 
 
 def test_what_a_kill_left_of_a_result_is_gone_with_the_next(tmp_path):

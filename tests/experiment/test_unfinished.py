@@ -9,6 +9,7 @@ import pytest
 from transformers import Trainer
 
 import hf_dms.experiment.run
+from hf_dms.checkpoint.folders import only_writer
 from hf_dms.experiment.recipe import build_recipe
 from hf_dms.experiment.unfinished import STAGES, influences
 
@@ -164,3 +165,11 @@ def test_each_stage_has_a_precision_of_its_own(recipe, steps):
     precisions = ["finetune.bf16=true", "recover.bf16=false", "train.bf16=true", "recover.max_steps=3"]
     assert recipe(*OPTIONS, *precisions)[0] == 0
     assert steps == WHOLE
+
+
+def test_two_runs_at_once_do_not_mix_their_work(recipe, tmp_path, steps, capsys):
+    with only_writer(tmp_path / "out.unfinished"):
+        assert recipe(*OPTIONS)[0] == 2
+        assert "out.unfinished is being written by another process" in capsys.readouterr().err
+        assert not steps and not (tmp_path / "out").exists()
+    assert recipe(*OPTIONS)[0] == 0
