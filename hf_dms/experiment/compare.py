@@ -216,7 +216,7 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
     if (repair := recipe.recover.repair) is not None:
         started = time.time()
         batches = Batches(examples, repair.examples, recipe.eval.batch_size)
-        repair_(pruned, dense, plan, batches, ridge=repair.ridge)
+        repair_(pruned, dense, plan, batches, ridge=repair.ridge, epochs=repair.epochs)
         finish_("repaired", pruned, started, min(repair.examples, len(examples.train)))
     if recipe.recover.train:
         started = time.time()

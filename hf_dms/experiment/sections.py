@@ -166,8 +166,18 @@ class RepairConfig:
             "Default: chosen for each map on held-out examples."
         },
     )
+    epochs: int = field(
+        default=0,
+        metadata={
+            "help": "Passes over these examples in which all maps of an attention or an MLP learn together, after "
+            "least squares, to bring the residual stream closest to the dense model's. Each takes about as long as "
+            "three forward passes."
+        },
+    )
 
     def __post_init__(self) -> None:
+        if self.epochs < 0:
+            raise HfDmsError(f"recover.repair.epochs must be 0 or more, got {self.epochs}.")
         if self.examples < 1:
             raise HfDmsError(f"recover.repair.examples must be at least 1, got {self.examples}.")
         if self.ridge is not None and not self.ridge > 0:

@@ -145,7 +145,15 @@ def recovery_steps(pruned: PreTrainedModel, searched: PreTrainedModel, plan: Pla
         print_on_main("Repairing the pruned model ...")
         rows = DataLoader(evenly_spaced(examples.train, repair.examples), 4, collate_fn=examples.collate)
         batches = [{name: tensor.to(pruned.device) for name, tensor in batch.items()} for batch in rows]
-        repair_(pruned, dense, plan, batches, ridge=repair.ridge, progress=Countdown("repair", "layers"))
+        repair_(
+            pruned,
+            dense,
+            plan,
+            batches,
+            ridge=repair.ridge,
+            progress=Countdown("repair", "layers"),
+            epochs=repair.epochs,
+        )
         yield "repaired"
     if recipe.recover.train:
         print_on_main("Retraining the pruned model ...")

@@ -98,7 +98,7 @@ class Sums:
             missing: what its output should have been more, `[positions, outputs]`.
             weights: of the positions, `[positions]`. Default: 1.
         """
-        inputs, missing = _wide(inputs), _wide(missing)
+        inputs, missing = widened(inputs), widened(missing)
         weights = inputs.new_ones(len(inputs)) if weights is None else weights
         if len(self.gram) > inputs.shape[1]:
             inputs = nn.functional.pad(inputs, (0, 1), value=1.0)
@@ -117,7 +117,7 @@ class Sums:
         )
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def widened(tensor: Tensor) -> Tensor:
     """At least float32: what a batch's sums are computed in."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
@@ -158,8 +158,8 @@ def collect_(
         recorder = student.run(layer, number, places, until=path)
         target = targets[number].to(recorder.sums[path].device)
         counts = positions(mask, target)
-        aim, found, inputs = _wide(target[counts]), recorder.sums[path][counts], recorder.inputs[path][counts]
-        missing, weights = aim - _wide(found), position_weights(aim)
+        aim, found, inputs = widened(target[counts]), recorder.sums[path][counts], recorder.inputs[path][counts]
+        missing, weights = aim - widened(found), position_weights(aim)
         if places.behind or places.scale != 1:
             rows, channels = slope_of(recorder.outputs[path][counts], recorder.added[path][counts]) or _no_slope(path)
             missing = torch.where(channels == 0, 0, missing / (rows * channels)).to(missing.dtype)
@@ -234,7 +234,7 @@ def _summing(factors: dict[Key, Tensor], key: Key) -> Any:
     """A forward hook that adds the g gᵀ of a module's output to the factors."""
 
     def add(gradient: Tensor) -> None:
-        rows = _wide(gradient.flatten(0, -2))
+        rows = widened(gradient.flatten(0, -2))
         factors[key] = factors.get(key, 0) + (rows.T @ rows).double()
 
     def hook(module: nn.Module, args: tuple, output: Tensor) -> None:

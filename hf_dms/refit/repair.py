@@ -45,6 +45,7 @@ from ..errors import HfDmsError
 from ..gating.attach import has_gates
 from .curvature import Sums, collect_
 from .layerwise import LayerWalk, StreamModules, find_stream_modules, stream_dim, targets_of_layers
+from .reconstruct import reconstruct_
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # that one is chosen from
 FIXED_RIDGE = 0.1  # with a single batch, of which none can be held out
@@ -61,6 +62,7 @@ def repair_(
     ridge: float | None = None,
     offload: str | os.PathLike | None = None,
     progress: Callable[[int, int], None] | None = None,
+    epochs: int = 0,
 ) -> None:
     """Bring the residual stream of a cut model back to the dense one's, in place.
 
@@ -76,11 +78,13 @@ def repair_(
         offload: a folder for the hidden states of all batches, `[tokens, hidden]` for both models and twice for the
             targets of a layer. Default: the device's memory.
         progress: called after each layer with the number of layers that are done and that of all.
+        epochs: passes over the batches in which all maps of a sub-block learn together after its least squares
+            (reconstruct.py). Each costs about three forward passes of the batches.
 
     Raises:
-        ValueError: no batches, a pruned model with gates, no plan, a plan of another cut, activations that are not
-            finite, or layers that do not write into the stream as a Llama's, a BERT's, a Granite's, a Gemma 2's or a
-            DINOv2's do. Layers before the one that an error is about are repaired by then.
+        ValueError: no batches, a single one with `epochs`, a pruned model with gates, no plan, a plan of another cut,
+            activations that are not finite, or layers that do not write into the stream as a Llama's, a BERT's, a
+            Granite's, a Gemma 2's or a DINOv2's do. Layers before the one that an error is about are repaired by then.
     """
     _check(pruned, dense, plan, ridge)
     plan = plan_of(dense) if plan is None else plan
@@ -95,7 +99,7 @@ def repair_(
             masks.append(_mask_of(batch))
             teacher.add_(batch)
             student.add_(batch)
-        _check_walks(student, teacher, kept_layers, units)
+        _check_walks(student, teacher, kept_layers, units, epochs)
         places = find_stream_modules(teacher, bound)
         for layer in range(kept_layers[0]):
             teacher.advance(layer)
@@ -107,6 +111,8 @@ def repair_(
                 parts = [Sums.of(module) for _ in range(min(HELD_OUT, len(masks)))]
                 collect_(parts, student, places, position, path, targets[path], masks)
                 _update_(module, parts, ridge, f"{path} of layer {layer}")
+                if epochs:
+                    reconstruct_(student, places, position, path, targets[path], masks, epochs)
                 targets[path].clear()
             if end > layer + 1:
                 _take_over_norm_(student.layers[position], teacher.layers[end - 1], places, units)
@@ -206,9 +212,11 @@ def _check(pruned: PreTrainedModel, dense: PreTrainedModel, plan: Plan | None, r
         )
 
 
-def _check_walks(student: LayerWalk, teacher: LayerWalk, kept_layers: list[int], units: Tensor) -> None:
+def _check_walks(student: LayerWalk, teacher: LayerWalk, kept_layers: list[int], units: Tensor, epochs: int) -> None:
     if not len(student.hidden):
         raise HfDmsError("repair needs at least one batch, got none.")
+    if epochs and len(student.hidden) == 1:
+        raise HfDmsError("repair: with epochs one batch is held out, so it needs at least two, got one.")
     found, dense = ((len(walk.layers), walk.hidden[0].shape[-1]) for walk in (student, teacher))
     planned = (len(kept_layers), len(units))
     if found != planned or kept_layers[-1] >= dense[0] or units[-1] >= dense[1]:

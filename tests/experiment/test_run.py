@@ -159,6 +159,7 @@ def test_a_classifier_killed_in_its_recovery_ends_the_same(classifiers, monkeypa
         ("recover={distillation: {weight: 1}}", "recover.distillation is part of a retraining"),
         ("recover={repair: {examples: 0}}", "recover.repair.examples must be at least 1, got 0"),
         ("recover={repair: {ridge: 0}}", "recover.repair.ridge must be above 0, got 0"),
+        ("recover={repair: {epochs: -1}}", "recover.repair.epochs must be 0 or more, got -1"),
         ("recover={repair: true}", "recover.repair must be a section with keys, or {} for its defaults; got True"),
         ("recover={learning_rate: 1e-3}", "recover.max_steps is required"),
         ("model.task=poetry", "model.task must be one of text-generation, text-classification, image-classification"),

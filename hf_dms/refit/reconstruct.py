@@ -1,0 +1,114 @@
+"""Reconstruction of a sub-block: all its maps learn together to bring the stream closest to the dense model's.
+
+Least squares (repair.py) moves the last map of a sub-block for the inputs that it gets. Here the maps in front of it
+(gate and up of an MLP; q, k and v of an attention) learn too, by Adam, on the mean over positions of
+
+    |S − S_dense|² / |S_dense|²,
+
+S the stream after the sub-block: each position relative to what the dense stream is there, as in repair.py. It needs no
+labels, one layer's gradients, and no forward pass of the model. A quarter of the batches is held out: what stays are
+the weights after the pass over the others that is best on them, those of least squares among them. So the sub-block is
+never left worse on held-out batches than least squares made it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .curvature import position_weights, positions, widened
+from .layerwise import LayerWalk, StreamModules
+from .shelf import Shelf
+
+RATE = 0.003  # Adam's, relative to the root mean square of each matrix
+BETAS = (0.9, 0.95)
+HELD_OUT = 4  # one batch of so many, of at least two
+
+
+def reconstruct_(
+    student: LayerWalk,
+    places: StreamModules,
+    layer: int,
+    path: str,
+    targets: Shelf,
+    masks: Sequence[Tensor | None],
+    epochs: int,
+    rate: float = RATE,
+) -> None:
+    """Train the sub-block that ends in a map which writes into the stream, in place.
+
+    Args:
+        student: the model that is repaired, in front of the layer.
+        places: where its layers write.
+        layer: the student's.
+        path: of the map.
+        targets: per batch, what the stream should be after the map, `[batch, tokens, hidden]`.
+        masks: per batch its attention mask `[batch, tokens]`, None if every position counts. At least two batches.
+        epochs: passes over the batches.
+        rate: Adam's at the beginning, relative to the root mean square of each matrix; it falls to 0.
+    """
+    weights = sub_block(student, places, layer, path)
+    held_out = range(HELD_OUT - 1, len(masks), HELD_OUT) if len(masks) >= HELD_OUT else range(1)
+    trained = [number for number in range(len(masks)) if number not in held_out]
+    copies = [widened(weight.detach()).clone() for weight in weights]  # steps are too small for half precision
+    groups = [{"params": [copy], "lr": rate * float(copy.square().mean().sqrt())} for copy in copies]
+    optimizer = torch.optim.Adam(groups, betas=BETAS)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, epochs * len(trained))
+    order = torch.Generator().manual_seed(0)
+
+    def error(number: int) -> Tensor:
+        found = student.run(layer, number, places, until=path).sums[path]
+        target = targets[number].to(found.device)
+        counts = positions(masks[number], target)
+        aim = widened(target[counts])
+        return (position_weights(aim) * (widened(found[counts]) - aim).square().mean(-1)).mean()
+
+    def held_out_error() -> float:
+        return float(torch.stack([error(number) for number in held_out]).mean())
+
+    def as_they_are() -> list[Tensor]:
+        return [weight.detach().clone() for weight in weights]
+
+    least, best = held_out_error(), as_they_are()
+    for _ in range(epochs):
+        for place in torch.randperm(len(trained), generator=order).tolist():
+            with learning(weights):
+                gradients = torch.autograd.grad(error(trained[place]), weights)
+            for copy, gradient in zip(copies, gradients):
+                copy.grad = widened(gradient)
+            optimizer.step()
+            schedule.step()
+            for weight, copy in zip(weights, copies):
+                weight.copy_(copy)
+        if (now := held_out_error()) < least:
+            least, best = now, as_they_are()
+    for weight, value in zip(weights, best):
+        weight.copy_(value)
+
+
+def sub_block(student: LayerWalk, places: StreamModules, layer: int, path: str) -> list[nn.Parameter]:
+    """The matrices of a layer that what a map writes depends on, and nothing that is written before it."""
+    matrices = [weight for weight in student.layers[layer].parameters() if weight.dim() == 2]
+    with learning(matrices):
+        *before, written = student.run(layer, 0, places, until=path).added.values()
+        outputs = [output.square().sum() for output in (*before, written)]
+        gradients = [torch.autograd.grad(output, matrices, retain_graph=True, allow_unused=True) for output in outputs]
+    reached = [[gradient is not None for gradient in of_matrix] for of_matrix in zip(*gradients)]
+    return [weight for weight, (*earlier, now) in zip(matrices, reached) if now and not any(earlier)]
+
+
+@contextlib.contextmanager
+def learning(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let weights have gradients, with autograd on, for a while."""
+    before = [weight.requires_grad for weight in weights]
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for weight, required in zip(weights, before):
+            weight.requires_grad_(required)
