@@ -1,10 +1,14 @@
-"""Reading files that somebody may have changed, shortened or mixed up: JSON by its schema, and safetensors."""
+"""Reading files that somebody may have changed, shortened or mixed up, JSON by its schema and safetensors; and keeping
+the files that a result is made from.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
+import os
 import re
 from collections.abc import Iterator
 from importlib.resources import files
@@ -102,6 +106,49 @@ def load_saved(auto: Any, path: str | Path, **options: Any) -> Any:
             f"'{path}' has no weights for '{lacking[0]}' of {type(model).__name__}. Is its config.json whole?"
         )
     return model
+
+
+def check_not_source(folder: str | os.PathLike, source: str | os.PathLike | None) -> None:
+    """Check that a result would not replace the files that it is made from.
+
+    Args:
+        folder: where the result goes.
+        source: folder of the model that it is made from; None, or what does not exist (a Hub id), does not count.
+
+    Raises:
+        HfDmsError: they are one folder.
+    """
+    if source and Path(source).exists() and Path(folder).resolve() == Path(source).resolve():
+        raise HfDmsError(replaces(folder, "is", source))
+
+
+def replaces(folder: str | os.PathLike, relation: str, source: str | os.PathLike) -> str:
+    """What is said where a result would replace what it is made from."""
+    return (
+        f"{folder} {relation} {source}, which the result is made from and which it would replace, "
+        "overwrite or not. Choose another folder."
+    )
+
+
+def keep_source_(model: Any, source: str | None) -> None:
+    """Let `save_pretrained` of a model refuse the folder that it was made from, also where a Trainer calls it.
+
+    Args:
+        model: a `PreTrainedModel`.
+        source: folder of the dense model; nothing is done if there is no such folder (a Hub id, a model from a config).
+    """
+    if source and Path(source).is_dir():
+        model.save_pretrained = functools.partial(_save_elsewhere, model, str(Path(source).resolve()))
+
+
+def keeps_source(model: Any) -> bool:
+    """Whether `keep_source_` has been called on a model."""
+    return getattr(vars(model).get("save_pretrained"), "func", None) is _save_elsewhere
+
+
+def _save_elsewhere(model: Any, source: str, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+    check_not_source(save_directory, source)
+    return type(model).save_pretrained(model, save_directory, *args, **kwargs)
 
 
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)

@@ -12,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..errors import HfDmsError
+from ..files import replaces
 
 
 @contextmanager
@@ -102,10 +103,7 @@ def check_place(folder: str | os.PathLike, sources: Iterable[str | os.PathLike] 
     for source in map(Path, sources):
         if source.exists() and target.resolve() in (source.resolve(), *source.resolve().parents):
             where = "is" if target.resolve() == source.resolve() else "holds"
-            raise HfDmsError(
-                f"output.path: {folder} {where} {source}, which the result is made from and which it would replace, "
-                "overwrite or not. Choose another folder."
-            )
+            raise HfDmsError(f"output.path: {replaces(folder, where, source)}")
     existing = next(parent for parent in target.parents if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):

@@ -11,7 +11,8 @@ import re
 import shlex
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token
+import yaml
+from huggingface_hub import HfApi, get_token, metadata_load
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -48,15 +49,17 @@ def push(
         The URL of the model.
 
     Raises:
-        ValueError: the folder holds no complete pruned model; the id is not valid; no token, or one that the Hub
-            refuses or that may not write there; the connection broke.
+        ValueError: the folder holds no complete pruned model; the id is not valid, or that of the dense model; no
+            token, or one that the Hub refuses or that may not write there; the connection broke.
     """
     check_complete(path)
     check_repo_id(repo_id)
+    check_not_base(repo_id, revision, base_of(path))
     check_token(token)
     api = HfApi(token=token)
     try:
         url = api.create_repo(repo_id, private=private, exist_ok=True)
+        check_not_base(url.repo_id, revision, base_of(path))
         if revision is not None:
             api.create_branch(url.repo_id, branch=revision, exist_ok=True)
         api.upload_folder(
@@ -66,6 +69,8 @@ def push(
             commit_message=commit_message or "Pruned with hf_dms",
             delete_patterns=STALE,
         )
+    except HfDmsError:
+        raise
     except (OSError, HTTPError, RuntimeError, ValueError) as error:
         again = push_command(path, repo_id, private, revision, commit_message)
         message = f"{_reason(error, repo_id)}\n{path} is as it was. To push it again: {again}"
@@ -141,6 +146,35 @@ def check_repo_id(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise HfDmsError(f"'{repo_id}' cannot be a repository on the Hub; expected namespace/name. {error}") from None
+
+
+def base_of(path: str | os.PathLike) -> str | None:
+    """The dense model's id on the Hub, by the card in a folder; None if it does not say."""
+    card = Path(path) / "README.md"
+    try:
+        base = (metadata_load(card) or {}).get("base_model") if card.is_file() else None
+    except (ValueError, yaml.YAMLError):  # of a user's own making; the Hub will say what is wrong with it
+        return None
+    return base if isinstance(base, str) else None
+
+
+def check_not_base(repo_id: str, revision: str | None, base: str | None, base_revision: str | None = None) -> None:
+    """Check that a push would not replace the dense model.
+
+    Args:
+        repo_id: where the pruned one is to go.
+        revision: branch; None is main.
+        base: the dense model's id, or anything else.
+        base_revision: branch that it was loaded from; None is main.
+
+    Raises:
+        ValueError: it would.
+    """
+    if base is not None and repo_id.lower() == base.lower() and (revision or "main") == (base_revision or "main"):
+        raise HfDmsError(
+            f"'{repo_id}' is the model that the pruned one was made from, and this push would replace it. Choose "
+            "another repository, or another branch of it (revision)."
+        )
 
 
 def check_token(token: str | None = None) -> None:

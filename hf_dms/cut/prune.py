@@ -18,6 +18,7 @@ from ..archs.plain_view import base_model_of, check_adapters, exact_packed_maps,
 from ..archs.restoring import HALF
 from ..config import SEARCH, DMSConfig
 from ..errors import HfDmsError
+from ..files import keep_source_
 from ..gates import Gates
 from ..gating.attach import attach_, check_gates_outside, detach_, gates_of, has_gates
 from ..gating.checks import check_model
@@ -45,7 +46,8 @@ def prune(
             Default: transformers' dummy inputs.
 
     Returns:
-        A smaller model of the class that will be written, in evaluation mode, on the same device.
+        A smaller model of the class that will be written, in evaluation mode, on the same device. Its
+        `save_pretrained` refuses the folder that `model` was loaded from.
 
     Raises:
         ValueError: the model or the request is one that cannot be served.
@@ -93,6 +95,7 @@ def prune(
     with _ranked(model), hard_masked(model, sizes), exact_packed_maps(model), scaled:
         inputs = inputs if inputs is not None else dummy_inputs(model)
         check_same(model, pruned, inputs, ("masked", "cut"), output_units(bound, plan))
+    keep_source_(pruned, model.name_or_path)
     return pruned
 
 

@@ -17,7 +17,7 @@ from ..archs.bind import bind
 from ..archs.plain_view import with_adapters
 from ..archs.registry import spec_for
 from ..checkpoint.folders import check_place
-from ..checkpoint.hub import check_repo_id, check_token
+from ..checkpoint.hub import check_not_base, check_repo_id, check_token
 from ..checkpoint.stored import missing_weights
 from ..config import SEARCH
 from ..errors import HfDmsError
@@ -26,6 +26,7 @@ from ..gating.gates_for import build_gates
 from ..gating.rounding import check_target
 from ..measure.precision import slow_bfloat16
 from ..refit.repairable import check_repairable
+from ..report.card import base_metadata
 from ..strategies.one_shot import check_dims, criterion_of
 from ..tasks.evaluate import evenly_spaced
 from ..tasks.registry import TASKS, load_examples, load_more_examples
@@ -85,6 +86,11 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
     folder = unfinished_folder(recipe) if folder is None else folder
     if recipe.hub.repo_id is not None:
         check_repo_id(recipe.hub.repo_id)
+        path, base = recipe.model.path, recipe.model.base
+        if Path(path).is_dir():
+            check_not_base(recipe.hub.repo_id, recipe.hub.revision, base or base_metadata(path).get("base_model"))
+        else:
+            check_not_base(recipe.hub.repo_id, recipe.hub.revision, base or path, recipe.model.revision)
         check_token()
     check_place(recipe.output.path, sources_of(recipe))
     arguments = {"search": training_arguments(recipe, "train", folder / "search")}

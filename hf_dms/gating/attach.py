@@ -27,6 +27,7 @@ from ..archs.plain_view import adapted_layers, base_model_of, check_adapters, su
 from ..archs.registry import spec_for
 from ..config import DMSConfig
 from ..errors import HfDmsError
+from ..files import keep_source_, keeps_source
 from ..gates import Gates
 from ..masked_ops import GateResidual, MaskedNorm, MaskUnits, masked_response_norm
 from .checks import check_as_built, check_attachable, check_checkpointing, check_model
@@ -44,14 +45,16 @@ class Attachment:
     hooks: list[RemovableHandle]
     frozen: list[str] = field(default_factory=list)  # parameters that `freeze_` took the gradient from
     statistics: dict[str, Tensor] = field(default_factory=dict)  # of batch norms, when `freeze_` froze the weights
+    keeps_source: bool = False  # whether `attach_` made `save_pretrained` refuse the dense model's folder
 
 
 def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
     """Put gates on a model, in place; they are `model.dms_gates`.
 
     In training mode the model then runs on soft masks, in evaluation mode on hard ones. Its parameters keep their names
-    and its state dict its keys. For a training loop of your own: `model.train()`, and after each backward pass of
-    `loss + model.dms_gates.resource_loss(progress)`: `model.dms_gates.update_importance_()`, then the optimizer's step.
+    and its state dict its keys; `save_pretrained` refuses the folder that it was loaded from. For a training loop of
+    your own: `model.train()`, and after each backward pass of `loss + model.dms_gates.resource_loss(progress)`:
+    `model.dms_gates.update_importance_()`, then the optimizer's step.
 
     Args:
         model: a dense model of a supported architecture, or a `PeftModel` of one; adapters must be on it already.
@@ -99,7 +102,10 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
             for path, row in response_norms(bound, name):
                 norm = submodule(model, path)
                 norm.forward = functools.partial(_masked_response_norm_forward, norm, gates, name, row)
-    gates.attachment = Attachment(bound, dms_config, model.config, hooks)
+    keep = not keeps_source(model)  # what `prune` returned does it for good
+    gates.attachment = Attachment(bound, dms_config, model.config, hooks, keeps_source=keep)
+    if keep:
+        keep_source_(model, model.name_or_path)
     gates.rounder = rounded_of
 
 
@@ -123,6 +129,8 @@ def detach_(model: PreTrainedModel) -> None:
         forward = module.__dict__.get("forward")
         if isinstance(forward, functools.partial) and forward.func in MASKED_FORWARDS:
             del module.forward
+    if gates.attachment.keeps_source and keeps_source(model):
+        del model.save_pretrained
     del model.dms_gates
 
 

@@ -20,14 +20,15 @@ from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.modelcard import TrainingSummary
 
-from ..archs.plain_view import is_packed, packed_weights_may_stay
+from ..archs.plain_view import base_model_of, is_packed, packed_weights_may_stay
 from ..archs.restoring import restoring
-from ..checkpoint.hub import push
+from ..checkpoint.hub import check_not_base, push
 from ..checkpoint.save import save_pruned
 from ..checkpoint.search_state import load_search_state_, save_search_state
 from ..config import SEARCH, DMSConfig
 from ..cut.prune import prune
 from ..errors import HfDmsError
+from ..files import check_not_source
 from ..gates import Gates
 from ..gating.attach import attach_, freeze_, frozen_mode_, gates_of
 from ..gating.outcome import SearchOutcome, say_outcome, search_outcome
@@ -51,7 +52,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
 
     Raises:
         ValueError: see `hf_dms.attach_`; fp16 loss scaling; a `model_init` instead of a model; loaded weights with
-            pipeline np.
+            pipeline np; a result that would replace the model it is made from, in `output_dir` or on the Hub.
     """
 
     def __init__(self, *args: Any, dms_config: DMSConfig, **kwargs: Any) -> None:
@@ -62,8 +63,10 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
                 f"DMSTrainer searches, and dms.strategy is {dms_config.strategy}, which needs no search. Use "
                 "hf_dms.attach_, choose_ and prune (docs/strategies.md), or leave strategy out."
             )
-        model = args[0] if args else kwargs.get("model")
+        model: Any = args[0] if args else kwargs.get("model")
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
+        self._source = Path(model.name_or_path).resolve() if getattr(model, "name_or_path", "") else None
+        _check_places(model, kwargs.get("args", args[1] if len(args) > 1 else None), self._source)
         with packed_weights_may_stay(model if dms_config.pipeline == "p-" else None):
             super().__init__(*args, max_nonfinite_steps=dms_config.max_nonfinite_steps, **kwargs)
         self._use_cache = use_cache  # the Trainer switches it off for training
@@ -169,12 +172,16 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
 
         Returns:
             The URL of the model, or where not blocking its future; None in processes that do not push.
+
+        Raises:
+            ValueError: see `prune` and `hf_dms.push`; the repository is that of the dense model.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        repo_id = self.args.hub_model_id or Path(self.args.output_dir).name
+        check_not_base(repo_id, revision or self.args.hub_revision, base_model_of(self.model).name_or_path)
         pruned, inputs = self.prune(), self.example_inputs()
         if not self.is_world_process_zero():
             return None
-        repo_id = self.args.hub_model_id or Path(self.args.output_dir).name
         folder, name = Path(self.args.output_dir, "pruned"), repo_id.rpartition("/")[2]
         files = {"README.md": _model_card(self, **{"model_name": name} | card)}
         save_pruned(pruned, folder, processor=self.processing_class, inputs=inputs, files=files, overwrite=True)
@@ -332,9 +339,10 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
             self.callback_handler.callbacks = callbacks
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        folder = self.args.output_dir if output_dir is None else output_dir
+        check_not_source(folder, self._source)
         super().save_model(output_dir, *args, **kwargs)
         if self.args.should_save:
-            folder = self.args.output_dir if output_dir is None else output_dir
             save_search_state(self._unwrapped(), folder, self.gate_optimizer)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
@@ -358,6 +366,14 @@ def _model_card(trainer: Any, tags: str | list[str] | None = None, **options: An
     known = ["dms", "pruned", *(getattr(trainer.model, "model_tags", None) or [])]
     summary = TrainingSummary.from_trainer(trainer, tags=list(dict.fromkeys([*given, *known])), **options)
     return summary.to_model_card()
+
+
+def _check_places(model: Any, arguments: TrainingArguments | None, source: Path | None) -> None:
+    """Check that neither `save_model`, when the search is done, nor a push would replace the dense model."""
+    if arguments is not None:
+        check_not_source(str(arguments.output_dir), source)
+        if arguments.push_to_hub and arguments.hub_model_id and source is not None:
+            check_not_base(arguments.hub_model_id, arguments.hub_revision, model.name_or_path)
 
 
 @contextlib.contextmanager
