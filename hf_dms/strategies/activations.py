@@ -35,10 +35,10 @@ class _Moments:
         self.squares = torch.zeros(inputs, dtype=torch.float64)
 
     def __call__(self, module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        rows = arguments[0].detach().movedim(self.axis, -1).flatten(0, -2).double().cpu()
+        rows = arguments[0].detach().movedim(self.axis, -1).flatten(0, -2).double()
         self.count += len(rows)
-        self.total += rows.sum(0)
-        self.squares += rows.square().sum(0)
+        self.total += rows.sum(0).cpu()  # what leaves the device is a number per input, not per position
+        self.squares += rows.square().sum(0).cpu()
 
     def norm(self) -> Tensor:
         return self.squares.sqrt()
