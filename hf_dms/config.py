@@ -88,7 +88,7 @@ class DMSConfig:
     )
     sharpness: float | None = _option(
         None,
-        "Steepness λ of the soft mask, as a multiple of the number of units N of a dim. Default: λ = N, but at least "
+        "Sharpness λ / N of the soft mask of a dim of N units, λ its steepness. Default: λ = N, but at least "
         "min(8 N, 256), so that the mask of a short dim (heads, layers) is open at ratio 0.",
     )
     importance_decay: float = _option(0.99, "Decay of the moving average of the Taylor importance, in [0, 1).")

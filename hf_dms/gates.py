@@ -30,7 +30,7 @@ class GatedDim:
         name: the dim.
         rows: number of independent sets of units (layers, or 1).
         units: N, units per row.
-        sharpness: λ of the soft mask.
+        steepness: λ of the soft mask.
         shared: one prune ratio for all rows (layout uniform), or one per row.
         lowest, highest: sizes that a row must not leave, per row.
         protected: indices of units that are never pruned (whole layers, for the dim `layers`).
@@ -42,7 +42,7 @@ class GatedDim:
     name: str
     rows: int
     units: int
-    sharpness: float
+    steepness: float
     shared: bool
     lowest: tuple[int, ...]
     highest: tuple[int, ...]
@@ -234,7 +234,7 @@ class Gates(nn.Module):
                 mask = topk_mask(self.importance(name), self.decided[name].to(self.prune_ratio.device))
                 log_mask = mask.log().requires_grad_()
             else:
-                log_mask = log_soft_topk_mask(self.importance(name), self.ratio(name), dim.sharpness)
+                log_mask = log_soft_topk_mask(self.importance(name), self.ratio(name), dim.steepness)
             log_mask = log_mask + self.scales[name] if name in self.scales else log_mask
             if self.training and torch.is_grad_enabled():
                 log_mask.register_hook(_Accumulate(self._taylor, self._gathered, name))
@@ -245,7 +245,7 @@ class Gates(nn.Module):
         """Share of a dim's units whose soft mask is between 0.05 and 0.95, a scalar: small when masks are sharp."""
         if self.is_warming_up or name in self.decided:
             return torch.zeros((), device=self.prune_ratio.device)
-        mask = log_soft_topk_mask(self.importance(name), self.ratio(name), self.dims[name].sharpness).exp()
+        mask = log_soft_topk_mask(self.importance(name), self.ratio(name), self.dims[name].steepness).exp()
         return ((mask > 0.05) & (mask < 0.95)).float().mean()
 
     def hard_units(self, name: str) -> Tensor:

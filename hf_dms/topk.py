@@ -14,8 +14,8 @@ from torch.nn import functional as F
 # Below this many, λ = N would leave the mask visibly closed at a = 0: its lowest unit stands at sigmoid(1/2) = 0.62.
 # With the floor, the missing mass at a = 0, about ln(2)·N/λ units, stays under 0.3 % of a dim of 32 units or more, and
 # under 0.1 unit of a shorter one. What that does to the loss is measured in benchmarks/README.md.
-MIN_SHARPNESS = 256.0
-MAX_SHARPNESS_PER_UNIT = 8.0
+MIN_STEEPNESS = 256.0
+MAX_STEEPNESS_PER_UNIT = 8.0
 
 
 def ranks(importance: Tensor) -> Tensor:
@@ -53,34 +53,34 @@ def normalize_importance(importance: Tensor) -> Tensor:
     return (ranks(importance.detach()).to(dtype) + 0.5) / importance.shape[-1]
 
 
-def default_sharpness(num_units: int, multiple: float | None = None) -> float:
+def steepness_of(num_units: int, sharpness: float | None = None) -> float:
     """Steepness λ of the soft mask of a dim with `num_units` units.
 
     The paper's λ = N, raised for short dims: λ = max(N, min(8 N, 256)), so that they are open at a = 0.
 
     Args:
         num_units: N.
-        multiple: λ / N, when set by the user.
+        sharpness: λ / N, when set by the user.
     """
-    if multiple is not None:
-        return multiple * num_units
-    return max(float(num_units), min(MAX_SHARPNESS_PER_UNIT * num_units, MIN_SHARPNESS))
+    if sharpness is not None:
+        return sharpness * num_units
+    return max(float(num_units), min(MAX_STEEPNESS_PER_UNIT * num_units, MIN_STEEPNESS))
 
 
-def log_soft_topk_mask(importance: Tensor, prune_ratio: Tensor, sharpness: float | None = None) -> Tensor:
+def log_soft_topk_mask(importance: Tensor, prune_ratio: Tensor, steepness: float | None = None) -> Tensor:
     """Logarithm of `soft_topk_mask`: the form in which masks travel through a model (see masking.py)."""
-    if sharpness is None:
-        sharpness = float(importance.shape[-1])
-    return F.logsigmoid(sharpness * (normalize_importance(importance) - prune_ratio.unsqueeze(-1)))
+    if steepness is None:
+        steepness = float(importance.shape[-1])
+    return F.logsigmoid(steepness * (normalize_importance(importance) - prune_ratio.unsqueeze(-1)))
 
 
-def soft_topk_mask(importance: Tensor, prune_ratio: Tensor, sharpness: float | None = None) -> Tensor:
+def soft_topk_mask(importance: Tensor, prune_ratio: Tensor, steepness: float | None = None) -> Tensor:
     """Soft mask m_i = sigmoid(λ (c'_i - a)) (equation 3), differentiable in a: dm_i/da = -λ m_i (1 - m_i).
 
     Args:
         importance: `[..., units]`, larger is more important; no gradient flows to it.
         prune_ratio: `[...]` in [0, 1]; 0 prunes nothing, 1 everything.
-        sharpness: λ; default N, the paper's.
+        steepness: λ; default N, the paper's.
 
     Returns:
         `[..., units]` in (0, 1). The units above 1/2 are those of `hard_topk_mask`, except that this mask has none at
@@ -90,9 +90,9 @@ def soft_topk_mask(importance: Tensor, prune_ratio: Tensor, sharpness: float | N
         >>> soft_topk_mask(torch.tensor([3.0, 100.0, -1.0, 4.0]), torch.tensor(0.5))
         tensor([0.3775, 0.8176, 0.1824, 0.6225])
     """
-    if sharpness is None:
-        sharpness = float(importance.shape[-1])
-    return torch.sigmoid(sharpness * (normalize_importance(importance) - prune_ratio.unsqueeze(-1)))
+    if steepness is None:
+        steepness = float(importance.shape[-1])
+    return torch.sigmoid(steepness * (normalize_importance(importance) - prune_ratio.unsqueeze(-1)))
 
 
 def num_kept(prune_ratio: Tensor, num_units: int) -> Tensor:

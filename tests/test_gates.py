@@ -167,7 +167,7 @@ def test_importance_and_gradients_are_those_of_plain_autograd(layout, monkeypatc
     per_dim = dict(zip(DIMS, ratios.split([dim.num_ratios for dim in gates.dims.values()])))
     masks = {}
     for name, dim in gates.dims.items():
-        masks[name] = soft_topk_mask(before[name], per_dim[name].expand(dim.rows), dim.sharpness)
+        masks[name] = soft_topk_mask(before[name], per_dim[name].expand(dim.rows), dim.steepness)
         masks[name].retain_grad()
     plain = plain_masked_model(masks, monkeypatch)
     plain_loss = backward(plain, batch)

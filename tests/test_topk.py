@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 
 from hf_dms import topk
 from hf_dms.topk import (
-    default_sharpness,
     hard_topk_mask,
     linear_topk_count,
     log_soft_topk_mask,
@@ -21,6 +20,7 @@ from hf_dms.topk import (
     num_kept,
     ranks,
     soft_topk_mask,
+    steepness_of,
     topk_mask,
 )
 
@@ -137,9 +137,9 @@ def test_soft_masks_of_one_unit_and_at_both_ends():
 
 def test_the_logarithm_of_a_soft_mask_is_its_logarithm():
     importance, ratio = torch.rand(3, 50, dtype=torch.float64), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    for sharpness in (None, 50.0, 400.0):
-        expected = soft_topk_mask(importance, ratio, sharpness)
-        assert torch.allclose(log_soft_topk_mask(importance, ratio, sharpness).exp(), expected, rtol=1e-12)
+    for steepness in (None, 50.0, 400.0):
+        expected = soft_topk_mask(importance, ratio, steepness)
+        assert torch.allclose(log_soft_topk_mask(importance, ratio, steepness).exp(), expected, rtol=1e-12)
     assert torch.isfinite(log_soft_topk_mask(importance, ratio, 1e6)).all()
 
 
@@ -147,10 +147,10 @@ def test_the_logarithm_of_a_soft_mask_is_its_logarithm():
 def test_the_gradient_in_the_ratio_is_minus_lambda_m_one_minus_m(units, ratio, multiple):
     importance = torch.rand(units, dtype=torch.float64, generator=torch.Generator().manual_seed(units))
     a = torch.tensor(ratio, dtype=torch.float64, requires_grad=True)
-    sharpness = multiple * units
-    mask = soft_topk_mask(importance, a, sharpness)
+    steepness = multiple * units
+    mask = soft_topk_mask(importance, a, steepness)
     jacobian = torch.stack([torch.autograd.grad(m, a, retain_graph=True)[0] for m in mask])
-    assert torch.allclose(jacobian, -sharpness * mask * (1 - mask), rtol=1e-9, atol=1e-12)
+    assert torch.allclose(jacobian, -steepness * mask * (1 - mask), rtol=1e-9, atol=1e-12)
 
 
 def test_gradcheck_and_no_gradient_to_importance():
@@ -164,9 +164,9 @@ def test_gradcheck_and_no_gradient_to_importance():
     assert not hard_topk_mask(importance, ratio).requires_grad
 
 
-def test_default_sharpness_is_the_number_of_units_raised_for_short_dims():
-    assert [default_sharpness(n) for n in (3, 32, 100, 256, 11008)] == [24.0, 256.0, 256.0, 256.0, 11008.0]
-    assert default_sharpness(100, 2.5) == 250.0
+def test_the_default_steepness_is_the_number_of_units_raised_for_short_dims():
+    assert [steepness_of(n) for n in (3, 32, 100, 256, 11008)] == [24.0, 256.0, 256.0, 256.0, 11008.0]
+    assert steepness_of(100, 2.5) == 250.0
 
 
 # ---- counts ----

@@ -17,7 +17,7 @@ from ..archs.stock import check_padding, tied_sizes
 from ..config import DMSConfig
 from ..errors import HfDmsError
 from ..gates import GatedDim, Gates, SearchSchedule
-from ..topk import default_sharpness
+from ..topk import steepness_of
 
 
 def build_gates(
@@ -43,7 +43,7 @@ def build_gates(
                 name=name,
                 rows=rows,
                 units=units,
-                sharpness=default_sharpness(units, config.sharpness),
+                steepness=steepness_of(units, config.sharpness),
                 shared=config.layout == "uniform" or rows == 1,
                 lowest=tuple(units if row in whole else low for row in range(rows)),
                 highest=tuple(units if row in whole else high for row in range(rows)),

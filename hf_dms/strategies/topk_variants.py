@@ -102,8 +102,8 @@ class TopK:
         if self.estimated:
             return estimated_topk(importance, ratio)
         if self.ranks:
-            return soft_topk_mask(importance, ratio, dim.sharpness)
-        return torch.sigmoid(dim.sharpness * (minmax(importance) - ratio.unsqueeze(-1)))
+            return soft_topk_mask(importance, ratio, dim.steepness)
+        return torch.sigmoid(dim.steepness * (minmax(importance) - ratio.unsqueeze(-1)))
 
     def ratios(self) -> dict[str, Tensor]:
         """Of every dim, `[rows]`, differentiable."""
