@@ -65,16 +65,16 @@ def test_every_strategy_chooses_the_sizes_it_chooses_on_the_cpu(name, layout):
         assert plan_of(model).sizes == plan_of(expected).sizes
 
 
-@pytest.mark.parametrize("search_over", ["masks", "refitted"])
-def test_a_search_is_evaluated_resumed_cut_repaired_and_saved(search_over, tmp_path):
-    trainer = searched(tmp_path / "search", ACCELERATOR, search_over=search_over)
+@pytest.mark.parametrize("options", [{}, {"scales": True, "kl_weight": 0.5}, {"search_over": "refitted"}])
+def test_a_search_is_evaluated_resumed_cut_repaired_and_saved(options, tmp_path):
+    trainer = searched(tmp_path / "search", ACCELERATOR, **options)
     soft, hard = trainer.soft_and_cut_loss()
     assert soft > 0
     assert hard > 0
     assert trainer.model.device.type == ACCELERATOR.type
     ratios, plan = gates_of(trainer.model).prune_ratio.detach().cpu(), plan_of(trainer.model)
     pruned = trainer.prune()
-    repair_(pruned, trainer.model, None, labelled())
+    repair_(pruned, trainer.model, None, labelled(), epochs=2)
     save_pruned(pruned, tmp_path / "pruned")
     detach_(trainer.model)
 
@@ -90,7 +90,7 @@ def test_a_search_is_evaluated_resumed_cut_repaired_and_saved(search_over, tmp_p
     there = pruned(**{name: value.to(ACCELERATOR) for name, value in batch.items()}).logits.cpu()
     assert relative_difference(reloaded(**batch).logits, there) < 1e-4
 
-    on_cpu = searched(tmp_path / "cpu", "cpu", search_over=search_over)
+    on_cpu = searched(tmp_path / "cpu", "cpu", **options)
     assert relative_difference(ratios, gates_of(on_cpu.model).prune_ratio) < 1e-3
     assert plan.sizes == plan_of(on_cpu.model).sizes
     AcceleratorState._reset_state(reset_partial_state=True)
