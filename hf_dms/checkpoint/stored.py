@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -59,6 +61,35 @@ def weight_files(folder: Path) -> list[Path]:
         if not file.is_file():
             raise HfDmsError(f"{folder} lacks {file.name}, which {index.name} names. Download or copy it again.")
     return files
+
+
+def hub_weights(repo_id: str, revision: str | None, download: bool) -> Path | None:
+    """The folder of a Hub model's safetensors files in the local cache, all that its index names and the Hub has.
+
+    Args:
+        repo_id: the model.
+        revision: branch, tag or commit; None is main.
+        download: whether what the cache lacks is downloaded.
+
+    Returns:
+        None if there are no such files, or the cache lacks one and nothing may be downloaded.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
+
+    def cached(name: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(repo_id, name, revision=revision, local_files_only=not download))
+        except EntryNotFoundError:  # it is not on the Hub, or not in the cache and the Hub is out of reach
+            return None
+
+    if (single := cached(SAFE_WEIGHTS_NAME)) is not None:
+        return single.parent
+    if (index := cached(SAFE_WEIGHTS_INDEX_NAME)) is None:
+        return None
+    shards = [cached(name) for name in shards_of(index)]
+    return index.parent if download or None not in shards else None
 
 
 def stored_tensors(files: Iterable[Path], model: PreTrainedModel) -> tuple[dict[str, Stored], list[str]]:

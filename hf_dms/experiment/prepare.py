@@ -18,7 +18,7 @@ from ..archs.plain_view import with_adapters
 from ..archs.registry import spec_for
 from ..checkpoint.folders import check_place
 from ..checkpoint.hub import check_not_base, check_repo_id, check_token
-from ..checkpoint.stored import missing_weights
+from ..checkpoint.stored import hub_weights, missing_weights
 from ..config import SEARCH
 from ..errors import HfDmsError
 from ..files import load_saved
@@ -186,8 +186,36 @@ def _check_model(recipe: Recipe, config: Any) -> None:
             check_repairable(model, bound)
         except HfDmsError as error:
             raise HfDmsError(f"{key}: {str(error).removeprefix('repair: ')}") from error
-    if recipe.dms.pipeline != "np" and Path(recipe.model.path).is_dir():
-        check_trained(recipe, missing_weights(Path(recipe.model.path), model))
+    check_weights(recipe, model)
+
+
+def check_weights(recipe: Recipe, model: Any, download: bool = False) -> None:
+    """Check that the weight files are whole, those of a model, and hold all that is not trained before the search.
+
+    Args:
+        recipe: the one.
+        model: what is loaded, on the meta device.
+        download: whether files of a Hub id are downloaded; otherwise they are checked if the cache has them all.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if recipe.dms.pipeline == "np":
+        return
+    path, local = recipe.model.path, Path(recipe.model.path).is_dir()
+    folder = Path(path) if local else hub_weights(path, recipe.model.revision, download)
+    if folder is None:
+        return
+    try:
+        missing = missing_weights(folder, model)
+    except HfDmsError as error:
+        if local:
+            raise
+        cache = folder.parents[1]
+        raise HfDmsError(
+            f"model.path: {error} If the Hub's '{path}' is whole, delete {cache}, and it is downloaded anew."
+        ) from error
+    check_trained(recipe, missing)
 
 
 def check_trained(recipe: Recipe, missing: Iterable[str]) -> None:

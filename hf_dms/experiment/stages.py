@@ -30,7 +30,7 @@ from ..training.finetune import train_
 from ..training.progress import Countdown
 from ..training.trainer import DMSTrainer
 from .choose import cut_by_criterion, examples_of, shuffled
-from .prepare import Prepared, check_trained, model_class, packing
+from .prepare import Prepared, check_trained, check_weights, empty_model, model_class, packing
 from .recipe import Recipe
 
 
@@ -222,7 +222,7 @@ def load_model(prepared: Prepared, **packed: Any) -> PreTrainedModel:
         packed: arguments of `from_pretrained` that pack its weights.
 
     Raises:
-        ValueError: the checkpoint lacks weights of the model, and the recipe does not train them.
+        ValueError: a weight file is damaged or missing, or the checkpoint lacks weights that the recipe does not train.
     """
     recipe, config = prepared.recipe, copy.deepcopy(prepared.config)
     dtype = recipe.model.dtype if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
@@ -230,6 +230,7 @@ def load_model(prepared: Prepared, **packed: Any) -> PreTrainedModel:
         dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
         options = {"attn_implementation": recipe.model.attn_implementation} if recipe.model.attn_implementation else {}
         return model_class(recipe).from_config(config, dtype=dtype, **options)
+    check_weights(recipe, empty_model(recipe, config), download=True)
     model, loading = model_class(recipe).from_pretrained(
         recipe.model.path,
         config=config,
