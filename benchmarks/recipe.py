@@ -44,6 +44,7 @@ def main():
     work = Path(recipe.output.path + ".benchmark")
     work.mkdir(parents=True, exist_ok=True)
     prepared = prepare(recipe, work)
+    recipe = prepared.recipe
     examples, arguments = prepared.examples, prepared.arguments["search"]
     meta = empty_model(recipe, prepared.config)
 
@@ -104,7 +105,7 @@ def main():
         plan, pruned = plan_and_cut(strategy)
         if strategy == "taylor-longer":
             for key in ("num_train_epochs", "max_steps"):
-                if key in recipe.recover.train:
+                if key in (recipe.recover.train or {}):
                     recipe.recover.train[key] += recipe.train[key]
         folder = work / f"{strategy}-recovery"
         folder.mkdir(exist_ok=True)
@@ -118,7 +119,7 @@ def main():
 
     measured("dense", dense)
     for strategy in options.strategies:
-        last = "recovered" if recipe.recover.train else "repaired"
+        last = "repaired" if recipe.recover.train is None else "recovered"
         if (work / f"{strategy}-{last}.safetensors").is_file():
             continue
         if strategy != "taylor-longer":

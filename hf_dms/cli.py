@@ -225,6 +225,7 @@ def _prune(options: argparse.Namespace) -> int:
 def _validate(options: argparse.Namespace) -> int:
     from .experiment.prepare import prepare
     from .experiment.recipe import load_recipe
+    from .experiment.recovery import recovery_in_words
 
     overrides = [word for word in options.recipes if "=" in word]
     found: list[dict[str, Any]] = []
@@ -232,9 +233,11 @@ def _validate(options: argparse.Namespace) -> int:
         if path in overrides:
             continue
         try:
-            prepare(load_recipe(path, overrides))
-            found.append({"recipe": path, "ok": True})
-            print(f"{path}: ok")
+            recipe = load_recipe(path, overrides)
+            prepared = prepare(recipe).recipe
+            chosen = recovery_in_words(prepared) if prepared.recover != recipe.recover else []
+            found.append({"recipe": path, "ok": True} | ({"recovery": chosen} if chosen else {}))
+            print("\n  ".join([f"{path}: ok", *chosen]))
         except HfDmsError as error:
             found.append({"recipe": path, "ok": False, "error": str(error)})
             print(f"{path}: {error}", file=sys.stderr)

@@ -218,12 +218,13 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
         batches = Batches(examples, repair.examples, recipe.eval.batch_size)
         repair_(pruned, dense, plan, batches, ridge=repair.ridge, epochs=repair.epochs)
         finish_("repaired", pruned, started, min(repair.examples, len(examples.train)))
-    if recipe.recover.train:
+    if recipe.recover.train is not None:
         started = time.time()
         arguments = training_arguments(recipe, "recover", setup.folder / _name(cell))
         arguments.save_strategy = "no"
         distillation, lora = recipe.recover.distillation, lora_config(recipe, "recover.lora")
-        train_(pruned, arguments, examples, dense if distillation else None, distillation, lora=lora)
+        teacher, float32 = dense if distillation else None, recipe.recover.float32
+        train_(pruned, arguments, examples, teacher, distillation, lora=lora, float32=float32)
         finish_("recovered", pruned, started, examples_of(arguments, examples))
     if recipe.task.generates:
         row["tokens"] = sum(row["seen"].values()) * recipe.data.sequence_length
@@ -238,7 +239,8 @@ def _recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
     strategy, values = cell.settings.get("criterion", SEARCH), cell.settings.get("dms") or {}
     dms = dataclasses.replace(recipe.dms, **values, target=cell.target, strategy=strategy)
     train = recipe.train | (cell.settings.get("train") or {}) | {"seed": cell.seed, "save_strategy": "no"}
-    retraining = recipe.recover.train | (cell.settings.get("recover") or {})
+    retraining, own = recipe.recover.train, cell.settings.get("recover")
+    retraining = (retraining or {}) | own if own else retraining
     return dataclasses.replace(
         recipe, dms=dms, train=train, recover=dataclasses.replace(recipe.recover, train=retraining)
     )

@@ -33,6 +33,7 @@ from ..tasks.registry import TASKS, load_examples, load_more_examples
 from ..tasks.task import Examples
 from ..training.trainer import check_training_arguments
 from .recipe import Recipe, coerce_fields, saying_where
+from .recovery import with_recovery
 
 logger = logging.get_logger(__name__)
 
@@ -42,7 +43,7 @@ class Prepared:
     """A recipe that was checked, and what its stages need.
 
     Attributes:
-        recipe: as it was read.
+        recipe: as it was read, with the values of its recovery (recovery.py).
         config: the dense model's, with what the examples need of it.
         processor: the tokenizer or image processor.
         examples: what is searched, repaired and measured on, without what the dense model writes (own_data.py).
@@ -95,9 +96,8 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
     check_place(recipe.output.path, sources_of(recipe))
     arguments = {"search": training_arguments(recipe, "train", folder / "search")}
     check_training_arguments(arguments["search"])
-    for section, values in (("finetune", recipe.finetune), ("recover", recipe.recover.train)):
-        if values:
-            arguments[section] = training_arguments(recipe, section, folder / section)
+    if recipe.finetune:
+        arguments["finetune"] = training_arguments(recipe, "finetune", folder / "finetune")
     if recipe.model.quantization:
         packing(recipe, torch.float32)
     config = load_model_config(recipe)
@@ -111,6 +111,9 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
             retraining = load_more_examples(recipe.recover.data, recipe.task, processor, config, examples)
     texts = load_texts(recipe, recipe.eval.texts, processor, config, examples)
     config.update(examples.config)
+    recipe = with_recovery(recipe, empty_model(recipe, config), retraining, arguments["search"].world_size)
+    if recipe.recover.train is not None:
+        arguments["recover"] = training_arguments(recipe, "recover", folder / "recover")
     _check_model(recipe, config)
     if notice := slow_bfloat16(_asking_for_bfloat16(recipe, config, arguments)):
         logger.warning(notice)
@@ -265,7 +268,7 @@ def training_arguments(recipe: Recipe, section: str, output_dir: Path) -> Any:
     """
     given = recipe.train
     if section != "train":
-        own = recipe.finetune if section == "finetune" else recipe.recover.train
+        own = recipe.finetune if section == "finetune" else recipe.recover.train or {}
         given = {key: value for key, value in given.items() if not _is_of_a_search(key, value)} | own
         if own.get("eval_strategy") not in (None, False, "no") or own.get("load_best_model_at_end"):
             raise HfDmsError(

@@ -55,6 +55,7 @@ class Recipe:
         return dataclasses.asdict(self) | {"dms": self.dms.to_dict()}
 
 
+LENGTHS = ("max_steps", "num_train_epochs")  # of a training
 SECTIONS = {
     "model": ModelConfig,
     "data": DataConfig,
@@ -121,10 +122,10 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     _check_keys(values, [field.name for field in dataclasses.fields(Recipe)], "")
     sections: dict[str, Any] = {name: _section(values, name) for name in SECTIONS}
     for name in ("finetune", "train", "recover"):
-        given = values.get(name) or {}
-        if not isinstance(given, dict):
+        given = values.get(name)
+        if not isinstance(given, dict | None):
             raise HfDmsError(f"{name} must be a section with keys of TrainingArguments, got {given!r}.")
-        sections[name] = _build_recover(given) if name == "recover" else given
+        sections[name] = _build_recover(given) if name == "recover" else given or {}
     recipe = Recipe(**sections, lora=_subsection(values, "lora", ""))
     _check_trained_weights(recipe)
     if recipe.dms.pipeline == "np" and (recipe.recover.repair or recipe.recover.distillation):
@@ -155,7 +156,9 @@ def _section(values: dict[str, Any], name: str) -> Any:
     return SECTIONS[name](**coerce_fields(SECTIONS[name], given, name))
 
 
-def _build_recover(given: dict[str, Any]) -> RecoverConfig:
+def _build_recover(given: dict[str, Any] | None) -> RecoverConfig:
+    if given is None:
+        return RecoverConfig()
     sections: dict[str, Any] = {}
     for name, section in (("repair", RepairConfig), ("distillation", DistillationConfig), ("data", DataConfig)):
         values = _subsection(given, name, "recover.")
@@ -164,11 +167,11 @@ def _build_recover(given: dict[str, Any]) -> RecoverConfig:
             with saying_where("recover.") if section is DataConfig else contextlib.nullcontext():
                 sections[name] = section(**values)
     lora = _subsection(given, "lora", "recover.")
-    train = {key: value for key, value in given.items() if key not in ("repair", "distillation", "data", "lora")}
-    for name in ("distillation", "data", "lora"):
-        if given.get(name) is not None and not train:
-            raise HfDmsError(f"recover.{name} is part of a retraining: give recover.max_steps too.")
-    return RecoverConfig(**sections, lora=lora, train=train)
+    own = [option.name for option in dataclasses.fields(RecoverConfig)]
+    train = {key: value for key, value in given.items() if key not in own}
+    repairs_alone = [key for key, value in given.items() if value is not None] == ["repair"]
+    options = {"float32": given["float32"]} if given.get("float32") is not None else {}
+    return RecoverConfig(**sections, **options, lora=lora, train=None if repairs_alone else train)
 
 
 @contextlib.contextmanager

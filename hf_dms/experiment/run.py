@@ -30,6 +30,7 @@ from ..training.distributed import check_launch, print_on_main, run_on_main
 from .own_data import with_own_texts
 from .prepare import Prepared, prepare, training_arguments, unfinished_folder
 from .recipe import Recipe
+from .recovery import recovery_in_words
 from .stages import dense_model, recovery_steps, score, scores_on_soft_masks, search_and_cut, speeds
 from .unfinished import claim, is_finished, remove_unfinished
 
@@ -57,6 +58,8 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
         prepared = _start(recipe, output, unfinished)
         if prepared is None:
             return None
+        if prepared.recipe.recover != recipe.recover:
+            print_on_main("\n  ".join(["Recovery after the cut:", *recovery_in_words(prepared.recipe)]))
         set_seed(prepared.arguments["search"].seed)
         report, pruned, plan = _experiment(with_own_texts(prepared))
         print_on_main(f"Saving to {output} ...")

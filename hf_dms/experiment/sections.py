@@ -186,7 +186,10 @@ class RepairConfig:
 
 @dataclass
 class RecoverConfig:
-    """The `recover` section: what is done to the pruned model after the cut, first repair, then retraining."""
+    """The `recover` section: what is done to the pruned model after the cut, first repair, then retraining.
+
+    An empty section, or one without a length, is completed by recovery.py. Without a section nothing is done.
+    """
 
     repair: RepairConfig | None = None
     distillation: DistillationConfig | None = None
@@ -197,6 +200,17 @@ class RecoverConfig:
     lora: dict[str, Any] | None = field(
         default=None, metadata={"help": "peft.LoraConfig for the training after the cut. Default: all weights train."}
     )
-    train: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "All other keys: TrainingArguments of a retraining, if there are any."}
+    float32: bool = field(
+        default=False,
+        metadata={
+            "help": "Retrain a model of bfloat16 or float16 in float32 weights, which are rounded at the end: small "
+            "steps of its own weights would be rounded away."
+        },
     )
+    train: dict[str, Any] | None = field(
+        default=None, metadata={"help": "All other keys: TrainingArguments of a retraining. None: there is none."}
+    )
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.float32, bool):
+            raise HfDmsError(f"recover.float32 must be true or false, got {self.float32!r}.")

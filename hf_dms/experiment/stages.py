@@ -155,7 +155,7 @@ def recovery_steps(pruned: PreTrainedModel, searched: PreTrainedModel, plan: Pla
             epochs=repair.epochs,
         )
         yield "repaired"
-    if recipe.recover.train:
+    if recipe.recover.train is not None:
         print_on_main("Retraining the pruned model ...")
         train_(
             pruned,
@@ -164,6 +164,7 @@ def recovery_steps(pruned: PreTrainedModel, searched: PreTrainedModel, plan: Pla
             dense if distillation else None,
             distillation,
             lora=prepared.lora["recover.lora"],
+            float32=recipe.recover.float32,
             stage="retraining",
             max_nonfinite_steps=recipe.dms.max_nonfinite_steps,
             keep=True,

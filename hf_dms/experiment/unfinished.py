@@ -18,11 +18,10 @@ from ..checkpoint.folders import replace_folder
 from ..errors import HfDmsError
 from ..report.numbers import REPORT
 from ..training.distributed import print_on_main
-from .recipe import Recipe
+from .recipe import LENGTHS, Recipe
 
 CLAIM = "recipe.json"
 STAGES = {"finetune": "fine-tuned model", "search": "search", "recover": "retraining"}  # folder: what it holds
-LENGTHS = ("max_steps", "num_train_epochs")
 IDLE = (  # how keys of TrainingArguments begin that change no weight and no ratio
     "logging_", "save_", "log_", "report_to", "run_name", "disable_tqdm", "dataloader_num_workers",
     "dataloader_prefetch", "dataloader_pin", "dataloader_persistent",
@@ -102,7 +101,7 @@ def influences(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
         found["eval"] = {"examples": recipe["eval"]["examples"]}
     if stage == "recover":
         recover = dict(recipe["recover"])
-        found["recover"] = _lasting(recover.pop("train")) | recover
+        found["recover"] = _lasting(recover.pop("train") or {}) | recover
     return found
 
 

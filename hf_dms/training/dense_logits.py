@@ -18,7 +18,7 @@ from ..archs.plain_view import base_model_of, tensor_of
 from ..cut.verify import open_gates
 from ..errors import HfDmsError
 from ..gating.attach import gates_of
-from .finetune import distillation_loss
+from .finetune import distillation_loss, without_labels
 
 NO_DISTRIBUTION = ("regression", "multi_label_classification")  # values of a config's problem_type
 
@@ -38,11 +38,6 @@ def check_divergence(model: nn.Module) -> None:
             f"dms.kl_weight needs a head that gives a distribution over classes, got problem_type {kind}. Leave "
             "kl_weight out."
         )
-
-
-def without_labels(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model is called with so that it computes logits alone."""
-    return {name: value for name, value in inputs.items() if name != "labels"}
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ def train_(
     distillation: DistillationConfig | None = None,
     *,
     lora: Any = None,
+    float32: bool = False,
     stage: str = "training",
     max_nonfinite_steps: int = DMSConfig.max_nonfinite_steps,
     keep: bool = False,
@@ -40,6 +42,7 @@ def train_(
         teacher: the dense model; its logits are learned too.
         distillation: how much of the teacher.
         lora: `peft.LoraConfig` of adapters that train in place of the weights, and are merged into them in the end.
+        float32: whether weights of half precision train as float32 ones, and are rounded to their own in the end.
         stage: what its progress calls it.
         max_nonfinite_steps: steps in a row whose loss or gradients are not finite, before it stops.
         keep: whether its end is saved in the Trainer's folder, see `train_or_resume_`.
@@ -47,6 +50,9 @@ def train_(
     Raises:
         NonFiniteError: there were so many.
     """
+    precisions = {name: parameter.dtype for name, parameter in model.named_parameters()} if float32 else {}
+    if float32:
+        model.float()
     trained: Any = model if lora is None else with_adapters(model, lora, arguments.seed)
     use_cache = getattr(model.config, "use_cache", None)
     trainer: Any = DistillationTrainer(
@@ -68,6 +74,9 @@ def train_(
         trained.merge_and_unload()
         model.requires_grad_(True)
     unshard_(model, arguments.device)
+    for name, dtype in precisions.items():
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.to(dtype)
     model.eval()
 
 
@@ -89,17 +98,27 @@ class DistillationTrainer(FiniteStepsMixin, ExactCheckpointsMixin, Trainer):
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if model.training and self.teacher is not None and self.distillation is not None:
-            with torch.no_grad():
-                taught = self.teacher(**{name: value for name, value in inputs.items() if name != "labels"}).logits
-            summed = loss_is_summed_over_micro_batches(self, num_items_in_batch)
-            share = 1 / self.current_gradient_accumulation_steps if summed else 1.0
-            weight, temperature = self.distillation.weight, self.distillation.temperature
-            causal = base_model_of(self.accelerator.unwrap_model(model)).can_generate()  # it predicts the next label
-            divergence = distillation_loss(outputs.logits, taught, temperature, inputs["labels"], shifted=causal)
-            loss = (1 - weight) * loss + weight * share * divergence
+        teacher, distillation = self.teacher, self.distillation
+        if not model.training or teacher is None or distillation is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        if distillation.weight == 1:  # the loss on the labels is not wanted, nor its memory
+            loss, outputs = torch.zeros((), device=self.args.device), model(**without_labels(inputs))
+        else:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)
+        with torch.no_grad():
+            taught = teacher(**without_labels(inputs)).logits
+        summed = loss_is_summed_over_micro_batches(self, num_items_in_batch)
+        share = 1 / self.current_gradient_accumulation_steps if summed else 1.0
+        weight, temperature = distillation.weight, distillation.temperature
+        causal = base_model_of(self.accelerator.unwrap_model(model)).can_generate()  # it predicts the next label
+        divergence = distillation_loss(outputs.logits, taught, temperature, inputs["labels"], shifted=causal)
+        loss = (1 - weight) * loss + weight * share * divergence
         return (loss, outputs) if return_outputs else loss
+
+
+def without_labels(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model is called with so that it computes logits alone."""
+    return {name: value for name, value in inputs.items() if name != "labels"}
 
 
 def distillation_loss(

@@ -59,13 +59,13 @@ def test_tokens_are_the_same_for_all_and_repair_is_among_them(table):
 def test_what_a_search_refits_on_is_counted_and_equalised_too(table):
     refitted = "{search_over: refitted, warmup_steps: 0}"
     strategies = f"compare.strategies={{dms: {{}}, dms-refitted: {{dms: {refitted}}}}}"
-    *_, rows = table(strategies, "compare.tokens=1120", "recover={}")
+    *_, rows = table(strategies, "compare.tokens=1120", "recover=null")
     assert [row["seen"]["cut"] * 16 for row in rows] == [1120, 1120]
 
 
 def test_a_search_by_the_divergence_from_the_dense_model_is_a_strategy_too(table):
     searches = "{dms: {}, dms-kl: {dms: {kl_weight: 1.0, warmup_steps: 1}}, dms-plain: {dms: {warmup_steps: 1}}}"
-    *_, rows = table(f"compare.strategies={searches}", "recover={}")
+    *_, rows = table(f"compare.strategies={searches}", "recover=null")
     assert [row["seen"] for row in rows] == [rows[0]["seen"]] * 3
     assert rows[1]["scores"]["dense"] == rows[2]["scores"]["dense"]
     assert rows[1]["scores"]["cut"] != rows[2]["scores"]["cut"]
@@ -73,7 +73,7 @@ def test_a_search_by_the_divergence_from_the_dense_model_is_a_strategy_too(table
 
 def test_a_search_by_epochs_is_a_search_of_whole_epochs_and_rivals_see_as_much(table):
     epochs = ("train.max_steps=-1", "train.num_train_epochs=1", "compare.strategies={dms: {}, taylor: {}}")
-    *_, rows = table(*epochs, "recover={}", "dms.warmup_steps=1")
+    *_, rows = table(*epochs, "recover=null", "dms.warmup_steps=1")
     assert rows[0]["seen"]["cut"] in (rows[1]["seen"]["cut"], rows[1]["seen"]["cut"] - 1)  # steps are whole batches
     assert rows[1]["seen"]["cut"] > 10
 
@@ -87,9 +87,9 @@ def test_a_strategy_may_be_retrained_for_longer(table):
 
 
 def test_all_seeds_share_one_fine_tuned_dense_model(table):
-    finetuned = ("finetune={max_steps: 3, learning_rate: 0.01}", "compare.strategies={random: {}}", "recover={}")
+    finetuned = ("finetune={max_steps: 3, learning_rate: 0.01}", "compare.strategies={random: {}}", "recover=null")
     *_, rows = table(*finetuned, "compare.seeds=[0, 1]")
-    plain = table("compare.strategies={random: {}}", "recover={}")[-1][-1]
+    plain = table("compare.strategies={random: {}}", "recover=null")[-1][-1]
     assert rows[0]["scores"]["dense"] == rows[1]["scores"]["dense"]
     assert rows[0]["scores"]["dense"] != plain["scores"]["dense"]
     assert rows[0]["scores"]["cut"] != rows[1]["scores"]["cut"]
@@ -147,7 +147,7 @@ def test_rows_stay_where_the_data_moves_or_an_option_says_its_default(table, rec
 
 def test_a_search_with_other_values_is_a_strategy_of_its_own(table):
     strategies = "compare.strategies={dms: {}, dms-forgetful: {dms: {importance_decay: 0.0}}}"
-    _, out, _, rows = table(strategies, "recover={}")
+    _, out, _, rows = table(strategies, "recover=null")
     assert rows[1]["cell"]["settings"] == {"dms": {"importance_decay": 0.0}}
     assert "dms-forgetful" in out
 

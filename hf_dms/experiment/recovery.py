@@ -1,0 +1,150 @@
+"""What a `recover` section without a length means: a retraining whose every value follows from the recipe.
+
+The dense model teaches by its logits alone, at temperature 1, which beat labels, and labels beside it, in Minitron
+(arXiv 2407.14679). The rest are rules of thumb; a value that the section gives takes the place of its rule.
+
+- Repair comes first where weights were frozen and the architecture can be repaired.
+- Length: what was cut away has to be learned again. Language models take 2,000 steps times the share that was cut, from
+  100 steps on and at most three times through the data; classifiers one epoch, and 2.5 times that share. Where weights
+  trained in the search, language models take half of it; where they were frozen, classifiers take twice as much.
+- A step has at least 4,096 tokens, or 16 examples, by accumulation.
+- Rate: 3e-4 at 0.1 billion parameters, falling with their square root, about a fifth of what such models are pretrained
+  with; 5e-5 for a classifier; 2e-4 for adapters. If weights trained in the search, they keep that rate.
+- Adapters train in place of the weights from 3 billion parameters on, and where the search ran on packed weights.
+- Weights of half precision train as float32 ones, since their steps would be rounded away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+
+from ..archs.bind import bind
+from ..archs.registry import spec_for
+from ..config import SEARCH
+from ..errors import HfDmsError
+from ..refit.repairable import check_repairable
+from ..tasks.task import Examples
+from ..training.distillation import DistillationConfig
+from .recipe import LENGTHS, Recipe
+from .sections import RepairConfig
+
+STEPS, FEWEST_STEPS, MOST_EPOCHS = 2000, 100, 3  # of a language model
+EPOCHS, EPOCHS_OF_WHAT_IS_CUT = 1.0, 2.5  # of a classifier
+TOKENS_PER_STEP, EXAMPLES_PER_STEP = 4096, 16
+RATE, AT_PARAMETERS, LOWEST_RATE, HIGHEST_RATE = 3e-4, 1e8, 2e-5, 5e-4
+RATE_OF_CLASSIFIERS, RATE_OF_ADAPTERS = 5e-5, 2e-4
+ADAPTERS_FROM = 3e9  # parameters
+ADAPTERS = {"r": 16, "lora_alpha": 32}
+WARMUP = 0.05  # share of the steps
+
+
+def with_recovery(recipe: Recipe, model: Any, retraining: Examples, processes: int) -> Recipe:
+    """A recipe whose `recover` section says all of its retraining, if it asks for one without a length.
+
+    Args:
+        recipe: the one.
+        model: the dense model on the meta device.
+        retraining: what it is retrained on.
+        processes: how many train together.
+    """
+    given = recipe.recover
+    if given.train is None or any(key in given.train for key in LENGTHS):
+        return recipe
+    frozen = recipe.dms.strategy != SEARCH or recipe.dms.pipeline == "p-"
+    parameters = model.num_parameters()
+    lora = given.lora
+    if lora is None and recipe.dms.layout != "padded" and (parameters >= ADAPTERS_FROM or recipe.model.quantization):
+        lora = ADAPTERS
+    teacher = given.distillation
+    if teacher is None and recipe.dms.pipeline != "np":
+        teacher = DistillationConfig(weight=1.0, temperature=1.0)
+    repair = given.repair
+    if repair is None and frozen and _is_repairable(model):
+        repair = RepairConfig()
+    half = _dtype(recipe, model) in (torch.bfloat16, torch.float16)
+    defaults = _batches(recipe, retraining, frozen, processes) | {
+        "learning_rate": _rate(recipe, parameters, frozen, lora is not None),
+        "warmup_steps": WARMUP,
+        "lr_scheduler_type": "cosine",
+    }
+    if half and torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        defaults["bf16"] = True
+    recover = dataclasses.replace(
+        given,
+        repair=repair,
+        distillation=teacher,
+        lora=lora,
+        float32=given.float32 or (half and lora is None),
+        train=defaults | given.train,
+    )
+    return dataclasses.replace(recipe, recover=recover)
+
+
+def _rate(recipe: Recipe, parameters: int, frozen: bool, adapters: bool) -> float:
+    trained = [] if frozen else [recipe.train.get("learning_rate")]
+    for rate in (*trained, recipe.finetune.get("learning_rate")):
+        if rate is not None:
+            return float(rate)
+    if adapters:
+        return RATE_OF_ADAPTERS
+    if not recipe.task.generates:
+        return RATE_OF_CLASSIFIERS
+    rate = RATE * math.sqrt(AT_PARAMETERS / max(parameters, 1))
+    return float(f"{min(max(rate, LOWEST_RATE), HIGHEST_RATE):.1g}")
+
+
+def _batches(recipe: Recipe, examples: Examples, frozen: bool, processes: int) -> dict[str, Any]:
+    """Accumulation and length."""
+    train = recipe.train | (recipe.recover.train or {})
+    generates = recipe.task.generates
+    wanted = math.ceil(TOKENS_PER_STEP / recipe.data.sequence_length) if generates else EXAMPLES_PER_STEP
+    size = int(train.get("per_device_train_batch_size", 8)) * processes
+    accumulated = max(math.ceil(wanted / size), int(train.get("gradient_accumulation_steps", 1)))
+    found: dict[str, Any] = {"gradient_accumulation_steps": accumulated}
+    cut = 1 - recipe.dms.target
+    if not generates:
+        epochs = (EPOCHS + EPOCHS_OF_WHAT_IS_CUT * cut) * (2 if frozen else 1)
+        return found | {"num_train_epochs": round(epochs, 1)}
+    steps = max(STEPS * cut * (1.0 if frozen else 0.5), FEWEST_STEPS)
+    rows = len(examples.train) + (recipe.data.own_sequences if recipe.data.uses_own_texts else 0)
+    through_the_data = MOST_EPOCHS * math.ceil(rows / (size * accumulated))
+    return found | {"max_steps": min(round(steps), through_the_data)}
+
+
+def _is_repairable(model: Any) -> bool:
+    try:
+        check_repairable(model, bind(spec_for(model.config), model))
+    except HfDmsError:
+        return False
+    return True
+
+
+def _dtype(recipe: Recipe, model: Any) -> torch.dtype | None:
+    if recipe.model.dtype != "auto":
+        return getattr(torch, recipe.model.dtype)
+    return model.config.dtype
+
+
+def recovery_in_words(recipe: Recipe) -> list[str]:
+    """The values of a recipe's recovery, a line each, as one would write them."""
+    recover = recipe.recover
+    values: dict[str, Any] = {}
+    for name, section in (("repair", recover.repair), ("distillation", recover.distillation)):
+        if section is not None:
+            values[f"recover.{name}"] = {key: value for key, value in vars(section).items() if value is not None}
+    if recover.lora is not None:
+        values["recover.lora"] = recover.lora
+    if recover.float32:
+        values["recover.float32"] = True
+    values |= {f"recover.{key}": value for key, value in (recover.train or {}).items()}
+    return [f"{key}: {_plain(value)}" for key, value in values.items()]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_plain(each)}" for key, each in value.items()) + "}"
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else f"{value}"
