@@ -1,4 +1,4 @@
-"""Weight files of a model on the Hub are checked as those of a folder are: once they are in the cache, before a search."""
+"""Weight files of a model on the Hub are checked before the search too: as soon as they are in the cache."""
 
 import json
 import os

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -50,6 +51,8 @@ class Hub:
         objects: large files, sha256 → content.
         requests: (method, path) of everything that was asked.
         drops: large files, sha256 → how many times the connection is dropped in the middle of their upload.
+        on_event: called with "asked" when a request has come, before its body is read, and with "done" when it is
+            carried out, before it is answered.
     """
 
     def __init__(self) -> None:
@@ -57,6 +60,7 @@ class Hub:
         self.objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.drops: dict[str, int] = {}
+        self.on_event: Callable[[str], object] = lambda event: None
         self.url = ""
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
@@ -216,7 +220,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         bearer = self.headers.get("Authorization")
         token = None if bearer is None else bearer.removeprefix("Bearer ")
-        self._send(hub.answer(self.command, path, token, self._body()))
+        hub.on_event("asked")
+        answer = hub.answer(self.command, path, token, self._body())
+        hub.on_event("done")
+        self._send(answer)
 
     do_POST = do_PUT = do_HEAD = do_GET
 

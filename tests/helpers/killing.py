@@ -3,12 +3,15 @@
 An event is a training step, or a change of a file or folder under the folder of the run.
 """
 
+import ctypes
 import os
 import resource
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
+from torch.utils.data import dataloader
 from transformers import Trainer
 
 from hf_dms.cli import main
@@ -17,17 +20,28 @@ CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
 LIMIT = 16 * 1024  # bytes that a file may have on a "full" disk: enough for the log, too few for weights
 
 
-def _fill_the_disk() -> None:
+def _fill_the_disk(folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-errors: list[Exception] = []  # raised in the next training step
+def _make_read_only(folder: Path) -> None:
+    """Take the right to write from the folder, those beside it that the run made, what is in them, and their parent."""
+    header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capset(header, none) == 0  # root's capability to write nevertheless
+    for path in [*folder.parent.glob(f"*{folder.name.lstrip('.')}*"), folder.parent]:
+        for each in [*path.rglob("*"), path] if path != folder.parent else [path]:
+            if each.is_dir():
+                each.chmod(0o555)
 
-DISTURBANCES: dict[str, Callable[[], object]] = {
-    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
+
+errors: list[Exception] = []  # raised by the next batch that a data loader is asked for
+
+DISTURBANCES: dict[str, Callable[[Path], object]] = {
+    "kill": lambda folder: os.kill(os.getpid(), signal.SIGKILL),
+    "terminate": lambda folder: os.kill(os.getpid(), signal.SIGTERM),
     "full disk": _fill_the_disk,  # a write fails from then on, by the operating system's own limit
-    "error": lambda: errors.append(KeyError("a row that the data loader cannot read")),
+    "read-only": _make_read_only,
+    "error": lambda folder: errors.append(KeyError("a row that the data loader cannot read")),
 }
 
 
@@ -50,8 +64,8 @@ def run(arguments: list[str], folder: str, at: int, log: str, disturbance: str =
     os._exit(code)
 
 
-def _count_events(folder: str, at: int, disturb: Callable[[], object]) -> Callable[[], int]:
-    count, train = 0, Trainer.training_step
+def _count_events(folder: str, at: int, disturb: Callable[[Path], object]) -> Callable[[], int]:
+    count, train, fetch = 0, Trainer.training_step, dataloader._BaseDataLoaderIter.__next__
 
     def hook(event, args):
         nonlocal count
@@ -59,14 +73,39 @@ def _count_events(folder: str, at: int, disturb: Callable[[], object]) -> Callab
         if event == "step" or (change and str(args[0]).startswith(folder)):
             count += 1
             if count == at:
-                disturb()
+                disturb(Path(folder))
 
     def step(self, *args, **kwargs):
         sys.audit("step")
+        return train(self, *args, **kwargs)
+
+    def next_batch(self):
         if errors:
             raise errors[0]
+        return fetch(self)
+
+    Trainer.training_step = step
+    dataloader._BaseDataLoaderIter.__next__ = next_batch
+    sys.addaudithook(hook)
+    return lambda: count
+
+
+def kill_at_step(at: int) -> None:
+    """Let this process be killed at its training step of a number."""
+    steps, train = 0, Trainer.training_step
+
+    def step(self, *args, **kwargs):
+        nonlocal steps
+        steps += 1
+        if steps == at:
+            os.kill(os.getpid(), signal.SIGKILL)
         return train(self, *args, **kwargs)
 
     Trainer.training_step = step
-    sys.addaudithook(hook)
-    return lambda: count
+
+
+if __name__ == "__main__":  # accelerate launch ... killing.py RANK STEP ARGUMENTS: `hf-dms`, one process of it killed
+    rank, step, *arguments = sys.argv[1:]
+    if os.environ["RANK"] == rank:
+        kill_at_step(int(step))
+    sys.exit(main(arguments))

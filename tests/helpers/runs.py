@@ -1,5 +1,6 @@
 """A recipe with every step, run in a process of its own, and what there is to compare of its result."""
 
+import hashlib
 import json
 import multiprocessing
 import re
@@ -77,3 +78,14 @@ def whole(tmp_path_factory):
 def num_events(folder: Path) -> int:
     """Events of the uninterrupted run."""
     return int(re.findall(r"(\d+) events", (folder / "whole.log").read_text())[-1])
+
+
+def digest(folder):
+    """What is in a folder, by name."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def slow(*values):
+    """Parameters of a test, all but the first for the slow suite only."""
+    return [values[0], *(pytest.param(value, marks=pytest.mark.slow) for value in values[1:])]

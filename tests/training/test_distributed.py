@@ -5,17 +5,12 @@ can in one.
 """
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import DistributedType
+from helpers.launching import ROOT, launch
 from helpers.processes import results, searching
 from helpers.searches import arguments
 from helpers.tiny import relative_difference, tiny_llama
@@ -25,29 +20,6 @@ from transformers import AutoModelForCausalLM
 from hf_dms import DMSConfig, DMSTrainer
 from hf_dms.training.distributed import check_plugin
 from hf_dms.training.trainer import check_training_arguments
-
-ROOT = Path(__file__).parents[2]
-SECONDS = 240  # far more than a launch takes on a busy machine: a deadlock fails the test
-
-
-def launch(*command):
-    """Run a command in two processes; (exit code, standard output, standard error)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    config = str(ROOT / "recipes/accelerate/ddp.yaml")
-    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", port]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    process = subprocess.Popen(
-        [*start, *map(str, command)], env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-    try:
-        out, err = process.communicate(timeout=SECONDS)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, out, err
 
 
 @pytest.fixture(scope="module")
