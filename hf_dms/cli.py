@@ -236,7 +236,9 @@ def _validate(options: argparse.Namespace) -> int:
             recipe = load_recipe(path, overrides)
             prepared = prepare(recipe).recipe
             chosen = recovery_in_words(prepared) if prepared.recover != recipe.recover else []
-            found.append({"recipe": path, "ok": True} | ({"recovery": chosen} if chosen else {}))
+            if prepared.dms.target != recipe.dms.target:
+                chosen = [f"dms.target: {prepared.dms.target:.4g} ({recipe.dms.target})", *chosen]
+            found.append({"recipe": path, "ok": True} | ({"taken": chosen} if chosen else {}))
             print("\n  ".join([f"{path}: ok", *chosen]))
         except HfDmsError as error:
             found.append({"recipe": path, "ok": False, "error": str(error)})

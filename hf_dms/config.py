@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,34 @@ PIPELINES = ("p", "np", "p-")
 TARGET_SCHEDULES = ("geometric", "constant")
 SEARCHES_OVER = ("masks", "refitted")
 SEARCH = "dms"  # the strategy that is a search
+
+
+AMOUNT = re.compile(r"(\d+(?:\.\d+)?)([KMGBT])", re.IGNORECASE)
+MULTIPLES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
+
+
+def amount(text: str) -> float:
+    """What an amount such as 100M or 1.5B means."""
+    found = AMOUNT.fullmatch(text)
+    assert found is not None
+    return float(found[1]) * MULTIPLES[found[2].upper()]
+
+
+def _number_or_amount(text: str) -> float | str:
+    """A number that YAML took for text, such as 1e-1, as a number; an amount as it is.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if AMOUNT.fullmatch(text) and amount(text) > 0:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise HfDmsError(
+            f"dms.target must be a number in (0, 1], or an amount such as 100M, got {text!r}. For 60 % write "
+            "target: 0.6"
+        ) from None
 
 
 def _option(default: Any, help: str) -> Any:
@@ -40,7 +69,11 @@ class DMSConfig:
         ValueError: when a value is outside its range; the message names the value, what was expected and the fix.
     """
 
-    target: float = _option(None, "Fraction of the dense resource to keep, in (0, 1]. Required: 0.6 keeps 60 %.")
+    target: Any = _option(  # a float, or text such as 100M until the dense model is known, see with_share
+        None,
+        "Fraction of the dense resource to keep, in (0, 1]: 0.6 keeps 60 %. Or an amount with K, M, G (or B) or T: "
+        "100M keeps 100 million parameters, or of what resource and resource_scope count. Required.",
+    )
     resource: str = _option(
         "params",
         "What is limited: params (parameters, tied ones once), macs (multiply-accumulates per token) or kv_bytes "
@@ -141,10 +174,15 @@ class DMSConfig:
             raise HfDmsError(
                 "dms.target is required: the fraction of the dense resource to keep. For 60 % write target: 0.6"
             )
+        if isinstance(self.target, str):
+            self.target = _number_or_amount(self.target)
+        if isinstance(self.target, str):
+            return
         if isinstance(self.target, bool) or not isinstance(self.target, int | float):
             raise HfDmsError(f"dms.target must be a number in (0, 1], got {self.target!r}. For 60 % write target: 0.6")
         if not 0 < self.target <= 1:
             hint = f"For {self.target:g} % write target: {self.target / 100:g}" if 1 < self.target <= 100 else ""
+            hint = f"For an amount write target: {self.target / 1e6:g}M" if self.target >= 1e3 else hint
             raise HfDmsError(f"dms.target must be in (0, 1], got {self.target:g}. {hint}".rstrip())
 
     def _check_choices(self) -> None:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from hf_dms.config import LAYOUTS, PIPELINES, RESOURCE_SCOPES, RESOURCES, TARGET_SCHEDULES, DMSConfig
+from hf_dms.config import LAYOUTS, PIPELINES, RESOURCE_SCOPES, RESOURCES, TARGET_SCHEDULES, DMSConfig, amount
 
 
 def test_every_option_has_help_text():
@@ -41,6 +41,17 @@ def test_targets_in_range_are_taken(target):
     assert DMSConfig(target=target).target == target
 
 
+@pytest.mark.parametrize(("text", "expected"), [("0.6", 0.6), ("1e-1", 0.1), ("100M", "100M"), ("1.5b", "1.5b")])
+def test_targets_may_be_text_and_amounts(text, expected):
+    config = DMSConfig(target=text)
+    assert config.target == expected
+    assert DMSConfig(**config.to_dict()) == config
+
+
+def test_an_amount_is_a_number_with_a_multiple():
+    assert [amount(text) for text in ("20K", "100M", "1.5B", "1.5g", "2T")] == [2e4, 1e8, 1.5e9, 1.5e9, 2e12]
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [
@@ -50,7 +61,11 @@ def test_targets_in_range_are_taken(target):
         (-0.5, r"dms.target must be in \(0, 1\], got -0.5\.$"),
         (600, r"dms.target must be in \(0, 1\], got 600\.$"),
         (float("nan"), r"dms.target must be in \(0, 1\], got nan"),
-        ("0.6", r"dms.target must be a number in \(0, 1\], got '0.6'"),
+        (1e8, r"dms.target must be in \(0, 1\], got 1e\+08. For an amount write target: 100M"),
+        ("60", r"dms.target must be in \(0, 1\], got 60. For 60 % write target: 0.6"),
+        ("100 M", r"dms.target must be a number in \(0, 1\], or an amount such as 100M, got '100 M'"),
+        ("0M", r"or an amount such as 100M, got '0M'"),
+        ([0.5], r"dms.target must be a number in \(0, 1\], got \[0.5\]"),
         (True, r"dms.target must be a number in \(0, 1\], got True"),
     ],
 )

@@ -106,6 +106,7 @@ def compare(recipe: Recipe) -> str:
 
 def _compare(recipe: Recipe, cells: list[Cell], folder: Path) -> str:
     setup = _setup(recipe, folder)
+    cells = cells_of(dataclasses.replace(recipe, dms=setup.prepared.recipe.dms))  # whose target is a fraction
     for cell in cells:
         _check(setup, cell)
     about = fingerprint(recipe)

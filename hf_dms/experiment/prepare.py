@@ -22,7 +22,7 @@ from ..checkpoint.stored import hub_weights, missing_weights
 from ..config import SEARCH
 from ..errors import HfDmsError
 from ..files import load_saved
-from ..gating.gates_for import build_gates
+from ..gating.gates_for import build_gates, with_share
 from ..gating.rounding import check_target
 from ..measure.precision import slow_bfloat16
 from ..refit.repairable import check_repairable
@@ -43,7 +43,7 @@ class Prepared:
     """A recipe that was checked, and what its stages need.
 
     Attributes:
-        recipe: as it was read, with the values of its recovery (recovery.py).
+        recipe: as it was read, with the values of its recovery (recovery.py) and a target that is a fraction.
         config: the dense model's, with what the examples need of it.
         processor: the tokenizer or image processor.
         examples: what is searched, repaired and measured on, without what the dense model writes (own_data.py).
@@ -111,7 +111,10 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
             retraining = load_more_examples(recipe.recover.data, recipe.task, processor, config, examples)
     texts = load_texts(recipe, recipe.eval.texts, processor, config, examples)
     config.update(examples.config)
-    recipe = with_recovery(recipe, empty_model(recipe, config), retraining, arguments["search"].world_size)
+    empty = empty_model(recipe, config)
+    bound = bind(spec_for(config), empty)
+    recipe = dataclasses.replace(recipe, dms=with_share(recipe.dms, bound, empty))
+    recipe = with_recovery(recipe, empty, retraining, arguments["search"].world_size)
     if recipe.recover.train is not None:
         arguments["recover"] = training_arguments(recipe, "recover", folder / "recover")
     _check_model(recipe, config)

@@ -240,7 +240,7 @@ def _may_be_none(hint: Any) -> bool:
 def _coerce(value: Any, hint: Any, name: str) -> Any:
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     kinds = [typing.get_origin(kind) or kind for kind in (typing.get_args(hint) if union else (hint,))]
-    kinds = [kind for kind in kinds if isinstance(kind, type)]
+    kinds = [kind for kind in kinds if isinstance(kind, type) and kind is not Any]  # what Any holds is checked later
     if value is None or not kinds or (isinstance(value, bool) and bool in kinds):
         return value
     if value is False and any(issubclass(kind, Enum) and "no" in [each.value for each in kind] for kind in kinds):

@@ -31,7 +31,7 @@ from ..files import keep_source_, keeps_source
 from ..gates import Gates
 from ..masked_ops import GateResidual, MaskedNorm, MaskUnits, masked_response_norm
 from .checks import check_as_built, check_attachable, check_checkpointing, check_model
-from .gates_for import build_gates, for_stages
+from .gates_for import build_gates, for_stages, with_share
 from .rounding import check_target, rounded_of
 
 
@@ -72,7 +72,7 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
     spec = spec_for(model.config)
     check_as_built(model)
     bound = bind(spec, model)
-    dms_config = for_stages(dms_config, bound)
+    dms_config = with_share(for_stages(dms_config, bound), bound, model)
     gates = build_gates(bound, model, dms_config)
     check_target(gates, bound, dms_config, model.config)
     if dms_config.scales:

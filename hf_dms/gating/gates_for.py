@@ -14,7 +14,7 @@ from ..archs.bind import BoundSpec, bind
 from ..archs.costs import build_cost
 from ..archs.registry import spec_for
 from ..archs.stock import check_padding, tied_sizes
-from ..config import DMSConfig
+from ..config import DMSConfig, amount
 from ..errors import HfDmsError
 from ..gates import GatedDim, Gates, SearchSchedule
 from ..topk import steepness_of
@@ -64,6 +64,23 @@ def build_gates(
         decide_at=config.decide_at,
     )
     return Gates(dims, fixed_sizes, cost, schedule, device=model.device if device is None else device)
+
+
+def with_share(config: DMSConfig, bound: BoundSpec, model: PreTrainedModel) -> DMSConfig:
+    """A request whose target is a fraction of the dense resource, where it is an amount such as 100M.
+
+    Raises:
+        ValueError: the dense model has less.
+    """
+    if not isinstance(config.target, str):
+        return config
+    dense = build_gates(bound, model, replace(config, target=1.0), device=torch.device("cpu")).dense_resource
+    if amount(config.target) > dense:
+        raise HfDmsError(
+            f"dms.target = {config.target} is more than the dense model has: {dense / 1e6:.4g}M {config.resource} "
+            f"(resource_scope {config.resource_scope}). Lower it."
+        )
+    return replace(config, target=amount(config.target) / dense)
 
 
 def recount_(gates: Gates, model: PreTrainedModel) -> None:

@@ -79,6 +79,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         if dms_config.pipeline == "np":
             check_untrained(self.model)
         attach_(self.model, dms_config)
+        self.dms_config = self.gates.attachment.config  # whose target is a fraction, whatever was asked for
         leave_gates_out_(self.model, self.gates, self.accelerator)
         if dms_config.pipeline == "p-":
             freeze_(self.model)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -76,6 +77,19 @@ def test_a_search_by_epochs_is_a_search_of_whole_epochs_and_rivals_see_as_much(t
     *_, rows = table(*epochs, "recover=null", "dms.warmup_steps=1")
     assert rows[0]["seen"]["cut"] in (rows[1]["seen"]["cut"], rows[1]["seen"]["cut"] - 1)  # steps are whole batches
     assert rows[1]["seen"]["cut"] > 10
+
+
+def test_a_target_may_be_an_amount(table, recipe, tmp_path, capsys):
+    options = ("dms.target=8K", "compare.targets=[]", "compare.strategies={dms: {}, random: {}}", "recover=null")
+    *_, rows = table(*options)
+    assert rows[0]["cell"]["target"] == rows[1]["cell"]["target"] < 1
+    shutil.rmtree(tmp_path / "out")
+    assert recipe("dms.target=8K", "dms.pipeline=p-", command="validate")[0] == 0
+    assert f"dms.target: {rows[0]['cell']['target']:.4g} (8K)" in capsys.readouterr().out
+    code, out = recipe("dms.target=8K", "dms.pipeline=p-", "dms.prune=[mlp]", "dms.layout=per_layer")
+    assert code == 0
+    report = json.loads((out / "dms_report.json").read_text())
+    assert 0.9 * 8000 < report["pruned"]["num_params"] <= 8000
 
 
 def test_a_strategy_may_be_retrained_for_longer(table):

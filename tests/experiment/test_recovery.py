@@ -187,7 +187,7 @@ def test_validate_and_prune_say_what_was_taken_and_the_report_has_it(recipe, cap
 def test_validate_has_it_in_json_too(recipe, tmp_path, capsys):
     assert recipe("recover={}", "--json", command="validate")[0] == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert "recover.distillation: {weight: 1.0, temperature: 1.0}" in row["recovery"]
+    assert "recover.distillation: {weight: 1.0, temperature: 1.0}" in row["taken"]
 
 
 def test_a_table_recovers_all_strategies_alike(recipe, tmp_path):

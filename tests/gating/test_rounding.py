@@ -2,10 +2,11 @@
 
 import dataclasses
 import re
+import warnings
 
 import pytest
 import torch
-from helpers.tiny import lowest_target, search_, tiny_llama
+from helpers.tiny import lowest_target, search_, tiny_llama, untouched
 from hypothesis import assume, find, given, settings
 from hypothesis import strategies as st
 
@@ -319,3 +320,22 @@ def test_multiples_that_make_the_cut_much_smaller_than_asked_are_told(caplog):
     attach_(model, DMSConfig(target=0.9, **options))
     search_(model)
     assert "round_to" not in search_outcome(model)["message"]
+
+
+@pytest.mark.parametrize("options", [{}, dict(resource_scope="layers"), dict(resource="macs", sequence_length=8)])
+def test_an_amount_is_the_share_of_the_dense_resource_that_it_is(options):
+    model, other = tiny_llama(), tiny_llama()
+    attach_(model, DMSConfig(target=0.7, **options))
+    wanted = round(0.7 * gates_of(model).dense_resource / 1e3, 1)
+    attach_(other, DMSConfig(target=f"{wanted}K", **options))
+    found = gates_of(other).attachment.config
+    assert found.target == pytest.approx(0.7, abs=0.01)
+    assert gates_of(other).schedule.target == found.target
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sizes = round_sizes(gates_of(other), gates_of(other).attachment.bound, found, other.config)
+    assert float(gates_of(other).count(gates_of(other).dense_sizes() | sizes)) <= wanted * 1e3
+
+
+def test_an_amount_above_the_dense_model_is_refused():
+    untouched(tiny_llama(), r"dms.target = 3M is more than the dense model has: 0\.0\d+M params", target="3M")
