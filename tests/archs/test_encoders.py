@@ -216,7 +216,7 @@ def stages(draw, head):
     )
     if head not in RESNETS:
         patch = draw(st.sampled_from([2, (4, 2)]))
-        return config | dict(num_hidden_layers=count, hidden_sizes=widths, patch_size=patch)
+        return config | dict(num_stages=count, hidden_sizes=widths, patch_size=patch)
     config |= dict(layer_type=draw(st.sampled_from(["basic", "bottleneck"])))
     config |= dict(downsample_in_first_stage=draw(st.booleans()), downsample_in_bottleneck=draw(st.booleans()))
     widths = [4 * width for width in widths] if config["layer_type"] == "bottleneck" else widths

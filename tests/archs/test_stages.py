@@ -107,7 +107,7 @@ def test_each_stage_keeps_a_layer_and_the_first_module_of_a_stage_stays():
 
 
 def test_a_network_of_one_stage_is_written_as_one_of_several(tmp_path):
-    sizes = dict(num_hidden_layers=1, hidden_sizes=[6], depths=[3])
+    sizes = dict(num_stages=1, hidden_sizes=[6], depths=[3])
     model = tiny(ConvNextForImageClassification, dtype=torch.float64, **sizes)
     _, found = searched(model, layout="per_layer", prune=("mlp",))
     assert len(set(found["mlp0"].tolist())) > 1

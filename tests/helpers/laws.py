@@ -19,9 +19,7 @@ EXACT, SHIPPED = 1e-9, 1e-5
 BLOCKS = dict(hidden_size=24, intermediate_size=20, num_hidden_layers=3, num_attention_heads=4)
 TEXT = BLOCKS | dict(vocab_size=33, max_position_embeddings=16)
 IMAGE = BLOCKS | dict(image_size=12, patch_size=4, num_channels=2)
-STAGES = dict(
-    num_channels=2, image_size=16, patch_size=2, num_hidden_layers=3, hidden_sizes=[6, 8, 10], depths=[2, 3, 1]
-)
+STAGES = dict(num_channels=2, image_size=16, patch_size=2, num_stages=3, hidden_sizes=[6, 8, 10], depths=[2, 3, 1])
 DECODER = {name: value for name, value in TINY.items() if name not in ("head_dim", "num_labels")}
 GEMMA = DECODER | {"head_dim": 4, "hidden_size": 36}  # the scale of embeddings, its root, is exact in any dtype
 WINDOWS = dict(sliding_window=4, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
@@ -38,7 +36,7 @@ SIZES = {
     "yolos": IMAGE | dict(image_size=[8, 12], num_detection_tokens=3, use_mid_position_embeddings=False),
     "convnext": STAGES,
     "convnextv2": STAGES,
-    "resnet": {name: value for name, value in STAGES.items() if name not in ("patch_size", "num_hidden_layers")}
+    "resnet": {name: value for name, value in STAGES.items() if name not in ("patch_size", "num_stages")}
     | dict(embedding_size=5, hidden_sizes=[8, 12, 16], depths=[2, 3, 1]),
     "llama": DECODER,
     "mistral": DECODER,
@@ -68,7 +66,7 @@ def tiny(cls, seed=0, dtype=torch.float32, **overrides):
     """A model whose weights are drawn from normal(0, 0.3), its norms' from normal(1, 0.3): no unit is like another."""
     family = cls.config_class.model_type
     sizes = SIZES[family] | {"num_labels": 2 if cls.__name__.endswith("QuestionAnswering") else 3} | overrides
-    layers = sizes.get("num_hidden_layers")
+    layers = sizes.get("num_hidden_layers", sizes.get("num_stages"))
     sizes = {n: v[:layers] if isinstance(v, list) else v for n, v in sizes.items()}  # of layers, or of stages
     sizes = {NAMES.get(family, {}).get(name, name): value for name, value in sizes.items()}
     attn = "sdpa" if cls._supports_sdpa else "eager"
