@@ -23,7 +23,7 @@ from .curvature import position_weights, positions, widened
 from .layerwise import LayerWalk, StreamModules
 from .shelf import Shelf
 
-RATE = 0.003  # Adam's, relative to the root mean square of each matrix
+RATE = 0.01  # Adam's, relative to the root mean square of each matrix
 BETAS = (0.9, 0.95)
 HELD_OUT = 4  # one batch of so many, of at least two
 
