@@ -98,6 +98,9 @@ def _add_running(commands: Any) -> None:
     prune.add_argument(
         "--plan", help="cut the files of model.path by the plan of a finished search (its folder or file)"
     )
+    prune.add_argument(
+        "--at", type=float, help="with --plan: a size that the search passed, such as 0.9, a multiple of 0.05"
+    )
     prune.set_defaults(run=_prune)
     validate = commands.add_parser(
         "validate", help="check recipes, and the models and data that they name, without loading weights"
@@ -191,9 +194,11 @@ def _prune(options: argparse.Namespace) -> int:
         model, output = cut_options([options.recipe, *options.overrides])
         from .experiment.cut_files import cut_by_plan
 
-        cut = cut_by_plan(options.plan, model, output)
+        cut = cut_by_plan(options.plan, model, output, options.at)
         _show(options, f"\nSaved to {output.path} ({cut['model_class']}).", cut | {"path": output.path})
         return 0
+    if options.at is not None:
+        raise HfDmsError("--at is for --plan FOLDER, the output of a finished search. A recipe has dms.target.")
     recipe = load_recipe(options.recipe, options.overrides)
     from .experiment.run import run
     from .report.numbers import loading_lines

@@ -28,6 +28,7 @@ from ..archs.registry import class_name, spec_for
 from ..archs.skeleton import skeleton
 from ..cut.formats import pruned_class_and_config
 from ..cut.plan import PLAN_FILE, Plan, load_plan, plan_to_json
+from ..cut.plans import load_plan_at
 from ..cut.slicing import cut_tensor, slice_tensor, source_names
 from ..errors import HfDmsError, VerificationError
 from ..files import load_saved, open_weights
@@ -57,12 +58,13 @@ class StreamedCut:
     left_out: list[str]
 
 
-def prepare_cut(folder: Path, plan_path: str | Path) -> StreamedCut:
+def prepare_cut(folder: Path, plan_path: str | Path, share: float | None = None) -> StreamedCut:
     """Find out what a cut would be, from a checkpoint's config and the headers of its files.
 
     Args:
         folder: of the dense checkpoint.
-        plan_path: `dms_plan.json`, or the folder that it is in.
+        plan_path: `dms_plan.json`, or the folder that it is in; with `share` `dms_plans.json`, or its folder.
+        share: which of the plans that the search passed, by the share of the dense resource that it keeps.
 
     Raises:
         ValueError: the checkpoint is not one that can be cut from its files, or the plan is another model's.
@@ -78,7 +80,7 @@ def prepare_cut(folder: Path, plan_path: str | Path) -> StreamedCut:
         )
         dense, tensors = _untied(dense, tensors)
     bound = bind(spec_for(dense.config), dense)
-    plan, layout = load_plan(plan_path, bound)
+    plan, layout = load_plan(plan_path, bound) if share is None else load_plan_at(plan_path, bound, share)
     if wrong := first_mismatch(tensors, dense):
         raise HfDmsError(f"{folder}: {wrong} Is config.json that of the weights?")
     cls, config = pruned_class_and_config(dense, bound, plan, layout)

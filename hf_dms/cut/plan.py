@@ -88,12 +88,17 @@ def load_plan(path: str | os.PathLike, bound: BoundSpec) -> tuple[Plan, str]:
     if not file.is_file():
         raise HfDmsError(f"There is no plan '{file}'. A finished `hf-dms prune` leaves one in its output.path.")
     content = read_json(file, "cut", "dms_plan.schema.json")
-    _check(content, bound, file)
+    check_plan(content, bound, file)
     kept = {name: tuple(torch.tensor(row, dtype=torch.long) for row in rows) for name, rows in content["kept"].items()}
     return Plan(kept), content["layout"]
 
 
-def _check(content: Any, bound: BoundSpec, file: Path) -> None:
+def check_plan(content: Any, bound: BoundSpec, file: Path) -> None:
+    """Check that the content of a plan's file is for a model.
+
+    Raises:
+        ValueError: it is not; the first thing that does not fit is named.
+    """
     if content["format"] > FORMAT:
         raise HfDmsError(f"{file} has format {content['format']}, this hf_dms knows up to {FORMAT}. Update hf_dms.")
     if content["model_type"] != bound.spec.model_type:

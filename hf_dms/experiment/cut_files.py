@@ -28,13 +28,14 @@ PROCESSOR_FILES = (  # what tokenizers and image processors of transformers writ
 )
 
 
-def cut_by_plan(plan: str, model: ModelConfig, output: OutputConfig) -> dict[str, Any]:
+def cut_by_plan(plan: str, model: ModelConfig, output: OutputConfig, share: float | None = None) -> dict[str, Any]:
     """Cut the files of a dense checkpoint by a plan, tensor by tensor, on the CPU.
 
     Args:
-        plan: `dms_plan.json`, or the folder that it is in.
+        plan: `dms_plan.json`, or the folder that it is in; with `share` `dms_plans.json`, or its folder.
         model: the dense model, `path` and `revision`.
         output: where the result goes.
+        share: which of the plans that the search passed, by the share of the dense resource that it keeps.
 
     Returns:
         The content of `dms_report.json`.
@@ -45,7 +46,7 @@ def cut_by_plan(plan: str, model: ModelConfig, output: OutputConfig) -> dict[str
     check_writable(output.path, output.overwrite, [model.path])
     started = time.time()
     folder = _local(model)
-    job = prepare_cut(folder, plan)
+    job = prepare_cut(folder, plan, share)
     if job.left_out:
         print(f"Left out, as {type(job.dense).__name__} has no such parameters: {', '.join(job.left_out)}", flush=True)
     with new_folder(output.path, output.overwrite) as temporary:

@@ -19,6 +19,7 @@ from ..checkpoint.hub import push
 from ..checkpoint.save import save_pruned
 from ..config import SEARCH
 from ..cut.plan import PLAN_FILE, plan_to_json
+from ..cut.plans import PLANS_FILE
 from ..gating.attach import detach_, gates_of
 from ..measure.versions import versions
 from ..report.card import base_metadata, model_card
@@ -61,10 +62,10 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
         if prepared.recipe.recover != recipe.recover:
             print_on_main("\n  ".join(["Recovery after the cut:", *recovery_in_words(prepared.recipe)]))
         set_seed(prepared.arguments["search"].seed)
-        report, pruned, plan = _experiment(with_own_texts(prepared))
+        report, pruned, plans = _experiment(with_own_texts(prepared))
         print_on_main(f"Saving to {output} ...")
         report.seconds = round(time.time() - started)
-        written = run_on_main(lambda: _save(pruned, prepared, report, plan))
+        written = run_on_main(lambda: _save(pruned, prepared, report, plans))
         run_on_main(lambda: remove_unfinished(unfinished, output))
         print_on_main("\n" + "\n\n".join([report_table(written), size_bars(written), *notes(written)]))
         if recipe.hub.repo_id:
@@ -89,11 +90,11 @@ def _start(recipe: Recipe, output: Path, unfinished: Path) -> Prepared | None:
     return built[0] if built else prepare(recipe)
 
 
-def _experiment(prepared: Prepared) -> tuple[Report, PreTrainedModel, str]:
+def _experiment(prepared: Prepared) -> tuple[Report, PreTrainedModel, dict[str, str]]:
     """All stages, the model measured after each.
 
     Returns:
-        The report, without the time that it took; the pruned model; the content of `dms_plan.json`.
+        The report, without the time that it took; the pruned model; the files of plans, name → content.
     """
     recipe, examples, arguments = prepared.recipe, prepared.examples, prepared.arguments["search"]
     protocol = f"{len(prepared.held_out)} held-out {examples.unit}"
@@ -119,7 +120,8 @@ def _experiment(prepared: Prepared) -> tuple[Report, PreTrainedModel, str]:
     if recipe.dms.strategy == SEARCH:
         soft = scores_on_soft_masks(searched.model, functools.partial(measured, "searched"))
         masks = {"soft": summary(recipe.task, soft, scores[None]["dense"])}
-    kept = plan_to_json(searched.plan, gates_of(searched.model).attachment.bound, recipe.dms.layout)
+    plans = {PLAN_FILE: plan_to_json(searched.plan, gates_of(searched.model).attachment.bound, recipe.dms.layout)}
+    plans |= {} if searched.plans is None else {PLANS_FILE: searched.plans}
     detach_(searched.model)
     dense = searched.model if recipe.lora is None else searched.model.unload()  # as FSDP or bitsandbytes left it
     pruned = searched.pruned
@@ -146,7 +148,7 @@ def _experiment(prepared: Prepared) -> tuple[Report, PreTrainedModel, str]:
         versions=versions(),
         seconds=0,
     )
-    return report, pruned, kept
+    return report, pruned, plans
 
 
 def _summaries(recipe: Recipe, scores: dict[str, Tensor]) -> dict[str, Any]:
@@ -155,7 +157,7 @@ def _summaries(recipe: Recipe, scores: dict[str, Tensor]) -> dict[str, Any]:
     return {name: summary(recipe.task, each, None if name == "dense" else dense) for name, each in scores.items()}
 
 
-def _save(pruned: PreTrainedModel, prepared: Prepared, report: Report, plan: str) -> dict[str, Any]:
+def _save(pruned: PreTrainedModel, prepared: Prepared, report: Report, plans: dict[str, str]) -> dict[str, Any]:
     """Write the finished folder; returns the content of `dms_report.json`."""
     recipe, examples = prepared.recipe, prepared.examples
     output, written = Path(recipe.output.path), as_written(report)
@@ -167,7 +169,7 @@ def _save(pruned: PreTrainedModel, prepared: Prepared, report: Report, plan: str
         output,
         processor=prepared.processor,
         inputs=examples.collate([examples.held_out[0]]),
-        files={REPORT: to_json(written), PAGE: page, PLAN_FILE: plan, "README.md": card},
+        files={REPORT: to_json(written), PAGE: page, "README.md": card} | plans,
         overwrite=recipe.output.overwrite,
     )
     return written

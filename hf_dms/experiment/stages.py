@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,7 @@ class Searched:
         costs: exact sizes and costs of both, see `sizes_and_costs`.
         outcome: what was learned and what the cut keeps.
         logs: the course of the search.
+        plans: the text of `dms_plans.json`, the plans at other sizes; None where none were passed.
     """
 
     model: Any
@@ -70,6 +72,7 @@ class Searched:
     costs: dict[str, Any]
     outcome: SearchOutcome
     logs: list[Any]
+    plans: str | None = None
 
 
 def search_and_cut(dense: PreTrainedModel, prepared: Prepared) -> Searched:
@@ -102,7 +105,9 @@ def search_and_cut(dense: PreTrainedModel, prepared: Prepared) -> Searched:
     else:
         pruned = trainer.prune()
     unshard_(model, arguments.device)
-    return _ended_in(model, pruned, [logs for logs in trainer.state.log_history if "task_loss" in logs])
+    plans = trainer.kept_plans.to_json() if trainer.kept_plans.plans else None
+    logs = [logs for logs in trainer.state.log_history if "task_loss" in logs]
+    return dataclasses.replace(_ended_in(model, pruned, logs), plans=plans)
 
 
 def _choose(dense: PreTrainedModel, prepared: Prepared) -> Searched:

@@ -38,6 +38,7 @@ from .dense_logits import check_divergence, kl_to_dense, logits_with_open_masks
 from .distributed import check_launch, check_plugin, leave_gates_out_, unsharded, without_ddp_for_frozen
 from .exact_resume import ExactCheckpointsMixin, loss_is_summed_over_micro_batches
 from .finetune import without_labels
+from .kept_plans import KeptPlans
 from .progress import show_progress_
 from .refitting import RefitCallback
 from .step_guard import FiniteStepsMixin
@@ -91,7 +92,9 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         self._task_loss = torch.zeros((), device=self.args.device)
         self._gate_grad_norm = torch.zeros((), device=self.args.device)
         self._steps_since_log = 0
+        self.kept_plans = KeptPlans(self)
         self.add_callback(_GateCallback(self))
+        self.add_callback(self.kept_plans)
         if dms_config.search_over == "refitted":
             self.add_callback(RefitCallback(self))
         show_progress_(self, "search")
@@ -104,8 +107,12 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
     @property
     def progress(self) -> float:
         """Fraction of the search after its warm-up that is done, in [0, 1]."""
+        return self.progress_at(self.state.global_step)
+
+    def progress_at(self, step: int) -> float:
+        """The same after so many optimizer steps."""
         warmup = self.dms_config.warmup_steps
-        return min(max(self.state.global_step - warmup, 0) / max(self.state.max_steps - warmup, 1), 1.0)
+        return min(max(step - warmup, 0) / max(self.state.max_steps - warmup, 1), 1.0)
 
     @property
     def gate_learning_rate(self) -> float:
@@ -346,11 +353,13 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         super().save_model(output_dir, *args, **kwargs)
         if self.args.should_save:
             save_search_state(self._unwrapped(), folder, self.gate_optimizer)
+            self.kept_plans.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if not self._weights_are_fixed():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_search_state_(self._unwrapped(), resume_from_checkpoint, self.gate_optimizer)
+        self.kept_plans.load_(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if not self._weights_are_fixed():

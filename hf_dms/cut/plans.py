@@ -1,0 +1,131 @@
+"""The plans that a search passed on its way down, one for every 5 % of the resource, in one small file.
+
+A unit is one bit, eight to a byte, in base64: some kilobytes for each plan of a model of 135 million parameters.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..archs.bind import BoundSpec
+from ..errors import HfDmsError
+from ..files import read_json
+from .plan import FORMAT, Plan, check_plan
+
+PLANS_FILE = "dms_plans.json"
+STEP = 0.05
+Plans = dict[float, Plan]  # by the share of the dense resource that each keeps at most
+
+
+def levels_above(target: float) -> list[float]:
+    """The shares at which a plan is kept on the way to a target, falling: 0.95, 0.9, ...
+
+    Example:
+        >>> levels_above(0.85)
+        [0.95, 0.9]
+    """
+    return [level for step in range(1, round(1 / STEP)) if (level := round(1 - step * STEP, 2)) > target + 1e-9]
+
+
+def plans_to_json(plans: Mapping[float, Plan], bound: BoundSpec, layout: str) -> str:
+    """Plans as JSON text.
+
+    Args:
+        plans: by share, each of the same dims.
+        bound: the dense model's architecture.
+        layout: what is written, uniform, per_layer or padded.
+    """
+    names = list(next(iter(plans.values())).kept) if plans else []
+    head = {
+        "format": FORMAT,
+        "model_type": bound.spec.model_type,
+        "layout": layout,
+        "units": {name: bound.sizes[name] for name in names},
+    }
+    packed = {
+        f"{level:g}": {
+            name: [_packed(row.tolist(), bound.sizes[name]) for row in plan.kept[name]] for name in names
+        }
+        for level, plan in sorted(plans.items(), reverse=True)
+    }  # fmt: skip
+    return json.dumps(head | {"plans": packed}, indent=1) + "\n"
+
+
+def load_plans(path: str | os.PathLike, bound: BoundSpec) -> tuple[Plans, str]:
+    """Read the plans of a search.
+
+    Args:
+        path: the file, or a folder with `dms_plans.json` in it.
+        bound: the dense model's architecture.
+
+    Returns:
+        The plans by share, and their layout.
+
+    Raises:
+        ValueError: there is no such file, or it is one of another model.
+    """
+    file = Path(path)
+    file = file / PLANS_FILE if file.is_dir() else file
+    if not file.is_file():
+        raise HfDmsError(f"There is no '{file}'. A search leaves the plans that it passed in its output.path.")
+    content = read_json(file, "cut", "dms_plans.schema.json")
+    plans: Plans = {}
+    for level, dims in content["plans"].items():
+        units = content["units"]
+        kept = {
+            name: [_unpacked(row, units.get(name, 0), f"{file}: plans.{level}.{name}") for row in rows]
+            for name, rows in dims.items()
+        }
+        check_plan({key: content[key] for key in ("format", "model_type", "units")} | {"kept": kept}, bound, file)
+        plans[float(level)] = Plan({name: tuple(torch.tensor(row) for row in rows) for name, rows in kept.items()})
+    return plans, content["layout"]
+
+
+def load_plan_at(path: str | os.PathLike, bound: BoundSpec, share: float) -> tuple[Plan, str]:
+    """Read one of the plans of a search.
+
+    Args:
+        path: the file, or a folder with `dms_plans.json` in it.
+        bound: the dense model's architecture.
+        share: of the dense resource that it keeps.
+
+    Returns:
+        The plan and its layout.
+
+    Raises:
+        ValueError: none was kept there; the message names those that were.
+    """
+    plans, layout = load_plans(path, bound)
+    found = [level for level in plans if math.isclose(level, share, abs_tol=1e-6)]
+    if not found:
+        there = ", ".join(f"{level:g}" for level in plans) or "none at all"
+        raise HfDmsError(f"{path} has no plan at {share:g}. It has {there}.")
+    return plans[found[0]], layout
+
+
+def _packed(kept: list[int], units: int) -> str:
+    bits = np.zeros(units, dtype=bool)
+    bits[kept] = True
+    return base64.b64encode(np.packbits(bits).tobytes()).decode("ascii")
+
+
+def _unpacked(row: str, units: int, where: str) -> list[int]:
+    try:
+        data = base64.b64decode(row, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise HfDmsError(f"{where} is not base64: {error}.") from None
+    if len(data) != -(-units // 8):
+        raise HfDmsError(f"{where} has {8 * len(data)} bits for {units} units.")
+    kept = np.unpackbits(np.frombuffer(data, dtype=np.uint8), count=units).nonzero()[0].tolist()
+    if not kept:
+        raise HfDmsError(f"{where} keeps no unit.")
+    return kept
