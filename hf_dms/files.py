@@ -163,5 +163,8 @@ def refusal_of_the_system(error: BaseException) -> str | None:
     if isinstance(error, SafetensorError) and (number := re.search(r"os error (\d+)", words)):
         return words if int(number[1]) in REFUSALS else None
     if isinstance(error, RuntimeError):
+        opening = re.search(r"open file failed with strerror: (.*)", words)
+        if opening and opening[1] in map(os.strerror, REFUSALS):
+            return f"torch could not write a checkpoint: {opening[1]}"
         return "torch could not write a checkpoint: is the disk full?" if "PytorchStreamWriter" in words else None
     return words if isinstance(error, OSError) and error.errno in REFUSALS else None

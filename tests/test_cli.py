@@ -1,5 +1,6 @@
 """The command line in its own process."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 
 from hf_dms.archs.registry import ARCHS
 from hf_dms.cli import _parser, main
+from hf_dms.files import refusal_of_the_system
 
 
 def test_help_needs_neither_torch_nor_transformers(tmp_path):
@@ -34,6 +36,25 @@ def test_a_mistake_ends_in_one_line(capsys):
         capsys.readouterr().err
         == f"hf-dms: error: There is no architecture 'lama'. Supported: {', '.join(sorted(ARCHS))}.\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "out/a"), "[Errno 28] No space left on device: 'out/a'"),
+        (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0"), "is the disk full?"),
+        (
+            RuntimeError("[enforce fail at container.cc:7] . open file failed with strerror: Permission denied\n"),
+            "torch could not write a checkpoint: Permission denied",
+        ),
+        (RuntimeError("[enforce fail at container.cc:7] . open file failed with strerror: Is a directory"), None),
+        (RuntimeError("a bug"), None),
+        (FileNotFoundError(errno.ENOENT, "No such file"), None),
+    ],
+)
+def test_what_the_system_refuses_is_told_from_a_bug(error, words):
+    found = refusal_of_the_system(error)
+    assert found is None if words is None else words in found
 
 
 def test_an_unknown_command_is_refused(capsys):
