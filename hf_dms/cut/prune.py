@@ -77,7 +77,6 @@ def prune(
     check_gates_outside(model)
     gates = gates_of(model)
     recount_(gates, model)
-    bound, config = gates.attachment.bound, gates.attachment.config
     if gates.num_updates == 0:
         warnings.warn(
             "prune: no search has run on these gates; units are chosen by weight magnitude, at equal ratios.",
@@ -87,12 +86,27 @@ def prune(
     else:
         check_searched(gates)
         say_outcome(model)
-    plan = plan_of(model)
-    pruned = cut(model, bound, plan, config.layout, folded_scales(gates, bound))
+    return cut_to(model, plan_of(model), inputs)
+
+
+def cut_to(model: PreTrainedModel, plan: Plan, inputs: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
+    """Cut a model with gates by a plan of its units, whatever they say now, and prove the result; see `prune`.
+
+    Args:
+        model: a model with gates; it is left as it was.
+        plan: which units stay.
+        inputs: see `prune`.
+
+    Raises:
+        VerificationError: the cut model does not compute what the masked one does.
+    """
+    gates = gates_of(model)
+    bound = gates.attachment.bound
+    pruned = cut(model, bound, plan, gates.attachment.config.layout, folded_scales(gates, bound))
     sizes = {name: torch.tensor(units) for name, units in plan.sizes.items()}
     rounds = model.dtype in HALF and can_be_upcast(model)
     scaled = folded(model) if rounds else contextlib.nullcontext()
-    with _ranked(model), hard_masked(model, sizes), exact_packed_maps(model), scaled:
+    with _ranked_by(gates, plan), hard_masked(model, sizes), exact_packed_maps(model), scaled:
         inputs = inputs if inputs is not None else dummy_inputs(model)
         check_same(model, pruned, inputs, ("masked", "cut"), output_units(bound, plan))
     keep_source_(pruned, model.name_or_path)
@@ -174,6 +188,24 @@ def _ranked(model: PreTrainedModel) -> Iterator[None]:
     gates = gates_of(model)
     searched = gates.num_updates > 0
     importance = {} if searched else magnitude_importance(gates.attachment.bound, model, gates)
+    with _importance(gates, importance):
+        yield
+
+
+@contextlib.contextmanager
+def _ranked_by(gates: Gates, plan: Plan) -> Iterator[None]:
+    """Let the units that a plan keeps be the most important ones for a while."""
+    kept = {name: torch.zeros_like(gates.raw_importance(name)) for name in plan.kept}
+    for name, rows in plan.kept.items():
+        for row, units in enumerate(rows):
+            kept[name][row, units.to(kept[name].device)] = 1
+    with _importance(gates, kept):
+        yield
+
+
+@contextlib.contextmanager
+def _importance(gates: Gates, importance: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let units of gates have another importance for a while."""
     before = {name: gates.raw_importance(name).clone() for name in importance}
     try:
         for name, values in importance.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..checkpoint.folders import check_place
 from ..checkpoint.hub import check_not_base, check_repo_id, check_token
 from ..checkpoint.stored import hub_weights, missing_weights
 from ..config import SEARCH
+from ..cut.plans import levels_above
 from ..errors import HfDmsError
 from ..files import load_saved
 from ..gating.gates_for import build_gates, with_share
@@ -114,6 +116,7 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
     empty = empty_model(recipe, config)
     bound = bind(spec_for(config), empty)
     recipe = dataclasses.replace(recipe, dms=with_share(recipe.dms, bound, empty))
+    _check_sizes(recipe)
     recipe = with_recovery(recipe, empty, retraining, arguments["search"].world_size)
     if recipe.recover.train is not None:
         arguments["recover"] = training_arguments(recipe, "recover", folder / "recover")
@@ -239,6 +242,25 @@ def check_trained(recipe: Recipe, missing: Iterable[str]) -> None:
             f"model.path: '{recipe.model.path}' has no weights for {', '.join(names)}, which would be random. Add a "
             "finetune section (finetune.max_steps or finetune.num_train_epochs) to train them before the search."
         )
+
+
+def _check_sizes(recipe: Recipe) -> None:
+    """Check that the search passes the sizes that are asked for beside its target."""
+    if not recipe.output.sizes:
+        return
+    dms = recipe.dms
+    if dms.strategy != SEARCH or dms.pipeline != "p-" or dms.scales or dms.target_schedule == "constant":
+        raise HfDmsError(
+            "output.sizes needs a search whose weights are frozen (pipeline p-), without scales and with a target that "
+            "falls: the plans of larger sizes are for the dense model's weights. Leave it out, or run a recipe a size."
+        )
+    there = levels_above(dms.target)
+    for size in recipe.output.sizes:
+        if not any(math.isclose(size, level) for level in there):
+            raise HfDmsError(
+                f"output.sizes has {size:g}, which the search does not pass. On its way to {dms.target:.4g} it passes "
+                f"{', '.join(f'{level:g}' for level in there) or 'none'}."
+            )
 
 
 def _check_adapters(recipe: Recipe, config: Any, lora: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from ..checkpoint.hub import push
 from ..checkpoint.save import save_pruned
 from ..config import SEARCH
 from ..cut.plan import PLAN_FILE, plan_to_json
-from ..cut.plans import PLANS_FILE
+from ..cut.plans import PLANS_FILE, plans_to_json
 from ..gating.attach import detach_, gates_of
 from ..measure.versions import versions
 from ..report.card import base_metadata, model_card
@@ -32,8 +32,9 @@ from .own_data import with_own_texts
 from .prepare import Prepared, prepare, training_arguments, unfinished_folder
 from .recipe import Recipe
 from .recovery import recovery_in_words
-from .stages import dense_model, recovery_steps, score, scores_on_soft_masks, search_and_cut, speeds
-from .unfinished import claim, is_finished, remove_unfinished
+from .sizes import folder_of, save_sizes
+from .stages import dense_model, recovery_steps, score, scores_on_soft_masks, search_and_cut, speeds, summaries
+from .unfinished import CLAIM, claim, is_finished, remove_unfinished
 
 
 def run(recipe: Recipe) -> dict[str, Any] | None:
@@ -81,6 +82,8 @@ def _start(recipe: Recipe, output: Path, unfinished: Path) -> Prepared | None:
         if is_finished(recipe, output, unfinished):
             return False
         check_writable(output, recipe.output.overwrite)
+        for size in recipe.output.sizes if not (unfinished / CLAIM).exists() else ():
+            check_writable(folder_of(recipe, size), recipe.output.overwrite)
         built.append(prepare(recipe))
         claim(unfinished, recipe)
         return True
@@ -120,23 +123,25 @@ def _experiment(prepared: Prepared) -> tuple[Report, PreTrainedModel, dict[str, 
     if recipe.dms.strategy == SEARCH:
         soft = scores_on_soft_masks(searched.model, functools.partial(measured, "searched"))
         masks = {"soft": summary(recipe.task, soft, scores[None]["dense"])}
-    plans = {PLAN_FILE: plan_to_json(searched.plan, gates_of(searched.model).attachment.bound, recipe.dms.layout)}
-    plans |= {} if searched.plans is None else {PLANS_FILE: searched.plans}
+    bound = gates_of(searched.model).attachment.bound
+    plans = {PLAN_FILE: plan_to_json(searched.plan, bound, recipe.dms.layout)}
+    plans |= {PLANS_FILE: plans_to_json(searched.plans, bound, recipe.dms.layout)} if searched.plans else {}
     detach_(searched.model)
     dense = searched.model if recipe.lora is None else searched.model.unload()  # as FSDP or bitsandbytes left it
     pruned = searched.pruned
     measure_("pruned", pruned)
     for step in recovery_steps(pruned, dense, searched.plan, prepared):
         measure_(step, pruned)
+    save_sizes(dense, prepared, searched.plans, scores, measured, _save)
     samples = answered(list(scores[None])[-1], pruned)
     numbers = searched.costs
     speed = run_on_main(lambda: speeds(dense, pruned, prepared))
-    for name, quality in _summaries(recipe, scores.pop(None)).items():
+    for name, quality in summaries(recipe, scores.pop(None)).items():
         numbers[name] = numbers.get(name, {}) | quality | speed.get(name, {})
     report = Report(
         **numbers,
         masks=masks,
-        texts={str(text): _summaries(recipe, each) for text, each in scores.items()} or None,
+        texts={str(text): summaries(recipe, each) for text, each in scores.items()} or None,
         outcome=searched.outcome,
         search=searched.logs,
         samples=samples,
@@ -149,12 +154,6 @@ def _experiment(prepared: Prepared) -> tuple[Report, PreTrainedModel, dict[str, 
         seconds=0,
     )
     return report, pruned, plans
-
-
-def _summaries(recipe: Recipe, scores: dict[str, Tensor]) -> dict[str, Any]:
-    """The metric of each model, and for all but the dense one its difference from that."""
-    dense = scores["dense"]
-    return {name: summary(recipe.task, each, None if name == "dense" else dense) for name, each in scores.items()}
 
 
 def _save(pruned: PreTrainedModel, prepared: Prepared, report: Report, plans: dict[str, str]) -> dict[str, Any]:

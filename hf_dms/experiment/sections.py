@@ -129,8 +129,17 @@ class OutputConfig:
         default=None, metadata={"help": "Folder of the pruned model. Required."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace an existing folder."})
+    sizes: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "Larger sizes that the same search passes, multiples of 0.05 above dms.target. Each is cut, "
+            "recovered, measured and saved too, as PATH-SIZE. For frozen weights (pipeline p-)."
+        },
+    )
 
     def __post_init__(self) -> None:
+        if not all(isinstance(size, int | float) and not isinstance(size, bool) for size in self.sizes):
+            raise HfDmsError(f"output.sizes must be numbers such as [0.9, 0.8], got {self.sizes!r}.")
         if self.path is None:
             raise HfDmsError("output.path is required: the folder to write the pruned model to.")
 

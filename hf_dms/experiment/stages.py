@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..archs.plain_view import with_adapters, with_adapters_of
 from ..config import SEARCH
 from ..cut.plan import Plan
+from ..cut.plans import Plans
 from ..cut.prune import plan_of, prune
 from ..gating.attach import copy_search_, gates_of
 from ..gating.outcome import SearchOutcome, search_outcome
@@ -24,7 +25,7 @@ from ..measure.speed import seconds_per_batch
 from ..refit.repair import repair_
 from ..report.numbers import sizes_and_costs
 from ..strategies.one_shot import criterion_of
-from ..tasks.evaluate import evenly_spaced, example_scores
+from ..tasks.evaluate import evenly_spaced, example_scores, summary
 from ..training.distributed import print_on_main, unshard_
 from ..training.exact_resume import train_or_resume_
 from ..training.finetune import train_
@@ -63,7 +64,7 @@ class Searched:
         costs: exact sizes and costs of both, see `sizes_and_costs`.
         outcome: what was learned and what the cut keeps.
         logs: the course of the search.
-        plans: the text of `dms_plans.json`, the plans at other sizes; None where none were passed.
+        plans: those at the larger sizes that the search passed.
     """
 
     model: Any
@@ -72,7 +73,7 @@ class Searched:
     costs: dict[str, Any]
     outcome: SearchOutcome
     logs: list[Any]
-    plans: str | None = None
+    plans: Plans = dataclasses.field(default_factory=dict)
 
 
 def search_and_cut(dense: PreTrainedModel, prepared: Prepared) -> Searched:
@@ -105,9 +106,8 @@ def search_and_cut(dense: PreTrainedModel, prepared: Prepared) -> Searched:
     else:
         pruned = trainer.prune()
     unshard_(model, arguments.device)
-    plans = trainer.kept_plans.to_json() if trainer.kept_plans.plans else None
     logs = [logs for logs in trainer.state.log_history if "task_loss" in logs]
-    return dataclasses.replace(_ended_in(model, pruned, logs), plans=plans)
+    return dataclasses.replace(_ended_in(model, pruned, logs), plans=trainer.kept_plans.plans)
 
 
 def _choose(dense: PreTrainedModel, prepared: Prepared) -> Searched:
@@ -182,6 +182,12 @@ def choice_changes_weights(recipe: Recipe) -> bool:
     if recipe.dms.strategy == SEARCH:
         return recipe.dms.pipeline != "p-"
     return criterion_of(recipe.dms.strategy).changes_weights
+
+
+def summaries(recipe: Recipe, scores: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The metric of each model, and for all but the dense one its difference from that."""
+    dense = scores["dense"]
+    return {name: summary(recipe.task, each, None if name == "dense" else dense) for name, each in scores.items()}
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

@@ -48,13 +48,10 @@ class KeptPlans(TrainerCallback):
     def save(self, folder: str | Path) -> None:
         """Write the plans, if there are any, beside the state of the search."""
         if self.plans and is_main():
-            Path(folder, PLANS_FILE).write_text(self.to_json(), encoding="utf-8")
+            bound, layout = self.trainer.gates.attachment.bound, self.trainer.dms_config.layout
+            Path(folder, PLANS_FILE).write_text(plans_to_json(self.plans, bound, layout), encoding="utf-8")
 
     def load_(self, folder: str | Path) -> None:
         """Read what `save` wrote."""
         there = Path(folder, PLANS_FILE).is_file()
         self.plans = load_plans(folder, self.trainer.gates.attachment.bound)[0] if there else {}
-
-    def to_json(self) -> str:
-        """The plans as the text of `dms_plans.json`."""
-        return plans_to_json(self.plans, self.trainer.gates.attachment.bound, self.trainer.dms_config.layout)

@@ -1,0 +1,114 @@
+"""`output.sizes`: larger sizes that a search passed, each cut, recovered, measured and saved as the result is."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..cut.plan import PLAN_FILE, Plan, plan_to_json
+from ..cut.plans import Plans
+from ..cut.prune import cut_to
+from ..errors import HfDmsError
+from ..gating.attach import attach_, detach_, gates_of
+from ..measure.versions import versions
+from ..report.numbers import sizes_and_costs
+from ..report.report import Report
+from ..training.distributed import print_on_main, run_on_main
+from .prepare import Prepared, training_arguments, unfinished_folder
+from .recipe import Recipe
+from .sections import HubConfig
+from .stages import recovery_steps, speeds, summaries
+
+Scores = Mapping[str | None, Mapping[str, Tensor]]  # by text, None is the held-out data, and model
+Measured = Callable[[str, PreTrainedModel, str | None], Tensor]
+
+
+def folder_of(recipe: Recipe, size: float) -> Path:
+    """Where a size of `output.sizes` is saved."""
+    output = Path(recipe.output.path)
+    return output.with_name(f"{output.name}-{size:g}")
+
+
+def save_sizes(
+    dense: PreTrainedModel,
+    prepared: Prepared,
+    plans: Plans,
+    scores: Scores,
+    measured: Measured,
+    save: Callable[..., Any],
+) -> None:
+    """Make and save every size that the recipe asks for; one that an interrupted run has saved stays as it is.
+
+    Args:
+        dense: the dense model without gates.
+        prepared: the recipe.
+        plans: those that the search passed.
+        scores: of the dense model, by text.
+        measured: how a model is measured, under a name and on a text.
+        save: what writes a folder: of a model, what was prepared, its report and the files of its plan.
+
+    Raises:
+        HfDmsError: the search went on from a checkpoint that does not have them.
+    """
+    recipe = prepared.recipe
+    for size in recipe.output.sizes:
+        work = unfinished_folder(recipe) / "recover" / f"at-{size:g}"
+        if (work / "saved").exists():
+            continue
+        plan = next((plan for level, plan in plans.items() if abs(level - size) < 1e-6), None)
+        if plan is None:
+            raise HfDmsError(f"output.sizes: the search has no plan at {size:g}. Delete {unfinished_folder(recipe)}.")
+        output = dataclasses.replace(recipe.output, path=str(folder_of(recipe, size)), sizes=[])
+        arguments = dict(prepared.arguments)
+        if recipe.recover.train is not None:
+            arguments["recover"] = training_arguments(recipe, "recover", work)
+        own = dataclasses.replace(
+            recipe, output=output, hub=HubConfig(), dms=dataclasses.replace(recipe.dms, target=size)
+        )
+        here = dataclasses.replace(prepared, recipe=own, arguments=arguments)
+        print_on_main(f"Cutting at {size:g} ...")
+        pruned, report, files = _made(dense, here, plan, scores, measured)
+        print_on_main(f"Saving to {output.path} ...")
+        run_on_main(functools.partial(save, pruned, here, report, files))
+        work.mkdir(parents=True, exist_ok=True)
+        (work / "saved").touch()
+
+
+def _made(
+    dense: PreTrainedModel, prepared: Prepared, plan: Plan, scores: Scores, measured: Measured
+) -> tuple[PreTrainedModel, Report, dict[str, str]]:
+    """The model of a plan, its report, and the file of the plan."""
+    recipe, started = prepared.recipe, time.time()
+    attach_(dense, recipe.dms)
+    try:
+        bound, length = gates_of(dense).attachment.bound, gates_of(dense).attachment.config.sequence_length
+        pruned, numbers = cut_to(dense, plan), sizes_and_costs(dense, plan, length)
+    finally:
+        detach_(dense)
+    found = {text: {"dense": each["dense"]} for text, each in scores.items()}
+    for step in itertools.chain(["pruned"], recovery_steps(pruned, dense, plan, prepared)):
+        for text, each in found.items():
+            each[step] = measured(step, pruned, text)
+    speed = run_on_main(lambda: speeds(dense, pruned, prepared))
+    for name, quality in summaries(recipe, found.pop(None)).items():
+        numbers[name] = numbers.get(name, {}) | quality | speed.get(name, {})
+    report = Report(
+        **numbers,
+        texts={str(text): summaries(recipe, each) for text, each in found.items()} or None,
+        protocol=f"{len(prepared.held_out)} held-out {prepared.examples.unit}",
+        layout=recipe.dms.layout,
+        model_class=type(pruned).__name__,
+        recipe=recipe.to_dict(),
+        seed=prepared.arguments["search"].seed,
+        versions=versions(),
+        seconds=round(time.time() - started),
+    )
+    return pruned, report, {PLAN_FILE: plan_to_json(plan, bound, recipe.dms.layout)}
