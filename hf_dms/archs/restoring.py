@@ -1,4 +1,4 @@
-"""States of a model that hold for a while: evaluation mode, other `forward`s, float32.
+"""States of a model that hold for a while: evaluation mode, other `forward`s, a higher precision.
 
 Everything is put back in the end, even after an error.
 """
@@ -48,13 +48,13 @@ def restoring(modules: Iterable[nn.Module], *names: str) -> Iterator[None]:
             module.__dict__.update(attributes)
 
 
-# ---- float32 ---------------------------------------------------------------------------------------------------------
+# ---- precision -------------------------------------------------------------------------------------------------------
 HALF = (torch.float16, torch.bfloat16)
 
 
 @contextlib.contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """Run a model of half precision in float32 for a while, with the values that its parameters have.
+def in_precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Run a model in float32 or float64 for a while, with the values that its parameters of lower precision have.
 
     Each layer of a stack is upcast when it runs and put back after it, everything else for the whole time. So the room
     that it takes is that of the embeddings, the head and one layer, not that of a second model. Parameters stay the
@@ -63,11 +63,11 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     layers = list(_stacked_layers(model))
     stacked = {module for layer in layers for module in layer.modules()}
     with contextlib.ExitStack() as stack, _exact_products():
-        stack.enter_context(_upcast(module for module in model.modules() if module not in stacked))
+        stack.enter_context(_upcast((module for module in model.modules() if module not in stacked), dtype))
         for layer in layers:
             whole = contextlib.ExitStack()
             stack.callback(whole.close)  # if the layer fails
-            before = layer.register_forward_pre_hook(functools.partial(_enter, whole), prepend=True)
+            before = layer.register_forward_pre_hook(functools.partial(_enter, whole, dtype), prepend=True)
             after = layer.register_forward_hook(functools.partial(_leave, whole))
             stack.callback(before.remove)
             stack.callback(after.remove)
@@ -80,8 +80,8 @@ def _stacked_layers(module: nn.Module) -> Iterator[nn.Module]:
         yield from child.children() if isinstance(child, nn.ModuleList) else _stacked_layers(child)
 
 
-def _enter(whole: contextlib.ExitStack, layer: nn.Module, args: tuple) -> None:
-    whole.enter_context(_upcast(layer.modules()))
+def _enter(whole: contextlib.ExitStack, dtype: torch.dtype, layer: nn.Module, args: tuple) -> None:
+    whole.enter_context(_upcast(layer.modules(), dtype))
 
 
 def _leave(whole: contextlib.ExitStack, layer: nn.Module, args: tuple, output: object) -> None:
@@ -89,16 +89,16 @@ def _leave(whole: contextlib.ExitStack, layer: nn.Module, args: tuple, output: o
 
 
 @contextlib.contextmanager
-def _upcast(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Give modules float32 copies of their parameters and buffers of half precision for a while."""
+def _upcast(modules: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
+    """Give modules copies of their parameters and buffers of lower precision for a while."""
     before: list[tuple[dict[str, Any], str, Tensor]] = []
     for module in modules:
         tables: list[dict[str, Any]] = [module._parameters, module._buffers]
         for own in tables:
             for name, tensor in own.items():
-                if tensor is not None and tensor.dtype in HALF:
+                if tensor is not None and tensor.is_floating_point() and tensor.itemsize < dtype.itemsize:
                     before.append((own, name, tensor))
-                    whole = tensor.detach().float()
+                    whole = tensor.detach().to(dtype)
                     own[name] = nn.Parameter(whole, False) if isinstance(tensor, nn.Parameter) else whole
     try:
         yield

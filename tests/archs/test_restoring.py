@@ -10,7 +10,7 @@ from helpers.tiny import tiny_llama
 from torch import nn
 from transformers import BertForMaskedLM, LlamaForCausalLM, ViTForImageClassification
 
-from hf_dms.archs.restoring import evaluating, in_float32, restoring
+from hf_dms.archs.restoring import evaluating, in_precision, restoring
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError])
@@ -57,7 +57,7 @@ def test_a_model_in_float32_computes_what_its_copy_in_float32_does_and_is_itself
     inputs = {name: t.float() if t.is_floating_point() else t for name, t in batch_for(model).items()}
     before = tensors_of(model)
     expected = copy.deepcopy(model).float()(**inputs).logits
-    with in_float32(model), torch.no_grad():
+    with in_precision(model, torch.float32), torch.no_grad():
         found = model(**inputs).logits
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
@@ -73,7 +73,7 @@ def test_one_layer_at_a_time_is_in_float32():
 
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(look)
-    with in_float32(model), torch.no_grad():
+    with in_precision(model, torch.float32), torch.no_grad():
         model(**batch_for(model))
     half, whole = {torch.bfloat16}, {torch.float32}
     assert seen == [[whole, half, half], [half, whole, half], [half, half, whole]]
@@ -83,7 +83,7 @@ def test_a_model_is_itself_again_after_an_error_in_a_layer():
     model = tiny_llama(dtype=torch.bfloat16)
     before = tensors_of(model)
     model.model.layers[1].mlp.forward = None
-    with pytest.raises(TypeError), in_float32(model):
+    with pytest.raises(TypeError), in_precision(model, torch.float32):
         model(**batch_for(model))
     assert tensors_of(model) == before
 
@@ -93,7 +93,7 @@ def test_products_are_not_rounded_meanwhile():
     before = backend.fp32_precision
     try:
         backend.fp32_precision = "tf32"
-        with in_float32(tiny_llama(dtype=torch.bfloat16)):
+        with in_precision(tiny_llama(dtype=torch.bfloat16), torch.float32):
             assert backend.fp32_precision == "ieee"
         assert backend.fp32_precision == "tf32"
     finally:

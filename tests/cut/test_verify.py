@@ -7,8 +7,16 @@ from helpers.laws import tiny
 from helpers.tiny import search_, tiny_llama, token_batch
 from transformers import BertModel, LlamaForQuestionAnswering, LlamaModel
 
-from hf_dms import DMSConfig, attach_
-from hf_dms.cut.verify import all_outputs_of, can_be_upcast, check_same, dummy_inputs, hard_masked, outputs_of
+from hf_dms import DMSConfig, attach_, prune
+from hf_dms.cut.verify import (
+    TOLERANCE,
+    all_outputs_of,
+    can_be_upcast,
+    check_same,
+    dummy_inputs,
+    hard_masked,
+    outputs_of,
+)
 from hf_dms.errors import VerificationError
 from hf_dms.gating.attach import gates_of
 
@@ -97,3 +105,38 @@ def test_hard_masked_is_over_when_its_block_is_even_after_an_error(training):
     assert model.training is training
     assert gates_of(model).rounded is None
     assert gates_of(model).hard_units("mlp").tolist() != [1, 1, 1]
+
+
+def ruined_llama(shift=0):
+    """A model in which one layer's large sums cancel, its MLP units rotated by some places: the same function."""
+    model = tiny_llama()
+    mlp = model.model.layers[1].mlp
+    with torch.no_grad():
+        for reader in (mlp.gate_proj, mlp.up_proj):
+            reader.weight[1] = reader.weight[0]
+            reader.weight.copy_(reader.weight.roll(shift, 0))
+        mlp.down_proj.weight[:, 0] += 1e5
+        mlp.down_proj.weight[:, 1] -= 1e5
+        mlp.down_proj.weight.copy_(mlp.down_proj.weight.roll(shift, 1))
+    return model
+
+
+def test_float64_decides_where_the_order_of_sums_shows_in_float32():
+    model, other = ruined_llama(), ruined_llama(shift=9)
+    found = check_same(model, other, token_batch(), ("first", "second"))
+    assert found < 1e-5
+    assert {parameter.dtype for parameter in (*model.parameters(), *other.parameters())} == {torch.float32}
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight[:, 3] *= 1.01
+    with pytest.raises(VerificationError, match=r"relative difference .* tolerance 1e-04 for torch.float32"):
+        check_same(model, other, token_batch(), ("first", "second"))
+
+
+def test_a_masked_model_is_itself_again_after_float64(monkeypatch):
+    model = ruined_llama()
+    attach_(model, DMSConfig(target=0.6))
+    search_(model)
+    monkeypatch.setitem(TOLERANCE, torch.float32, 0.0)  # so that float64 decides
+    tensors = {name: id(tensor) for name, tensor in model.named_parameters()}
+    prune(model, inputs=token_batch())
+    assert {name: id(tensor) for name, tensor in model.named_parameters()} == tensors
