@@ -126,16 +126,53 @@ def test_an_open_masked_norm_is_the_stock_norm(dtype):
     assert found.dtype == dtype
 
 
+CALLS = {  # function: its differentiable inputs, the others
+    MaskUnits: (lambda: [double(3, 4), log_mask(4)], [(1, 4, 1)]),
+    GateResidual: (lambda: [double(3, 4), double(3, 4, seed=1), log_mask(1)[0].detach()], []),
+    MaskedNorm: (lambda: [double(3, 4), log_mask(4), double(4, seed=1), double(4, seed=2)], [0.1, True]),
+}
+
+
+@pytest.mark.parametrize(("function", "place"), [(f, p) for f, (make, _) in CALLS.items() for p in range(len(make()))])
+def test_one_input_alone_gets_the_gradient_that_it_gets_with_all_others(function, place):
+    make, options = CALLS[function]
+    with_all = [tensor.detach().requires_grad_() for tensor in make()]
+    alone = [tensor.detach().requires_grad_(i == place) for i, tensor in enumerate(make())]
+    function.apply(*with_all, *options).square().sum().backward()
+    function.apply(*alone, *options).square().sum().backward()
+    torch.testing.assert_close(alone[place].grad, with_all[place].grad, **EXACTLY)
+
+
 @pytest.mark.parametrize("function", [MaskUnits, MaskedNorm])
 def test_inputs_without_gradient_cost_none(function):
-    x, weight = torch.randn(3, 4), torch.ones(4)
-    mask = torch.zeros(4, requires_grad=True)
-    y = (
-        function.apply(x, mask, (1, 4, 1))
-        if function is MaskUnits
-        else function.apply(x, mask, weight, None, 0.1, True)
-    )
-    y.sum().backward()
-    assert x.grad is None
-    assert weight.grad is None
-    assert mask.grad.shape == (4,)
+    make, options = CALLS[function]
+    for place in range(len(make())):
+        inputs = [tensor.detach().requires_grad_(i == place) for i, tensor in enumerate(make())]
+        out = function.apply(*inputs, *options)
+        found = out.grad_fn.apply(torch.ones_like(out))
+        assert [i for i, gradient in enumerate(found) if gradient is not None] == [place]
+
+
+def test_a_mask_that_needs_no_gradient_of_a_layer_costs_none():
+    out = GateResidual.apply(double(3, 4), double(3, 4, seed=1), log_mask(1)[0].detach())
+    assert out.grad_fn.apply(torch.ones_like(out))[2] is None
+
+
+def test_half_precision_is_summed_in_float32():
+    """Rounded to bfloat16, a sum is off by up to 2^-9 of it."""
+    x = (1 + double(2000, 3).detach().abs()).bfloat16().requires_grad_()
+    others = [torch.zeros(3, requires_grad=True), torch.zeros((), requires_grad=True)]
+    outs = [MaskUnits.apply(x, others[0], (1, 3, 1)), GateResidual.apply(torch.zeros_like(x), x, others[1])]
+    for mask, out, axes in zip(others, outs, ((0,), (0, 1))):
+        out.sum().backward()
+        torch.testing.assert_close(mask.grad, x.detach().float().sum(axes), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_a_masked_norm_of_half_precision_takes_its_statistics_in_float32(centered):
+    x = (100 + double(5, 64).detach()).bfloat16()
+    mask, weight = log_mask(64).detach().float(), torch.ones(64, dtype=torch.bfloat16)
+    found = MaskedNorm.apply(x, mask, weight, None, 1e-6, centered)
+    expected = MaskedNorm.apply(x.double(), mask.double(), weight.double(), None, 1e-6, centered)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-4)
