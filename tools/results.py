@@ -37,7 +37,7 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
 def section(file: Path) -> str:
     """What one file of rows came to."""
     rows = rows_of(file)
-    machines = sorted({f"{row['machine']['cores']} cores, {row['machine']['threads']} threads" for row in rows})
+    machines = sorted({_machine(**row["machine"]) for row in rows})
     versions = sorted({", ".join(f"{name} {version}" for name, version in row["versions"].items()) for row in rows})
     commits = sorted({row["commit"] or "unknown" for row in rows})
     parts = [f"## {file.stem}: `hf-dms compare recipes/compare/{file.stem}.yaml`", comparison_table(rows)]
@@ -49,6 +49,10 @@ def section(file: Path) -> str:
         f"{'; '.join(versions)}."
     )
     return "\n\n".join(parts)
+
+
+def _machine(cores: int, threads: int, accelerator: str | None = None, **_: Any) -> str:
+    return f"{cores} cores, {threads} threads" + (f", {accelerator}" if accelerator else "")
 
 
 def rivals(file: Path) -> str:

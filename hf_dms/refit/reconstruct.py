@@ -23,7 +23,7 @@ from .curvature import position_weights, positions, widened
 from .layerwise import LayerWalk, StreamModules
 from .shelf import Shelf
 
-RATE = 0.01  # Adam's, relative to the root mean square of each matrix
+RATE = 0.01  # Adam's at the beginning, relative to the root mean square of each matrix; it falls to 0
 BETAS = (0.9, 0.95)
 HELD_OUT = 4  # one batch of so many, of at least two
 
@@ -36,7 +36,6 @@ def reconstruct_(
     targets: Shelf,
     masks: Sequence[Tensor | None],
     epochs: int,
-    rate: float = RATE,
 ) -> None:
     """Train the sub-block that ends in a map which writes into the stream, in place.
 
@@ -48,13 +47,12 @@ def reconstruct_(
         targets: per batch, what the stream should be after the map, `[batch, tokens, hidden]`.
         masks: per batch its attention mask `[batch, tokens]`, None if every position counts. At least two batches.
         epochs: passes over the batches.
-        rate: Adam's at the beginning, relative to the root mean square of each matrix; it falls to 0.
     """
     weights = sub_block(student, places, layer, path)
     held_out = range(HELD_OUT - 1, len(masks), HELD_OUT) if len(masks) >= HELD_OUT else range(1)
     trained = [number for number in range(len(masks)) if number not in held_out]
     copies = [widened(weight.detach()).clone() for weight in weights]  # steps are too small for half precision
-    groups = [{"params": [copy], "lr": rate * float(copy.square().mean().sqrt())} for copy in copies]
+    groups = [{"params": [copy], "lr": RATE * float(copy.square().mean().sqrt())} for copy in copies]
     optimizer = torch.optim.Adam(groups, betas=BETAS)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, epochs * len(trained))
     order = torch.Generator().manual_seed(0)

@@ -16,6 +16,7 @@ from .figures import Panel, Points, lines_panel, save
 from .numbers import METRICS, finite, to_json
 
 STAGES = ("cut", "repaired", "recovered")
+LINES_OF_PLOT = 8
 
 
 def comparison_numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -29,13 +30,14 @@ def comparison_numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         `resource` (share kept) where rows have them, `texts`: per text the metric of the dense model and of each stage
         that all rows have, and `difference` from the first strategy at this target after the last of these stages, on
         the same examples and seeds, with `difference_stderr` (nats per token for perplexity, a share for accuracy);
-        neither for the first strategy itself.
+        neither for the first strategy itself. Largest target first; behind the first strategy the others, the best
+        one after the last stage on the first text first.
     """
     groups: dict[tuple[float, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[row["cell"]["target"], row["cell"]["strategy"]].append(row)
     found = []
-    for (target, strategy), group in sorted(groups.items(), key=lambda item: -item[0][0]):
+    for (target, strategy), group in groups.items():
         first = groups[target, next(name for at, name in groups if at == target)]
         entry = {"target": target, "strategy": strategy, "seeds": len(group)}
         entry |= {"seen": round(_mean([sum(row["seen"].values()) for row in group]))}
@@ -45,7 +47,14 @@ def comparison_numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         texts = rows[0]["scores"]["dense"]
         entry["texts"] = {text: _of_text(group, None if group is first else first, text) for text in texts}
         found.append(entry)
-    return found
+    sign = 1 if rows and metric_of(rows) == "perplexity" else -1
+
+    def place(entry: dict[str, Any]) -> tuple[float, bool, float]:
+        scores = next(iter(entry["texts"].values()))
+        last = next(scores[stage] for stage in reversed(("dense", *STAGES)) if stage in scores)
+        return -entry["target"], "difference" in scores, math.inf if math.isnan(last) else sign * last
+
+    return sorted(found, key=place)
 
 
 def _of_text(group: list[dict], first: list[dict] | None, text: str) -> dict[str, float]:
@@ -93,16 +102,21 @@ def _cell(values: dict[str, float], metric: str) -> str:
 
 
 def comparison_panels(rows: list[dict[str, Any]]) -> list[Panel]:
-    """Quality after the last stage over the budget, a panel for each text and a line for each strategy."""
+    """Quality after the last stage over the budget, a panel for each text and a line for each of the best strategies.
+
+    These are the first one and those that are best at the smallest target; the table has all.
+    """
     numbers, metric = comparison_numbers(rows), metric_of(rows)
+    best = [entry["strategy"] for entry in numbers if entry["target"] == numbers[-1]["target"]][:LINES_OF_PLOT]
     panels = []
     for place, text in enumerate(numbers[0]["texts"]):
-        series: dict[str, Points] = {}
+        series: dict[str, Points] = {name: [] for name in best}
         for entry in reversed(numbers):  # targets rise
             values = entry["texts"][text]
             last = [stage for stage in ("dense", *STAGES) if stage in values][-1]
-            if math.isfinite(values[last]):
-                series.setdefault(entry["strategy"], []).append((entry["target"], values[last]))
+            if entry["strategy"] in series and math.isfinite(values[last]):
+                series[entry["strategy"]].append((entry["target"], values[last]))
+        series = {name: points for name, points in series.items() if points}
         labels = ("share of the resource kept", f"{metric}: {text}")
         panels.append(lines_panel(f"quality-{place}", text, labels, series, log=metric == "perplexity"))
     return panels

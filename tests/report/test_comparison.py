@@ -41,6 +41,12 @@ def test_numbers_are_means_and_paired_differences_after_the_last_stage():
     assert "difference" not in by[0.5, "dms"]["texts"]["text"]
 
 
+def test_the_best_strategy_stands_first_behind_the_one_that_all_are_compared_with():
+    losses = {"dms": 2.0, "worst": 3.0, "broken": math.nan, "best": 1.0}
+    rows = [row(name, [[0.0, 0.0], [loss, loss]]) for name, loss in losses.items()]
+    assert [entry["strategy"] for entry in comparison_numbers(rows)] == ["dms", "best", "worst", "broken"]
+
+
 def test_the_plot_has_a_line_per_strategy_over_the_budget():
     (panel,) = comparison_panels(ROWS)
     axes = Figure().subplots()
