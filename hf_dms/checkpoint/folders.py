@@ -42,9 +42,10 @@ def only_writer(folder: str | os.PathLike) -> Iterator[None]:
     """Keep other processes from writing to a folder for a while; where a process is killed, the system lets go for it.
 
     Raises:
-        ValueError: another one writes it.
+        ValueError: another one writes it, or no folder can be made there.
     """
     target = Path(folder)
+    check_place(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(target.with_name(f".{target.name}.lock"))
     try:
