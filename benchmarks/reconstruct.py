@@ -1,8 +1,8 @@
-"""Perplexity of SmolLM2-135M cut to half by one-shot Taylor, repaired, and its sub-blocks trained together; on two texts.
+"""Perplexity of SmolLM2-135M cut to half by one-shot Taylor, repaired, and its sub-blocks trained; on two texts.
 
     python benchmarks/reconstruct.py MODEL_FOLDER [--device cuda] [--target 0.5]
 
-MODEL_FOLDER: what `make model` makes. The cut looks at 96 sequences of 256 tokens; text, held-out windows and the second
+MODEL_FOLDER: what `make model` makes. The cut looks at 96 sequences of 256 tokens; text, held-out windows and second
 text are those of refit.py. Each finished row is appended to reconstruct.jsonl, and what is there already is not done
 again. On a CPU a row takes an hour or more.
 """
