@@ -49,7 +49,7 @@ def test_the_data_decides_the_sequence_length_of_the_macs():
         ("dms.targt", 0.5, r"Unknown key dms.targt. Did you mean dms.target\?"),
         ("model.paht", "x", r"Did you mean model.path\?"),
         ("dms.target", 60, "For 60 % write target: 0.6"),
-        ("dms.target", "much", "dms.target must be float, got 'much'"),
+        ("dms.target", "much", r"dms.target must be a number in \(0, 1\], or an amount such as 100M, got 'much'"),
         ("dms.target", 0, r"dms.target must be in \(0, 1\], got 0"),
         ("dms.warmup_steps", 2.5, "dms.warmup_steps must be int"),
         ("dms.layout", "flat", "dms.layout must be one of uniform, per_layer, padded; got 'flat'"),

@@ -19,7 +19,7 @@ def report_of(folder):
     return json.loads((folder / "dms_report.json").read_text())
 
 
-@pytest.mark.parametrize("layout", ["uniform", "per_layer"])
+@pytest.mark.parametrize("layout", ["uniform", pytest.param("per_layer", marks=pytest.mark.slow)])
 def test_every_size_is_cut_recovered_measured_and_saved(recipe, tmp_path, layout):
     options = [*SEARCH, f"dms.layout={layout}", "output.sizes=[0.9, 0.8]"]
     assert recipe(*options)[0] == 0

@@ -63,7 +63,9 @@ def num_events(folder):
     return push.events
 
 
-@pytest.mark.parametrize("there", [False, True])  # whether there is an earlier model in the repository
+@pytest.mark.parametrize(
+    "there", [pytest.param(False, marks=pytest.mark.slow), True]
+)  # whether there is an earlier model in the repository
 @pytest.mark.parametrize("seed", slow(*range(8)))
 def test_a_killed_push_leaves_nothing_broken_and_goes_on(folder, num_events, seed, there):
     local = digest(folder / "now")
