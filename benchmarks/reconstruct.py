@@ -4,7 +4,7 @@
 
 MODEL_FOLDER: what `make model` makes. The cut looks at 96 sequences of 256 tokens; text, held-out windows and second
 text are those of refit.py. Each finished row is appended to reconstruct.jsonl, and what is there already is not done
-again. On a CPU a row takes an hour or more.
+again.
 """
 
 import argparse

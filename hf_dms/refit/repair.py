@@ -46,6 +46,7 @@ from ..gating.attach import has_gates
 from .curvature import Sums, collect_
 from .layerwise import LayerWalk, StreamModules, find_stream_modules, stream_dim, targets_of_layers
 from .reconstruct import reconstruct_
+from .shelf import Shelf
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # that one is chosen from
 FIXED_RIDGE = 0.1  # with a single batch, of which none can be held out
@@ -79,7 +80,7 @@ def repair_(
             targets of a layer. Default: the device's memory.
         progress: called after each layer with the number of layers that are done and that of all.
         epochs: passes over the batches in which all maps of a sub-block learn together after its least squares
-            (reconstruct.py). Each costs about three forward passes of the batches.
+            (reconstruct.py). With four of them a repair took 3.5 times as long (benchmarks/reconstruct.jsonl).
 
     Raises:
         ValueError: no batches, a single one with `epochs`, a pruned model with gates, no plan, a plan of another cut,
@@ -107,10 +108,7 @@ def repair_(
         for position, (layer, end) in enumerate(zip(kept_layers, ends)):
             targets = targets_of_layers(teacher, places, range(layer, end), units)
             for path in places.writes:
-                module: Any = student.layers[position].get_submodule(path)
-                parts = [Sums.of(module) for _ in range(min(HELD_OUT, len(masks)))]
-                collect_(parts, student, places, position, path, targets[path], masks)
-                _update_(module, parts, ridge, f"{path} of layer {layer}")
+                _refit_(student, places, position, path, targets[path], masks, ridge, f"{path} of layer {layer}")
                 if epochs:
                     reconstruct_(student, places, position, path, targets[path], masks, epochs)
                 targets[path].clear()
@@ -152,6 +150,23 @@ def _mask_of(batch: Mapping[str, Tensor]) -> Tensor | None:
 
 
 # ---- least squares ---------------------------------------------------------------------------------------------------
+def _refit_(
+    student: LayerWalk,
+    places: StreamModules,
+    layer: int,
+    path: str,
+    targets: Shelf,
+    masks: Sequence[Tensor | None],
+    ridge: float | None,
+    name: str,
+) -> None:
+    """Bring the stream after a map that writes into it closest to its targets, see `collect_`."""
+    module: Any = student.layers[layer].get_submodule(path)
+    parts = [Sums.of(module) for _ in range(min(HELD_OUT, len(masks)))]
+    collect_(parts, student, places, layer, path, targets, masks)
+    _update_(module, parts, ridge, name)
+
+
 def _update_(module: Any, parts: Sequence[Sums], ridge: float | None, name: str) -> None:
     """Change a linear map by the ridge regression of what its output lacks.
 
