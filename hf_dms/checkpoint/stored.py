@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -69,27 +69,41 @@ def hub_weights(repo_id: str, revision: str | None, download: bool) -> Path | No
     Args:
         repo_id: the model.
         revision: branch, tag or commit; None is main.
-        download: whether what the cache lacks is downloaded.
+        download: whether weights that the cache lacks are downloaded. The index, a small file, always is.
 
     Returns:
         None if there are no such files, or the cache lacks one and nothing may be downloaded.
 
     Raises:
-        ValueError: the index is damaged.
+        ValueError: the index is damaged; or it names a file that neither the cache nor the Hub has.
     """
 
-    def cached(name: str) -> Path | None:
+    def cached(name: str, download: bool) -> Path | None:
         try:
             return Path(hf_hub_download(repo_id, name, revision=revision, local_files_only=not download))
         except EntryNotFoundError:  # it is not on the Hub, or not in the cache and the Hub is out of reach
             return None
 
-    if (single := cached(SAFE_WEIGHTS_NAME)) is not None:
+    if (single := cached(SAFE_WEIGHTS_NAME, download)) is not None:
         return single.parent
-    if (index := cached(SAFE_WEIGHTS_INDEX_NAME)) is None:
+    if (index := cached(SAFE_WEIGHTS_INDEX_NAME, True)) is None:
         return None
-    shards = [cached(name) for name in shards_of(index)]
-    return index.parent if download or None not in shards else None
+    absent = [name for name in shards_of(index) if cached(name, download) is None]
+    there = _names_on_hub(repo_id, revision) if absent else None
+    if there is not None and (lacking := [name for name in absent if name not in there]):
+        raise HfDmsError(
+            f"the Hub's '{repo_id}' lacks {lacking[0]}, which {SAFE_WEIGHTS_INDEX_NAME} names. Take another revision or "
+            "model, or tell its owner."
+        )
+    return index.parent if download or not absent else None
+
+
+def _names_on_hub(repo_id: str, revision: str | None) -> set[str] | None:
+    """Names of the files of a Hub model, or None if the Hub is out of reach or does not say."""
+    try:
+        return set(HfApi().list_repo_files(repo_id, revision=revision))
+    except (HTTPError, OSError):
+        return None
 
 
 def stored_tensors(files: Iterable[Path], model: PreTrainedModel) -> tuple[dict[str, Stored], list[str]]:

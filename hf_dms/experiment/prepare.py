@@ -204,7 +204,8 @@ def check_weights(recipe: Recipe, model: Any, download: bool = False) -> None:
     Args:
         recipe: the one.
         model: what is loaded, on the meta device.
-        download: whether files of a Hub id are downloaded; otherwise they are checked if the cache has them all.
+        download: whether weights of a Hub id are downloaded; otherwise they are checked if the cache has them all, and
+            if not, whether the Hub has them.
 
     Raises:
         ValueError: they are not.
@@ -212,7 +213,10 @@ def check_weights(recipe: Recipe, model: Any, download: bool = False) -> None:
     if recipe.dms.pipeline == "np":
         return
     path, local = recipe.model.path, Path(recipe.model.path).is_dir()
-    folder = Path(path) if local else hub_weights(path, recipe.model.revision, download)
+    try:
+        folder = Path(path) if local else hub_weights(path, recipe.model.revision, download)
+    except HfDmsError as error:
+        raise HfDmsError(f"model.path: {error}") from error
     if folder is None:
         return
     try:

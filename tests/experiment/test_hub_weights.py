@@ -1,7 +1,11 @@
-"""Weight files of a model on the Hub are checked before the search too: as soon as they are in the cache."""
+"""Weight files of a model on the Hub are checked before the search too.
+
+The index, and whether the Hub has what it names, by `validate` already; the files as soon as they are in the cache.
+"""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +66,7 @@ def untrained_head(whole, folder):
     }
 
 
+FOUND_WITHOUT_THE_FILES = ("missing-shard", "damaged-index")
 BAD = {
     "missing-shard": "lacks model-00002-of-",
     "truncated-shard": "is damaged or cut short",
@@ -106,14 +111,14 @@ def results(tmp_path_factory):
         command = [sys.executable, "-c", SESSION, str(folder), *models]
         done = subprocess.run(command, env=kept | about, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "results.json").read_text())
+    found = {kind: [*(folder / "home").rglob(f"models--tester--{kind}/**/*.safetensors")] != [] for kind in BAD}
+    return json.loads((folder / "results.json").read_text()) | {"weights in the cache": found}
 
 
 @pytest.mark.parametrize("kind", BAD)
 def test_files_of_the_hub_that_are_not_whole_end_a_run_before_its_search(results, kind):
-    _, run, again = results[kind]
-    in_the_cache = kind != "missing-shard"  # where something is missing, the next download may bring it
-    for code, err, trained in (run, again) if in_the_cache else (run,):
+    first, run, again = results[kind]
+    for code, err, trained in (first, run, again) if kind in FOUND_WITHOUT_THE_FILES else (run, again):
         assert (code, trained) == (2, 0)
         assert BAD[kind] in err
         assert "Traceback" not in err
@@ -124,6 +129,15 @@ def test_the_message_says_what_to_delete(results):
     _, (_, err, _), _ = results["truncated-shard"]
     assert "If the Hub's 'tester/truncated-shard' is whole, delete " in err
     assert "models--tester--truncated-shard, and it is downloaded anew." in err
+
+
+def test_a_missing_file_is_found_without_a_download_of_the_others(results):
+    assert re.search(
+        r"model\.path: the Hub's 'tester/missing-shard' lacks model-00002-of-\d+\.safetensors, which "
+        r"model\.safetensors\.index\.json names\. Take another revision",
+        results["missing-shard"][0][1],
+    )
+    assert results["weights in the cache"] == {kind: kind not in FOUND_WITHOUT_THE_FILES for kind in BAD}
 
 
 def test_whole_files_of_the_hub_pass(results):
