@@ -92,8 +92,8 @@ def hub_weights(repo_id: str, revision: str | None, download: bool) -> Path | No
     there = _names_on_hub(repo_id, revision) if absent else None
     if there is not None and (lacking := [name for name in absent if name not in there]):
         raise HfDmsError(
-            f"the Hub's '{repo_id}' lacks {lacking[0]}, which {SAFE_WEIGHTS_INDEX_NAME} names. Take another revision or "
-            "model, or tell its owner."
+            f"the Hub's '{repo_id}' lacks {lacking[0]}, which {SAFE_WEIGHTS_INDEX_NAME} names. Take another revision "
+            "or model, or tell its owner."
         )
     return index.parent if download or not absent else None
 
