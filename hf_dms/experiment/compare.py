@@ -217,7 +217,9 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
     if (repair := recipe.recover.repair) is not None:
         started = time.time()
         batches = Batches(examples, repair.examples, recipe.eval.batch_size)
-        repair_(pruned, dense, plan, batches, ridge=repair.ridge, epochs=repair.epochs)
+        row["kept_of_repair"] = repair_(
+            pruned, dense, plan, batches, ridge=repair.ridge, epochs=repair.epochs, interpolate=repair.interpolate
+        )
         finish_("repaired", pruned, started, min(repair.examples, len(examples.train)))
     if recipe.recover.train is not None:
         started = time.time()

@@ -183,6 +183,13 @@ class RepairConfig:
             "repair took 3.5 times as long."
         },
     )
+    interpolate: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep only as much of the repair's change of the weights as lowers the loss on some of these "
+            "examples: all, three quarters, half, a quarter, or nothing."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.epochs < 0:

@@ -44,6 +44,7 @@ from ..cut.verify import open_gates
 from ..errors import HfDmsError
 from ..gating.attach import has_gates
 from .curvature import Sums, collect_
+from .interpolate import Interpolation
 from .layerwise import LayerWalk, StreamModules, find_stream_modules, stream_dim, targets_of_layers
 from .reconstruct import reconstruct_
 from .shelf import Shelf
@@ -51,6 +52,7 @@ from .shelf import Shelf
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # that one is chosen from
 FIXED_RIDGE = 0.1  # with a single batch, of which none can be held out
 HELD_OUT = 4  # one batch of so many, to choose the ridge on
+MOST_JUDGES = 16  # batches on which the loss says how much of a repair stays
 
 
 @torch.no_grad()
@@ -64,7 +66,8 @@ def repair_(
     offload: str | os.PathLike | None = None,
     progress: Callable[[int, int], None] | None = None,
     epochs: int = 0,
-) -> None:
+    interpolate: bool = False,
+) -> float:
     """Bring the residual stream of a cut model back to the dense one's, in place.
 
     Args:
@@ -81,11 +84,17 @@ def repair_(
         progress: called after each layer with the number of layers that are done and that of all.
         epochs: passes over the batches in which all maps of a sub-block learn together after its least squares
             (reconstruct.py). With four of them a repair took 3.5 times as long (benchmarks/reconstruct.jsonl).
+        interpolate: keep only as much of the change as lowers the task's loss (interpolate.py). Batches need labels.
+            The weights before and after wait in the memory of the CPU.
+
+    Returns:
+        The share of the change that was kept: 1 without `interpolate`.
 
     Raises:
-        ValueError: no batches, a single one with `epochs`, a pruned model with gates, no plan, a plan of another cut,
-            activations that are not finite, or layers that do not write into the stream as a Llama's, a BERT's, a
-            Granite's, a Gemma 2's or a DINOv2's do. Layers before the one that an error is about are repaired by then.
+        ValueError: no batches, none with labels for `interpolate`, a single one with `epochs`, a pruned model with
+            gates, no plan, a plan of another cut, activations that are not finite, or layers that do not write into the
+            stream as a Llama's, a BERT's, a Granite's, a Gemma 2's or a DINOv2's do. Layers before the one that an
+            error is about are repaired by then.
     """
     _check(pruned, dense, plan, ridge)
     plan = plan_of(dense) if plan is None else plan
@@ -93,10 +102,14 @@ def repair_(
     stream = stream_dim(bound)
     units = kept_units(plan, stream, None, bound.sizes[stream])
     kept_layers = kept_units(plan, bound.depth, None, bound.num_layers).tolist()
+    before = Interpolation(pruned) if interpolate else None
+    judges: list[Mapping[str, Tensor]] = []
     with evaluating(dense, pruned), open_gates(dense), _folder_in(offload) as folder:
         teacher, student = LayerWalk(dense, bound, offload=folder), LayerWalk(pruned, bound, offload=folder)
         masks = []
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            if number % HELD_OUT == 0 and len(judges) < MOST_JUDGES:
+                judges.append(batch)
             masks.append(_mask_of(batch))
             teacher.add_(batch)
             student.add_(batch)
@@ -117,6 +130,7 @@ def repair_(
             student.advance(position)
             if progress is not None:
                 progress(position + 1, len(kept_layers))
+        return 1.0 if before is None else before.keep_best_share_(judges)
 
 
 # ---- both models, layer by layer -------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_dms.experiment.compare as comparing
 from hf_dms.experiment.compare import read_rows
+from hf_dms.refit.interpolate import SHARES
 from hf_dms.report.comparison import comparison_table, paired_difference
 
 CELLS = [
@@ -19,7 +20,7 @@ CELLS = [
     "dms.prune=[mlp]",
     "dms.pipeline=p-",
     "dms.layout=per_layer",
-    "recover.repair={examples: 4}",
+    "recover.repair={examples: 4, interpolate: true}",
 ]
 
 
@@ -42,6 +43,7 @@ def test_every_cell_is_a_row_within_the_budget_on_the_same_examples(table):
         assert set(row["scores"]) == {"dense", "cut", "repaired"}
         assert row["scores"]["dense"] == rows[0]["scores"]["dense"]
         assert row["seen"]["repaired"] == 4
+        assert row["kept_of_repair"] in SHARES
         assert row["versions"]["hf_dms"]
         assert row["machine"]["threads"] >= 1
     assert {row["cell"]["strategy"]: row["seen"]["cut"] for row in rows} == {
