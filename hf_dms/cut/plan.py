@@ -103,9 +103,11 @@ def check_plan(content: Any, bound: BoundSpec, file: Path) -> None:
         raise HfDmsError(f"{file} has format {content['format']}, this hf_dms knows up to {FORMAT}. Update hf_dms.")
     if content["model_type"] != bound.spec.model_type:
         raise HfDmsError(f"{file} is for a {content['model_type']} model, this one is a {bound.spec.model_type}.")
+    can_be_cut = [dim.name for dim in bound.spec.dims if dim.scope != "fixed"]
     for name, rows in content["kept"].items():
-        if name not in bound.spec.prunable and not any(dim.name == name for dim in bound.spec.dims):
-            raise HfDmsError(f"{file}: {bound.spec.model_type} has no dim '{name}'.")
+        if name not in can_be_cut:
+            dims = ", ".join(can_be_cut)
+            raise HfDmsError(f"{file}: {bound.spec.model_type} has no dim '{name}'. Its dims are {dims}.")
         units = bound.sizes[name]
         if content["units"].get(name) != units or len(rows) != bound.rows(name):
             raise HfDmsError(

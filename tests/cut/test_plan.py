@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+from helpers.laws import tiny
 from helpers.tiny import search_, tiny_llama
+from transformers import BertForSequenceClassification
 
 from hf_dms import DMSConfig, attach_
 from hf_dms.cut.plan import PLAN_FILE, load_plan, plan_to_json
@@ -46,7 +48,8 @@ def test_the_file_says_which_units_of_how_many_stay(made):
     [
         ({"format": 99}, "has format 99, this hf_dms knows up to 1. Update hf_dms"),
         ({"model_type": "bert"}, "is for a bert model, this one is a llama"),
-        ({"kept": {"heads": [[0]]}}, "llama has no dim 'heads'"),
+        ({"kept": {"heads": [[0]]}}, "llama has no dim 'heads'. Its dims are kv, mlp, hidden, layers"),
+        ({"kept": {"d": [[0, 1]]}, "units": {"d": 4}}, "llama has no dim 'd'. Its dims are kv, mlp, hidden, layers"),
         (
             {"units": {"kv": 3, "mlp": 21, "hidden": 24, "layers": 3}},
             r"is for 3 × 21 units of mlp, this model has 3 × 20",
@@ -62,6 +65,17 @@ def test_a_plan_of_another_model_is_refused(made, change, message):
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(ValueError, match=message):
         load_plan(file, bound)
+
+
+def test_a_dim_that_follows_another_is_in_a_plan_too(tmp_path):
+    model = tiny(BertForSequenceClassification)
+    attach_(model, DMSConfig(target=0.6, layout="uniform"))
+    search_(model)
+    plan, bound = plan_of(model), gates_of(model).attachment.bound
+    (tmp_path / PLAN_FILE).write_text(plan_to_json(plan, bound, "uniform"))
+    found, _ = load_plan(tmp_path, bound)
+    assert bound.spec.dim("pool").follows is not None
+    assert torch.equal(found.kept["pool"][0], plan.kept["pool"][0])
 
 
 def test_what_is_no_plan_is_refused(made, tmp_path):
