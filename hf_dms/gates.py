@@ -74,12 +74,12 @@ class SearchSchedule:
     """How the search proceeds: what `Gates` needs of a DMSConfig."""
 
     target: float
-    warmup_steps: int = 0
-    importance_decay: float = 0.99
-    target_ramp: float = 0.7
-    target_schedule: str = "geometric"
-    resource_weight: float = 10.0
-    decide_at: float = 0.85
+    warmup_steps: int
+    importance_decay: float
+    target_ramp: float
+    target_schedule: str
+    resource_weight: float
+    decide_at: float
 
 
 GRIDS, GRID_POINTS = 6, 33  # together they tell 32^6 factors apart

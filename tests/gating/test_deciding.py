@@ -144,10 +144,14 @@ def test_sizes_are_brought_to_the_target_once_per_move(monkeypatch):
     gates.load_search_state_(gates.search_state())  # as it was saved, so that a resumed search goes on bit by bit
     backward(model)
     assert len(met) == 2
+    with torch.no_grad():
+        gates.prune_ratio.sub_(0.01)  # what was read is not what moves
+    backward(model)
+    assert len(met) == 3
     astray = gates.search_state() | {"prune_ratio": (gates.prune_ratio.detach() - 0.01).clamp(min=0)}
     gates.load_search_state_(astray)
     backward(model)
-    assert len(met) == 3
+    assert len(met) == 4
 
 
 # ---- in a search ----
