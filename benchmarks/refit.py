@@ -89,7 +89,7 @@ def main():
     options = parser.parse_args()
     results, seed = Path(options.results), options.seed
     if options.weights == "equal":
-        curvature.position_weights = lambda aim: torch.ones_like(aim[..., 0])
+        curvature.position_weights = lambda aim, relative: torch.ones_like(aim[..., 0])
     sequences, held_out = load_text(options.model, options.windows)
     texts = {"perplexity": held_out, "second_text": second_text(options.model, options.windows)}
     sequences = shuffled(sequences, seed)

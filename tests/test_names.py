@@ -11,7 +11,12 @@ from hf_dms.archs.registry import SPECS
 PACKAGE = Path(hf_dms.__file__).parent
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
 COMMON = {"num_labels"}  # every config of transformers has it
-TORCH = {"LayerNorm", "out_features", "running_mean"}  # of torch.nn, and only by chance of a module or config key too
+TORCH = {
+    "LayerNorm",
+    "out_features",
+    "running_mean",
+    "running_var",
+}  # of torch.nn, and only by chance of a module or config key too
 
 
 def names_of_modules():

@@ -85,8 +85,7 @@ class BoundSpec:
         if len(self.spec.stacks) > 1:
             raise HfDmsError(
                 f"{self.spec.model_type} has several stacks of layers ({', '.join(self.spec.stacks)}), and this works "
-                "on models with one only. Leave out the repair (recover.repair), search over masks (dms.search_over: "
-                "masks), or choose by another strategy."
+                "on models with one only. Search over masks (dms.search_over: masks), or choose by another strategy."
             )
         return next(iter(self.spec.stacks))
 

@@ -27,7 +27,7 @@ from ..files import load_saved
 from ..gating.gates_for import build_gates, with_share
 from ..gating.rounding import check_target
 from ..measure.precision import slow_bfloat16
-from ..refit.repairable import check_repairable
+from ..refit.repairable import check_one_stack, check_repairable
 from ..report.card import base_metadata
 from ..strategies.one_shot import check_dims, criterion_of
 from ..tasks.evaluate import evenly_spaced
@@ -192,6 +192,8 @@ def _check_model(recipe: Recipe, config: Any) -> None:
     key = "recover.repair" if recipe.recover.repair is not None else "dms.search_over"
     if key == "recover.repair" or recipe.dms.search_over == "refitted":
         try:
+            if recipe.dms.search_over == "refitted":
+                check_one_stack(bound)
             check_repairable(model, bound)
         except HfDmsError as error:
             raise HfDmsError(f"{key}: {str(error).removeprefix('repair: ')}") from error

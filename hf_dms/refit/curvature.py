@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from ..archs.bind import BoundSpec
 from ..errors import HfDmsError
 from ..gating.attach import masked_inputs
-from .layerwise import LayerWalk, StreamModules, layers_of, slope_of
+from .layerwise import LayerWalk, layers_of
 from .shelf import Shelf
+from .stream import StreamModules, slope, unfolded
 
 Key = tuple[int, str]  # a layer, and the path of a map inside it
 
@@ -85,9 +86,10 @@ class Sums:
 
     @classmethod
     def of(cls, module: Any) -> Sums:
-        """Empty sums for a linear map."""
-        width = module.in_features + (module.bias is not None)
-        shapes: list[list[int]] = [[width, width], [width, module.out_features], [], []]
+        """Empty sums for a linear map or a convolution, whose inputs are those of one position (`unfolded`)."""
+        outputs, inputs = module.weight.flatten(1).shape
+        width = inputs + (module.bias is not None)
+        shapes: list[list[int]] = [[width, width], [width, outputs], [], []]
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=module.weight.device) for shape in shapes))
 
     def add_(self, inputs: Tensor, missing: Tensor, weights: Tensor | None = None) -> None:
@@ -123,8 +125,8 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 def with_bias(module: Any) -> Tensor:
-    """A linear map's weights `[inputs, outputs]` float64, its bias as the last input if it has one."""
-    weight = module.weight.detach().double().T
+    """The weights of a map `[inputs, outputs]` float64, its bias as the last input if it has one."""
+    weight = module.weight.detach().flatten(1).double().T
     return weight if module.bias is None else torch.cat([weight, module.bias.detach().double()[None]])
 
 
@@ -141,8 +143,9 @@ def collect_(
     """Run every batch up to a map of a layer, and add what its output lacks to the sums, in turn.
 
     A position's weight is 1 / mean square of what the stream should be: a norm reads the stream, so an error counts
-    relative to it. Without weights the few positions with a huge stream (the first token of a Llama) decide.
-    Where an output z is scaled or normalised before it is added, as rows · channels · z (`slope_of`), it lacks
+    relative to it. Without weights the few positions with a huge stream (the first token of a Llama) decide. Where no
+    norm over units reads it (ResNet), all places of an image weigh the same.
+    Where an output z is scaled or normalised before it is added, as rows · channels · z (`slope`), it lacks
     R / (rows · channels), weighted by rows² more: to first order for a norm, whose rows follow z.
 
     Args:
@@ -151,17 +154,20 @@ def collect_(
         places: where its layers write.
         layer: the student's.
         path: of the map.
-        targets: per batch, what the stream should be after the map, `[batch, tokens, hidden]`.
+        targets: per batch, what the stream should be after the map, `[..., hidden]`.
         masks: per batch its attention mask `[batch, tokens]`, None if every position counts.
     """
+    block = student.layers[layer]
     for number, mask in enumerate(masks):
         recorder = student.run(layer, number, places, until=path)
         target = targets[number].to(recorder.sums[path].device)
         counts = positions(mask, target)
-        aim, found, inputs = widened(target[counts]), recorder.sums[path][counts], recorder.inputs[path][counts]
-        missing, weights = aim - widened(found), position_weights(aim)
-        if places.behind or places.scale != 1:
-            rows, channels = slope_of(recorder.outputs[path][counts], recorder.added[path][counts]) or _no_slope(path)
+        aim, found = widened(target[counts]), recorder.sums[path][counts]
+        inputs = unfolded(block.get_submodule(path), recorder.inputs[path])[counts]
+        missing, weights = aim - widened(found), position_weights(aim, places.relative)
+        if places.behind or places.channels or places.scale != 1:
+            run = recorder.outputs[path][counts], recorder.added[path][counts]
+            rows, channels = slope(block, places, path, *run) or _no_slope(path)
             missing = torch.where(channels == 0, 0, missing / (rows * channels)).to(missing.dtype)
             weights = weights * rows[:, 0].square()
         sums[number % len(sums)].add_(inputs, missing, weights)
@@ -174,16 +180,16 @@ def _no_slope(path: str) -> NoReturn:
     )
 
 
-def position_weights(aim: Tensor) -> Tensor:
-    """1 / mean square of each position's stream `[positions, hidden]`, 0 where it is 0; `[positions]`."""
+def position_weights(aim: Tensor, relative: bool = True) -> Tensor:
+    """1 / mean square of each position's stream `[positions, hidden]`, 0 where it is 0; all 1 if not relative."""
     square = aim.square().mean(-1)
-    return torch.where(square > 0, 1 / square, 0)
+    return torch.where(square > 0, 1 / square, 0) if relative else torch.ones_like(square)
 
 
 def positions(mask: Tensor | None, hidden: Tensor) -> Tensor:
-    """Which positions of a batch count, `[batch, tokens]` bool, by its attention mask if it has one."""
+    """Which positions of a batch count, of hidden's shape but for its units, by its attention mask if it has one."""
     if mask is None:
-        return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        return torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
     return mask.to(hidden.device).bool()
 
 

@@ -24,8 +24,9 @@ from ..archs.bind import BoundSpec
 from ..archs.restoring import evaluating
 from ..errors import HfDmsError
 from .curvature import Key, Sums, Writer, collect_, with_bias, writers
-from .layerwise import LayerWalk, find_stream_modules, stream_dim, targets_of_layers
+from .layerwise import LayerWalk, find_stream_modules, targets_of_layers
 from .order import Elimination, eliminate
+from .stream import stream_dim
 
 ORDER_RIDGE, REFIT_RIDGE = 0.01, 0.1  # relative to the mean square of a map's inputs
 BLOCK = 8  # single inputs that go together
@@ -150,10 +151,10 @@ def sweep(
     everything = torch.arange(bound.sizes[stream_dim(bound)])
     with evaluating(model):
         teacher, student = LayerWalk(model, bound, batches), LayerWalk(model, bound, batches)
-        places = find_stream_modules(teacher, bound)
+        places = find_stream_modules(teacher)
         by_path = {writer.path: writer for writer in writers(bound, places, widths)}
         for layer in range(bound.num_layers):
-            targets = targets_of_layers(teacher, places, range(layer, layer + 1), everything)
+            _, targets = targets_of_layers(teacher, range(layer, layer + 1), everything)
             with contextlib.ExitStack() as stack:
                 for path, writer in by_path.items():
                     module: Any = student.layers[layer].get_submodule(path)

@@ -90,7 +90,7 @@ def factors_of(model: PreTrainedModel, bound: BoundSpec, batches: Batches) -> di
     """G behind every map that writes into the stream, see `stream_factors`."""
     first = {name: value for name, value in next(iter(batches)).items() if name != "labels"}
     with evaluating(model), torch.no_grad():
-        places = find_stream_modules(LayerWalk(model, bound, [first]), bound)
+        places = find_stream_modules(LayerWalk(model, bound, [first]))
     return stream_factors(model, bound, places.writes, batches)
 
 

@@ -5,7 +5,8 @@ Least squares (repair.py) moves the last map of a sub-block for the inputs that 
 
     |S − S_dense|² / |S_dense|²,
 
-S the stream after the sub-block: each position relative to what the dense stream is there, as in repair.py. It needs no
+S the stream after the sub-block: each position relative to what the dense stream is there, as in repair.py (all alike
+where no norm over units reads the stream). It needs no
 labels, one layer's gradients, and no forward pass of the model. A quarter of the batches is held out: what stays are
 the weights after the pass over the others that is best on them, those of least squares among them. So the sub-block is
 never left worse on held-out batches than least squares made it.
@@ -20,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from .curvature import position_weights, positions, widened
-from .layerwise import LayerWalk, StreamModules
+from .layerwise import LayerWalk
 from .shelf import Shelf
+from .stream import StreamModules
 
 RATE = 0.01  # Adam's at the beginning, relative to the root mean square of each matrix; it falls to 0
 BETAS = (0.9, 0.95)
@@ -44,7 +46,7 @@ def reconstruct_(
         places: where its layers write.
         layer: the student's.
         path: of the map.
-        targets: per batch, what the stream should be after the map, `[batch, tokens, hidden]`.
+        targets: per batch, what the stream should be after the map, `[..., hidden]`.
         masks: per batch its attention mask `[batch, tokens]`, None if every position counts. At least two batches.
         epochs: passes over the batches.
     """
@@ -62,7 +64,8 @@ def reconstruct_(
         target = targets[number].to(found.device)
         counts = positions(masks[number], target)
         aim = widened(target[counts])
-        return (position_weights(aim) * (widened(found[counts]) - aim).square().mean(-1)).mean()
+        weights = position_weights(aim, places.relative)
+        return (weights * (widened(found[counts]) - aim).square().mean(-1)).mean()
 
     def held_out_error() -> float:
         return float(torch.stack([error(number) for number in held_out]).mean())
@@ -88,8 +91,8 @@ def reconstruct_(
 
 
 def sub_block(student: LayerWalk, places: StreamModules, layer: int, path: str) -> list[nn.Parameter]:
-    """The matrices of a layer that what a map writes depends on, and nothing that is written before it."""
-    matrices = [weight for weight in student.layers[layer].parameters() if weight.dim() == 2]
+    """Matrices and kernels of a layer that what a map writes depends on, and nothing that is written before it."""
+    matrices = [weight for weight in student.layers[layer].parameters() if weight.dim() in (2, 4)]
     with learning(matrices):
         *before, written = student.run(layer, 0, places, until=path).added.values()
         outputs = [output.square().sum() for output in (*before, written)]

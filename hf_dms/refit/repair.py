@@ -1,19 +1,25 @@
-"""Repair: least squares on the linear maps that write into the residual stream of a cut model, without training.
+"""Repair: least squares on the maps that write into the residual stream of a cut model, without training.
 
 A cut leaves the remaining weights as they were. Layer after layer, each map that writes into the stream (`o_proj` and
-`down_proj` of a Llama, found from the description) gets the weight that brings the stream closest to the dense model's.
-With A `[tokens, inputs]` the map's inputs in the cut model, as repaired so far, and R `[tokens, hidden]` what the
-stream lacks after it (the dense one minus the cut one, on the kept hidden units), its change is ridge regression:
+`down_proj` of a Llama, the last convolution of a ResNet's block, found from the description) gets the weight that
+brings the stream closest to the dense model's. With A `[positions, inputs]` the map's inputs in the cut model, as
+repaired so far, and R `[positions, hidden]` what the stream lacks after it (the dense one minus the cut one, on the
+kept hidden units), its change is ridge regression:
 
     ΔWᵀ = (AᵀDA + ridge·mean(diag AᵀDA)·I)⁻¹ AᵀDR
 
-where D weighs a position by 1 / mean square of the dense stream, so that an error counts relative to it. So a cut that
-changes nothing is left as it is. The last map of a layer aims past the dropped layers that follow; where the stream
-itself is normalised (BERT) the layer takes over the norm of the last one dropped, which belongs to the sum aimed at. A
-bias is one more input, always 1. Nothing else of the model moves.
+where D weighs a position by 1 / mean square of the dense stream, so that an error counts relative to it; all positions
+alike where no norm over units reads the stream (ResNet). So a cut that changes nothing is left as it is. The last map
+of a layer aims past the dropped layers that follow; where the stream itself is normalised (BERT) the layer takes over
+the norm of the last one dropped, which belongs to the sum aimed at. A bias is one more input, always 1. Nothing else of
+the model moves.
 
-Where what a map writes is scaled or normalised before it is added (Granite, DINOv2, Gemma 2 and 3), R is stated before
-that; a norm keeps its own size, so a map in front of one can make up for less.
+Where what a map writes is scaled or normalised before it is added (Granite, DINOv2, ConvNeXt, ResNet, Gemma 2 and 3), R
+is stated before that; a norm keeps its own size, so a map in front of one can make up for less.
+
+Positions are tokens, or places of an image. A convolution's inputs are unfolded, one batch at a time. The stream is
+aimed at before the ReLU that a ResNet's block ends in. Where a stage begins with a new stream, the maps that write into
+it (a block's last convolution, then its shortcut) write all of it; what lies between two stages stays as it is.
 
 The ridge is chosen for each map: the one whose solution on three quarters of the batches leaves the least error on the
 last quarter. The map is then solved on all of them.
@@ -35,7 +41,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..archs.bind import bind
+from ..archs.bind import BoundSpec, bind
 from ..archs.registry import spec_for
 from ..archs.restoring import evaluating
 from ..cut.plan import Plan, kept_units
@@ -45,9 +51,10 @@ from ..errors import HfDmsError
 from ..gating.attach import has_gates
 from .curvature import Sums, collect_
 from .interpolate import Interpolation
-from .layerwise import LayerWalk, StreamModules, find_stream_modules, stream_dim, targets_of_layers
+from .layerwise import LayerWalk, targets_of_layers
 from .reconstruct import reconstruct_
 from .shelf import Shelf
+from .stream import StreamModules, stream_dim
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # that one is chosen from
 FIXED_RIDGE = 0.1  # with a single batch, of which none can be held out
@@ -93,19 +100,17 @@ def repair_(
     Raises:
         ValueError: no batches, none with labels for `interpolate`, a single one with `epochs`, a pruned model with
             gates, no plan, a plan of another cut, activations that are not finite, or layers that do not write into the
-            stream as a Llama's, a BERT's, a Granite's, a Gemma 2's or a DINOv2's do. Layers before the one that an
-            error is about are repaired by then.
+            stream as a Llama's, a BERT's, a Granite's, a Gemma 2's, a DINOv2's or a ResNet's do. Layers before the one
+            that an error is about are repaired by then.
     """
     _check(pruned, dense, plan, ridge)
     plan = plan_of(dense) if plan is None else plan
     bound = bind(spec_for(dense.config), dense)
-    stream = stream_dim(bound)
-    units = kept_units(plan, stream, None, bound.sizes[stream])
-    kept_layers = kept_units(plan, bound.depth, None, bound.num_layers).tolist()
     before = Interpolation(pruned) if interpolate else None
     judges: list[Mapping[str, Tensor]] = []
     with evaluating(dense, pruned), open_gates(dense), _folder_in(offload) as folder:
         teacher, student = LayerWalk(dense, bound, offload=folder), LayerWalk(pruned, bound, offload=folder)
+        _check_layers(student, plan)
         masks = []
         for number, batch in enumerate(batches):
             if number % HELD_OUT == 0 and len(judges) < MOST_JUDGES:
@@ -113,27 +118,47 @@ def repair_(
             masks.append(_mask_of(batch))
             teacher.add_(batch)
             student.add_(batch)
-        _check_walks(student, teacher, kept_layers, units, epochs)
-        places = find_stream_modules(teacher, bound)
-        for layer in range(kept_layers[0]):
-            teacher.advance(layer)
-        ends = [*kept_layers[1:], bound.num_layers]
-        for position, (layer, end) in enumerate(zip(kept_layers, ends)):
-            targets = targets_of_layers(teacher, places, range(layer, end), units)
+        _check_batches(masks, epochs)
+        passed, ranges = 0, _kept_ranges(bound, plan)
+        for position, layers in enumerate(ranges):
+            for layer in range(passed, layers.start):
+                teacher.advance(layer)
+            passed = layers.stop
+            stack, number = teacher.places[layers.start]
+            units = _kept_stream(bound, plan, stack)
+            places, targets = targets_of_layers(teacher, layers, units)
+            where = f"layer {number}" if len(bound.stacks) == 1 else f"layer {number} of {stack}"
             for path in places.writes:
-                _refit_(student, places, position, path, targets[path], masks, ridge, f"{path} of layer {layer}")
+                _refit_(student, places, position, path, targets[path], masks, ridge, f"{path} of {where}")
                 if epochs:
                     reconstruct_(student, places, position, path, targets[path], masks, epochs)
                 targets[path].clear()
-            if end > layer + 1:
-                _take_over_norm_(student.layers[position], teacher.layers[end - 1], places, units)
+            if len(layers) > 1:
+                _take_over_norm_(student.layers[position], teacher.layers[layers[-1]], places, units)
             student.advance(position)
             if progress is not None:
-                progress(position + 1, len(kept_layers))
+                progress(position + 1, len(ranges))
         return 1.0 if before is None else before.keep_best_share_(judges)
 
 
 # ---- both models, layer by layer -------------------------------------------------------------------------------------
+def _kept_ranges(bound: BoundSpec, plan: Plan) -> list[range]:
+    """Each kept layer with the dropped ones behind it, numbered through all stacks of the dense model."""
+    ranges, first = [], 0
+    for stack in bound.stacks:
+        kept = kept_units(plan, stack, None, bound.sizes[stack]).tolist()
+        ends = [*kept[1:], bound.sizes[stack]]
+        ranges += [range(first + layer, first + end) for layer, end in zip(kept, ends)]
+        first += bound.sizes[stack]
+    return ranges
+
+
+def _kept_stream(bound: BoundSpec, plan: Plan, stack: str) -> Tensor:
+    """Which units of the residual stream of a stack stay."""
+    stream = stream_dim(bound, stack)
+    return kept_units(plan, stream, None, bound.sizes[stream])
+
+
 def _take_over_norm_(kept: nn.Module, dropped: nn.Module, places: StreamModules, units: Tensor) -> None:
     """Give a layer the norm behind another one's last write, if the stream passes it."""
     for path in places.norms[-1:]:
@@ -182,23 +207,25 @@ def _refit_(
 
 
 def _update_(module: Any, parts: Sequence[Sums], ridge: float | None, name: str) -> None:
-    """Change a linear map by the ridge regression of what its output lacks.
+    """Change a map by the ridge regression of what its output lacks.
 
     Raises:
         ValueError: the sums are not finite, or not positive definite.
     """
     *fitted, last = parts
+    weight = module.weight.flatten(1)
+    width = weight.shape[1]
     if ridge is None:
-        ridge = best_ridge(sum(fitted[1:], fitted[0]), last, module.in_features) if fitted else FIXED_RIDGE
-    change = ridge_change(sum(fitted, last), module.in_features, ridge).T
+        ridge = best_ridge(sum(fitted[1:], fitted[0]), last, width) if fitted else FIXED_RIDGE
+    change = ridge_change(sum(fitted, last), width, ridge).T
     if not change.isfinite().all():
         raise HfDmsError(
             f"repair: the least squares of {name} have no finite solution at ridge {ridge}. Raise it; if that does not "
             "help, the activations of the model on these batches are not finite: check the data, or use a wider dtype."
         )
-    module.weight.copy_(module.weight.double() + change[:, : module.in_features])
+    module.weight.copy_((weight.double() + change[:, :width]).view_as(module.weight))
     if module.bias is not None:
-        module.bias.copy_(module.bias.double() + change[:, module.in_features])
+        module.bias.copy_(module.bias.double() + change[:, width])
 
 
 def ridge_change(sums: Sums, width: int, ridge: float) -> Tensor:
@@ -241,16 +268,27 @@ def _check(pruned: PreTrainedModel, dense: PreTrainedModel, plan: Plan | None, r
         )
 
 
-def _check_walks(student: LayerWalk, teacher: LayerWalk, kept_layers: list[int], units: Tensor, epochs: int) -> None:
-    if not len(student.hidden):
+def _check_layers(student: LayerWalk, plan: Plan) -> None:
+    """Check that the pruned model's layers are those that a plan keeps of the dense one, and their streams as wide."""
+    bound = student.bound
+    for stack, path in bound.stacks.items():
+        units, kept = _kept_stream(bound, plan, stack), kept_units(plan, stack, None, bound.sizes[stack])
+        found = [layer for layer, place in zip(student.layers, student.places) if place[0] == stack]
+        inside, stream = f"{path}.{int(kept[0])}.", stream_dim(bound, stack)
+        written = (name for name, param in bound.params.items() if param.axes[0] == (stream,))
+        own = next(name.removeprefix(inside) for name in written if name.startswith(inside))
+        width, dense = len(found[0].get_parameter(own)), (bound.sizes[stack], bound.sizes[stream])
+        if (len(found), width) != (len(kept), len(units)) or kept[-1] >= dense[0] or units[-1] >= dense[1]:
+            raise HfDmsError(
+                f"repair: the pruned model has {len(found)} layers and a residual stream of {width}; the plan keeps "
+                f"{len(kept)} layers, up to layer {int(kept[-1])}, and {len(units)} units, up to unit {units[-1]}; the "
+                f"dense model has {dense[0]} and {dense[1]} ({stack}). Give the plan and the dense model that it was "
+                "cut by."
+            )
+
+
+def _check_batches(masks: Sequence[Tensor | None], epochs: int) -> None:
+    if not masks:
         raise HfDmsError("repair needs at least one batch, got none.")
-    if epochs and len(student.hidden) == 1:
+    if epochs and len(masks) == 1:
         raise HfDmsError("repair: with epochs one batch is held out, so it needs at least two, got one.")
-    found, dense = ((len(walk.layers), walk.hidden[0].shape[-1]) for walk in (student, teacher))
-    planned = (len(kept_layers), len(units))
-    if found != planned or kept_layers[-1] >= dense[0] or units[-1] >= dense[1]:
-        raise HfDmsError(
-            f"repair: the pruned model has {found[0]} layers and a residual stream of {found[1]}; the plan keeps "
-            f"{planned[0]} layers, up to layer {kept_layers[-1]}, and {planned[1]} units, up to unit {int(units[-1])}; "
-            f"the dense model has {dense[0]} and {dense[1]}. Give the plan and the dense model that it was cut by."
-        )

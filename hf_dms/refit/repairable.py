@@ -13,8 +13,10 @@ from ..cut.formats import pruned_class_and_config
 from ..cut.plan import Plan
 from ..cut.verify import dummy_inputs
 from .layerwise import LayerWalk, find_stream_modules
+from .stream import stream_dim
 
-UNITS = 8  # of each dim of the small model, at most; it has one layer
+UNITS = 8  # of each dim of the small model, at most
+LAYERS = 2  # of each stack; the first one of a stage can be of another kind
 
 
 @torch.no_grad()
@@ -34,10 +36,24 @@ def check_repairable(model: PreTrainedModel, bound: BoundSpec) -> None:
         small = cls._from_config(config, dtype=torch.float32).eval()
         for parameter in small.parameters():
             parameter.uniform_(0.5, 1.5)  # so that no factor is 1 by accident, as a fresh layer scale is
-        find_stream_modules(LayerWalk(small, bound, [dummy_inputs(small)]), bound)
+            if parameter.dim() > 1:
+                parameter /= parameter[0].numel()  # nor grows what passes layers without a norm
+        walk = LayerWalk(small, bound, [dummy_inputs(small)])
+        for layer in range(len(walk.layers)):
+            find_stream_modules(walk, layer)
+            walk.advance(layer)
+
+
+def check_one_stack(bound: BoundSpec) -> None:
+    """Check that a model is one stack of layers, as a search over refitted weights needs it.
+
+    Raises:
+        HfDmsError: it has several.
+    """
+    stream_dim(bound)  # that of the only stack
 
 
 def _small(bound: BoundSpec) -> Plan:
-    """A plan that keeps the first units of every prunable dim, and one layer."""
-    units = {name: 1 if name in bound.stacks else min(bound.sizes[name], UNITS) for name in bound.spec.prunable}
+    """A plan that keeps the first units of every prunable dim, and the first layers."""
+    units = {name: min(bound.sizes[name], LAYERS if name in bound.stacks else UNITS) for name in bound.spec.prunable}
     return Plan({name: (torch.arange(count),) * bound.rows(name) for name, count in units.items()})

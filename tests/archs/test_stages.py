@@ -15,7 +15,7 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from hf_dms import DMSConfig, attach_, prune, repair_
+from hf_dms import DMSConfig, attach_, prune
 from hf_dms.archs.bind import bind
 from hf_dms.archs.convnext import CONVNEXT
 from hf_dms.archs.llama import LLAMA
@@ -23,6 +23,7 @@ from hf_dms.archs.positions import recorded_positions
 from hf_dms.archs.resnet import RESNET
 from hf_dms.archs.stages import in_stages
 from hf_dms.gating.attach import gates_of
+from hf_dms.refit.repairable import check_one_stack
 
 
 def test_a_line_stands_for_one_line_a_stage_and_for_none_before_the_first():
@@ -168,11 +169,7 @@ def test_widths_that_are_no_whole_multiples_are_an_error_where_they_go_together(
     attach_(model, DMSConfig(target=0.7, layout="per_layer"))
 
 
-def test_least_squares_say_early_that_stages_are_not_for_them():
-    model = tiny(ConvNextForImageClassification)
-    searched(model, layout="per_layer")
-    pruned = prune(model, inputs=batch_for(model))
-    before = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
-    with pytest.raises(ValueError, match=r"convnext has several stacks .* with one only. Leave out the repair"):
-        repair_(pruned, model, None, [batch_for(model)])
-    assert all(torch.equal(tensor, before[name]) for name, tensor in pruned.state_dict().items())
+def test_a_search_over_refitted_weights_says_early_that_stages_are_not_for_it():
+    bound = bound_of(tiny(ConvNextForImageClassification))
+    with pytest.raises(ValueError, match=r"convnext has several stacks .* with one only. Search over masks \(dms.sear"):
+        check_one_stack(bound)

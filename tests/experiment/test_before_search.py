@@ -265,7 +265,7 @@ def test_whether_a_model_can_be_repaired_is_known_without_its_weights(name):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(float(parameter.dim() == 1), 0.3)
-        of_weights = answer(lambda: find_stream_modules(LayerWalk(model, bound, [dummy_inputs(model)]), bound))
+        of_weights = answer(lambda: find_stream_modules(LayerWalk(model, bound, [dummy_inputs(model)])))
     state = torch.get_rng_state()
     assert answer(check_repairable, model.to("meta"), bound) == of_weights
     assert torch.equal(torch.get_rng_state(), state)

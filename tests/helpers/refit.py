@@ -19,7 +19,8 @@ def text(seed, batches=12, padded=2):
 def images(model, seed, batches=12):
     generator = torch.Generator().manual_seed(seed)
     for _ in range(batches):
-        yield {"pixel_values": torch.randn(6, 2, 12, 12, generator=generator).to(model.dtype)}
+        side = model.config.image_size
+        yield {"pixel_values": torch.randn(6, 2, side, side, generator=generator).to(model.dtype)}
 
 
 def batches_for(model, seed=1, batches=12):

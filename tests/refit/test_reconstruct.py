@@ -41,7 +41,7 @@ SUB_BLOCKS = {
 def test_a_sub_block_is_what_lies_between_two_writes_into_the_stream(cls):
     model = tiny(cls)
     walk = LayerWalk(model, bound_of(model), batches_for(model, batches=1))
-    places = find_stream_modules(walk, bound_of(model))
+    places = find_stream_modules(walk)
     names = {id(parameter): name.removesuffix(".weight") for name, parameter in walk.layers[0].named_parameters()}
     found = [[names[id(weight)] for weight in sub_block(walk, places, 0, path)] for path in places.writes]
     assert len(found) == len(SUB_BLOCKS[cls])

@@ -313,7 +313,7 @@ def test_what_cannot_be_repaired_is_an_error():
     ):
         repair_(pruned, model, Plan({}), text(1))
     shallow = cut_by(model, PLANS["depth"])
-    with pytest.raises(ValueError, match=r"up to layer 2, .* the dense model has 2 and 24\. Give the plan and the de"):
+    with pytest.raises(ValueError, match=r"up to layer 2, .* the dense model has 2 and 24 .layers.\. Give the plan an"):
         repair_(shallow, shallow, PLANS["depth"], text(1))
     with pytest.raises(ValueError, match=r"no gates that say what was kept, so a plan is needed\. Give what hf_dms"):
         repair_(pruned, model, None, text(1))

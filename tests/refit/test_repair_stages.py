@@ -1,0 +1,326 @@
+"""Repair of convolutional networks in stages: what it solves, what it leaves alone, that it helps on unseen images."""
+
+import pytest
+import torch
+from helpers.laws import batch_for, searched, tiny
+from helpers.refit import bound_of, cut_by, images
+from helpers.tiny import relative_difference
+from torch import nn
+from transformers import (
+    ConvNextForImageClassification,
+    ConvNextV2ForImageClassification,
+    ResNetForImageClassification,
+    ResNetModel,
+)
+
+from hf_dms import prune, repair_
+from hf_dms.cut.plan import Plan
+from hf_dms.refit.layerwise import LayerWalk, find_stream_modules
+from hf_dms.refit.stream import unfolded
+
+MODELS = {
+    "basic": (ResNetForImageClassification, {"layer_type": "basic"}),
+    "basic, stem of the first stage": (ResNetForImageClassification, {"layer_type": "basic", "embedding_size": 8}),
+    "bottleneck": (ResNetForImageClassification, {}),
+    "bottleneck, strides first": (ResNetForImageClassification, {"downsample_in_bottleneck": True}),
+    "convnext": (ConvNextForImageClassification, {}),
+    "convnext without scales": (ConvNextForImageClassification, {"layer_scale_init_value": 0.0}),
+    "convnextv2": (ConvNextV2ForImageClassification, {}),
+}
+INNER = ("mid", "reduced", "mlp")
+PLANS = {"inner widths": INNER, "layers": ("layers",), "streams": ("hidden",), "all": (*INNER, "hidden", "layers")}
+
+
+def model_of(name, **options):
+    cls, own = MODELS[name]
+    return tiny(cls, **own, **options)
+
+
+def trained(name):
+    """A model after a few steps on small images whose classes are shifts of them."""
+    model = model_of(name)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    model.train()
+    for step, batch in enumerate(images(model, 7, batches=4)):
+        loss = model(batch["pixel_values"] + step, labels=torch.full((6,), step % 3)).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def plan_for(model, families, share=0.6):
+    """A plan that keeps this share of the units of every dim of these families, another choice in each layer."""
+    bound, kept = bound_of(model), {}
+    generator = torch.Generator().manual_seed(0)
+    for name in bound.prunable:
+        size, family = bound.sizes[name], name.rstrip("0123456789")
+        if family not in families:
+            continue
+        if name in bound.stacks:
+            kept[name] = (torch.tensor([0, *range(2, size)]),)
+        else:
+            count = max(1, int(share * size))
+            rows = [torch.randperm(size, generator=generator)[:count] for _ in range(bound.rows(name))]
+            kept[name] = tuple(row.sort().values for row in rows)
+    return Plan(kept)
+
+
+def state_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def changed(model, state):
+    return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, state[name])}
+
+
+@torch.no_grad()
+def writers_of(model, dense):
+    """The maps that write into a stream: (name of the layer, path in it, map)."""
+    bound, found = bound_of(dense), []
+    walk = LayerWalk(model, bound, images(model, 1, batches=1))
+    for layer, (stack, number) in enumerate(walk.places):
+        paths = find_stream_modules(walk, layer).writes
+        found += [(f"{bound.stacks[stack]}.{number}", path, walk.layers[layer].get_submodule(path)) for path in paths]
+        walk.advance(layer)
+    return found
+
+
+@torch.no_grad()
+def streams(model, dense, batches):
+    """The stream behind each layer, `[positions, units]`."""
+    walk, found = LayerWalk(model, bound_of(dense), batches), []
+    for layer in range(len(walk.layers)):
+        places = find_stream_modules(walk, layer)
+        runs = [walk.run(layer, batch, places) for batch in range(len(batches))]
+        found.append(torch.cat([run.before_end.flatten(0, -2) for run in runs]))
+        walk.advance(layer)
+    return found
+
+
+# ---- where layers write ----
+def test_writes_of_a_resnet_are_the_last_convolution_of_a_block_and_the_shortcut_where_it_has_one():
+    model = model_of("bottleneck")
+    walk, found = LayerWalk(model, bound_of(model), images(model, 1, batches=1)), []
+    with torch.no_grad():
+        for layer in range(len(walk.layers)):
+            found.append(find_stream_modules(walk, layer))
+            walk.advance(layer)
+    last, shortcut = "layer.2.convolution", "shortcut.convolution"
+    assert [places.writes for places in found[:3]] == [(last, shortcut), (last,), (last, shortcut)]
+    assert [places.fresh for places in found] == [True, False, True, False, False, True]
+    assert found[0].behind == {last: "layer.2.normalization", shortcut: "shortcut.normalization"}
+    assert {places.ending for places in found} == {"activation"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_walk_through_all_stages_computes_what_the_model_computes(name):
+    model = model_of(name)
+    batch = batch_for(model)
+    walk = LayerWalk(model, bound_of(model), [batch])
+    with torch.no_grad():
+        for layer in range(len(walk.layers)):
+            walk.advance(layer)
+        assert torch.equal(walk.hidden[0], model.base_model(**batch).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(kernel_size=1),
+        dict(kernel_size=1, stride=2),
+        dict(kernel_size=1, padding=1),
+        dict(kernel_size=3, padding=1, stride=2),
+        dict(kernel_size=(3, 2), padding=(0, 1), dilation=(2, 1)),
+    ],
+)
+def test_a_convolution_is_a_linear_map_of_its_unfolded_inputs(options):
+    convolution = nn.Conv2d(3, 4, **options)
+    inputs = torch.randn(2, 3, 9, 8)
+    found = unfolded(convolution, inputs) @ convolution.weight.flatten(1).T + convolution.bias
+    torch.testing.assert_close(found, convolution(inputs).movedim(1, -1))
+
+
+# ---- what is solved ----
+@pytest.mark.parametrize("name", MODELS)
+def test_a_cut_that_changes_nothing_is_left_as_it_is(name):
+    model = model_of(name)
+    pruned = cut_by(model, Plan({}))
+    before = state_of(pruned)
+    repair_(pruned, model, Plan({}), images(model, 1, batches=4))
+    assert not changed(pruned, before)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_with_all_units_kept_and_enough_positions_the_model_is_restored(name):
+    model = model_of(name, dtype=torch.float64)
+    pruned = cut_by(model, Plan({}))
+    with torch.no_grad():
+        for _, _, module in writers_of(pruned, model):
+            generator = torch.Generator().manual_seed(0)
+            for parameter in module.parameters():
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator).double()
+    batches, held_out = list(images(model, 1, batches=6)), batch_for(model)
+    repair_(pruned, model, Plan({}), batches, ridge=1e-13)
+    assert relative_difference(pruned(**held_out).logits, model(**held_out).logits) < 1e-3
+    for (_, _, module), (_, _, expected) in zip(writers_of(pruned, model), writers_of(model, model)):
+        if name.startswith("convnext"):  # behind a ReLU some inputs are always 0
+            assert relative_difference(module.weight, expected.weight) < 1e-3
+
+
+def captured(model, path, batches):
+    """Inputs and outputs of a module in forward passes of the whole model, in evaluation mode."""
+    found = []
+    hook = model.get_submodule(path).register_forward_hook(lambda _, args, output: found.append((args[0], output)))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    hook.remove()
+    return [torch.cat(tensors) for tensors in zip(*found)]
+
+
+@pytest.mark.parametrize("name", ["basic", "bottleneck", "convnext"])
+def test_a_map_gets_the_ridge_regression_of_what_the_stream_lacks(name):
+    """That of the second layer of the second stage, in which alone units are gone."""
+    model = model_of(name, dtype=torch.float64, depths=[1, 2, 1])
+    dim = "mlp1" if name == "convnext" else "mid1"
+    size = bound_of(model).sizes[dim]
+    plan = Plan({dim: (torch.arange(size), torch.arange(0, size, 2))})
+    pruned = cut_by(model, plan)
+    batches, ridge = list(images(model, 1, batches=3)), 0.05
+    layer, path, module = next(found for found in writers_of(pruned, model) if found[0].endswith("stages.1.layers.1"))
+    block = pruned.get_submodule(layer)
+    inputs, _ = captured(pruned, f"{layer}.{path}", batches)
+    if name == "convnext":
+        channels = block.layer_scale_parameter
+        stream, dense = (captured(m, layer, batches)[1].movedim(1, -1).flatten(0, -2) for m in (pruned, model))
+        columns = torch.cat([inputs, torch.ones_like(inputs[..., :1])], -1).flatten(0, -2)
+    else:  # one convolution for each weight, in front of the ReLU that ends the block
+        norm = block.layer[-1].normalization
+        channels = norm.weight / (norm.running_var + norm.eps).sqrt()
+        ending = f"{layer}.activation"
+        stream, dense = (captured(m, ending, batches)[0].movedim(1, -1).flatten(0, -2) for m in (pruned, model))
+        count = module.weight[0].numel()
+        kernels = torch.eye(count).double().view(count, *module.weight.shape[1:])
+        columns = nn.functional.conv2d(inputs, kernels, None, module.stride, module.padding)
+        columns = columns.movedim(1, -1).flatten(0, -2)
+    weights = 1 / dense.square().mean(1, keepdim=True) if name == "convnext" else 1  # a ResNet's has no such norm
+    width = module.weight[0].numel()
+    gram = columns.T @ (weights * columns)
+    gram += ridge * gram.diagonal()[:width].mean() * torch.eye(len(gram)).double()
+    change = torch.linalg.solve(gram, columns.T @ (weights * (dense - stream) / channels)).T
+    before, weight = state_of(pruned), module.weight.clone()
+    repair_(pruned, model, plan, batches, ridge=ridge)
+    assert relative_difference(module.weight - weight, change[:, :width].view_as(weight)) < 1e-6
+    until = [key for key in before if key.startswith(layer)][-1]
+    early = list(before)[: list(before).index(until) + 1]
+    ours = {f"{layer}.{path}.weight", f"{layer}.{path}.bias"} & {*before}
+    assert changed(pruned, before) & {*early} == ours
+
+
+@pytest.mark.parametrize("name", ["basic", "bottleneck", "convnext"])
+def test_only_maps_that_write_into_a_stream_change(name):
+    model = model_of(name)
+    dense, plan = state_of(model), plan_for(model, PLANS["all"], 0.75)
+    pruned = cut_by(model, plan)
+    before = state_of(pruned)
+    allowed = {f"{layer}.{path}" for layer, path, _ in writers_of(pruned, model)}
+    repair_(pruned, model, plan, images(model, 1, batches=4))
+    assert {key.rpartition(".")[0] for key in changed(pruned, before)} == allowed
+    assert not changed(model, dense)
+    for module in [*model.modules(), *pruned.modules()]:
+        assert not module._forward_hooks
+        assert "forward" not in module.__dict__
+
+
+# ---- that it helps ----
+CASES = [(name, plan) for name in ("basic", "bottleneck", "convnext", "convnextv2") for plan in PLANS]
+
+
+@pytest.mark.parametrize(("name", "plan"), CASES)
+def test_streams_of_trained_networks_come_closer_on_held_out_images(name, plan):
+    model = trained(name)
+    plan = plan_for(model, PLANS[plan], 0.75)
+    pruned, bound = cut_by(model, plan), bound_of(model)
+    held_out = list(images(model, 2, batches=4))
+    expected = streams(model, model, held_out)
+    stacks = [(stack, layer) for stack in bound.stacks for layer in range(bound.sizes[stack])]
+    kept = [(name, layer) for name, layer in stacks if name not in plan.kept or layer in plan.kept[name][0].tolist()]
+    ends = dict(kept)  # the last of each stage
+
+    def errors():
+        """Of each stage's last stream, relative to it: position by position where a norm reads it."""
+        found = streams(pruned, model, held_out)
+        for stack, last in ends.items():
+            hidden = "hidden" + stack.removeprefix("layers")
+            units = plan.kept.get(hidden, (slice(None),))[0]
+            aim = expected[max(i for i, place in enumerate(stacks) if place[0] == stack)][:, units]
+            weights = 1 / aim.square().mean(1, keepdim=True) if name.startswith("convnext") else 1 / aim.square().mean()
+            yield float(((found[kept.index((stack, last))] - aim).square() * weights).mean())
+
+    before = list(errors())
+    repair_(pruned, model, plan, images(model, 1, batches=12))
+    after = list(errors())
+    assert all(new < old for new, old in zip(after, before)), (before, after)
+    assert after[-1] < 0.9 * before[-1]
+
+
+@pytest.mark.parametrize("name", ["basic", "convnext"])
+def test_maps_of_a_block_that_learn_together_bring_it_closer_still(name):
+    model = trained(name)
+    plan = plan_for(model, INNER)
+    held_out = list(images(model, 2, batches=4))
+    expected = streams(model, model, held_out)[-1]
+
+    def error(epochs):
+        pruned = cut_by(model, plan)
+        repair_(pruned, model, plan, images(model, 1, batches=24), epochs=epochs)
+        return float((streams(pruned, model, held_out)[-1] - expected).square().mean())
+
+    assert error(10) < error(0)
+
+
+def test_what_waits_between_layers_may_wait_in_files(tmp_path):
+    model = model_of("convnext")
+    plan = plan_for(model, PLANS["all"])
+    pruned, other = cut_by(model, plan), cut_by(model, plan)
+    told = []
+    repair_(pruned, model, plan, images(model, 1, batches=3))
+    repair_(other, model, plan, images(model, 1, batches=3), offload=tmp_path, progress=lambda *now: told.append(now))
+    assert not changed(other, pruned.state_dict())
+    assert not any(tmp_path.iterdir())
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_with_gates_on_the_dense_model_their_plan_is_repaired():
+    model = model_of("bottleneck")
+    searched(model, layout="per_layer")
+    pruned = prune(model, inputs=batch_for(model))
+    before = state_of(pruned)
+    repair_(pruned, model, None, images(model, 1, batches=4))
+    assert {key.rpartition(".")[2] for key in changed(pruned, before)} == {"weight"}
+
+
+# ---- errors ----
+def test_what_cannot_be_repaired_is_an_error():
+    model = model_of("basic")
+    plan = plan_for(model, PLANS["all"])
+    pruned = cut_by(model, plan)
+    message = r"has 2 layers and a residual stream of 7; the plan keeps 3 layers, .* has 3 and 12 \(layers1\)\. Give"
+    with pytest.raises(ValueError, match=message):
+        repair_(pruned, model, Plan({name: plan.kept[name] for name in ("layers0", "hidden0")}), images(model, 1))
+    pruned.base_model.encoder.stages[1].layers[1].layer[0].convolution.weight.data[0] = torch.inf
+    with pytest.raises(
+        ValueError, match=r"of layer.1.convolution of layer 2 of layers1 have no finite solution at rid"
+    ):
+        repair_(pruned, model, plan, images(model, 1, batches=2))
+
+
+def test_a_block_that_adds_in_another_way_is_an_error():
+    model = tiny(ResNetModel)
+    block = model.encoder.stages[1].layers[1]
+    block.activation.register_forward_hook(lambda module, args, output: output * 2 + args[0])
+    block.layer.register_forward_hook(lambda module, args, output: output * 0.5)
+    with pytest.raises(ValueError, match=r"what layer.2.convolution of a resnet layer write is not added to the resid"):
+        repair_(cut_by(model, Plan({})), model, Plan({}), images(model, 1, batches=2))
