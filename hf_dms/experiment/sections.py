@@ -184,7 +184,7 @@ class RepairConfig:
         },
     )
     interpolate: bool = field(
-        default=False,
+        default=True,
         metadata={
             "help": "Keep only as much of the repair's change of the weights as lowers the loss on some of these "
             "examples: all, three quarters, half, a quarter, or nothing."
