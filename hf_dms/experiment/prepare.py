@@ -123,6 +123,10 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
     _check_model(recipe, config)
     if notice := slow_bfloat16(_asking_for_bfloat16(recipe, config, arguments)):
         logger.warning(notice)
+        recipe = _without_bfloat16(recipe)
+        for stage, made in arguments.items():
+            section = "train" if stage == "search" else stage
+            arguments[stage] = training_arguments(recipe, section, Path(made.output_dir))
     lora = {section: lora_config(recipe, section) for section in ("lora", "recover.lora")}
     _check_adapters(recipe, config, lora)
     return Prepared(recipe, config, processor, examples, texts, retraining, arguments, lora)
@@ -169,6 +173,15 @@ def _asking_for_bfloat16(recipe: Recipe, config: Any, arguments: Mapping[str, An
     keys = {"finetune": "finetune.bf16", "search": "train.bf16", "recover": "recover.bf16"}
     found = [key for stage, key in keys.items() if stage in arguments and arguments[stage].bf16]
     return found + (["model.dtype"] if dtype == "bfloat16" else [])
+
+
+def _without_bfloat16(recipe: Recipe) -> Recipe:
+    """A recipe whose trainings compute in the precision of their weights."""
+    given: tuple[Any, ...] = (recipe.train, recipe.finetune, recipe.recover.train)
+    train, finetune, retraining = (each | {"bf16": False} if each and "bf16" in each else each for each in given)
+    return dataclasses.replace(
+        recipe, train=train, finetune=finetune, recover=dataclasses.replace(recipe.recover, train=retraining)
+    )
 
 
 def _check_task(recipe: Recipe, config: Any) -> None:

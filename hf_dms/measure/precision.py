@@ -29,12 +29,14 @@ def _seconds(dtype: torch.dtype) -> float:
 def slow_bfloat16(asked_by: list[str]) -> str:
     """What to tell a user who computes in bfloat16 on a CPU; empty if it is not slow, or nothing asks for it.
 
+    A training computes in float32 then; the model's own dtype is left as the user says.
+
     Args:
         asked_by: keys of a recipe that ask for it.
     """
     if not asked_by or (times := slowdown_of_bfloat16()) < SLOW:
         return ""
-    ways = ["say model.dtype: float32" if key == "model.dtype" else f"leave out {key}" for key in asked_by]
+    ways = ["say model.dtype: float32" if key == "model.dtype" else f"{key} counts as false" for key in asked_by]
     return (
         f"bfloat16 is {times:.0f} times slower than float32 on this CPU (a product of {SIZE} x {SIZE} matrices): "
         f"{', and '.join(ways)}."

@@ -169,7 +169,8 @@ def test_validate_and_prune_say_what_was_taken_and_the_report_has_it(recipe, cap
     assert recipe("recover={}", "dms.pipeline=p-", command="validate")[0] == 0
     said = capsys.readouterr().out
     for line in (
-        "recover.distillation: {weight: 1.0, temperature: 1.0}", "recover.repair: {examples: 64, epochs: 0, interpolate: True}",
+        "recover.distillation: {weight: 1.0, temperature: 1.0}",
+        "recover.repair: {examples: 64, epochs: 0, interpolate: true}",
         "recover.max_steps: ", "recover.learning_rate: 0.0005", "recover.lr_scheduler_type: cosine",
     ):  # fmt: skip
         assert f"\n  {line}" in said

@@ -258,7 +258,7 @@ def test_recovery_trains_the_cut_model(recipe):
 @pytest.mark.parametrize("pipeline", ["p", "p-"])
 def test_repair_comes_before_retraining_and_each_is_measured(recipe, pipeline):
     options = [
-        "recover.repair={examples: 6}",
+        "recover.repair={examples: 6, interpolate: false}",
         "recover.max_steps=2",
         "recover.distillation={}",
         f"dms.pipeline={pipeline}",

@@ -5,6 +5,8 @@ import re
 import pytest
 import torch
 
+from hf_dms.experiment.prepare import prepare
+from hf_dms.experiment.recipe import load_recipe
 from hf_dms.measure import precision
 from hf_dms.measure.precision import SLOW, slow_bfloat16, slowdown_of_bfloat16
 
@@ -28,9 +30,8 @@ def test_only_a_slow_one_is_said_and_each_key_has_its_way_out(monkeypatch, times
     monkeypatch.setattr(precision, "slowdown_of_bfloat16", lambda: times)
     assert slow_bfloat16([]) == ""
     said = slow_bfloat16(["train.bf16", "model.dtype"])
-    expected = (
-        "bfloat16 is 57 times slower than float32 on this CPU .*: leave out train.bf16, and say model.dtype: float32"
-    )
+    slower = "bfloat16 is 57 times slower than float32 on this CPU .*: "
+    expected = slower + "train.bf16 counts as false, and say model.dtype: float32"
     assert re.match(expected, said) if times > SLOW else said == ""
 
 
@@ -38,9 +39,9 @@ def test_only_a_slow_one_is_said_and_each_key_has_its_way_out(monkeypatch, times
     ("overrides", "words"),
     [
         ([], ""),
-        (["train.bf16=true"], "leave out train.bf16."),
-        (["recover={max_steps: 1, bf16: true}"], "leave out recover.bf16."),
-        (["train.bf16=true", "recover={max_steps: 1, bf16: false}"], "leave out train.bf16."),
+        (["train.bf16=true"], "train.bf16 counts as false."),
+        (["recover={max_steps: 1, bf16: true}"], "recover.bf16 counts as false."),
+        (["train.bf16=true", "recover={max_steps: 1, bf16: false}"], "train.bf16 counts as false."),
         (["model.dtype=bfloat16"], "say model.dtype: float32."),
         (["model.dtype=auto"], ""),  # the checkpoint's, float32
     ],
@@ -51,3 +52,12 @@ def test_a_recipe_that_asks_for_it_is_told_before_the_search(recipe, monkeypatch
     said = [record.message for record in caplog.records if "bfloat16" in record.message]
     assert len(said) == bool(words)
     assert not words or words in said[0]
+
+
+@pytest.mark.parametrize(("times", "computes"), [(60.0, [False, False, False]), (0.5, [True, True, False])])
+def test_trainings_fall_back_to_float32_where_it_is_slow(recipe, monkeypatch, tmp_path, times, computes):
+    monkeypatch.setattr(precision, "slowdown_of_bfloat16", lambda: times)
+    overrides = ["train.bf16=true", "finetune={max_steps: 1}", "recover={max_steps: 1, bf16: false}"]
+    arguments = prepare(load_recipe(str(tmp_path / "recipe.yaml"), overrides)).arguments
+    assert [arguments[stage].bf16 for stage in ("search", "finetune", "recover")] == computes
+    assert {arguments[stage].max_steps for stage in ("finetune", "recover")} == {1}
