@@ -1,21 +1,15 @@
 """Encoders obey the laws that Llama does: masked = cut = reloaded, counted = real, stock where the layout says so."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import itertools
 
 import pytest
 import torch
-import transformers
+from helpers.encoders import CONVNETS, DIMS, HEADS, RELATIVES, RESNETS, TIED, TWINS, dims_of, possible
 from helpers.laws import (
     EXACT,
     SHIPPED,
-    TASKS,
     assert_same,
     batch_for,
-    heads_of,
     is_stock,
     macs_by_the_flop_counter,
     masked_cut_reloaded,
@@ -23,28 +17,25 @@ from helpers.laws import (
     tiny,
     written_sizes,
 )
+from helpers.marks import ordinary_if
 from helpers.tiny import relative_difference, search_
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
-    CamembertForTokenClassification,
     Dinov2ForImageClassification,
     ElectraForMaskedLM,
     ElectraForSequenceClassification,
     ViTForImageClassification,
     ViTModel,
-    XLMRobertaForMaskedLM,
 )
 
 from hf_dms import DMSConfig, attach_, detach_, prune
 from hf_dms.archs.bind import bind
 from hf_dms.archs.registry import spec_for
-from hf_dms.checkpoint.save import save_pruned
 from hf_dms.cut.plan import Plan
 from hf_dms.cut.prune import make_plan
 from hf_dms.cut.slicing import cut
@@ -52,57 +43,10 @@ from hf_dms.cut.verify import outputs_of
 from hf_dms.gating.attach import gates_of
 from hf_dms.gating.rounding import round_sizes
 
-ROOT = Path(__file__).parents[2]
-BERTS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra")
-HEADS = (*heads_of("Bert", *TASKS, "MaskedLM"), *heads_of("ViT", "ImageClassification"))
-RELATIVES = (
-    *heads_of("Roberta", *TASKS, "MaskedLM"),
-    *(XLMRobertaForMaskedLM, CamembertForTokenClassification),
-    *heads_of("DistilBert", *TASKS, "MaskedLM"),
-    *heads_of("Electra", *TASKS, "MaskedLM"),
-    *heads_of("DeiT", "ImageClassification", "ImageClassificationWithTeacher"),
-    *heads_of("Dinov2", "ImageClassification"),
-    *heads_of("Yolos", "ObjectDetection"),
-)
-RESNETS = heads_of("ResNet", "ImageClassification")
-CONVNETS = (
-    *heads_of("ConvNext", "ImageClassification"),
-    *heads_of("ConvNextV2", "ImageClassification"),
-    *RESNETS,
-)
-TWINS = (*heads_of("XLMRoberta", *TASKS, "MaskedLM"), *heads_of("Camembert", *TASKS, "MaskedLM"))
-# Decoders are loaded here too: a fresh process takes seconds, another model in it hardly any time.
-DECODERS = ("Mistral", "Qwen2", "Qwen3", "SmolLM3", "Granite", "Gemma", "Gemma2", "Gemma3")
-SAVED = (*HEADS, *RELATIVES, *CONVNETS, *(getattr(transformers, f"{name}ForCausalLM") for name in DECODERS))
-DIMS = ("heads", "mlp", "hidden", "layers")
-
-
-# Dims whose sizes the stock config derives from one another.
-TIED = {model_type: {"heads", "hidden"} for model_type in (*BERTS, "yolos")}
-TIED |= {"convnext": {"mlp", "hidden"}, "convnextv2": {"mlp", "hidden"}, "resnet": {"reduced", "mid", "hidden"}}
-
-
-def dims_of(cls):
-    """The dims of a model class; a convolutional network's are those of all stages together."""
-    if cls in RESNETS:
-        return ("reduced", "mid", "hidden", "layers")
-    return DIMS[1:] if cls in CONVNETS else DIMS
-
-
-def possible(cls, dims, layout):
-    """Stock sizes that go together are pruned together, and padding cannot reach the dense hidden size.
-
-    That is of a BERT hidden = heads·d, of a ConvNeXt mlp = 4·hidden, and of a ResNet hidden = 4·mid.
-    """
-    tied = TIED.get(cls.config_class.model_type, set())
-    if layout == "padded" and "mlp" in dims and cls.config_class.model_type == "convnextv2":
-        return False  # its response norms would count the zeros
-    if layout == "padded" and tied:
-        return "hidden" not in dims
-    return layout == "per_layer" or tied & set(dims) in (set(), tied)
-
-
 # ---- masked = cut = reloaded ----
+ONE_OF_EACH = {
+    *(BertForSequenceClassification, ViTForImageClassification, ElectraForMaskedLM, Dinov2ForImageClassification)
+}
 CANNOT = {  # by layout and whether a response norm is in the way
     (
         "uniform",
@@ -119,11 +63,18 @@ CANNOT = {  # by layout and whether a response norm is in the way
 }
 
 
+def prefixes(head):
+    """Each dim alone, and the first two, three, ... together."""
+    dims = dims_of(head)
+    return [*((dim,) for dim in dims), *(dims[:count] for count in range(2, len(dims) + 1))]
+
+
 @pytest.mark.parametrize("layout", ["uniform", "per_layer", "padded"])
-@pytest.mark.parametrize("which", [(0,), (1,), (2,), (3,), (0, 1), (0, 1, 2), (0, 1, 2, 3)], ids=str)
-@pytest.mark.parametrize("head", CONVNETS)
-def test_masked_equals_cut_equals_reloaded_in_stages(head, which, layout, tmp_path):
-    dims = tuple(dim for place, dim in enumerate(dims_of(head)) if place in which) or dims_of(head)[-1:]
+@pytest.mark.parametrize(
+    ("head", "dims"),
+    ordinary_if(lambda head, _: "For" in head.__name__, [(head, dims) for head in CONVNETS for dims in prefixes(head)]),
+)
+def test_masked_equals_cut_equals_reloaded_in_stages(head, dims, layout, tmp_path):
     if not possible(head, dims, layout):
         averaged = layout == "padded" and head.config_class.model_type == "convnextv2" and "mlp" in dims
         with pytest.raises(ValueError, match=CANNOT[layout, averaged]):
@@ -140,8 +91,16 @@ def test_masked_equals_cut_equals_reloaded_in_stages(head, which, layout, tmp_pa
 
 
 @pytest.mark.parametrize("layout", ["uniform", "per_layer"])
-@pytest.mark.parametrize("dims", [*[(dim,) for dim in DIMS], ("heads", "hidden"), DIMS], ids="-".join)
-@pytest.mark.parametrize("head", [*HEADS, ElectraForMaskedLM, Dinov2ForImageClassification])
+@pytest.mark.parametrize(
+    ("head", "dims"),
+    ordinary_if(
+        lambda head, dims: dims == DIMS or head in ONE_OF_EACH,
+        itertools.product(
+            (*HEADS, ElectraForMaskedLM, Dinov2ForImageClassification),
+            [*[(dim,) for dim in DIMS], ("heads", "hidden"), DIMS],
+        ),
+    ),
+)
 def test_masked_equals_cut_equals_reloaded(head, dims, layout, tmp_path):
     if not possible(head, dims, layout):
         instead = "per_layer or padded" if dims == ("heads",) else "per_layer"
@@ -157,8 +116,18 @@ def test_masked_equals_cut_equals_reloaded(head, dims, layout, tmp_path):
     assert layout == "per_layer" or is_stock(pruned)
 
 
-@pytest.mark.parametrize("layout", ["uniform", "per_layer"])
-@pytest.mark.parametrize("head", sorted({*HEADS, *RELATIVES, *TWINS, *CONVNETS}, key=lambda head: head.__name__))
+ALL = sorted({*HEADS, *RELATIVES, *TWINS, *CONVNETS}, key=lambda head: head.__name__)
+FIRST = {head.config_class: head for head in reversed(ALL)}
+LAST = {head.config_class: head for head in ALL}
+
+
+@pytest.mark.parametrize(
+    ("head", "layout"),
+    ordinary_if(
+        lambda head, layout: head is (FIRST if layout == "uniform" else LAST)[head.config_class],
+        itertools.product(ALL, ["uniform", "per_layer"]),
+    ),
+)
 def test_masked_equals_cut_equals_reloaded_as_shipped(head, layout, tmp_path):
     model = tiny(head)
     _, sizes = searched(model, layout=layout)
@@ -224,7 +193,6 @@ def stages(draw, head):
 
 
 @given(requests())
-@settings(max_examples=100)
 def test_the_laws_hold_for_any_config(tmp_path_factory, request_):
     head, config, options, seed, share = request_
     model = tiny(head, seed, torch.float64, **config)
@@ -387,134 +355,3 @@ def test_costs_that_encoders_do_not_have_are_errors():
     with pytest.raises(ValueError, match=r"resource macs needs dms.sequence_length"):
         attach_(tiny(BertModel), DMSConfig(target=0.5, resource="macs"))
     attach_(tiny(ViTModel), DMSConfig(target=0.5, resource="macs"))  # the image size decides
-
-
-# ---- folders, each way of loading in a process of its own ----
-def auto_of(head):
-    _, task, name = head.__name__.partition("For")  # with a teacher: the same Auto class, which reads `architectures`
-    return f"AutoModelFor{name.removesuffix('WithTeacher')}" if task else "AutoModel"
-
-
-def saved(head, layout, folder, **overrides):
-    """A folder, and beside it a batch and what the model in it computes."""
-    model = tiny(head, **overrides)
-    dims = None
-    if not possible(head, DIMS, layout):
-        dims = tuple(dim for dim in dims_of(head) if possible(head, (dim,), layout))
-    searched(model, layout=layout, share=0.6, prune=dims)
-    inputs = batch_for(model)
-    pruned = prune(model, inputs=inputs)
-    save_pruned(pruned, folder, inputs=inputs)
-    save_file(inputs, f"{folder}.inputs")
-    save_file({"expected": outputs_of(pruned, inputs).contiguous()}, f"{folder}.outputs")
-    return {"folder": str(folder), "auto": auto_of(head), "model_type": pruned.config.model_type}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("folders")
-    return {
-        layout: [saved(head, layout, root / f"{layout}-{head.__name__}") for head in SAVED]
-        for layout in ("uniform", "padded", "per_layer")
-    }
-
-
-LOAD = """
-import json, sys
-jobs, options, preamble = json.loads(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
-exec(preamble)
-import torch, transformers
-from safetensors.torch import load_file
-
-torch.set_num_threads(1)
-for job in jobs:
-    model = getattr(transformers, job["auto"]).from_pretrained(job["folder"], **options).eval()
-    assert model.config.model_type == job["model_type"], model.config.model_type
-    expected = load_file(job["folder"] + ".outputs")["expected"]
-    with torch.no_grad():
-        output = model(**load_file(job["folder"] + ".inputs"))
-    found = output["logits"] if "logits" in output else output[0]
-    difference = (found - expected).abs().max() / expected.abs().max()
-    assert difference < 1e-5, (job, difference)
-    print(type(model).__module__, type(model).__name__)
-"""
-WITHOUT_HF_DMS = "sys.modules['hf_dms'] = None  # as if it were not installed"
-
-
-def loaded(jobs, tmp_path, preamble, **options):
-    """Names of the classes that a fresh process loads the folders with."""
-    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    environment |= {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", LOAD, json.dumps(jobs), json.dumps(options), preamble]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout.split("\n")[: len(jobs)]
-
-
-def test_uniform_and_padded_folders_are_stock(folders, tmp_path):
-    classes = loaded(folders["uniform"] + folders["padded"], tmp_path, WITHOUT_HF_DMS)
-    assert [line.rpartition(" ")[2] for line in classes] == 2 * [head.__name__ for head in SAVED]
-    assert all(line.startswith("transformers.models.") for line in classes)
-
-
-def test_per_layer_folders_load_after_import_hf_dms(folders, tmp_path):
-    classes = loaded(folders["per_layer"], tmp_path, "import hf_dms")
-    assert classes == [f"hf_dms.cut.modeling_dms Dms{head.__name__}" for head in SAVED]
-
-
-def test_per_layer_folders_load_with_trust_remote_code_without_hf_dms(folders, tmp_path):
-    classes = loaded(folders["per_layer"], tmp_path, WITHOUT_HF_DMS, trust_remote_code=True)
-    assert [line.rpartition(" ")[2] for line in classes] == [f"Dms{head.__name__}" for head in SAVED]
-    assert all(line.startswith("transformers_modules.") for line in classes)
-
-
-def test_auto_map_names_a_class_for_every_head(folders):
-    for job in folders["per_layer"]:
-        classes = json.loads((Path(job["folder"]) / "config.json").read_text())["auto_map"]
-        family = job["model_type"].removeprefix("dms_")
-        assert {
-            "AutoConfig",
-            *(auto_of(head) for head in SAVED if head.config_class.model_type == family),
-        } <= set(classes)
-
-
-def test_a_per_layer_folder_loads_under_other_heads(folders):
-    for job in folders["per_layer"]:
-        auto, inputs = getattr(transformers, job["auto"]), load_file(job["folder"] + ".inputs")
-        whole, base = auto.from_pretrained(job["folder"]), transformers.AutoModel.from_pretrained(job["folder"])
-        found, expected = base(**inputs).last_hidden_state, whole.base_model(**inputs).last_hidden_state
-        assert relative_difference(found.detach(), expected.detach()) < SHIPPED
-        base_folder = job["folder"] + ".base"
-        base.save_pretrained(base_folder)
-        again = auto.from_pretrained(base_folder)
-        assert relative_difference(again.base_model(**inputs).last_hidden_state.detach(), expected.detach()) < SHIPPED
-
-
-def test_saving_a_per_layer_model_again_gives_the_same_folder(folders, tmp_path):
-    for job in folders["per_layer"]:
-        auto, folder = getattr(transformers, job["auto"]), tmp_path / Path(job["folder"]).name
-        auto.from_pretrained(job["folder"]).save_pretrained(folder)
-        assert (folder / "config.json").read_text() == (Path(job["folder"]) / "config.json").read_text()
-        first, second = (load_file(f"{path}/model.safetensors") for path in (job["folder"], folder))
-        assert first.keys() == second.keys()
-        assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
-
-
-@pytest.mark.parametrize("head", [BertForSequenceClassification, ViTForImageClassification])
-def test_a_per_layer_model_is_used_as_any_other(head, folders):
-    (job,) = [job for job in folders["per_layer"] if job["folder"].endswith(f"-{head.__name__}")]
-    inputs = load_file(job["folder"] + ".inputs")
-    model = getattr(transformers, job["auto"]).from_pretrained(job["folder"]).eval()
-    logits = model(**inputs).logits.detach()
-    model.set_attn_implementation("eager")
-    output = model(**inputs, output_attentions=True)
-    assert relative_difference(output.logits.detach(), logits) < SHIPPED
-    heads = [attention.shape[1] for attention in output.attentions]
-    layers = [model.config.per_layer_config[i] for i in range(len(heads))]
-    assert heads == [layer.num_attention_heads for layer in layers]
-    assert len(set(heads)) > 1
-    model.train()(**inputs, labels=torch.tensor([0, 1])).loss.backward()
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
-    fresh = type(model)._from_config(model.config)
-    assert {n: p.shape for n, p in fresh.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
-    assert all(parameter.isfinite().all() and parameter.abs().max() < 5 for parameter in fresh.parameters())

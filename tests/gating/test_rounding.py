@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from helpers.tiny import lowest_target, search_, tiny_llama, untouched
-from hypothesis import assume, find, given, settings
+from hypothesis import assume, find, given
 from hypothesis import strategies as st
 
 from hf_dms import DMSConfig, attach_, detach_, prune
@@ -105,7 +105,6 @@ def test_requests_draw_multiples():
 
 
 @given(requests())
-@settings(max_examples=80)
 def test_the_result_fits_the_budget_and_no_single_step_up_does(request_):
     overrides, options, seed, share = request_
     request_ = gated(seed, overrides, **options)
@@ -141,7 +140,6 @@ depths = st.sampled_from(["uniform", "per_layer"])
 
 
 @given(depths, st.sampled_from([1, 1, 2, 4]), st.integers(0, 1000), st.floats(0.05, 0.95), st.data())
-@settings(max_examples=60)
 def test_no_coarse_dim_changes_that_was_learned_within_half_a_unit(layout, step, seed, share, data):
     request_ = gates, *_ = gated(seed, layout=layout, prune=("kv", "mlp", "layers"), round_to={"mlp": step})
     lowest = lowest_target(*request_)
@@ -159,7 +157,6 @@ def test_no_coarse_dim_changes_that_was_learned_within_half_a_unit(layout, step,
 
 
 @given(depths, st.integers(0, 1000), st.floats(0.3, 0.7))
-@settings(max_examples=60)
 def test_on_target_coarse_dims_get_the_nearest_sizes_and_the_finest_the_rest(layout, seed, width):
     overrides = dict(intermediate_size=400, num_key_value_heads=6)  # so wide that the rest has room
     request_ = gates, *_ = gated(seed, overrides, layout=layout, prune=("kv", "mlp", "layers"))

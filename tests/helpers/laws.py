@@ -67,7 +67,8 @@ def tiny(cls, seed=0, dtype=torch.float32, **overrides):
     family = cls.config_class.model_type
     sizes = SIZES[family] | {"num_labels": 2 if cls.__name__.endswith("QuestionAnswering") else 3} | overrides
     layers = sizes.get("num_hidden_layers", sizes.get("num_stages"))
-    sizes = {n: v[:layers] if isinstance(v, list) else v for n, v in sizes.items()}  # of layers, or of stages
+    listed = {n: v for n, v in sizes.items() if isinstance(v, list) and n != "image_size"}  # of layers, or of stages
+    sizes |= {n: v[:layers] for n, v in listed.items()}
     sizes = {NAMES.get(family, {}).get(name, name): value for name, value in sizes.items()}
     attn = "sdpa" if cls._supports_sdpa else "eager"
     model = cls._from_config(cls.config_class(**sizes), attn_implementation=attn).eval()

@@ -84,8 +84,3 @@ def digest(folder):
     """What is in a folder, by name."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
-def slow(*values):
-    """Parameters of a test, all but the first for the slow suite only."""
-    return [values[0], *(pytest.param(value, marks=pytest.mark.slow) for value in values[1:])]

@@ -9,7 +9,8 @@ import shutil
 import signal
 
 import pytest
-from helpers.runs import digest, num_events, result, run, slow
+from helpers.marks import slow
+from helpers.runs import digest, num_events, result, run
 
 
 def writable_(folder):

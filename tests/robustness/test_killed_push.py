@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from helpers.hub_standin import WRITE_TOKEN, Repo, serve
-from helpers.runs import digest, slow
+from helpers.marks import slow
+from helpers.runs import digest
 from helpers.tiny import tiny_llama
 
 HERE = Path(__file__).parents[1]
