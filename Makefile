@@ -24,6 +24,7 @@ test-lowest: .venv-lowest/installed
 
 test-slow: $(VENV)/installed models/smollm2-135m
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m slow
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m hypothesis --hypothesis-profile many
 
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

@@ -1,9 +1,12 @@
 """Settings and fixtures of all tests. What they share beside these is in helpers/."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,17 +16,35 @@ from helpers.runs import whole  # noqa: F401
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
+from hf_dms.report.page import TEMPLATES
+
 torch.set_num_threads(1)
 settings.register_profile(
     "hf_dms",
+    max_examples=40,
     deadline=None,  # no timing in tests
     derandomize=True,  # a red test stays red
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],  # those used with it hold no state
 )
+settings.register_profile("many", settings.get_profile("hf_dms"), max_examples=400)  # of `make test-slow`
 settings.load_profile("hf_dms")
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported out of every later collection of garbage: one comes with each training."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def pictures() -> Iterator[None]:
+    """None in the pages of runs in this process, which would take a third of a short one. tests/report has them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TEMPLATES.globals, "svg", lambda panel: f"<svg>{panel.title}</svg>")
+        yield
 
 
 @pytest.fixture
