@@ -25,9 +25,14 @@ def test_help_needs_neither_torch_nor_transformers(tmp_path):
 
 
 def test_the_package_runs_as_a_module():
-    done = subprocess.run([sys.executable, "-m", "hf_dms", "archs", "llama"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "hf_dms", "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "llama: prunes kv, mlp, hidden, layers" in done.stdout
+    assert "usage: hf-dms" in done.stdout
+
+
+def test_an_architecture_is_told_with_its_dims(capsys):
+    assert main(["archs", "llama"]) == 0
+    assert "llama: prunes kv, mlp, hidden, layers" in capsys.readouterr().out
 
 
 def test_a_mistake_ends_in_one_line(capsys):
@@ -98,11 +103,11 @@ def test_a_prune_prints_its_report_as_json_and_again_when_it_is_finished(recipe,
 
 
 def test_a_log_file_has_no_bars_and_no_colours(recipe, dense, tmp_path):
-    recipe()  # writes recipe.yaml
-    prune = ["prune", str(tmp_path / "recipe.yaml"), "output.overwrite=true", "train.disable_tqdm=false"]
+    prune = ["prune", str(tmp_path / "recipe.yaml"), "train.disable_tqdm=false"]
     evaluate = ["eval", str(dense), "--data", str(tmp_path / "text.jsonl"), "--lengths", "16"]
-    for command in (prune, evaluate):
-        done = subprocess.run([sys.executable, "-m", "hf_dms", *command], capture_output=True)  # bytes: \r stays \r
-        assert done.returncode == 0, done.stderr
-        for text in (done.stdout, done.stderr):
-            assert not [mark for mark in (b"\r", b"\x1b[", b"it/s") if mark in text], text
+    code = f"from hf_dms.cli import main; print([main(command) for command in {[prune, evaluate]}])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True)  # bytes: \r stays \r
+    assert done.stdout.endswith(b"[0, 0]\n"), done.stderr
+    assert b"perplexity" in done.stdout
+    for text in (done.stdout, done.stderr):
+        assert not [mark for mark in (b"\r", b"\x1b[", b"it/s") if mark in text], text

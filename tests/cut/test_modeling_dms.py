@@ -90,16 +90,16 @@ def stock_folders(tmp_path_factory):
 
 LOAD = """
 import json, sys
-jobs, options, preamble = json.loads(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
+jobs, preamble = json.loads(sys.argv[1]), sys.argv[2]
 exec(preamble)
 import torch, transformers
 from safetensors.torch import load_file
 
 torch.set_num_threads(1)
-ids = torch.tensor(json.loads(sys.argv[4]))
+ids = torch.tensor(json.loads(sys.argv[3]))
 batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 for job in jobs:
-    model = getattr(transformers, job["auto"]).from_pretrained(job["folder"], **options).eval()
+    model = getattr(transformers, job["auto"]).from_pretrained(job["folder"], **job.get("options", {})).eval()
     assert model.config.model_type == job["model_type"], model.config.model_type
     expected = load_file(job["folder"] + ".expected")
     with torch.no_grad():
@@ -125,13 +125,13 @@ else:
 """.replace("import hf_dms", "__import__('hf_dms')")
 
 
-def load_in_a_process_of_its_own(jobs, options, preamble, tmp_path):
+def load_in_a_process_of_its_own(jobs, preamble, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     if preamble == WITH_HF_DMS:
         environment["PYTHONPATH"] = str(ROOT)
     ids = json.dumps(token_batch()["input_ids"].tolist())
-    command = [sys.executable, "-c", LOAD, json.dumps(jobs), json.dumps(options), preamble, ids]
+    command = [sys.executable, "-c", LOAD, json.dumps(jobs), preamble, ids]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout.split("\n")[: len(jobs)]
@@ -139,18 +139,26 @@ def load_in_a_process_of_its_own(jobs, options, preamble, tmp_path):
 
 # ---- loading ----
 def test_per_layer_folders_load_after_import_hf_dms(folders, tmp_path):
-    classes = load_in_a_process_of_its_own(folders, {}, WITH_HF_DMS, tmp_path)
+    classes = load_in_a_process_of_its_own(folders, WITH_HF_DMS, tmp_path)
     assert classes[:2] == ["hf_dms.cut.modeling_dms DmsLlamaModel", "hf_dms.cut.modeling_dms DmsLlamaForCausalLM"]
 
 
-def test_per_layer_folders_load_with_trust_remote_code_without_hf_dms(folders, tmp_path):
-    classes = load_in_a_process_of_its_own(folders, {"trust_remote_code": True}, WITHOUT_HF_DMS, tmp_path)
+@pytest.fixture(scope="module")
+def without_hf_dms(folders, stock_folders, tmp_path_factory):
+    """Classes of the folders in a process that has no hf_dms: of the per-layer ones, and of the stock ones."""
+    trusted = [each | {"options": {"trust_remote_code": True}} for each in folders]
+    classes = load_in_a_process_of_its_own([*stock_folders, *trusted], WITHOUT_HF_DMS, tmp_path_factory.mktemp("home"))
+    return classes[len(stock_folders) :], classes[: len(stock_folders)]
+
+
+def test_per_layer_folders_load_with_trust_remote_code_without_hf_dms(without_hf_dms):
+    classes, _ = without_hf_dms
     assert all(line.startswith("transformers_modules.") for line in classes)
     assert [line.rpartition(" ")[2] for line in classes[:2]] == ["DmsLlamaModel", "DmsLlamaForCausalLM"]
 
 
-def test_stock_folders_load_without_hf_dms(stock_folders, tmp_path):
-    classes = load_in_a_process_of_its_own(stock_folders, {}, WITHOUT_HF_DMS, tmp_path)
+def test_stock_folders_load_without_hf_dms(without_hf_dms):
+    _, classes = without_hf_dms
     assert all(line.startswith("transformers.models.") for line in classes)
     assert classes[-1].endswith(" MistralForCausalLM")
 

@@ -580,9 +580,10 @@ def test_early_stopping_waits_until_the_target_has_fallen(tmp_path):
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler, about torch
 def test_compiling_changes_nothing(tmp_path):
     """Kernels may sum in another order: 2e-7 of a value, seen after six steps."""
-    options = dict(optim="sgd", max_steps=6)
-    plain = trained(tmp_path / "plain", **options)
-    compiled = trained(tmp_path / "compiled", **options, torch_compile=True, torch_compile_backend="aot_eager")
+    options, layers = dict(optim="sgd", max_steps=6), dict(num_hidden_layers=2)
+    plain = trained(tmp_path / "plain", model=tiny_llama(**layers), **options)
+    compiling = dict(torch_compile=True, torch_compile_backend="aot_eager")
+    compiled = trained(tmp_path / "compiled", model=tiny_llama(**layers), **options, **compiling)
     assert isinstance(compiled.model_wrapped, torch._dynamo.OptimizedModule)
     assert torch.allclose(compiled.gates.prune_ratio, plain.gates.prune_ratio, atol=1e-5)
     assert float(plain.gates.prune_ratio.detach().max()) > 0.03  # Adam moved them
