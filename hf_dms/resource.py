@@ -8,6 +8,7 @@ equal ones: a Llama has one, a staged network one a stage.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -68,10 +69,9 @@ class Cost:
 
 
 def _product(sizes: Sizes, monomial: Monomial) -> Tensor:
-    product = torch.ones(1, dtype=torch.float64, device=next(iter(sizes.values())).device)
-    for dim in monomial:
-        product = product * sizes[dim].double()
-    return product
+    if not monomial:
+        return torch.ones(1, dtype=torch.float64, device=next(iter(sizes.values())).device)
+    return math.prod((sizes[dim].double() for dim in monomial[1:]), start=sizes[monomial[0]].double())
 
 
 def resource_loss(resource: Tensor, target: Tensor | float) -> Tensor:

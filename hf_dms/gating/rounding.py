@@ -92,12 +92,13 @@ class _Rounding:
     allowed: which sizes there are.
     learned: sizes that the ratios say, `[num_ratios]` float64 per dim.
     budget: what the sizes may cost.
+    dense: sizes of all dims before pruning.
     finest: the dims that absorb what the others leave.
     """
 
     def __init__(self, gates: Gates, bound: BoundSpec, config: DMSConfig, model_config) -> None:
         self.gates, self.bound, self.target = gates, bound, config.target
-        self.budget = config.target * gates.dense_resource
+        self.budget, self.dense = config.target * gates.dense_resource, gates.dense_sizes()
         self.allowed = AllowedSizes(gates, bound, config, model_config)
         self.learned: State = {}
         for name in self.allowed.low:
@@ -294,4 +295,4 @@ class _Rounding:
     def count(self, state: State) -> Tensor:
         """The limited resource, `[...]` float64, of sizes `[..., num_ratios]`."""
         sizes = {name: self.rows(state, name).double() for name in self.gates.dims}
-        return self.gates.count(self.gates.dense_sizes() | sizes).cpu()
+        return self.gates.count(self.dense | sizes).cpu()
