@@ -15,11 +15,11 @@ data: models/movie-sentiment models/fashion-mnist
 
 # two processes of one thread each; a file stays in one process, so that what its tests share is made once
 test: $(VENV)/installed lint
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=25
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=25
 
 # with the lowest versions that pyproject.toml allows, for every release; warnings of old packages are no errors here
 test-lowest: .venv-lowest/installed
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -q -n $(WORKERS) --dist loadfile \
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
 		-o filterwarnings=default
 
 test-slow: $(VENV)/installed models/smollm2-135m

@@ -33,6 +33,18 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
+# Files of half a minute and more. They come first, so that no process is left with one when the others have ended.
+LONG = (
+    *("test_distributed", "test_run", "test_trainer", "test_encoder_folders", "test_encoders", "test_compare"),
+    *("test_eval_command", "test_decoders", "test_hub", "test_slicing", "test_resume", "test_disturbances"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first (the Makefile keeps this order)."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 def pytest_collection_finish() -> None:
     """Leave what is imported out of every later collection of garbage: one comes with each training."""
     gc.collect()
