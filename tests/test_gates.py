@@ -10,8 +10,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_dms import DMSConfig, attach_
 from hf_dms.cut.prune import plan_of
+from hf_dms.gates import GatedDim, Gates, SearchSchedule
 from hf_dms.gating.attach import gates_of
-from hf_dms.resource import scheduled_target
+from hf_dms.resource import Cost, scheduled_target
 from hf_dms.topk import soft_topk_mask
 
 DIMS = ("kv", "mlp", "hidden", "layers")
@@ -356,6 +357,20 @@ def test_the_resource_loss_weighs_log_of_resource_over_the_falling_target():
         expected = 3.0 * F.relu(torch.log(gates.resource() / target))
         assert torch.allclose(gates.resource_loss(progress), expected)
     assert gates.resource_loss(0.0) == 0
+
+
+def test_a_dim_that_follows_another_keeps_its_share_in_every_row():
+    dims = [
+        GatedDim("stream", 1, 4, 4.0, True, (1,), (4,)),
+        GatedDim("inner", 3, 8, 4.0, True, (1,) * 3, (8,) * 3, follows="stream"),
+    ]
+    schedule = SearchSchedule(0.5, 0, 0.99, 0.7, "geometric", 1.0, 0.85)
+    gates = Gates(dims, {}, Cost({("stream",): 1.0}, {}), schedule)
+    with torch.no_grad():
+        gates.prune_ratio.fill_(0.25)
+    assert gates.hard_sizes()["inner"].tolist() == [6, 6, 6]
+    assert gates.soft_sizes()["inner"].tolist() == [6, 6, 6]
+    assert gates.following_units("inner", torch.tensor([[2], [3]])).tolist() == [[4] * 3, [6] * 3]
 
 
 def test_protected_layers_rank_above_all_others():

@@ -154,6 +154,24 @@ def test_sizes_are_brought_to_the_target_once_per_move(monkeypatch):
     assert len(met) == 4
 
 
+@pytest.mark.parametrize("target", [0.6, 0.85])  # at 0.85 some layers are whole before others are large enough
+def test_sizes_are_brought_to_the_target_by_one_factor(target):
+    _, gates = searched(target=target)
+    gates.decide_(0.9)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        sizes = 0.06 + 0.9 * torch.rand(3, generator=generator)
+        with torch.no_grad():
+            gates._of_dim(gates.prune_ratio, "mlp").copy_(1 - sizes)
+        gates.clamp_ratios_()
+        assert float(gates.resource().detach()) == pytest.approx(target, abs=1e-5)
+        found = 1 - gates.ratio("mlp").detach()
+        free = (found > 0.0501) & (found < 0.9999)  # the smallest size is one unit of twenty
+        factors = (found / sizes)[free]
+        assert free.any()
+        assert torch.allclose(factors, factors[:1], rtol=1e-4)
+
+
 # ---- in a search ----
 WIDE = dict(intermediate_size=200)
 STEPS = dict(max_steps=24, save_strategy="steps")
