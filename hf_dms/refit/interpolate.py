@@ -11,10 +11,10 @@ is measured on some of the batches, and the best share stays; the larger one whe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import HfDmsError
@@ -27,7 +27,12 @@ class Interpolation:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        self._before = {name: weight.detach().cpu().clone() for name, weight in model.named_parameters()}
+        self._before = {name: weight.detach().cpu().clone() for name, weight in self._named()}
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters and, of batch norms, running statistics, which a repair takes anew."""
+        yield from self.model.named_parameters()
+        yield from ((name, buffer) for name, buffer in self.model.named_buffers() if buffer.is_floating_point())
 
     @torch.no_grad()
     def keep_best_share_(self, batches: Sequence[Mapping[str, Tensor]]) -> float:
@@ -39,7 +44,7 @@ class Interpolation:
         Raises:
             ValueError: the model gives no loss on them.
         """
-        named = self.model.named_parameters()
+        named = self._named()
         changed = {
             name: (weight, self._before[name], weight.detach().cpu().clone())
             for name, weight in named
@@ -54,7 +59,7 @@ class Interpolation:
         return best
 
     @staticmethod
-    def _move_(changed: Iterable[tuple[nn.Parameter, Tensor, Tensor]], share: float) -> None:
+    def _move_(changed: Iterable[tuple[Tensor, Tensor, Tensor]], share: float) -> None:
         for weight, before, after in changed:
             if share in (0.0, 1.0):  # exactly what they were
                 weight.copy_(after if share else before)

@@ -12,7 +12,7 @@ where D weighs a position by 1 / mean square of the dense stream, so that an err
 alike where no norm over units reads the stream (ResNet). So a cut that changes nothing is left as it is. The last map
 of a layer aims past the dropped layers that follow; where the stream itself is normalised (BERT) the layer takes over
 the norm of the last one dropped, which belongs to the sum aimed at. A bias is one more input, always 1. Nothing else of
-the model moves.
+the model moves but running statistics of batch norms, with what makes up for that (batch_norms.py).
 
 Where what a map writes is scaled or normalised before it is added (Granite, DINOv2, ConvNeXt, ResNet, Gemma 2 and 3), R
 is stated before that; a norm keeps its own size, so a map in front of one can make up for less.
@@ -49,6 +49,7 @@ from ..cut.prune import plan_of
 from ..cut.verify import open_gates
 from ..errors import HfDmsError
 from ..gating.attach import has_gates
+from .batch_norms import estimate_inner_norms_, estimate_outer_norm_
 from .curvature import Sums, collect_
 from .interpolate import Interpolation
 from .layerwise import LayerWalk, targets_of_layers
@@ -128,10 +129,15 @@ def repair_(
             units = _kept_stream(bound, plan, stack)
             places, targets = targets_of_layers(teacher, layers, units)
             where = f"layer {number}" if len(bound.stacks) == 1 else f"layer {number} of {stack}"
+            lacks = _lacks(student, places, position, targets)
+            if lacks:
+                estimate_inner_norms_(student, places, position)
             for path in places.writes:
                 _refit_(student, places, position, path, targets[path], masks, ridge, f"{path} of {where}")
                 if epochs:
                     reconstruct_(student, places, position, path, targets[path], masks, epochs)
+                if lacks:
+                    estimate_outer_norm_(student, places, position, path)
                 targets[path].clear()
             if len(layers) > 1:
                 _take_over_norm_(student.layers[position], teacher.layers[layers[-1]], places, units)
@@ -165,6 +171,12 @@ def _take_over_norm_(kept: nn.Module, dropped: nn.Module, places: StreamModules,
         for name, parameter in kept.get_submodule(path).named_parameters():
             source = dropped.get_submodule(path).get_parameter(name)
             parameter.copy_(source.index_select(0, units.to(source.device)))
+
+
+def _lacks(student: LayerWalk, places: StreamModules, layer: int, targets: Mapping[str, Shelf]) -> bool:
+    """Whether the stream of the first batch is not what it should be, to the bit, after a map of a layer."""
+    sums = student.run(layer, 0, places).sums
+    return not all(torch.equal(sums[path], targets[path][0].to(sums[path].device)) for path in places.writes)
 
 
 def _folder_in(offload: str | os.PathLike | None) -> contextlib.AbstractContextManager[str | None]:

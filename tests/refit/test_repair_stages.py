@@ -13,8 +13,10 @@ from transformers import (
     ResNetModel,
 )
 
-from hf_dms import prune, repair_
+from hf_dms import estimate_batch_norms_, prune, repair_
 from hf_dms.cut.plan import Plan
+from hf_dms.refit.batch_norms import batch_norms, estimate_inner_norms_, taking_statistics
+from hf_dms.refit.interpolate import Interpolation
 from hf_dms.refit.layerwise import LayerWalk, find_stream_modules
 from hf_dms.refit.stream import unfolded
 
@@ -37,7 +39,7 @@ def model_of(name, **options):
 
 
 def trained(name):
-    """A model after a few steps on small images whose classes are shifts of them."""
+    """A model after a few steps on small images whose classes are shifts of them, its running statistics theirs."""
     model = model_of(name)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     model.train()
@@ -47,6 +49,7 @@ def trained(name):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+    estimate_batch_norms_(model, images(model, 7))
     return model.eval()
 
 
@@ -155,13 +158,17 @@ def test_a_cut_that_changes_nothing_is_left_as_it_is(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_with_all_units_kept_and_enough_positions_the_model_is_restored(name):
     model = model_of(name, dtype=torch.float64)
-    pruned = cut_by(model, Plan({}))
+    batches, held_out = list(images(model, 1, batches=6)), batch_for(model)
     with torch.no_grad():
+        walk = LayerWalk(model, bound_of(model), batches)
+        for layer in range(len(walk.layers)):  # with the statistics that its batch norms have on these images
+            estimate_inner_norms_(walk, find_stream_modules(walk, layer), layer)
+            walk.advance(layer)
+        pruned = cut_by(model, Plan({}))
         for _, _, module in writers_of(pruned, model):
             generator = torch.Generator().manual_seed(0)
             for parameter in module.parameters():
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator).double()
-    batches, held_out = list(images(model, 1, batches=6)), batch_for(model)
     repair_(pruned, model, Plan({}), batches, ridge=1e-13)
     assert relative_difference(pruned(**held_out).logits, model(**held_out).logits) < 1e-3
     for (_, _, module), (_, _, expected) in zip(writers_of(pruned, model), writers_of(model, model)):
@@ -191,6 +198,10 @@ def test_a_map_gets_the_ridge_regression_of_what_the_stream_lacks(name):
     batches, ridge = list(images(model, 1, batches=3)), 0.05
     layer, path, module = next(found for found in writers_of(pruned, model) if found[0].endswith("stages.1.layers.1"))
     block = pruned.get_submodule(layer)
+    inner = [norm for norm in batch_norms(block) if norm is not batch_norms(block)[-1]]
+    with torch.no_grad(), taking_statistics(inner):  # before it, the norms in front of it are those of the cut model
+        for batch in batches:
+            pruned(**batch)
     inputs, _ = captured(pruned, f"{layer}.{path}", batches)
     if name == "convnext":
         channels = block.layer_scale_parameter
@@ -215,23 +226,56 @@ def test_a_map_gets_the_ridge_regression_of_what_the_stream_lacks(name):
     assert relative_difference(module.weight - weight, change[:, :width].view_as(weight)) < 1e-6
     until = [key for key in before if key.startswith(layer)][-1]
     early = list(before)[: list(before).index(until) + 1]
-    ours = {f"{layer}.{path}.weight", f"{layer}.{path}.bias"} & {*before}
+    behind = path.replace("convolution", "normalization")
+    ours = {key for key in early if key.startswith((f"{layer}.{path}.", f"{layer}.{behind}."))}
     assert changed(pruned, before) & {*early} == ours
 
 
 @pytest.mark.parametrize("name", ["basic", "bottleneck", "convnext"])
-def test_only_maps_that_write_into_a_stream_change(name):
+def test_only_maps_that_write_into_a_stream_change_and_batch_norms(name):
     model = model_of(name)
     dense, plan = state_of(model), plan_for(model, PLANS["all"], 0.75)
     pruned = cut_by(model, plan)
     before = state_of(pruned)
     allowed = {f"{layer}.{path}" for layer, path, _ in writers_of(pruned, model)}
     repair_(pruned, model, plan, images(model, 1, batches=4))
+    norms = [*batch_norms(pruned)][1:]  # of all blocks, not that of the stem
+    allowed |= {name for name, module in pruned.named_modules() if module in norms}
     assert {key.rpartition(".")[0] for key in changed(pruned, before)} == allowed
     assert not changed(model, dense)
     for module in [*model.modules(), *pruned.modules()]:
         assert not module._forward_hooks
         assert "forward" not in module.__dict__
+
+
+@pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
+def test_running_statistics_are_those_of_the_repaired_model(layer_type):
+    model = model_of(layer_type)
+    plan = plan_for(model, INNER)
+    pruned = cut_by(model, plan)
+    batches = list(images(model, 1, batches=4))
+    repair_(pruned, model, plan, batches)
+    for name, norm in pruned.named_modules():
+        if norm not in batch_norms(pruned)[1:]:
+            continue
+        if layer_type == "bottleneck" and ".layer.1." in name:
+            continue  # the norm in front of it ran on each batch's own statistics when it was measured
+        inputs = [captured(pruned, name, [batch])[0] for batch in batches]
+        mean = torch.stack([batch.mean((0, 2, 3)) for batch in inputs]).mean(0)
+        variance = torch.stack([batch.transpose(0, 1).flatten(1).var(1) for batch in inputs]).mean(0)
+        assert relative_difference(norm.running_mean, mean) < 1e-4
+        assert relative_difference(norm.running_var, variance) < 1e-4
+
+
+def test_a_share_of_a_repair_is_one_of_its_statistics_too():
+    model = model_of("basic")
+    plan = plan_for(model, INNER)
+    pruned = cut_by(model, plan)
+    before, kept = state_of(pruned), Interpolation(pruned)
+    repair_(pruned, model, plan, images(model, 1, batches=2))
+    with torch.no_grad():
+        kept._move_([(tensor, kept._before[name], tensor.clone()) for name, tensor in kept._named()], 0.0)
+    assert {name.rpartition(".")[2] for name in changed(pruned, before)} == {"num_batches_tracked"}
 
 
 # ---- that it helps ----
@@ -299,7 +343,7 @@ def test_with_gates_on_the_dense_model_their_plan_is_repaired():
     pruned = prune(model, inputs=batch_for(model))
     before = state_of(pruned)
     repair_(pruned, model, None, images(model, 1, batches=4))
-    assert {key.rpartition(".")[2] for key in changed(pruned, before)} == {"weight"}
+    assert any("convolution" in key for key in changed(pruned, before))
 
 
 # ---- errors ----
