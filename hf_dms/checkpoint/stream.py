@@ -27,11 +27,12 @@ from ..archs.plain_view import names_by_tensor, tensor_of
 from ..archs.registry import class_name, spec_for
 from ..archs.skeleton import skeleton
 from ..cut.formats import pruned_class_and_config
-from ..cut.plan import PLAN_FILE, Plan, load_plan, plan_to_json
+from ..cut.plan import PLAN_FILE, Plan, load_plan, plan_to_json, scales_by_unit
 from ..cut.plans import load_plan_at
 from ..cut.slicing import cut_tensor, slice_tensor, source_names
 from ..errors import HfDmsError, VerificationError
 from ..files import load_saved, open_weights
+from ..gating.scales import folded_scales
 from .stored import Stored, equal, first_mismatch, read, stored_tensors, weight_files
 
 
@@ -47,6 +48,7 @@ class StreamedCut:
         layout: uniform, per_layer or padded.
         tensors: the dense model's tensors by the name that the model has for them.
         left_out: names in the files that the model has no parameters for, as `from_pretrained` would leave them out.
+        factors: what dense tensors are multiplied by, by name: the plan's scales.
     """
 
     dense: PreTrainedModel
@@ -56,6 +58,7 @@ class StreamedCut:
     layout: str
     tensors: dict[str, Stored]
     left_out: list[str]
+    factors: dict[str, Tensor]
 
 
 def prepare_cut(folder: Path, plan_path: str | Path, share: float | None = None) -> StreamedCut:
@@ -84,7 +87,8 @@ def prepare_cut(folder: Path, plan_path: str | Path, share: float | None = None)
     if wrong := first_mismatch(tensors, dense):
         raise HfDmsError(f"{folder}: {wrong} Is config.json that of the weights?")
     cls, config = pruned_class_and_config(dense, bound, plan, layout)
-    return StreamedCut(dense, skeleton(cls, config, dense.dtype), bound, plan, layout, tensors, left_out)
+    factors = folded_scales(scales_by_unit(plan, bound), bound)
+    return StreamedCut(dense, skeleton(cls, config, dense.dtype), bound, plan, layout, tensors, left_out, factors)
 
 
 def write_cut(job: StreamedCut, folder: Path, target: Path) -> dict[str, int]:
@@ -165,8 +169,10 @@ def _count_kept(job: StreamedCut) -> int:
 
 
 def _cut(job: StreamedCut, source: str, name: str) -> Tensor:
-    shape = tensor_of(job.pruned, name).shape
-    return cut_tensor(read(job.tensors[source]), shape, job.bound, source, job.plan, job.layout).contiguous()
+    tensor, shape = read(job.tensors[source]), tensor_of(job.pruned, name).shape
+    if source in job.factors:
+        tensor = (tensor * job.factors[source]).to(tensor.dtype)
+    return cut_tensor(tensor, shape, job.bound, source, job.plan, job.layout).contiguous()
 
 
 def _write_shard(job: StreamedCut, names: dict[str, str], file: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,9 +29,12 @@ class Plan:
 
     Attributes:
         kept: per pruned dim one sorted index tensor per row (layer of the dense model, or the whole model).
+        log_scales: for the dims whose units have learned scales (`dms.scales`) θ of every kept unit, float32 in the
+            shapes of `kept`; what a unit writes is multiplied by exp θ.
     """
 
     kept: dict[str, tuple[Tensor, ...]]
+    log_scales: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, list[int]]:
@@ -43,6 +50,16 @@ def kept_units(plan: Plan, name: str, layer: int | None, units: int) -> Tensor:
     return rows[layer if layer is not None and len(rows) > 1 else 0]
 
 
+def scales_by_unit(plan: Plan, bound: BoundSpec) -> dict[str, Tensor]:
+    """θ of all units of the dims that have scales, `[rows, units]`: 0 for those that do not stay."""
+    found = {}
+    for name, rows in plan.log_scales.items():
+        found[name] = torch.zeros(len(rows), bound.sizes[name])
+        for row, (units, scales) in enumerate(zip(plan.kept[name], rows)):
+            found[name][row, units] = scales
+    return found
+
+
 def kept_layers(plan: Plan, bound: BoundSpec) -> list[tuple[str, int]]:
     """Layers of the dense model that stay, in order: (depth dim of their stack, index in it)."""
     return [
@@ -55,7 +72,7 @@ def plan_to_json(plan: Plan, bound: BoundSpec, layout: str) -> str:
 
     `kept` holds, per pruned dim, one list of indices into the dense model's units per layer, or one list in all for a
     dim that the whole model shares; `units` how many the dense model has. Layers that go are in it too: `kept.layers`
-    says which stay.
+    says which stay. `log_scales`, if there are any, holds the scales of the units that stay.
 
     Args:
         plan: which units stay.
@@ -67,6 +84,8 @@ def plan_to_json(plan: Plan, bound: BoundSpec, layout: str) -> str:
     head = {"format": FORMAT, "model_type": bound.spec.model_type, "layout": layout, "units": units}
     lines = [f'  "{key}": {json.dumps(value)}' for key, value in head.items()]
     dims = [f'    "{name}": [\n      ' + ",\n      ".join(map(str, rows)) + "\n    ]" for name, rows in kept.items()]
+    if plan.log_scales:
+        lines.append(f'  "log_scales": {json.dumps(packed_scales(plan))}')
     return "{\n" + ",\n".join(lines) + ',\n  "kept": {\n' + ",\n".join(dims) + "\n  }\n}\n"
 
 
@@ -90,7 +109,51 @@ def load_plan(path: str | os.PathLike, bound: BoundSpec) -> tuple[Plan, str]:
     content = read_json(file, "cut", "dms_plan.schema.json")
     check_plan(content, bound, file)
     kept = {name: tuple(torch.tensor(row, dtype=torch.long) for row in rows) for name, rows in content["kept"].items()}
-    return Plan(kept), content["layout"]
+    return Plan(kept, unpacked_scales(content.get("log_scales", {}), kept, file)), content["layout"]
+
+
+def packed_scales(plan: Plan) -> dict[str, list[str]]:
+    """The scales of a plan as text: little-endian float32 in base64, one text per row."""
+    return {
+        name: [base64.b64encode(row.numpy().astype("<f4").tobytes()).decode("ascii") for row in rows]
+        for name, rows in plan.log_scales.items()
+    }
+
+
+def unpacked_scales(
+    packed: Mapping[str, Sequence[str]], kept: Mapping[str, Sequence[Any]], where: object
+) -> dict[str, tuple[Tensor, ...]]:
+    """What `packed_scales` made text of.
+
+    Args:
+        packed: the texts.
+        kept: the units that stay, which the scales are of.
+        where: they were found, for messages.
+
+    Raises:
+        ValueError: they are no finite numbers, one for each unit.
+    """
+    found = {}
+    for name, rows in packed.items():
+        if len(rows) != len(kept.get(name, ())):
+            raise HfDmsError(f"{where}: log_scales.{name} has {len(rows)} rows, kept.{name} {len(kept.get(name, ()))}.")
+        found[name] = tuple(
+            _floats(row, len(units), f"{where}: log_scales.{name}") for row, units in zip(rows, kept[name])
+        )
+    return found
+
+
+def _floats(text: str, count: int, where: str) -> Tensor:
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise HfDmsError(f"{where} is not base64: {error}.") from None
+    if len(data) != 4 * count:
+        raise HfDmsError(f"{where} has {len(data)} bytes, expected 4 for each of {count} units.")
+    values = torch.from_numpy(np.frombuffer(data, dtype="<f4").astype(np.float32))
+    if not values.isfinite().all():
+        raise HfDmsError(f"{where} has numbers that are not finite.")
+    return values
 
 
 def check_plan(content: Any, bound: BoundSpec, file: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 from ..archs.bind import BoundSpec
 from ..errors import HfDmsError
 from ..files import read_json
-from .plan import FORMAT, Plan, check_plan
+from .plan import FORMAT, Plan, check_plan, packed_scales, unpacked_scales
 
 PLANS_FILE = "dms_plans.json"
 STEP = 0.05
@@ -57,7 +57,8 @@ def plans_to_json(plans: Mapping[float, Plan], bound: BoundSpec, layout: str) ->
         }
         for level, plan in sorted(plans.items(), reverse=True)
     }  # fmt: skip
-    return json.dumps(head | {"plans": packed}, indent=1) + "\n"
+    scales = {f"{level:g}": packed_scales(plan) for level, plan in plans.items() if plan.log_scales}
+    return json.dumps(head | {"plans": packed} | ({"log_scales": scales} if scales else {}), indent=1) + "\n"
 
 
 def load_plans(path: str | os.PathLike, bound: BoundSpec) -> tuple[Plans, str]:
@@ -86,7 +87,9 @@ def load_plans(path: str | os.PathLike, bound: BoundSpec) -> tuple[Plans, str]:
             for name, rows in dims.items()
         }
         check_plan({key: content[key] for key in ("format", "model_type", "units")} | {"kept": kept}, bound, file)
-        plans[float(level)] = Plan({name: tuple(torch.tensor(row) for row in rows) for name, rows in kept.items()})
+        scales = unpacked_scales(content.get("log_scales", {}).get(level, {}), kept, f"{file}: {level}")
+        tensors = {name: tuple(torch.tensor(row) for row in rows) for name, rows in kept.items()}
+        plans[float(level)] = Plan(tensors, scales)
     return plans, content["layout"]
 
 

@@ -25,10 +25,10 @@ from ..gating.checks import check_model
 from ..gating.gates_for import recount_
 from ..gating.outcome import say_gap, say_outcome
 from ..gating.rounding import sizes_of
-from ..gating.scales import folded, folded_scales
+from ..gating.scales import folded
 from ..resource import Sizes
 from ..topk import topk_mask
-from .plan import Plan
+from .plan import Plan, scales_by_unit
 from .slicing import cut
 from .verify import can_be_upcast, check_same, dummy_inputs, hard_masked, output_units
 
@@ -102,11 +102,11 @@ def cut_to(model: PreTrainedModel, plan: Plan, inputs: Mapping[str, Tensor] | No
     """
     gates = gates_of(model)
     bound = gates.attachment.bound
-    pruned = cut(model, bound, plan, gates.attachment.config.layout, folded_scales(gates, bound))
+    pruned = cut(model, bound, plan, gates.attachment.config.layout)
     sizes = {name: torch.tensor(units) for name, units in plan.sizes.items()}
     rounds = model.dtype in HALF and can_be_upcast(model)
     scaled = folded(model) if rounds else contextlib.nullcontext()
-    with _ranked_by(gates, plan), hard_masked(model, sizes), exact_packed_maps(model), scaled:
+    with _ranked_by(gates, plan), _scaled_by(gates, plan), hard_masked(model, sizes), exact_packed_maps(model), scaled:
         inputs = inputs if inputs is not None else dummy_inputs(model)
         check_same(model, pruned, inputs, ("masked", "cut"), output_units(bound, plan))
     keep_source_(pruned, model.name_or_path)
@@ -147,7 +147,12 @@ def make_plan(gates: Gates, sizes: Sizes) -> Plan:
     for name, size in sizes.items():
         mask = topk_mask(gates.importance(name), size.to(gates.prune_ratio.device))
         kept[name] = tuple(row.nonzero().squeeze(-1).cpu() for row in mask)
-    return Plan(kept)
+    scales = {
+        name: tuple(row[units] for row, units in zip(scales.detach().float().cpu(), kept[name]))
+        for name, scales in gates.scales.items()
+        if name in kept
+    }
+    return Plan(kept, scales)
 
 
 def magnitude_importance(bound: BoundSpec, model: nn.Module, gates: Gates) -> dict[str, Tensor]:
@@ -190,6 +195,18 @@ def _ranked(model: PreTrainedModel) -> Iterator[None]:
     importance = {} if searched else magnitude_importance(gates.attachment.bound, model, gates)
     with _importance(gates, importance):
         yield
+
+
+@contextlib.contextmanager
+def _scaled_by(gates: Gates, plan: Plan) -> Iterator[None]:
+    """Let the scales be those of a plan for a while."""
+    before = gates.scales
+    there = scales_by_unit(plan, gates.attachment.bound)
+    gates.scales = {name: scales.to(gates.prune_ratio.device) for name, scales in there.items()}
+    try:
+        yield
+    finally:
+        gates.scales = before
 
 
 @contextlib.contextmanager

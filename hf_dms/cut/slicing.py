@@ -7,8 +7,6 @@ stays. Nothing here knows a module's name.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -17,34 +15,30 @@ from transformers import PreTrainedModel, initialization
 from ..archs.bind import BoundSpec
 from ..archs.plain_view import plain_buffers, plain_weight
 from ..errors import VerificationError
+from ..gating.scales import folded_scales
 from .formats import pruned_class_and_config
-from .plan import Plan, kept_units
+from .plan import Plan, kept_units, scales_by_unit
 
 
 @torch.no_grad()
-def cut(
-    model: PreTrainedModel,
-    bound: BoundSpec,
-    plan: Plan,
-    layout: str,
-    factors: Mapping[str, Tensor] = MappingProxyType({}),
-) -> PreTrainedModel:
+def cut(model: PreTrainedModel, bound: BoundSpec, plan: Plan, layout: str) -> PreTrainedModel:
     """A new model that holds the kept units of another.
 
     Args:
         model: the dense model; its tensors are copied, not shared.
         bound: its architecture.
-        plan: which units stay.
+        plan: which units stay, and their scales.
         layout: uniform, per_layer or padded.
-        factors: what parameters are multiplied by, by their names in the dense model.
     """
+    factors = folded_scales(scales_by_unit(plan, bound), bound)
     cls, config = pruned_class_and_config(model, bound, plan, layout)
     with initialization.no_init_weights():
         pruned = cls._from_config(config, dtype=model.dtype, attn_implementation=model.config._attn_implementation)
     sources = source_names(pruned, bound, plan)
     for name, tensor in (*pruned.named_parameters(), *plain_buffers(pruned)):
         source = plain_weight(model, sources[name])
-        source = source * factors[sources[name]] if sources[name] in factors else source
+        if sources[name] in factors:
+            source = source * factors[sources[name]].to(source.device)
         dtype = model.dtype if isinstance(tensor, nn.Parameter) else source.dtype
         tensor.data = cut_tensor(source, tensor.shape, bound, sources[name], plan, layout).to(dtype, copy=True)
     pruned.to(model.device)  # buffers that are not in the state dict

@@ -12,24 +12,27 @@ The cut multiplies the columns that read a unit by s, and computes what the mask
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
 from ..archs.bind import BoundSpec
-from ..gates import Gates
 from .attach import gates_of, masked_inputs
 
 
-def folded_scales(gates: Gates, bound: BoundSpec) -> dict[str, Tensor]:
+def folded_scales(log_scales: Mapping[str, Tensor], bound: BoundSpec) -> dict[str, Tensor]:
     """What the weights that read units are multiplied by, by the names of parameters.
+
+    Args:
+        log_scales: θ, `[rows, units]` per dim that has scales.
+        bound: the architecture.
 
     Returns:
         Float32 factors that broadcast over a weight, `[1, inputs]` of a linear map and `[1, inputs, 1, 1]` of a
         convolution.
     """
     factors: dict[str, Tensor] = {}
-    for name, scales in gates.scales.items():
+    for name, scales in log_scales.items():
         for path, row, shape in masked_inputs(bound, name):
             weight = f"{path}.weight"
             over_inputs = scales[row].exp()[None, :, None].expand(shape).reshape(-1)
@@ -42,7 +45,7 @@ def folded_scales(gates: Gates, bound: BoundSpec) -> dict[str, Tensor]:
 def folded(model: nn.Module) -> Iterator[None]:
     """Run a model on weights that its scales are folded into, rounded to their own precision, for a while."""
     gates = gates_of(model)
-    factors = folded_scales(gates, gates.attachment.bound)
+    factors = folded_scales(gates.scales, gates.attachment.bound)
     weights = {name: model.get_parameter(name) for name in factors}
     before, scales = {name: weight.data for name, weight in weights.items()}, gates.scales
     try:

@@ -23,8 +23,8 @@ from hf_dms.archs.bind import bind
 from hf_dms.archs.registry import spec_for
 from hf_dms.checkpoint.save import save_pruned
 from hf_dms.cli import main
-from hf_dms.cut.plan import PLAN_FILE, load_plan, plan_to_json
-from hf_dms.cut.prune import plan_of
+from hf_dms.cut.plan import PLAN_FILE, Plan, load_plan, plan_to_json
+from hf_dms.cut.prune import plan_of, prune
 from hf_dms.cut.slicing import cut, cut_tensor
 from hf_dms.cut.verify import outputs_of
 from hf_dms.errors import VerificationError
@@ -91,6 +91,29 @@ CASES = {
     "convnextv2": lambda: tiny(transformers.ConvNextV2ForImageClassification),
     "resnet": lambda: tiny(transformers.ResNetForImageClassification),
 }
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-bf16", "bert", "resnet"])
+def test_scales_travel_with_the_plan(name, tmp_path):
+    """To the bit: the plan's file holds what the search learned, not only which units stay."""
+    model = CASES[name]()
+    attach_(model, DMSConfig(target=0.9, layout="per_layer", pipeline="p-", scales=True))
+    search_(model)
+    gates = gates_of(model)
+    generator = torch.Generator().manual_seed(0)
+    for scales in gates.scales.values():
+        scales.normal_(0, 0.5, generator=generator)
+    plan, bound, pruned = plan_of(model), gates.attachment.bound, prune(model)
+    detach_(model)
+    assert plan.log_scales
+    model.save_pretrained(tmp_path / "dense")
+    (tmp_path / PLAN_FILE).write_text(plan_to_json(plan, bound, "per_layer"))
+    stream(tmp_path)
+    save_pruned(pruned, tmp_path / "expected")
+    assert_equal_files(tmp_path / "out", tmp_path / "expected")
+    plain = cut(model, bound, Plan(plan.kept), "per_layer")
+    assert not all(torch.equal(a, b) for a, b in zip(plain.parameters(), pruned.parameters(), strict=True))
+    assert json.loads((tmp_path / "out" / PLAN_FILE).read_text()) == json.loads((tmp_path / PLAN_FILE).read_text())
 
 
 @pytest.mark.parametrize("layout", ["uniform", "per_layer", "padded"])

@@ -6,7 +6,9 @@ import pytest
 import torch
 from helpers.searches import trained
 
+from hf_dms.cut.plan import Plan
 from hf_dms.cut.plans import PLANS_FILE, levels_above, load_plan_at, load_plans, plans_to_json
+from hf_dms.cut.prune import cut_to
 from hf_dms.cut.slicing import cut
 from hf_dms.gating.attach import gates_of
 
@@ -65,6 +67,24 @@ def test_plans_of_before_an_interruption_are_still_there(searched, tmp_path):
     again = trained(tmp_path, SEARCH, resume=str(tmp_path / "checkpoint-8"), **steps)
     assert list(again.kept_plans.plans) == levels_above(0.7)
     assert all(same(again.kept_plans.plans[level], plan) for level, plan in searched.kept_plans.plans.items())
+
+
+def test_a_plan_has_the_scales_of_its_time_and_is_cut_with_them(tmp_path):
+    trainer = trained(tmp_path, SEARCH | dict(scales=True), max_steps=20)
+    plans, gates = trainer.kept_plans.plans, gates_of(trainer.model)
+    bound, now = gates.attachment.bound, {name: scales.clone() for name, scales in gates.scales.items()}
+    (tmp_path / PLANS_FILE).write_text(plans_to_json(plans, bound, "per_layer"))
+    found, _ = load_plans(tmp_path, bound)
+    for level, plan in plans.items():
+        assert plan.log_scales.keys() == {"kv", "mlp"}
+        for name, rows in plan.log_scales.items():
+            assert all(torch.equal(a, b) for a, b in zip(found[level].log_scales[name], rows, strict=True))
+    earlier, later = (torch.cat([*plans[level].log_scales["mlp"]]).abs().mean() for level in (0.95, 0.75))
+    assert 0 < earlier < later
+    pruned = cut_to(trainer.model, plans[0.8])  # proves it
+    assert all(torch.equal(gates.scales[name], scales) for name, scales in now.items())
+    plain = cut(trainer.model, bound, Plan(plans[0.8].kept), "per_layer")
+    assert not torch.equal(pruned.model.layers[0].mlp.down_proj.weight, plain.model.layers[0].mlp.down_proj.weight)
 
 
 def test_a_target_that_does_not_fall_passes_nothing(tmp_path):

@@ -54,7 +54,7 @@ def test_masked_equals_cut_with_convolutions(cls, monkeypatch):
     model = searched(tiny(cls))
     assert gates_of(model).scales
     prune(model, inputs=batches_for(model)[0])  # proves it
-    monkeypatch.setattr("hf_dms.cut.prune.folded_scales", lambda gates, bound: {})
+    monkeypatch.setattr("hf_dms.cut.slicing.folded_scales", lambda log_scales, bound: {})
     with pytest.raises(VerificationError):
         prune(model, inputs=batches_for(model)[0])
 
