@@ -14,6 +14,7 @@ from helpers.laws import (
     masked_cut_reloaded,
     same_tensors,
     searched,
+    tiny,
 )
 from helpers.marks import ordinary_if
 from helpers.tiny import relative_difference, search_, tiny_llama, token_batch
@@ -26,6 +27,7 @@ from transformers import (
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
     LlamaModel,
+    ResNetForImageClassification,
 )
 
 import hf_dms
@@ -228,6 +230,19 @@ def test_a_model_keeps_its_dtype_and_settings():
     assert pruned.config._attn_implementation == "eager"
     assert pruned.config.rms_norm_eps == 1e-3
     assert pruned.generation_config.temperature == 0.5
+
+
+def test_parameters_of_a_cut_have_the_models_dtype_and_buffers_their_own():
+    model = tiny(ResNetForImageClassification).to(torch.bfloat16)
+    model.classifier[-1].float()  # as training in mixed precision may leave a head
+    searched(model)
+    plan, bound = plan_of(model), gates_of(model).attachment.bound
+    detach_(model)
+    pruned = cut(model, bound, plan, "uniform")
+    assert {parameter.dtype for parameter in pruned.parameters()} == {torch.bfloat16}
+    before, after = ({name: buffer.dtype for name, buffer in each.named_buffers()} for each in (model, pruned))
+    assert set(after.values()) == {torch.bfloat16, torch.int64}
+    assert after.items() <= before.items()
 
 
 def test_target_one_keeps_the_model():

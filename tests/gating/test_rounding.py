@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hf_dms import DMSConfig, attach_, detach_, prune
 from hf_dms.gating.attach import gates_of
 from hf_dms.gating.outcome import search_outcome
-from hf_dms.gating.rounding import check_target, round_sizes
+from hf_dms.gating.rounding import check_target, round_sizes, rounded_of
 
 DIMS = ("kv", "mlp", "hidden", "layers")
 
@@ -133,6 +133,34 @@ def kept_rows(gates, sizes):
     if "layers" not in sizes:
         return slice(None)
     return gates.importance("layers")[0].topk(int(sizes["layers"])).indices.sort().values
+
+
+def test_what_gates_round_to_is_found_anew_when_anything_that_it_depends_on_has_changed():
+    gates, *request_ = gated(prune=("kv", "mlp", "layers"), layout="per_layer")
+    config, seen = gates.attachment.config, []
+
+    def changed():
+        found = rounded_of(gates)
+        assert rounded_of(gates) is found  # nothing has changed since
+        expected = round_sizes(gates, *request_)
+        assert all(torch.equal(found.sizes[name], expected[name]) for name in gates.dims)
+        seen.append([found.sizes[name].tolist() for name in gates.dims])
+        return seen[-1] not in seen[:-1]
+
+    config.target = 0.7
+    assert changed()
+    config.target = 0.6
+    assert changed()
+    with torch.no_grad():
+        gates.prune_ratio.copy_(gates.prune_ratio.flip(0))
+    gates.clamp_ratios_()
+    assert changed()
+    gates.raw_importance("layers").copy_(gates.raw_importance("layers").roll(1, -1))
+    assert changed()
+    gates.num_updates = 1
+    gates.decide_(0.9)
+    gates.decided["mlp"] = torch.tensor([2, 3, 4])
+    assert changed()
 
 
 COARSE = ("kv", "layers")
