@@ -21,7 +21,6 @@ from ..config import SEARCH
 from ..cut.plan import PLAN_FILE, plan_to_json
 from ..cut.plans import PLANS_FILE, plans_to_json
 from ..gating.attach import detach_, gates_of
-from ..measure.versions import versions
 from ..report.card import base_metadata, model_card
 from ..report.numbers import REPORT, as_written, notes, report_table, size_bars, to_json
 from ..report.page import PAGE, render
@@ -33,7 +32,7 @@ from .prepare import Prepared, prepare, training_arguments, unfinished_folder
 from .recipe import Recipe
 from .recovery import recovery_in_words
 from .sizes import folder_of, save_sizes
-from .stages import dense_model, recovery_steps, score, scores_on_soft_masks, search_and_cut, speeds, summaries
+from .stages import dense_model, protocol_of, recovery_steps, report_of, score, scores_on_soft_masks, search_and_cut
 from .unfinished import CLAIM, claim, is_finished, remove_unfinished
 
 
@@ -99,12 +98,11 @@ def _experiment(prepared: Prepared) -> tuple[Report, PreTrainedModel, dict[str, 
     Returns:
         The report, without the time that it took; the pruned model; the files of plans, name → content.
     """
-    recipe, examples, arguments = prepared.recipe, prepared.examples, prepared.arguments["search"]
-    protocol = f"{len(prepared.held_out)} held-out {examples.unit}"
+    recipe, examples = prepared.recipe, prepared.examples
     samples: list[Any] = recipe.task.samples(examples, prepared.processor, recipe.eval)
 
     def measured(name: str, model: PreTrainedModel, text: str | None = None) -> Tensor:
-        print_on_main(f"Measuring the {name} model on {protocol if text is None else text} ...")
+        print_on_main(f"Measuring the {name} model on {protocol_of(prepared) if text is None else text} ...")
         return run_on_main(lambda: score(model, prepared, text))
 
     def measure_(name: str, model: PreTrainedModel) -> None:
@@ -115,7 +113,7 @@ def _experiment(prepared: Prepared) -> tuple[Report, PreTrainedModel, dict[str, 
         return run_on_main(lambda: recipe.task.answers(samples, name, model, prepared.processor, examples, recipe.eval))
 
     scores: dict[str | None, dict[str, Tensor]] = {}  # by text, None is the held-out data, and model
-    dense = dense_model(prepared).to(arguments.device).eval()
+    dense = dense_model(prepared).to(prepared.arguments["search"].device).eval()
     measure_("dense", dense)
     samples = answered("dense", dense)
     searched = search_and_cut(dense, prepared)
@@ -134,26 +132,8 @@ def _experiment(prepared: Prepared) -> tuple[Report, PreTrainedModel, dict[str, 
         measure_(step, pruned)
     save_sizes(dense, prepared, searched.plans, scores, measured, _save)
     samples = answered(list(scores[None])[-1], pruned)
-    numbers = searched.costs
-    speed = run_on_main(lambda: speeds(dense, pruned, prepared))
-    for name, quality in summaries(recipe, scores.pop(None)).items():
-        numbers[name] = numbers.get(name, {}) | quality | speed.get(name, {})
-    report = Report(
-        **numbers,
-        masks=masks,
-        texts={str(text): summaries(recipe, each) for text, each in scores.items()} or None,
-        outcome=searched.outcome,
-        search=searched.logs,
-        samples=samples,
-        protocol=protocol,
-        layout=recipe.dms.layout,
-        model_class=type(pruned).__name__,
-        recipe=recipe.to_dict(),
-        seed=arguments.seed,
-        versions=versions(),
-        seconds=0,
-    )
-    return report, pruned, plans
+    more = dict(masks=masks, outcome=searched.outcome, search=searched.logs, samples=samples)
+    return report_of(prepared, dense, pruned, searched.costs, scores, **more), pruned, plans
 
 
 def _save(pruned: PreTrainedModel, prepared: Prepared, report: Report, plans: dict[str, str]) -> dict[str, Any]:

@@ -18,14 +18,13 @@ from ..cut.plans import Plans
 from ..cut.prune import cut_to
 from ..errors import HfDmsError
 from ..gating.attach import attach_, detach_, gates_of
-from ..measure.versions import versions
 from ..report.numbers import sizes_and_costs
 from ..report.report import Report
 from ..training.distributed import print_on_main, run_on_main
 from .prepare import Prepared, training_arguments, unfinished_folder
 from .recipe import Recipe
 from .sections import HubConfig
-from .stages import recovery_steps, speeds, summaries
+from .stages import recovery_steps, report_of
 
 Scores = Mapping[str | None, Mapping[str, Tensor]]  # by text, None is the held-out data, and model
 Measured = Callable[[str, PreTrainedModel, str | None], Tensor]
@@ -97,18 +96,6 @@ def _made(
     for step in itertools.chain(["pruned"], recovery_steps(pruned, dense, plan, prepared)):
         for text, each in found.items():
             each[step] = measured(step, pruned, text)
-    speed = run_on_main(lambda: speeds(dense, pruned, prepared))
-    for name, quality in summaries(recipe, found.pop(None)).items():
-        numbers[name] = numbers.get(name, {}) | quality | speed.get(name, {})
-    report = Report(
-        **numbers,
-        texts={str(text): summaries(recipe, each) for text, each in found.items()} or None,
-        protocol=f"{len(prepared.held_out)} held-out {prepared.examples.unit}",
-        layout=recipe.dms.layout,
-        model_class=type(pruned).__name__,
-        recipe=recipe.to_dict(),
-        seed=prepared.arguments["search"].seed,
-        versions=versions(),
-        seconds=round(time.time() - started),
-    )
+    report = report_of(prepared, dense, pruned, numbers, found)
+    report = dataclasses.replace(report, seconds=round(time.time() - started))
     return pruned, report, {PLAN_FILE: plan_to_json(plan, bound, recipe.dms.layout)}

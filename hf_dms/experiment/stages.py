@@ -22,11 +22,13 @@ from ..cut.prune import plan_of, prune
 from ..gating.attach import copy_search_, gates_of
 from ..gating.outcome import SearchOutcome, search_outcome
 from ..measure.speed import seconds_per_batch
+from ..measure.versions import versions
 from ..refit.repair import repair_
 from ..report.numbers import sizes_and_costs
+from ..report.report import Report
 from ..strategies.one_shot import criterion_of
 from ..tasks.evaluate import evenly_spaced, example_scores, summary
-from ..training.distributed import print_on_main, unshard_
+from ..training.distributed import print_on_main, run_on_main, unshard_
 from ..training.exact_resume import train_or_resume_
 from ..training.finetune import train_
 from ..training.progress import Countdown
@@ -191,6 +193,46 @@ def summaries(recipe: Recipe, scores: Mapping[str, Tensor]) -> dict[str, Any]:
     """The metric of each model, and for all but the dense one its difference from that."""
     dense = scores["dense"]
     return {name: summary(recipe.task, each, None if name == "dense" else dense) for name, each in scores.items()}
+
+
+def report_of(
+    prepared: Prepared,
+    dense: PreTrainedModel,
+    pruned: PreTrainedModel,
+    costs: Mapping[str, Any],
+    scores: Mapping[str | None, Mapping[str, Tensor]],
+    **more: Any,
+) -> Report:
+    """The report of a result, without the time that it took.
+
+    Args:
+        prepared: its recipe.
+        dense, pruned: both models, whose speed is measured.
+        costs: of both, see `sizes_and_costs`.
+        scores: by text (None is the held-out data) and model.
+        more: further fields of the report.
+    """
+    recipe, numbers = prepared.recipe, dict(costs)
+    speed = run_on_main(lambda: speeds(dense, pruned, prepared))
+    for name, quality in summaries(recipe, scores[None]).items():
+        numbers[name] = numbers.get(name, {}) | quality | speed.get(name, {})
+    return Report(
+        **numbers,
+        **more,
+        texts={text: summaries(recipe, each) for text, each in scores.items() if text is not None} or None,
+        protocol=protocol_of(prepared),
+        layout=recipe.dms.layout,
+        model_class=type(pruned).__name__,
+        recipe=recipe.to_dict(),
+        seed=prepared.arguments["search"].seed,
+        versions=versions(),
+        seconds=0,
+    )
+
+
+def protocol_of(prepared: Prepared) -> str:
+    """What quality is measured on, in words."""
+    return f"{len(prepared.held_out)} held-out {prepared.examples.unit}"
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
