@@ -256,6 +256,23 @@ def test_sizes_follow_the_learned_proportions():
     assert rounded(0.6, *request_)["mlp"].tolist() == sizes.tolist()[::-1]
 
 
+@pytest.mark.parametrize(
+    ("learned", "target", "layers"),
+    [
+        (3, 0.68, 2),  # 2.5 layers would cost 0.83: rounding does not explain it, so layers and widths shrink alike
+        (2, 0.95, 3),  # nor does it here, where 2.5 layers are too few, and both grow
+        (3, 0.85, 3),  # here it does, and the widths absorb the rest
+        (2, 0.7, 2),
+    ],
+)
+def test_learned_sizes_that_rounding_does_not_explain_are_scaled_to_the_target(learned, target, layers):
+    request_ = gates, *_ = gated(prune=("mlp", "layers"), layout="uniform", resource_scope="layers")
+    learn_(gates, {"mlp": torch.tensor([20.0]), "layers": torch.tensor([float(learned)])})
+    sizes = rounded(target, *request_)
+    assert int(sizes["layers"]) == layers
+    assert 0.9 * target <= count(gates, sizes) / gates.dense_resource <= target
+
+
 def test_what_is_left_of_the_budget_goes_to_those_furthest_below_their_learned_size():
     """Equal layers jump together; of the units that then still fit, none takes more than one."""
     request_ = gated(layout="per_layer", prune=("mlp",), overrides=dict(intermediate_size=50, num_hidden_layers=8))
