@@ -2,6 +2,7 @@
 
     python benchmarks/step_overhead.py [--layers 2] [--shape smollm2] [--batch 2] [--tokens 256] [--dtype float32]
     python benchmarks/step_overhead.py --layers 2 4 8 --tokens 128 256 512    # how it grows
+    python benchmarks/step_overhead.py --shape resnet-50 --batch 8 --tokens 64   # images of 64 × 64 pixels
 
 Both run in one process, in turns, a few steps each, so that a noisy machine treats them alike; the ratio is that of the
 median step times. A step is forward, backward, clipping and AdamW on all weights, all four dims gated, after warm-up.
@@ -17,7 +18,15 @@ import time
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_dms import DMSConfig, DMSTrainer
 
@@ -35,6 +44,7 @@ SHAPES = {
         "vocab_size": 32000,
     },
 }  # fmt: skip
+NETWORKS = {"resnet-50": ResNetConfig}  # of images, with all of its layers
 
 
 class StepTimes(TrainerCallback):
@@ -57,13 +67,19 @@ def synchronize():
 
 def make_trainer(options, kind, steps):
     torch.manual_seed(0)
-    config = LlamaConfig(num_hidden_layers=options.layers, **SHAPES[options.shape])
-    model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, options.dtype))
+    if options.shape in NETWORKS:
+        side = options.tokens
+        config = NETWORKS[options.shape](image_size=side)
+        model = ResNetForImageClassification._from_config(config, dtype=getattr(torch, options.dtype))
+        dataset = [{"pixel_values": torch.randn(3, side, side), "labels": 0} for _ in range(64)]
+    else:
+        config = LlamaConfig(num_hidden_layers=options.layers, **SHAPES[options.shape])
+        model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, options.dtype))
+        tokens = torch.randint(0, config.vocab_size, (64, options.tokens))
+        dataset = [{"input_ids": row, "labels": row} for row in tokens]
     if options.lora:
         lora = LoraConfig(r=options.lora, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, lora)
-    tokens = torch.randint(0, config.vocab_size, (64, options.tokens))
-    dataset = [{"input_ids": row, "labels": row} for row in tokens]
     arguments = TrainingArguments(
         "unused", max_steps=steps, per_device_train_batch_size=options.batch, logging_steps=10**6, report_to=[],
         save_strategy="no", disable_tqdm=True, learning_rate=1e-5, dataloader_pin_memory=torch.cuda.is_available(),
@@ -103,9 +119,9 @@ def peak_bytes(options, kind):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, nargs="+", default=[2])
-    parser.add_argument("--shape", choices=SHAPES, nargs="+", default=["smollm2"])
+    parser.add_argument("--shape", choices=[*SHAPES, *NETWORKS], nargs="+", default=["smollm2"])
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256], help="of a sequence; pixels of an image's side")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--checkpointing", action="store_true")
@@ -124,9 +140,10 @@ def compare(options):
     median = {kind: sorted(times)[len(times) // 2] for kind, times in seconds.items()}
     peak = {kind: peak_bytes(options, kind) for kind in seconds}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    model = f"{options.shape} × {options.layers} layers, {options.dtype}"
+    layers = "" if options.shape in NETWORKS else f" × {options.layers} layers"
+    model = f"{options.shape}{layers}, {options.dtype}"
     print(
-        f"| {device} | {model} | {options.batch} × {options.tokens} | "
+        f"| {device} | {model} | {options.batch} × {options.tokens}{' px' * (options.shape in NETWORKS)} | "
         f"{median['plain']:.3f} s | {median['search']:.3f} s | {median['search'] / median['plain']:.3f} | "
         f"{peak['plain'] / 2**20:.0f} MiB | {peak['search'] / 2**20:.0f} MiB | {peak['search'] / peak['plain']:.3f} |",
         flush=True,

@@ -1,4 +1,4 @@
-"""The three places where a mask enters a forward pass, as autograd functions that keep no more than they must.
+"""The places where a mask enters a forward pass, as autograd functions that keep no more than they must.
 
 Each takes the logarithm of a mask (gates.py), whose gradient is the Taylor term m·dL/dm. A naive product x·m would keep
 both x and y = x·m for the backward; y alone is enough, and the next matmul keeps it anyway.
@@ -37,6 +37,30 @@ class MaskUnits(torch.autograd.Function):
         return grad_x, grad_log_mask, None, None
 
 
+class MaskKernel(torch.autograd.Function):
+    """The weights of a convolution times the mask of what it reads: conv(x·m, W) = conv(x, W·m).
+
+    dL/d(log m) = Σ g·W·m, the same number as `MaskUnits` gives, but nothing as large as an image passes for it.
+
+    Saved for the backward: W·m, which the convolution keeps too.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, log_mask: Tensor) -> Tensor:
+        mask = log_mask.exp().to(weight.dtype)[:, None, None]
+        masked = weight * mask
+        ctx.save_for_backward(masked, mask)
+        return masked
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        masked, mask = ctx.saved_tensors
+        grad_log_mask = None
+        if ctx.needs_input_grad[1]:
+            grad_log_mask = (grad * masked).sum((0, 2, 3), dtype=_at_least_float32(grad.dtype)).to(torch.float32)
+        return grad * mask if ctx.needs_input_grad[0] else None, grad_log_mask
+
+
 class GateResidual(torch.autograd.Function):
     """x + m·(y - x), exactly x at m = 0 and y at m = 1; dL/d(log m) = Σ g·(out - x).
 
@@ -56,7 +80,7 @@ class GateResidual(torch.autograd.Function):
         grad_y = grad * mask
         grad_log_mask = None
         if ctx.needs_input_grad[2]:
-            grad_log_mask = (grad * (out - x)).sum(dtype=_at_least_float32(x.dtype)).to(torch.float32)
+            grad_log_mask = _dot(grad, out - x)
         return grad - grad_y, grad_y, grad_log_mask
 
 
@@ -141,6 +165,14 @@ def masked_response_norm(x: Tensor, log_mask: Tensor, weight: Tensor, bias: Tens
     response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
     mean = (response * (mask / mask.sum())).sum(-1, keepdim=True)
     return weight * (x * (response / (mean + eps)).to(x.dtype)) + bias + x
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Σ a·b, a float32 scalar; without a tensor of products where the layout and the dtype allow it."""
+    wide = a.dtype == b.dtype and a.dtype in (torch.float32, torch.float64)
+    if wide and a.is_contiguous() and b.is_contiguous():
+        return torch.dot(a.flatten(), b.flatten()).to(torch.float32)
+    return (a * b).sum(dtype=_at_least_float32(a.dtype)).to(torch.float32)
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

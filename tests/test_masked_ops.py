@@ -6,7 +6,7 @@ from torch import nn
 from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2GRN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from hf_dms.masked_ops import GateResidual, MaskedNorm, MaskUnits, masked_response_norm
+from hf_dms.masked_ops import GateResidual, MaskedNorm, MaskKernel, MaskUnits, masked_response_norm
 
 
 def double(*shape, seed=0, low=None):
@@ -50,6 +50,40 @@ def test_mask_units_is_the_product_along_a_convolutions_axis_too():
 
     inputs = double(5, 6, 4, 3), log_mask(3)
     assert_same_gradients(lambda x, m: MaskUnits.apply(x, m, (2, 3, 1), 1), formula, inputs, mask_at=1)
+
+
+def test_a_masked_kernel_gives_what_masked_inputs_give_and_its_gradient():
+    def convolved(kernel_of):
+        return lambda x, w, m: nn.functional.conv2d(x, kernel_of(w, m), padding=1, stride=2)
+
+    def formula(x, weight, log_mask):
+        return nn.functional.conv2d(x * log_mask.exp()[:, None, None], weight, padding=1, stride=2)
+
+    inputs = double(5, 3, 6, 4), double(2, 3, 3, 3, seed=1), log_mask(3)
+    assert_same_gradients(convolved(MaskKernel.apply), formula, inputs, mask_at=2)
+    found = MaskKernel.apply(inputs[1], inputs[2])
+    assert_same_gradients(MaskKernel.apply, lambda w, m: w * m.exp()[:, None, None], inputs[1:], mask_at=1)
+    assert found.shape == (2, 3, 3, 3)
+
+
+def test_a_residual_of_other_strides_has_the_gradient_of_one_without():
+    x, y, mask = double(2, 3, 4, 5), double(2, 3, 4, 5, seed=1), log_mask(1)[0].detach().requires_grad_()
+    upstream = double(2, 3, 4, 5, seed=2).detach()
+    expected = torch.autograd.grad(GateResidual.apply(x, y, mask), mask, upstream)
+    last = [tensor.detach().to(memory_format=torch.channels_last) for tensor in (x, y, upstream)]
+    found = torch.autograd.grad(GateResidual.apply(*last[:2], mask), mask, last[2])
+    torch.testing.assert_close(found, expected, **TO_FLOAT32)
+
+
+def test_a_large_residual_is_summed_as_exactly_as_float32_can():
+    x, y, upstream = (double(2**21, seed=seed).detach() for seed in range(3))
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        mask = torch.tensor(-0.5, requires_grad=True)
+        out = GateResidual.apply(x.to(dtype), y.to(dtype), mask)
+        grads += torch.autograd.grad(out, mask, upstream.to(dtype))
+    scale = float((upstream * (y - x)).abs().sum())
+    assert abs(float(grads[0] - grads[1])) < 1e-6 * scale
 
 
 def test_a_masked_response_norm_is_that_of_the_units_that_are_kept():
@@ -128,6 +162,7 @@ def test_an_open_masked_norm_is_the_stock_norm(dtype):
 
 CALLS = {  # function: its differentiable inputs, the others
     MaskUnits: (lambda: [double(3, 4), log_mask(4)], [(1, 4, 1)]),
+    MaskKernel: (lambda: [double(3, 4, 2, 1), log_mask(4)], []),
     GateResidual: (lambda: [double(3, 4), double(3, 4, seed=1), log_mask(1)[0].detach()], []),
     MaskedNorm: (lambda: [double(3, 4), log_mask(4), double(4, seed=1), double(4, seed=2)], [0.1, True]),
 }
@@ -143,7 +178,7 @@ def test_one_input_alone_gets_the_gradient_that_it_gets_with_all_others(function
     torch.testing.assert_close(alone[place].grad, with_all[place].grad, **EXACTLY)
 
 
-@pytest.mark.parametrize("function", [MaskUnits, MaskedNorm])
+@pytest.mark.parametrize("function", [MaskUnits, MaskKernel, MaskedNorm])
 def test_inputs_without_gradient_cost_none(function):
     make, options = CALLS[function]
     for place in range(len(make())):

@@ -3,7 +3,8 @@
 - Hidden size, or the width of a stage: every norm takes its statistics over the kept width and its output is masked.
   Every read of the residual stream passes a norm, so nothing else needs to know; what a description says is read
   without one is masked itself.
-- Other widths: the input of every linear map or convolution that reads the dim is multiplied by its mask.
+- Other widths: the input of every linear map or convolution that reads the dim is multiplied by its mask; or, where
+  they are fewer numbers, the weights of a convolution that trains, which is the same map and the same gradient.
 - Depth: x + m·(layer(x) - x), the paper's x + m·f(x) for a residual block.
 
 A hard-masked model computes what the cut model computes. Nothing is wrapped or renamed; each multiplication keeps only
@@ -29,7 +30,7 @@ from ..config import DMSConfig
 from ..errors import HfDmsError
 from ..files import keep_source_, keeps_source
 from ..gates import Gates
-from ..masked_ops import GateResidual, MaskedNorm, MaskUnits, masked_response_norm
+from ..masked_ops import GateResidual, MaskedNorm, MaskKernel, MaskUnits, masked_response_norm
 from .checks import check_as_built, check_attachable, check_checkpointing, check_model
 from .gates_for import build_gates, for_stages, with_share
 from .rounding import check_target, rounded_of
@@ -96,9 +97,7 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
                 hooks.append(submodule(model, path).register_forward_hook(hook))
         else:
             for path, row, shape in masked_inputs(bound, name):
-                axis = unit_axis(bound, path)
-                hook = functools.partial(_mask_input, gates, name, row, shape, axis)
-                hooks.append(submodule(model, path).register_forward_pre_hook(hook))
+                hooks += _mask_reader(submodule(model, path), gates, name, row, shape, unit_axis(bound, path))
             for path, row in response_norms(bound, name):
                 norm = submodule(model, path)
                 norm.forward = functools.partial(_masked_response_norm_forward, norm, gates, name, row)
@@ -164,8 +163,9 @@ def check_gates_outside(model: nn.Module) -> None:
         ValueError: a mask lies inside an adapted layer, whose adapters read what is not masked.
     """
     for path, layer in adapted_layers(model):
-        for hook in layer.get_base_layer()._forward_pre_hooks.values():
-            if getattr(hook, "func", None) is _mask_input:
+        inside = layer.get_base_layer()
+        for hook in (*inside._forward_pre_hooks.values(), inside.__dict__.get("forward")):
+            if getattr(hook, "func", None) in (_mask_input, _masked_convolution_forward):
                 raise HfDmsError(
                     f"'{path}' was adapted after attach_, so that its adapters read what no mask has touched. Take the "
                     "gates off with hf_dms.detach_(model), and attach them again before the search."
@@ -269,6 +269,17 @@ def _unit_scales(gates: Gates, bound: BoundSpec) -> dict[str, Tensor]:
     return {name: torch.zeros_like(gates.raw_importance(name)) for name in names}
 
 
+def _mask_reader(
+    module: Any, gates: Gates, name: str, row: int, shape: tuple[int, int, int], axis: int
+) -> list[RemovableHandle]:
+    """Let a linear map or a convolution read masked units: by its own forward, or by the hook that is returned."""
+    is_convolution = type(module) is nn.Conv2d and module.groups == 1
+    if is_convolution and shape == (1, module.in_channels, 1):
+        module.forward = functools.partial(_masked_convolution_forward, module, gates, name, row)
+        return []
+    return [module.register_forward_pre_hook(functools.partial(_mask_input, gates, name, row, shape, axis))]
+
+
 # ---- what the hooks do -----------------------------------------------------------------------------------------------
 def _compute_masks(gates: Gates, module: nn.Module, args: tuple) -> None:
     if gates.training:
@@ -304,6 +315,14 @@ def _masked_norm_forward(norm: nn.Module, gates: Gates, name: str, axis: int, x:
     return MaskedNorm.apply(x, gates.log_masks[name][0], norm.weight, bias, eps, centered).movedim(-1, axis)
 
 
+def _masked_convolution_forward(module: nn.Conv2d, gates: Gates, name: str, row: int, x: Tensor) -> Tensor:
+    if (log_mask := gates.log_masks[name][row]) is None:
+        return nn.Conv2d.forward(module, x)
+    if module.weight.requires_grad and module.weight.numel() < x.numel():  # mask what is smaller
+        return module._conv_forward(x, MaskKernel.apply(module.weight, log_mask), module.bias)
+    return nn.Conv2d.forward(module, MaskUnits.apply(x, log_mask, (1, module.in_channels, 1), 1))
+
+
 def _masked_response_norm_forward(norm: Any, gates: Gates, name: str, row: int, x: Tensor) -> Tensor:
     if (log_mask := gates.log_masks[name][row]) is None:
         return type(norm).forward(norm, x)
@@ -312,5 +331,6 @@ def _masked_response_norm_forward(norm: Any, gates: Gates, name: str, row: int, 
 
 MASKED_FORWARDS = (
     _masked_norm_forward,
+    _masked_convolution_forward,
     _masked_response_norm_forward,
 )  # that `attach_` puts in the place of modules' own

@@ -5,8 +5,10 @@ import functools
 
 import pytest
 import torch
+from helpers.laws import batch_for, tiny
 from helpers.tiny import relative_difference, search_, tiny_llama, token_batch, trace, untouched
-from transformers import LlamaModel
+from torch import nn
+from transformers import LlamaModel, ResNetForImageClassification
 
 from hf_dms import DMSConfig, attach_, detach_
 from hf_dms.archs.bind import bind
@@ -14,12 +16,51 @@ from hf_dms.archs.llama import LLAMA
 from hf_dms.cut.prune import make_plan
 from hf_dms.cut.slicing import cut
 from hf_dms.cut.verify import hard_masked, outputs_of
-from hf_dms.gating.attach import gates_of, has_gates, masked_inputs, norms
+from hf_dms.gating import attach as attach_module
+from hf_dms.gating.attach import freeze_, gates_of, has_gates, masked_inputs, norms
 
 DIMS = ("kv", "mlp", "hidden", "layers")
 
 
 # ---- where they go ----
+def test_masks_on_the_weights_of_convolutions_do_what_masks_on_their_inputs_do(monkeypatch):
+    def by_inputs(module, gates, name, row, x):
+        log_mask = gates.log_masks[name][row]
+        masked = x if log_mask is None else x * log_mask.exp()[:, None, None]
+        return nn.functional.conv2d(masked, module.weight, module.bias, module.stride, module.padding)
+
+    def found():
+        model = tiny(ResNetForImageClassification, dtype=torch.float64)
+        attach_(model, DMSConfig(target=0.6, layout="per_layer"))
+        search_(model)
+        model.train()(**batch_for(model), labels=torch.tensor([0, 2])).loss.backward()
+        gates = gates_of(model)
+        gates.update_importance_()
+        tensors = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        return tensors | {f"importance of {name}": gates.raw_importance(name).clone() for name in gates.dims}
+
+    folded = []
+    apply = attach_module.MaskKernel.apply
+    monkeypatch.setattr(attach_module.MaskKernel, "apply", lambda *args: folded.append(args) or apply(*args))
+    ours = found()
+    assert len(folded) > 10
+    monkeypatch.setattr(attach_module, "_masked_convolution_forward", by_inputs)
+    theirs = found()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert relative_difference(tensor, theirs[name]) < 1e-5, name  # gradients of masks are float32
+
+
+def test_frozen_weights_of_convolutions_are_not_masked_themselves():
+    model = tiny(ResNetForImageClassification)
+    attach_(model, DMSConfig(target=0.6, layout="per_layer", pipeline="p-"))
+    freeze_(model)
+    search_(model)
+    model.train()(**batch_for(model), labels=torch.tensor([0, 2])).loss.backward()
+    assert gates_of(model).prune_ratio.grad.abs().sum() > 0
+    assert all(parameter.grad is None for name, parameter in model.named_parameters() if "dms_gates" not in name)
+
+
 def test_every_linear_map_that_reads_a_dim_is_masked_once():
     bound = bind(LLAMA, tiny_llama())
     assert list(masked_inputs(bound, "mlp")) == [(f"model.layers.{i}.mlp.down_proj", i, (1, 20, 1)) for i in range(3)]
