@@ -228,6 +228,7 @@ def _prune(options: argparse.Namespace) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
+    from .experiment.memory import memory_in_words
     from .experiment.prepare import prepare
     from .experiment.recipe import load_recipe
     from .experiment.recovery import recovery_in_words
@@ -239,12 +240,14 @@ def _validate(options: argparse.Namespace) -> int:
             continue
         try:
             recipe = load_recipe(path, overrides)
-            prepared = prepare(recipe).recipe
+            whole = prepare(recipe)
+            prepared, memory = whole.recipe, memory_in_words(whole)
             chosen = recovery_in_words(prepared) if prepared.recover != recipe.recover else []
             if prepared.dms.target != recipe.dms.target:
                 chosen = [f"dms.target: {prepared.dms.target:.4g} ({recipe.dms.target})", *chosen]
-            found.append({"recipe": path, "ok": True} | ({"taken": chosen} if chosen else {}))
-            print("\n  ".join([f"{path}: ok", *chosen]))
+            lines = {"taken": chosen, "memory": memory}
+            found.append({"recipe": path, "ok": True} | {key: value for key, value in lines.items() if value})
+            print("\n  ".join([f"{path}: ok", *chosen, *memory]))
         except HfDmsError as error:
             found.append({"recipe": path, "ok": False, "error": str(error)})
             print(f"{path}: {error}", file=sys.stderr)

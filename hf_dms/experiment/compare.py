@@ -8,6 +8,7 @@ Rows are appended to `rows.jsonl` in output.path at once; a table that was stopp
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 import time
@@ -217,9 +218,8 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
     if (repair := recipe.recover.repair) is not None:
         started = time.time()
         batches = Batches(examples, repair.examples, recipe.eval.batch_size)
-        row["kept_of_repair"] = repair_(
-            pruned, dense, plan, batches, ridge=repair.ridge, epochs=repair.epochs, interpolate=repair.interpolate
-        )
+        told = functools.partial(row.__setitem__, "kept_of_repair") if repair.interpolate else False
+        repair_(pruned, dense, plan, batches, ridge=repair.ridge, epochs=repair.epochs, interpolate=told)
         finish_("repaired", pruned, started, min(repair.examples, len(examples.train)))
     if recipe.recover.train is not None:
         started = time.time()

@@ -152,7 +152,7 @@ def recovery_steps(pruned: PreTrainedModel, searched: PreTrainedModel, plan: Pla
         print_on_main("Repairing the pruned model ...")
         rows = DataLoader(evenly_spaced(examples.train, repair.examples), 4, collate_fn=examples.collate)
         batches = [{name: tensor.to(pruned.device) for name, tensor in batch.items()} for batch in rows]
-        share = repair_(
+        repair_(
             pruned,
             dense,
             plan,
@@ -160,10 +160,8 @@ def recovery_steps(pruned: PreTrainedModel, searched: PreTrainedModel, plan: Pla
             ridge=repair.ridge,
             progress=Countdown("repair", "layers"),
             epochs=repair.epochs,
-            interpolate=repair.interpolate,
+            interpolate=_say_share if repair.interpolate else False,
         )
-        if repair.interpolate:
-            print_on_main(f"{share:.0%} of the repair's change was kept: with that the loss is least.")
         yield "repaired"
     if recipe.recover.train is not None:
         print_on_main("Retraining the pruned model ...")
@@ -180,6 +178,10 @@ def recovery_steps(pruned: PreTrainedModel, searched: PreTrainedModel, plan: Pla
             keep=True,
         )
         yield "recovered"
+
+
+def _say_share(share: float) -> None:
+    print_on_main(f"{share:.0%} of the repair's change was kept: with that the loss is least.")
 
 
 def choice_changes_weights(recipe: Recipe) -> bool:

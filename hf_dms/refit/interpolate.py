@@ -23,10 +23,14 @@ SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 
 class Interpolation:
-    """The weights of a model as they were, to go back to some of the way."""
+    """The weights of a model as they were, to go back to some of the way.
+
+    Attributes:
+        share: of what changed since, that the weights have now.
+    """
 
     def __init__(self, model: PreTrainedModel):
-        self.model = model
+        self.model, self.share = model, 1.0
         self._before = {name: weight.detach().cpu().clone() for name, weight in self._named()}
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
@@ -35,8 +39,8 @@ class Interpolation:
         yield from ((name, buffer) for name, buffer in self.model.named_buffers() if buffer.is_floating_point())
 
     @torch.no_grad()
-    def keep_best_share_(self, batches: Sequence[Mapping[str, Tensor]]) -> float:
-        """Move the weights to the best share of what changed, and return it.
+    def keep_best_share_(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Move the weights to the best share of what changed.
 
         Args:
             batches: keyword arguments of forward passes, with labels.
@@ -54,9 +58,8 @@ class Interpolation:
         for share in SHARES:
             self._move_(changed.values(), share)
             losses[share] = self._loss(batches)
-        best = min(losses, key=lambda share: losses[share])
-        self._move_(changed.values(), best)
-        return best
+        self.share = min(losses, key=lambda share: losses[share])
+        self._move_(changed.values(), self.share)
 
     @staticmethod
     def _move_(changed: Iterable[tuple[Tensor, Tensor, Tensor]], share: float) -> None:

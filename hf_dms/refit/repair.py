@@ -74,8 +74,8 @@ def repair_(
     offload: str | os.PathLike | None = None,
     progress: Callable[[int, int], None] | None = None,
     epochs: int = 0,
-    interpolate: bool = False,
-) -> float:
+    interpolate: bool | Callable[[float], None] = False,
+) -> None:
     """Bring the residual stream of a cut model back to the dense one's, in place.
 
     Args:
@@ -93,10 +93,7 @@ def repair_(
         epochs: passes over the batches in which all maps of a sub-block learn together after its least squares
             (reconstruct.py). With four of them a repair took 3.5 times as long (benchmarks/reconstruct.jsonl).
         interpolate: keep only as much of the change as lowers the task's loss (interpolate.py). Batches need labels.
-            The weights before and after wait in the memory of the CPU.
-
-    Returns:
-        The share of the change that was kept: 1 without `interpolate`.
+            The weights before and after wait in the memory of the CPU. A function is called with the share that stays.
 
     Raises:
         ValueError: no batches, none with labels for `interpolate`, a single one with `epochs`, a pruned model with
@@ -107,7 +104,7 @@ def repair_(
     _check(pruned, dense, plan, ridge)
     plan = plan_of(dense) if plan is None else plan
     bound = bind(spec_for(dense.config), dense)
-    before = Interpolation(pruned) if interpolate else None
+    line = Interpolation(pruned) if interpolate else None
     judges: list[Mapping[str, Tensor]] = []
     with evaluating(dense, pruned), open_gates(dense), _folder_in(offload) as folder:
         teacher, student = LayerWalk(dense, bound, offload=folder), LayerWalk(pruned, bound, offload=folder)
@@ -144,7 +141,10 @@ def repair_(
             student.advance(position)
             if progress is not None:
                 progress(position + 1, len(ranges))
-        return 1.0 if before is None else before.keep_best_share_(judges)
+        if line is not None:
+            line.keep_best_share_(judges)
+            if callable(interpolate):
+                interpolate(line.share)
 
 
 # ---- both models, layer by layer -------------------------------------------------------------------------------------

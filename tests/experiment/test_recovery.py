@@ -197,3 +197,14 @@ def test_a_table_recovers_all_strategies_alike(recipe, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
     assert [row["seen"]["recovered"] for row in rows][1] == 2 * 128 * 2
     assert all("recovered" in row["scores"] for row in rows)
+
+
+def test_validate_says_what_least_squares_take(recipe, capsys):
+    capsys.readouterr()
+    refitted = ("dms.search_over=refitted", "dms.pipeline=p-", "dms.prune=[kv, mlp]", "dms.warmup_steps=0")
+    assert recipe("recover={repair: {}}", *refitted, command="validate")[0] == 0
+    said = capsys.readouterr().out
+    assert "\n  memory of the repair: 0.0 GiB for sums, 0.0 GiB for hidden states\n" in said
+    assert "\n  memory of the search's refits: 0.0 GiB\n" in said
+    assert recipe(command="validate")[0] == 0
+    assert "memory" not in capsys.readouterr().out
