@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_dms import DMSConfig, attach_
+from hf_dms.archs.costs import build_cost
 from hf_dms.cut.prune import plan_of
 from hf_dms.gates import GatedDim, Gates, SearchSchedule
 from hf_dms.gating.attach import gates_of
@@ -347,6 +348,13 @@ def test_the_soft_resource_meets_the_hard_one_at_whole_sizes_and_falls_with_ever
     for row in range(3):
         assert (gates.prune_ratio.grad[[row, 3 + row]] < 0).all() == (row in kept)
     assert (gates.prune_ratio.grad[6:] < 0).all()
+
+
+def test_another_resource_is_counted_at_sizes_too():
+    model, gates = gated(resource="macs", sequence_length=7)
+    params, dense = build_cost(gates.attachment.bound, model, "params", "model", None), tiny_llama().num_parameters()
+    assert float(gates.count(gates.dense_sizes(), params)) == dense
+    assert float(gates.count(gates.dense_sizes())) == gates.dense_resource != dense
 
 
 def test_the_resource_loss_weighs_log_of_resource_over_the_falling_target():

@@ -34,7 +34,7 @@ import hf_dms
 from hf_dms import DMSConfig, attach_, detach_, prune
 from hf_dms.checkpoint.save import save_pruned
 from hf_dms.cut.prune import magnitude_importance, make_plan, plan_of
-from hf_dms.cut.slicing import axis_indices, cut
+from hf_dms.cut.slicing import axis_indices, cut, source_names
 from hf_dms.cut.verify import check_same, hard_masked, outputs_of
 from hf_dms.gating.attach import gates_of
 
@@ -243,6 +243,15 @@ def test_parameters_of_a_cut_have_the_models_dtype_and_buffers_their_own():
     before, after = ({name: buffer.dtype for name, buffer in each.named_buffers()} for each in (model, pruned))
     assert set(after.values()) == {torch.bfloat16, torch.int64}
     assert after.items() <= before.items()
+
+
+def test_a_tied_parameter_has_its_source_under_each_of_its_names():
+    model = tiny_llama(tie_word_embeddings=True)
+    searched(model)
+    plan, bound = plan_of(model), gates_of(model).attachment.bound
+    detach_(model)
+    names = source_names(cut(model, bound, plan, "uniform"), bound, plan)
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= set(names)
 
 
 def test_target_one_keeps_the_model():
