@@ -5,7 +5,8 @@ A repair brings the residual stream close to the dense model's. Where the weight
 
     W + share·Δ,  share in `SHARES`
 
-is measured on some of the batches, and the best share stays; the larger one where two are equal.
+is measured on some of the batches, which the repair has seen too, and the best share stays; the larger one where two
+are equal.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import HfDmsError
+from .curvature import widened
 
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
 
@@ -48,18 +50,17 @@ class Interpolation:
         Raises:
             ValueError: the model gives no loss on them.
         """
-        named = self._named()
-        changed = {
-            name: (weight, self._before[name], weight.detach().cpu().clone())
-            for name, weight in named
-            if not torch.equal(weight.detach().cpu(), self._before[name])
-        }
+        changed = []
+        for name, weight in self._named():
+            before, after = self._before[name], weight.detach().cpu().clone()
+            if not torch.equal(before, after):
+                changed.append((weight, before, after))
         losses = {}
         for share in SHARES:
-            self._move_(changed.values(), share)
+            self._move_(changed, share)
             losses[share] = self._loss(batches)
         self.share = min(losses, key=lambda share: losses[share])
-        self._move_(changed.values(), self.share)
+        self._move_(changed, self.share)
 
     @staticmethod
     def _move_(changed: Iterable[tuple[Tensor, Tensor, Tensor]], share: float) -> None:
@@ -67,7 +68,7 @@ class Interpolation:
             if share in (0.0, 1.0):  # exactly what they were
                 weight.copy_(after if share else before)
             else:
-                weight.copy_(torch.lerp(before.float(), after.float(), share))
+                weight.copy_(torch.lerp(widened(before), widened(after), share))
 
     def _loss(self, batches: Sequence[Mapping[str, Tensor]]) -> float:
         total = 0.0

@@ -4,8 +4,7 @@
   of the parts that the ridge is chosen on, and once more while it is solved. Beside them wait the hidden states of all
   batches, of both models, and one layer's targets, one for each of its maps. `offload` keeps these in files.
 - A search over refitted weights keeps for every map that a pruned dim leads to a Cholesky factor n², the solved
-  n·outputs and two levels of weights, in float32, and a float64 factor of the outputs'
-  curvature, `[outputs, outputs]`.
+  n·outputs and two levels of weights, in float32, and a float64 factor of the outputs' curvature, `[outputs, outputs]`.
 """
 
 from __future__ import annotations

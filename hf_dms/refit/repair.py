@@ -126,16 +126,7 @@ def repair_(
             units = _kept_stream(bound, plan, stack)
             places, targets = targets_of_layers(teacher, layers, units)
             where = f"layer {number}" if len(bound.stacks) == 1 else f"layer {number} of {stack}"
-            lacks = _lacks(student, places, position, targets)
-            if lacks:
-                estimate_inner_norms_(student, places, position)
-            for path in places.writes:
-                _refit_(student, places, position, path, targets[path], masks, ridge, f"{path} of {where}")
-                if epochs:
-                    reconstruct_(student, places, position, path, targets[path], masks, epochs)
-                if lacks:
-                    estimate_outer_norm_(student, places, position, path)
-                targets[path].clear()
+            _repair_layer_(student, places, position, targets, masks, ridge, epochs, where)
             if len(layers) > 1:
                 _take_over_norm_(student.layers[position], teacher.layers[layers[-1]], places, units)
             student.advance(position)
@@ -145,6 +136,29 @@ def repair_(
             line.keep_best_share_(judges)
             if callable(interpolate):
                 interpolate(line.share)
+
+
+def _repair_layer_(
+    student: LayerWalk,
+    places: StreamModules,
+    layer: int,
+    targets: Mapping[str, Shelf],
+    masks: Sequence[Tensor | None],
+    ridge: float | None,
+    epochs: int,
+    where: str,
+) -> None:
+    """Repair the maps of a layer in the order in which they run, its batch norms before and behind them."""
+    lacks = _lacks(student, places, layer, targets)
+    if lacks:
+        estimate_inner_norms_(student, places, layer)
+    for path in places.writes:
+        _refit_(student, places, layer, path, targets[path], masks, ridge, f"{path} of {where}")
+        if epochs:
+            reconstruct_(student, places, layer, path, targets[path], masks, epochs)
+        if lacks:
+            estimate_outer_norm_(student, places, layer, path)
+        targets[path].clear()
 
 
 # ---- both models, layer by layer -------------------------------------------------------------------------------------
