@@ -46,10 +46,11 @@ class MaskKernel(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, weight: Tensor, log_mask: Tensor) -> Tensor:
-        mask = log_mask.exp().to(weight.dtype)[:, None, None]
+    def forward(ctx, weight: Tensor, log_mask: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        mask = log_mask.exp().to(weight.dtype)[None, :, None].expand(shape).reshape(-1, 1, 1)
         masked = weight * mask
         ctx.save_for_backward(masked, mask)
+        ctx.shape = shape
         return masked
 
     @staticmethod
@@ -57,8 +58,9 @@ class MaskKernel(torch.autograd.Function):
         masked, mask = ctx.saved_tensors
         grad_log_mask = None
         if ctx.needs_input_grad[1]:
-            grad_log_mask = (grad * masked).sum((0, 2, 3), dtype=_at_least_float32(grad.dtype)).to(torch.float32)
-        return grad * mask if ctx.needs_input_grad[0] else None, grad_log_mask
+            per_input = (grad * masked).sum((0, 2, 3), dtype=_at_least_float32(grad.dtype))
+            grad_log_mask = per_input.view(ctx.shape).sum((0, 2)).to(torch.float32)
+        return grad * mask if ctx.needs_input_grad[0] else None, grad_log_mask, None
 
 
 class GateResidual(torch.autograd.Function):

@@ -52,18 +52,27 @@ def test_mask_units_is_the_product_along_a_convolutions_axis_too():
     assert_same_gradients(lambda x, m: MaskUnits.apply(x, m, (2, 3, 1), 1), formula, inputs, mask_at=1)
 
 
-def test_a_masked_kernel_gives_what_masked_inputs_give_and_its_gradient():
-    def convolved(kernel_of):
-        return lambda x, w, m: nn.functional.conv2d(x, kernel_of(w, m), padding=1, stride=2)
+@pytest.mark.parametrize("shape", [(1, 3, 1), (1, 3, 2), (2, 3, 1)])
+def test_a_masked_kernel_gives_what_masked_inputs_give_and_its_gradient(shape):
+    before, units, after = shape
+
+    def kernel(weight, log_mask):
+        return MaskKernel.apply(weight, log_mask, shape)
+
+    def convolved(x, weight, log_mask):
+        return nn.functional.conv2d(x, kernel(weight, log_mask), padding=1, stride=2)
+
+    def over_inputs(log_mask):
+        return log_mask.exp().repeat_interleave(after).repeat(before)[:, None, None]
 
     def formula(x, weight, log_mask):
-        return nn.functional.conv2d(x * log_mask.exp()[:, None, None], weight, padding=1, stride=2)
+        return nn.functional.conv2d(x * over_inputs(log_mask), weight, padding=1, stride=2)
 
-    inputs = double(5, 3, 6, 4), double(2, 3, 3, 3, seed=1), log_mask(3)
-    assert_same_gradients(convolved(MaskKernel.apply), formula, inputs, mask_at=2)
-    found = MaskKernel.apply(inputs[1], inputs[2])
-    assert_same_gradients(MaskKernel.apply, lambda w, m: w * m.exp()[:, None, None], inputs[1:], mask_at=1)
-    assert found.shape == (2, 3, 3, 3)
+    width = before * units * after
+    inputs = double(5, width, 6, 4), double(2, width, 3, 3, seed=1), log_mask(units)
+    assert_same_gradients(convolved, formula, inputs, mask_at=2)
+    assert_same_gradients(kernel, lambda w, m: w * over_inputs(m), inputs[1:], mask_at=1)
+    assert kernel(*inputs[1:]).shape == (2, width, 3, 3)
 
 
 def test_a_residual_of_other_strides_has_the_gradient_of_one_without():
@@ -162,7 +171,7 @@ def test_an_open_masked_norm_is_the_stock_norm(dtype):
 
 CALLS = {  # function: its differentiable inputs, the others
     MaskUnits: (lambda: [double(3, 4), log_mask(4)], [(1, 4, 1)]),
-    MaskKernel: (lambda: [double(3, 4, 2, 1), log_mask(4)], []),
+    MaskKernel: (lambda: [double(3, 4, 2, 1), log_mask(4)], [(1, 4, 1)]),
     GateResidual: (lambda: [double(3, 4), double(3, 4, seed=1), log_mask(1)[0].detach()], []),
     MaskedNorm: (lambda: [double(3, 4), log_mask(4), double(4, seed=1), double(4, seed=2)], [0.1, True]),
 }

@@ -121,6 +121,11 @@ class BoundSpec:
                 return depth, int(name.removeprefix(f"{path}.").partition(".")[0])
         return None, None
 
+    def rows_without(self, name: str) -> list[int]:
+        """Layers of a dim's stack whose parameters have nothing of it (what the first block of a stage has another)."""
+        having = {param.layer for param in self.params.values() if any(name in axis for axis in param.axes)}
+        return [row for row in range(self.rows(name)) if row not in having] if self.stack_of(name) else []
+
     def product(self, factors: str | tuple[str, ...]) -> int:
         """Size of a product of dims before pruning."""
         return prod(self.sizes[name] for name in (factors.split() if isinstance(factors, str) else factors))
@@ -157,7 +162,12 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
     shapes = {name: tuple(buffer.shape) for name, buffer in plain_buffers(model)}
     buffers, _ = _bind_tensors(bound, kind, "buffer", shapes, spec.buffers)
     tied = frozenset(name for names in names_by_tensor(model).values() for name in names[1:])
-    return replace(bound, params=params, buffers=buffers, tied=tied, fixed_layers=fixed)
+    used = {factor for param in params.values() for axis in param.axes for factor in axis}
+    # A stage of one layer has no dim that only other layers have, and no limit on it.
+    lacking = {dim.name for dim in spec.dims if dim.scope in ("layer", "model")} - used
+    limits = tuple(limit for limit in spec.must_equal if lacking.isdisjoint(" ".join(limit).split()))
+    spec = spec if limits == spec.must_equal else replace(spec, must_equal=limits)
+    return replace(bound, spec=spec, params=params, buffers=buffers, tied=tied, fixed_layers=fixed)
 
 
 def _bind_tensors(
@@ -204,11 +214,12 @@ def _check_variant(spec: ArchSpec, model: nn.Module) -> None:
         raise HfDmsError(
             f"{type(model).__name__} names its outputs after layers, which may be pruned. Load the base model instead."
         )
-    for attribute in spec.must_be_false:
-        if value := getattr(model.config, attribute, False):
-            raise HfDmsError(
-                f"{spec.model_type} with {attribute} = {value} in its config is not supported, only with False."
-            )
+    for wanted, attributes in ((False, spec.must_be_false), (True, spec.must_be_true)):
+        for attribute in attributes:
+            if bool(value := getattr(model.config, attribute, wanted)) is not wanted:
+                raise HfDmsError(
+                    f"{spec.model_type} with {attribute} = {value} in its config is not supported, only with {wanted}."
+                )
 
 
 def for_config(spec: ArchSpec, config: Any) -> ArchSpec:

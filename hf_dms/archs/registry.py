@@ -18,6 +18,7 @@ from .llama import LLAMA
 from .mistral import MISTRAL
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
+from .regnet import REGNET
 from .resnet import RESNET
 from .roberta import ROBERTA
 from .smollm3 import SMOLLM3
@@ -30,7 +31,7 @@ SPECS = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GRANITE, GEMMA, GEMMA2, GEMMA3),
     *(BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, ELECTRA),
     *(VIT, DEIT, DINOV2, YOLOS),
-    *(CONVNEXT, CONVNEXTV2, RESNET),
+    *(CONVNEXT, CONVNEXTV2, RESNET, REGNET),
 )
 ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in SPECS}
 

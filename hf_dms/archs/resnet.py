@@ -10,18 +10,20 @@ Its config has no image size: MACs are those of 224 × 224 pixels, or of an `ima
 
 from __future__ import annotations
 
+import re
+
 from .spec import ArchSpec, Dim
 from .vit import IMAGE
 
 NORM = ("weight", "bias", "running_mean", "running_var")
 
 
-def _lines(convolutions: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+def normed_convolutions(convolutions: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
     """Parameters and buffers of convolutions and the batch norms behind them, by the path of the two."""
     params: dict[str, str] = {}
     buffers: dict[str, str] = {}
     for path, axes in convolutions.items():
-        units = axes.partition(" ")[0]
+        units = re.findall(r"\([^)]*\)|\S+", axes)[0]
         params[f"{path}.convolution.weight"] = axes
         params |= {f"{path}.normalization.{name}": units for name in NORM[:2]}
         buffers |= {f"{path}.normalization.{name}": units for name in NORM[2:]}
@@ -34,7 +36,7 @@ OUTSIDE = {
     "encoder.stages.0.layers.0.shortcut": "hidden0 embedding one one",
     "encoder.stages.{s}.layers.0.shortcut": "hidden{s} hidden{s-1} one one",
 }
-BOTTLENECK = _lines(
+BOTTLENECK = normed_convolutions(
     OUTSIDE
     | {
         "encoder.stages.0.layers.0.layer.0": "reduced0 embedding one one",
@@ -44,7 +46,7 @@ BOTTLENECK = _lines(
         "encoder.stages.{s}.layers.{i}.layer.2": "hidden{s} mid{s} one one",
     }
 )
-BASIC = _lines(
+BASIC = normed_convolutions(
     OUTSIDE
     | {
         "encoder.stages.0.layers.0.layer.0": "mid0 embedding three three",

@@ -23,7 +23,7 @@ class Dim:
     Attributes:
         name: the word used in axis strings.
         size: config attribute (`"depths[1]"` for an entry of a list), `"a // b"` or `"a * b"` of two of them, a
-            number, or a function of the config.
+            number, or a function of the config; of the config and the `stage` for a dim of each stage.
         scope: "layer" (each layer has its own gate), "model" (one gate for the model), "depth" (the layers
             themselves) or "fixed" (never pruned).
         stack: name of the depth dim of the layers that a dim with scope "layer" is in.
@@ -32,7 +32,7 @@ class Dim:
     """
 
     name: str
-    size: str | Callable[[Any], int]
+    size: str | Callable[..., int]
     scope: str = "fixed"
     follows: str | None = None
     same_as: str | None = None
@@ -79,6 +79,7 @@ class ArchSpec:
         response_norms: patterns of modules, below the base model, that divide the norm of each unit over an image by
             the mean of all units' (global response normalisation).
         must_be_false: config attributes that make another architecture of it, which this description is not of.
+        must_be_true: config attributes without which it is another architecture.
         attributes: `"module pattern.attribute"` to the product of dims that a module of a layer remembers in it, or
             a power of it, `"d ** -0.5"`.
         build_with: config values with which the stock class builds whatever the sizes, if it checks them.
@@ -113,6 +114,7 @@ class ArchSpec:
     channels_first: tuple[str, ...] = ()
     response_norms: tuple[str, ...] = ()
     must_be_false: tuple[str, ...] = ()
+    must_be_true: tuple[str, ...] = ()
     heads: dict[str, dict[str, str]] = field(default_factory=dict)
     attributes: dict[str, str] = field(default_factory=dict)
     build_with: dict[str, int] = field(default_factory=dict)

@@ -3,17 +3,19 @@
 In any text of it, `{s}` is the stage, `{s-1}` the one before it and `{last}` the last one. An entry of a tuple or a
 mapping that mentions `{s}` stands for one entry a stage; one that mentions `{s-1}` too has none for the first stage,
 before which there is no other. So `Dim("hidden{s}", "hidden_sizes[{s}]")` is one dim a stage, and `"hidden{s}
-hidden{s-1} two two"` a convolution from one stage's width to the next one's.
+hidden{s-1} two two"` a convolution from one stage's width to the next one's. The size of a dim of each stage may be a
+function of the config and the stage.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from .spec import ArchSpec
+from .spec import ArchSpec, Dim
 
 PLACE = re.compile(r"\{(s|s-1|last)\}")
 
@@ -81,5 +83,7 @@ def _filled(value: Any, stage: int, count: int) -> Any:
         return tuple(_filled(entry, stage, count) for entry in value)
     if is_dataclass(value) and not isinstance(value, type):
         changes = {field.name: _filled(getattr(value, field.name), stage, count) for field in fields(value)}
+        if isinstance(value, Dim) and "{s}" in value.name and callable(value.size):
+            changes["size"] = functools.partial(value.size, stage=stage)
         return replace(value, **changes)
     return value

@@ -41,7 +41,8 @@ def has_alternative(spec: ArchSpec, model_config: Any) -> bool:
 
 def prunable_factor(spec: ArchSpec, product: str) -> str:
     """The one dim of a product that is not fixed: `"kv rep"` → `"kv"`."""
-    (name,) = [name for name in product.split() if spec.dim(name).scope != "fixed"]
+    fixed = {dim.name for dim in spec.dims if dim.scope == "fixed"}
+    (name,) = [name for name in product.split() if name.replace("{s-1}", "{s}") not in fixed]
     return name
 
 

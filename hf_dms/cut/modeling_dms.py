@@ -140,6 +140,11 @@ def resize_stack_(model, layout: dict, layer_sizes: list[dict[str, int]]) -> Non
     """
     layers = zip(model.base_model.get_submodule(layout["path"]), layer_sizes, strict=True)
     for index, (layer, sizes) in enumerate(layers):
+        for pattern, product in _of_layer(layout["attributes"], index).items():
+            path, _, attribute = pattern.rpartition(".")
+            factors, _, power = product.partition("**")
+            value = prod(sizes[factor] for factor in factors.split())
+            setattr(layer.get_submodule(path), attribute, value ** float(power) if power else value)
         resized: dict[nn.Module, None] = {}  # in order, so that the same seed gives the same weights
         for name, axes in _of_layer(layout["axes"], index).items():
             path, _, leaf = name.rpartition(".")
@@ -154,11 +159,6 @@ def resize_stack_(model, layout: dict, layer_sizes: list[dict[str, int]]) -> Non
                 if isinstance(module, nn.Conv2d) and leaf == "weight":
                     module.out_channels, module.in_channels = shape[0], shape[1] * module.groups
                 resized[module] = None
-        for pattern, product in _of_layer(layout["attributes"], index).items():
-            path, _, attribute = pattern.rpartition(".")
-            factors, _, power = product.partition("**")
-            value = prod(sizes[factor] for factor in factors.split())
-            setattr(layer.get_submodule(path), attribute, value ** float(power) if power else value)
         for module in resized:
             model._init_weights(module)
 

@@ -274,8 +274,8 @@ def _mask_reader(
 ) -> list[RemovableHandle]:
     """Let a linear map or a convolution read masked units: by its own forward, or by the hook that is returned."""
     is_convolution = type(module) is nn.Conv2d and module.groups == 1
-    if is_convolution and shape == (1, module.in_channels, 1):
-        module.forward = functools.partial(_masked_convolution_forward, module, gates, name, row)
+    if is_convolution:
+        module.forward = functools.partial(_masked_convolution_forward, module, gates, name, row, shape)
         return []
     return [module.register_forward_pre_hook(functools.partial(_mask_input, gates, name, row, shape, axis))]
 
@@ -315,12 +315,14 @@ def _masked_norm_forward(norm: nn.Module, gates: Gates, name: str, axis: int, x:
     return MaskedNorm.apply(x, gates.log_masks[name][0], norm.weight, bias, eps, centered).movedim(-1, axis)
 
 
-def _masked_convolution_forward(module: nn.Conv2d, gates: Gates, name: str, row: int, x: Tensor) -> Tensor:
+def _masked_convolution_forward(
+    module: nn.Conv2d, gates: Gates, name: str, row: int, shape: tuple[int, int, int], x: Tensor
+) -> Tensor:
     if (log_mask := gates.log_masks[name][row]) is None:
         return nn.Conv2d.forward(module, x)
     if module.weight.requires_grad and module.weight.numel() < x.numel():  # mask what is smaller
-        return module._conv_forward(x, MaskKernel.apply(module.weight, log_mask), module.bias)
-    return nn.Conv2d.forward(module, MaskUnits.apply(x, log_mask, (1, module.in_channels, 1), 1))
+        return module._conv_forward(x, MaskKernel.apply(module.weight, log_mask, shape), module.bias)
+    return nn.Conv2d.forward(module, MaskUnits.apply(x, log_mask, shape, 1))
 
 
 def _masked_response_norm_forward(norm: Any, gates: Gates, name: str, row: int, x: Tensor) -> Tensor:

@@ -37,14 +37,15 @@ def build_gates(
     for name, leader in leaders.items():
         units, rows = bound.sizes[name], bound.rows(name)
         low, high, step = size_range(bound, config, leaders, name)
-        whole = kept_layers.get(bound.stack_of(name) or "", [])
+        shared = config.layout == "uniform" or rows == 1
+        whole = kept_layers.get(bound.stack_of(name) or "", []) + ([] if shared else bound.rows_without(name))
         dims.append(
             GatedDim(
                 name=name,
                 rows=rows,
                 units=units,
                 steepness=steepness_of(units, config.sharpness),
-                shared=config.layout == "uniform" or rows == 1,
+                shared=shared,
                 lowest=tuple(units if row in whole else low for row in range(rows)),
                 highest=tuple(units if row in whole else high for row in range(rows)),
                 protected=tuple(staying_layers(bound, config, name)) if name in bound.stacks else (),

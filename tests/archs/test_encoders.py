@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers.encoders import CONVNETS, DIMS, HEADS, RELATIVES, RESNETS, TIED, TWINS, dims_of, possible
+from helpers.encoders import CONVNETS, DIMS, HEADS, REGNETS, RELATIVES, RESNETS, TIED, TWINS, dims_of, possible
 from helpers.laws import (
     EXACT,
     SHIPPED,
@@ -51,11 +51,13 @@ CANNOT = {  # by layout and whether a response norm is in the way
     (
         "uniform",
         False,
-    ): r"needs (mlp0 = 4·hidden0|mid0 = 1·reduced0|hidden0 = 4·reduced0), so .* can only be pruned toget",
+    ): r"needs (mlp0 = 4·hidden0|mid0 = 1·reduced0|hidden0 = 4·reduced0|hidden0 = 8·groups0|squeeze0 = 2·groups0"
+    r"|first1 = 2·groups0|embedding = 4·first0), so .* can only be pruned toget",
     (
         "padded",
         False,
-    ): r"ties hidden0 to '(mlp0|four reduced0)', and hidden0 cannot be padded. Prune others only, as prun",
+    ): r"ties (hidden0|first1|embedding) to '(mlp0|four reduced0|group_width0 groups0|quarter0 groups0|four first0)', "
+    r"and \w+ cannot be padded. Prune others only, as prun",
     (
         "padded",
         True,
@@ -158,14 +160,16 @@ def requests(draw):
         config |= {} if yolos else draw(st.sampled_from([{}, {"head_dim": 3}, {"pooler_output_size": 5}]))
     if head.config_class.model_type == "electra":
         config["embedding_size"] = draw(st.sampled_from([config["hidden_size"], 1, 5, 7]))
-    all_dims = tuple(dim for dim in dims_of(head) if config.get("layer_type") != "basic" or dim != "reduced")
+    lacks = {"basic": ("reduced",), "x": ("squeeze", "first")}.get(config.get("layer_type", ""), ())
+    all_dims = tuple(dim for dim in dims_of(head) if dim not in lacks)
     dims = tuple(draw(st.lists(st.sampled_from(all_dims), min_size=1, unique=True)))
     if not possible(head, dims, layout):
         tied = TIED[head.config_class.model_type] & set(all_dims)
         padded = tuple(dim for dim in dims if possible(head, (dim,), layout))
         dims = (padded or ("layers",)) if layout == "padded" else (*sorted({*dims} | tied),)
-    if head in RESNETS and set(dims) == {"layers"} and max(config["depths"]) == 1:
-        dims = ("layers", "mid") if layout == "padded" else ("layers", *all_dims[:-1])  # no layer of it can go
+    if head in RESNETS + REGNETS and {*dims} <= {"layers", "squeeze"} and max(config["depths"]) == 1:
+        inner = "mid" if head in RESNETS else "groups"
+        dims = ("layers", inner) if layout == "padded" else ("layers", *all_dims[:-1])  # no layer of it can go
     options = dict(
         prune=dims,
         layout=layout,
@@ -183,6 +187,12 @@ def stages(draw, head):
         depths=draw(st.lists(st.integers(1, 3), min_size=count, max_size=count)),
         image_size=draw(st.sampled_from([16, (16, 24)])),
     )
+    if head in REGNETS:
+        group = draw(st.sampled_from([4, 8]))
+        config |= dict(layer_type=draw(st.sampled_from(["x", "y"])), groups_width=group)
+        return config | dict(
+            hidden_sizes=[group * width for width in widths], embedding_size=draw(st.sampled_from([4, 12]))
+        )
     if head not in RESNETS:
         patch = draw(st.sampled_from([2, (4, 2)]))
         return config | dict(num_stages=count, hidden_sizes=widths, patch_size=patch)
@@ -317,9 +327,11 @@ def test_importance_of_every_dim_follows_from_training(head):
         gates.raw_importance(name).zero_()
     model.train()(**batch_for(model), labels=torch.tensor([0, 1])).loss.backward()
     gates.update_importance_()
-    assert all((gates.raw_importance(name) > 0).any(-1).all() for name in gates.dims)
+    for name in gates.dims:
+        rows = (gates.raw_importance(name) > 0).any(-1)
+        assert [row for row, found in enumerate(rows) if not found] == gates.attachment.bound.rows_without(name)
     gates.resource_loss().backward()
-    assert gates.prune_ratio.grad.abs().min() > 0
+    assert gates.prune_ratio.grad[gates.lower < gates.upper].abs().min() > 0
 
 
 @pytest.mark.parametrize("head", HEADS + RELATIVES + CONVNETS)

@@ -12,6 +12,7 @@ from transformers import (
     ConvNextForImageClassification,
     ConvNextModel,
     ConvNextV2ForImageClassification,
+    RegNetForImageClassification,
     ResNetForImageClassification,
 )
 
@@ -173,3 +174,29 @@ def test_a_search_over_refitted_weights_says_early_that_stages_are_not_for_it():
     bound = bound_of(tiny(ConvNextForImageClassification))
     with pytest.raises(ValueError, match=r"convnext has several stacks .* with one only. Search over masks \(dms.sear"):
         check_one_stack(bound)
+
+
+def test_a_layer_without_a_dim_keeps_all_of_it_where_layers_have_sizes_of_their_own():
+    bound = bound_of(model := tiny(RegNetForImageClassification))
+    assert [bound.rows_without(name) for name in ("squeeze0", "squeeze1", "groups1", "first1")] == [[0], [0], [], []]
+    assert "squeeze2" not in bound.prunable  # its stage has one layer
+    assert not [limit for limit in bound.spec.must_equal if "squeeze2" in limit]
+    _, sizes = searched(model, layout="per_layer", prune=("squeeze",), share=0.0)
+    assert (sizes["squeeze0"].tolist(), sizes["squeeze1"].tolist()) == ([4, 1], [6, 1, 1])
+
+
+def test_units_of_a_grouped_convolution_are_whole_groups(tmp_path):
+    model = tiny(RegNetForImageClassification, dtype=torch.float64)
+    _, sizes = searched(model, layout="per_layer", prune=("groups",))
+    *outputs, pruned = masked_cut_reloaded(model, sizes, tmp_path / "out")
+    assert_same(*outputs, EXACT)
+    for stage, of_stage in enumerate(pruned.base_model.encoder.stages):
+        for layer, block in enumerate(of_stage.layers):
+            convolution, groups = block.layer[1].convolution, int(sizes[f"groups{stage}"][layer])
+            assert (convolution.groups, convolution.in_channels) == (groups, 8 * groups)
+            assert convolution.weight.shape == (8 * groups, 8, 3, 3)
+
+
+def test_a_regnet_that_keeps_the_resolution_in_its_first_stage_is_not_covered():
+    model = tiny(RegNetForImageClassification, downsample_in_first_stage=False)
+    untouched(model, "regnet with downsample_in_first_stage = False in its config is not supported, only with True")

@@ -90,6 +90,7 @@ CASES = {
     "dinov2": lambda: tiny(transformers.Dinov2Model),
     "convnextv2": lambda: tiny(transformers.ConvNextV2ForImageClassification),
     "resnet": lambda: tiny(transformers.ResNetForImageClassification),
+    "regnet": lambda: tiny(transformers.RegNetForImageClassification),
 }
 
 
@@ -120,8 +121,9 @@ def test_scales_travel_with_the_plan(name, tmp_path):
 @pytest.mark.parametrize("name", CASES)
 def test_streamed_equals_cut_in_memory(name, layout, made, tmp_path):
     options = {"prune": ["mlp", "layers"]} if name in ("bert", "distilbert") and layout != "per_layer" else {}
-    if layout == "padded" and name in ("convnextv2", "resnet"):
-        options = {"prune": ["layers"] if name == "convnextv2" else ["mid", "reduced", "layers"], "target": 0.9}
+    inner = {"convnextv2": [], "resnet": ["mid", "reduced"], "regnet": ["groups", "squeeze"]}
+    if layout == "padded" and name in inner:
+        options = {"prune": [*inner[name], "layers"], "target": 0.9}
     pruned = made(CASES[name](), layout, **options)
     report = stream(tmp_path)
     save_pruned(pruned, tmp_path / "expected")

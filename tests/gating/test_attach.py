@@ -24,7 +24,7 @@ DIMS = ("kv", "mlp", "hidden", "layers")
 
 # ---- where they go ----
 def test_masks_on_the_weights_of_convolutions_do_what_masks_on_their_inputs_do(monkeypatch):
-    def by_inputs(module, gates, name, row, x):
+    def by_inputs(module, gates, name, row, shape, x):
         log_mask = gates.log_masks[name][row]
         masked = x if log_mask is None else x * log_mask.exp()[:, None, None]
         return nn.functional.conv2d(masked, module.weight, module.bias, module.stride, module.padding)

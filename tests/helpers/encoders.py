@@ -15,33 +15,39 @@ RELATIVES = (
     *heads_of("Yolos", "ObjectDetection"),
 )
 RESNETS = heads_of("ResNet", "ImageClassification")
+REGNETS = heads_of("RegNet", "ImageClassification")
 CONVNETS = (
     *heads_of("ConvNext", "ImageClassification"),
     *heads_of("ConvNextV2", "ImageClassification"),
     *RESNETS,
+    *REGNETS,
 )
 TWINS = (*heads_of("XLMRoberta", *TASKS, "MaskedLM"), *heads_of("Camembert", *TASKS, "MaskedLM"))
 DIMS = ("heads", "mlp", "hidden", "layers")
 # Dims whose sizes the stock config derives from one another.
 TIED = {model_type: {"heads", "hidden"} for model_type in (*BERTS, "yolos")}
 TIED |= {"convnext": {"mlp", "hidden"}, "convnextv2": {"mlp", "hidden"}, "resnet": {"reduced", "mid", "hidden"}}
+TIED |= {"regnet": {"groups", "squeeze", "first", "hidden", "embedding"}}
 
 
 def dims_of(cls):
     """The dims of a model class; a convolutional network's are those of all stages together."""
     if cls in RESNETS:
         return ("reduced", "mid", "hidden", "layers")
+    if cls in REGNETS:
+        return ("groups", "squeeze", "first", "hidden", "embedding", "layers")
     return DIMS[1:] if cls in CONVNETS else DIMS
 
 
 def possible(cls, dims, layout):
     """Stock sizes that go together are pruned together, and padding cannot reach the dense hidden size.
 
-    That is of a BERT hidden = heads·d, of a ConvNeXt mlp = 4·hidden, and of a ResNet hidden = 4·mid.
+    That is of a BERT hidden = heads·d, of a ConvNeXt mlp = 4·hidden, of a ResNet hidden = 4·mid, and of a RegNet
+    everything but layers.
     """
     tied = TIED.get(cls.config_class.model_type, set())
     if layout == "padded" and "mlp" in dims and cls.config_class.model_type == "convnextv2":
         return False  # its response norms would count the zeros
     if layout == "padded" and tied:
-        return "hidden" not in dims
+        return not {"hidden", "first", "embedding"} & {*dims}
     return layout == "per_layer" or tied & set(dims) in (set(), tied)

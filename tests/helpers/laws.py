@@ -38,6 +38,9 @@ SIZES = {
     "convnextv2": STAGES,
     "resnet": {name: value for name, value in STAGES.items() if name not in ("patch_size", "num_stages")}
     | dict(embedding_size=5, hidden_sizes=[8, 12, 16], depths=[2, 3, 1]),
+    "regnet": dict(
+        num_channels=2, image_size=16, embedding_size=16, hidden_sizes=[16, 24, 32], depths=[2, 3, 1], groups_width=8
+    ),
     "llama": DECODER,
     "mistral": DECODER,
     "qwen2": DECODER,

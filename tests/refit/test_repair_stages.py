@@ -9,6 +9,7 @@ from torch import nn
 from transformers import (
     ConvNextForImageClassification,
     ConvNextV2ForImageClassification,
+    RegNetForImageClassification,
     ResNetForImageClassification,
     ResNetModel,
 )
@@ -25,11 +26,13 @@ MODELS = {
     "basic, stem of the first stage": (ResNetForImageClassification, {"layer_type": "basic", "embedding_size": 8}),
     "bottleneck": (ResNetForImageClassification, {}),
     "bottleneck, strides first": (ResNetForImageClassification, {"downsample_in_bottleneck": True}),
+    "regnet": (RegNetForImageClassification, {}),
+    "regnet, x": (RegNetForImageClassification, {"layer_type": "x"}),
     "convnext": (ConvNextForImageClassification, {}),
     "convnext without scales": (ConvNextForImageClassification, {"layer_scale_init_value": 0.0}),
     "convnextv2": (ConvNextV2ForImageClassification, {}),
 }
-INNER = ("mid", "reduced", "mlp")
+INNER = ("mid", "reduced", "mlp", "groups", "squeeze")
 PLANS = {"inner widths": INNER, "layers": ("layers",), "streams": ("hidden",), "all": (*INNER, "hidden", "layers")}
 
 
@@ -279,7 +282,7 @@ def test_a_share_of_a_repair_is_one_of_its_statistics_too():
 
 
 # ---- that it helps ----
-CASES = [(name, plan) for name in ("basic", "bottleneck", "convnext", "convnextv2") for plan in PLANS]
+CASES = [(name, plan) for name in ("basic", "bottleneck", "regnet", "convnext", "convnextv2") for plan in PLANS]
 
 
 @pytest.mark.parametrize(("name", "plan"), CASES)
