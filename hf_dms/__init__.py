@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from .errors import VerificationError as VerificationError
     from .gating.attach import attach_ as attach_
     from .gating.attach import detach_ as detach_
+    from .gating.supernet import fresh_weights_ as fresh_weights_
+    from .gating.supernet import supernet as supernet
     from .refit.batch_norms import estimate_batch_norms_ as estimate_batch_norms_
     from .refit.one_shot import one_shot_obs_plan as one_shot_obs_plan
     from .refit.repair import repair_ as repair_
@@ -52,6 +54,7 @@ _HOMES = {
     "choose_": "strategies.one_shot",
     "detach_": "gating.attach",
     "estimate_batch_norms_": "refit.batch_norms",
+    "fresh_weights_": "gating.supernet",
     "one_shot_obs_plan": "refit.one_shot",
     "plan_of": "cut.prune",
     "prune": "cut.prune",
@@ -59,6 +62,7 @@ _HOMES = {
     "register_arch": "cut.register",
     "repair_": "refit.repair",
     "save_pruned": "checkpoint.save",
+    "supernet": "gating.supernet",
 }
 __all__ = [*_HOMES]
 

@@ -244,7 +244,8 @@ def _validate(options: argparse.Namespace) -> int:
             prepared, memory = whole.recipe, memory_in_words(whole)
             chosen = recovery_in_words(prepared) if prepared.recover != recipe.recover else []
             if prepared.dms.target != recipe.dms.target:
-                chosen = [f"dms.target: {prepared.dms.target:.4g} ({recipe.dms.target})", *chosen]
+                of = (" of the supernet", " of the original") if recipe.model.supernet is not None else ("", "")
+                chosen = [f"dms.target: {prepared.dms.target:.4g}{of[0]} ({recipe.dms.target}{of[1]})", *chosen]
             lines = {"taken": chosen, "memory": memory}
             found.append({"recipe": path, "ok": True} | {key: value for key, value in lines.items() if value})
             print("\n  ".join([f"{path}: ok", *chosen, *memory]))

@@ -72,7 +72,8 @@ class DMSConfig:
     target: Any = _option(  # a float, or text such as 100M until the dense model is known, see with_share
         None,
         "Fraction of the dense resource to keep, in (0, 1]: 0.6 keeps 60 %. Or an amount with K, M, G (or B) or T: "
-        "100M keeps 100 million parameters, or of what resource and resource_scope count. Required.",
+        "100M keeps 100 million parameters, or of what resource and resource_scope count. With model.supernet both are "
+        "of the original model. Required.",
     )
     resource: str = _option(
         "params",
@@ -104,7 +105,8 @@ class DMSConfig:
     )
     pipeline: str = _option(
         "p",
-        "p: pretrained weights train during the search. np: randomly initialised weights train during the search. "
+        "p: pretrained weights train during the search. np: randomly initialised weights train during the "
+        "search, best in a larger network (model.supernet), and the shape that is found is trained from fresh weights. "
         "p-: pretrained weights are frozen, and only the prune ratios train.",
     )
     strategy: str = _option(

@@ -13,18 +13,19 @@ from typing import Any
 
 from hf_dms.config import DMSConfig
 from hf_dms.experiment.recipe import SECTIONS
-from hf_dms.experiment.sections import RecoverConfig, RepairConfig
+from hf_dms.experiment.sections import RecoverConfig, RepairConfig, SupernetConfig
 from hf_dms.tasks.data import DataConfig
 from hf_dms.training.distillation import DistillationConfig
 
 BEGIN = "<!-- renewed by `python tools/options_page.py docs/options.md` -->"
 END = "<!-- end of the options -->"
 REST: dict[str, type] = {
+    "model.supernet": SupernetConfig,
     "recover": RecoverConfig,
     "recover.repair": RepairConfig,
     "recover.distillation": DistillationConfig,
 }
-OWN_SECTIONS = {f"recover.{name}" for name in ("repair", "distillation")}  # keys that have a table of their own
+OWN_SECTIONS = {"model.supernet", "recover.repair", "recover.distillation"}  # keys that have a table of their own
 CODE = re.compile(r"`[^`]*`|\{(?:[^{}]|\{[^{}]*\})*\}")  # what Markdown must not read
 
 

@@ -148,12 +148,7 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
             lines describe, or whose shape is not the product of its dims.
     """
     _check_variant(spec, model)
-    spec = for_config(spec, model.config)
-    sizes = {dim.name: dim_size(dim, model.config) for dim in spec.dims}
-    for dim in spec.dims:
-        if dim.same_as is not None and sizes[dim.name] == sizes[dim.same_as]:
-            spec = spec.with_one_name(dim.name, dim.same_as)
-            del sizes[dim.name]
+    spec, sizes = sized(spec, model.config)
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
     bound = BoundSpec(spec, prefix, sizes, {}, frozenset())
     kind = type(model).__name__
@@ -220,6 +215,17 @@ def _check_variant(spec: ArchSpec, model: nn.Module) -> None:
                 raise HfDmsError(
                     f"{spec.model_type} with {attribute} = {value} in its config is not supported, only with {wanted}."
                 )
+
+
+def sized(spec: ArchSpec, config: Any) -> tuple[ArchSpec, dict[str, int]]:
+    """A description as it is of a model with this config, where dims that are one have one name, and their sizes."""
+    spec = for_config(spec, config)
+    sizes = {dim.name: dim_size(dim, config) for dim in spec.dims}
+    for dim in spec.dims:
+        if dim.same_as is not None and sizes[dim.name] == sizes[dim.same_as]:
+            spec = spec.with_one_name(dim.name, dim.same_as)
+            del sizes[dim.name]
+    return spec, sizes
 
 
 def for_config(spec: ArchSpec, config: Any) -> ArchSpec:

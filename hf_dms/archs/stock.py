@@ -217,3 +217,21 @@ def limits_in_words(spec: ArchSpec) -> list[str]:
         otherwise = f", else written as `{spec.alternative}`" if spec.alternative else ""
         limits.append(f"{names[1]} a multiple of {names[0]}{otherwise}")
     return limits
+
+
+# ---- what the config says ------------------------------------------------------------------------------------------
+def config_values(spec: ArchSpec, sizes: Mapping[str, int]) -> dict[str, int]:
+    """What the config says of a layer of these sizes, or of all: attribute → size."""
+    return {key: product_of(sizes, product) for key, product in spec.config.items()}
+
+
+def with_values(config: dict[str, Any], values: dict[str, int]) -> dict[str, Any]:
+    """A config as a mapping, with sizes put into it: attribute, or `"name[index]"` of a list's entry, → size."""
+    config = dict(config)
+    for key, value in values.items():
+        name, _, index = key.removesuffix("]").partition("[")
+        if index:
+            config[name] = [*config[name][: int(index)], value, *config[name][int(index) + 1 :]]
+        else:
+            config[name] = value
+    return config

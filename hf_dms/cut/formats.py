@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..archs.bind import BoundSpec, compiled
 from ..archs.skeleton import config_as_tied
 from ..archs.spec import parse_axes
-from ..archs.stock import has_alternative, padded_sizes, product_of, widest, within_limits
+from ..archs.stock import config_values, has_alternative, padded_sizes, widest, with_values, within_limits
 from ..errors import HfDmsError
 from . import modeling_dms
 from .plan import Plan, kept_layers, kept_units
@@ -32,7 +32,7 @@ def pruned_class_and_config(
     """
     sizes = written_sizes(bound, plan, layout, model.config)
     largest = widest(sizes)
-    common = config_values(bound, largest)
+    common = config_values(bound.spec, largest)
     values = with_values(config_as_tied(model).to_dict(), common)
     for key in (*NOT_TAKEN_OVER, *bound.spec.config_leaves_out):
         values.pop(key, None)
@@ -80,23 +80,6 @@ def written_sizes(bound: BoundSpec, plan: Plan, layout: str, model_config: Any) 
     return [{name: padded[name] for name in layer} for layer in layers]
 
 
-def config_values(bound: BoundSpec, sizes: dict[str, int]) -> dict[str, int]:
-    """What the config says of a layer of these sizes, or of all: attribute → size."""
-    return {key: product_of(sizes, product) for key, product in bound.spec.config.items()}
-
-
-def with_values(config: dict[str, Any], values: dict[str, int]) -> dict[str, Any]:
-    """A config as a mapping, with sizes put into it: attribute, or `"name[index]"` of a list's entry, → size."""
-    config = dict(config)
-    for key, value in values.items():
-        name, _, index = key.removesuffix("]").partition("[")
-        if index:
-            config[name] = [*config[name][: int(index)], value, *config[name][int(index) + 1 :]]
-        else:
-            config[name] = value
-    return config
-
-
 def per_layer_values(bound: BoundSpec, sizes: list[dict[str, int]], common: dict[str, int]) -> dict[str, Any]:
     """What a per-layer config says beside the sizes that all layers have.
 
@@ -109,7 +92,7 @@ def per_layer_values(bound: BoundSpec, sizes: list[dict[str, int]], common: dict
         common: what the config says of all layers.
     """
     if not bound.spec.families:
-        per_layer = [config_values(bound, layer_sizes) for layer_sizes in sizes]
+        per_layer = [config_values(bound.spec, layer_sizes) for layer_sizes in sizes]
         overrides = {
             index: {key: value for key, value in layer_values.items() if value != common[key]}
             for index, layer_values in enumerate(per_layer)

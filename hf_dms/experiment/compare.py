@@ -29,6 +29,7 @@ from ..errors import HfDmsError
 from ..gating.attach import detach_, gates_of
 from ..gating.gates_for import build_gates
 from ..gating.rounding import check_target
+from ..gating.supernet import fresh_weights_
 from ..measure.speed import peak_resident_bytes
 from ..refit.repair import repair_
 from ..report.comparison import write_comparison
@@ -131,6 +132,11 @@ def cells_of(recipe: Recipe) -> list[Cell]:
         HfDmsError: no strategies, or one that does not exist.
     """
     config = recipe.compare
+    if recipe.model.supernet is not None:
+        raise HfDmsError(
+            "hf-dms compare cuts one dense model, whose share is the target, and with model.supernet the target is of "
+            "another one. Run a recipe for each way with hf-dms prune, or leave model.supernet out."
+        )
     if not config.strategies:
         raise HfDmsError("compare.strategies is required: names of strategies, such as {dms: {}, taylor: {}}.")
     named = {name: _strategy(name, settings or {}) for name, settings in config.strategies.items()}
@@ -227,6 +233,8 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
         arguments.save_strategy = "no"
         distillation, lora = recipe.recover.distillation, lora_config(recipe, "recover.lora")
         teacher, float32 = dense if distillation else None, recipe.recover.float32
+        if recipe.retrains_afresh:
+            fresh_weights_(pruned, arguments.seed)
         train_(pruned, arguments, examples, teacher, distillation, lora=lora, float32=float32)
         finish_("recovered", pruned, started, examples_of(arguments, examples))
     if recipe.task.generates:

@@ -29,6 +29,7 @@ from ..gating.rounding import check_target
 from ..measure.precision import slow_bfloat16
 from ..refit.repairable import check_one_stack, check_repairable
 from ..report.card import base_metadata
+from ..report.report import Original
 from ..strategies.one_shot import check_dims, criterion_of
 from ..tasks.evaluate import evenly_spaced
 from ..tasks.registry import TASKS, load_examples, load_more_examples
@@ -36,6 +37,7 @@ from ..tasks.task import Examples
 from ..training.trainer import check_training_arguments
 from .recipe import Recipe, coerce_fields, saying_where
 from .recovery import with_recovery
+from .supernets import in_supernet, search_is_long
 
 logger = logging.get_logger(__name__)
 
@@ -46,12 +48,14 @@ class Prepared:
 
     Attributes:
         recipe: as it was read, with the values of its recovery (recovery.py) and a target that is a fraction.
-        config: the dense model's, with what the examples need of it.
+        config: the dense model's, or the supernet's, with what the examples need of it.
         processor: the tokenizer or image processor.
         examples: what is searched, repaired and measured on, without what the dense model writes (own_data.py).
         texts: further examples to measure on, by name (eval.texts).
         retraining: what is retrained on.
         arguments: `TrainingArguments` of the stages that the recipe has: finetune, search, recover.
+        original: with a supernet, the costs of the model whose config is at model.path, and the `target` that was asked
+            for as a share of them.
         lora: `peft.LoraConfig` of the search ("lora") and the retraining ("recover.lora"), None where there is none.
     """
 
@@ -63,6 +67,7 @@ class Prepared:
     retraining: Examples
     arguments: Mapping[str, Any]
     lora: Mapping[str, Any]
+    original: Original | None = None
 
     @property
     def held_out(self) -> Any:
@@ -113,6 +118,9 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
             retraining = load_more_examples(recipe.recover.data, recipe.task, processor, config, examples)
     texts = load_texts(recipe, recipe.eval.texts, processor, config, examples)
     config.update(examples.config)
+    original = None
+    if recipe.model.supernet is not None:
+        recipe, config, original = in_supernet(recipe, empty_model(recipe, config))
     empty = empty_model(recipe, config)
     bound = bind(spec_for(config), empty)
     recipe = dataclasses.replace(recipe, dms=with_share(recipe.dms, bound, empty))
@@ -127,9 +135,11 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
         for stage, made in arguments.items():
             section = "train" if stage == "search" else stage
             arguments[stage] = training_arguments(recipe, section, Path(made.output_dir))
+    if long := search_is_long(recipe, arguments, examples, retraining):
+        logger.warning(long)
     lora = {section: lora_config(recipe, section) for section in ("lora", "recover.lora")}
     _check_adapters(recipe, config, lora)
-    return Prepared(recipe, config, processor, examples, texts, retraining, arguments, lora)
+    return Prepared(recipe, config, processor, examples, texts, retraining, arguments, lora, original)
 
 
 def load_texts(
@@ -199,7 +209,11 @@ def _check_model(recipe: Recipe, config: Any) -> None:
     model = empty_model(recipe, config)
     bound = bind(spec_for(config), model)
     gates = build_gates(bound, model, recipe.dms, device=torch.device("cpu"))
-    check_target(gates, bound, recipe.dms, config)
+    try:
+        check_target(gates, bound, recipe.dms, config)
+    except HfDmsError as error:
+        of_what = "model.supernet: shares are of the supernet. " if recipe.model.supernet is not None else ""
+        raise HfDmsError(f"{of_what}{error}") from error
     if recipe.dms.strategy != SEARCH:
         check_dims(criterion_of(recipe.dms.strategy), recipe.dms.strategy, gates, bound)
     key = "recover.repair" if recipe.recover.repair is not None else "dms.search_over"

@@ -27,7 +27,16 @@ from ..tasks.registry import TASKS
 from ..tasks.task import Task
 from ..training.distillation import DistillationConfig
 from .packaged import packaged_recipes, recipe_names
-from .sections import CompareConfig, EvalConfig, HubConfig, ModelConfig, OutputConfig, RecoverConfig, RepairConfig
+from .sections import (
+    CompareConfig,
+    EvalConfig,
+    HubConfig,
+    ModelConfig,
+    OutputConfig,
+    RecoverConfig,
+    RepairConfig,
+    SupernetConfig,
+)
 
 
 @dataclass
@@ -49,6 +58,12 @@ class Recipe:
     @property
     def task(self) -> Task:
         return TASKS[self.model.task]
+
+    @property
+    def retrains_afresh(self) -> bool:
+        """Whether the training after the cut begins with new random weights."""
+        default = "fresh" if self.dms.pipeline == "np" else "searched"
+        return self.recover.train is not None and (self.recover.weights or default) == "fresh"
 
     def to_dict(self) -> dict[str, Any]:
         """The whole recipe as plain values."""
@@ -133,10 +148,33 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
             "recover.repair and recover.distillation need a dense model that is trained, which pipeline np has not. "
             "Leave them out, or use pipeline p."
         )
+    _check_random_weights(recipe)
     _check_mix(recipe)
     if recipe.dms.sequence_length is None:
         recipe.dms = dataclasses.replace(recipe.dms, sequence_length=recipe.data.sequence_length)
     return recipe
+
+
+def _check_random_weights(recipe: Recipe) -> None:
+    """Check that a supernet, and fresh weights for the shape that was found, go with the rest."""
+    if recipe.model.supernet is not None and recipe.dms.pipeline != "np":
+        raise HfDmsError(
+            f"model.supernet has random weights, and dms.pipeline is {recipe.dms.pipeline}, which begins with "
+            "pretrained ones. Write dms.pipeline: np, or leave model.supernet out."
+        )
+    if not recipe.retrains_afresh:
+        return
+    otherwise = "Write recover.weights: searched"
+    if recipe.dms.layout == "padded":
+        raise HfDmsError(
+            f"recover.weights is fresh, and with dms.layout padded the zeros would become weights. {otherwise}, or use "
+            "layout uniform or per_layer."
+        )
+    if recipe.recover.lora is not None or recipe.recover.repair is not None:
+        given = "recover.lora" if recipe.recover.lora is not None else "recover.repair"
+        raise HfDmsError(
+            f"{given} needs weights to build on, and recover.weights is fresh. {otherwise}, or leave it out."
+        )
 
 
 def _check_mix(recipe: Recipe) -> None:
@@ -153,7 +191,10 @@ def _section(values: dict[str, Any], name: str) -> Any:
     given = values.get(name) or {}
     if not isinstance(given, dict):
         raise HfDmsError(f"{name} must be a section with keys, got {given!r}.")
-    return SECTIONS[name](**coerce_fields(SECTIONS[name], given, name))
+    found = coerce_fields(SECTIONS[name], given, name)
+    if name == "model" and (larger := _subsection(given, "supernet", "model.")) is not None:
+        found["supernet"] = SupernetConfig(**coerce_fields(SupernetConfig, larger, "model.supernet"))
+    return SECTIONS[name](**found)
 
 
 def _build_recover(given: dict[str, Any] | None) -> RecoverConfig:
@@ -170,7 +211,7 @@ def _build_recover(given: dict[str, Any] | None) -> RecoverConfig:
     own = [option.name for option in dataclasses.fields(RecoverConfig)]
     train = {key: value for key, value in given.items() if key not in own}
     repairs_alone = [key for key, value in given.items() if value is not None] == ["repair"]
-    options = {"float32": given["float32"]} if given.get("float32") is not None else {}
+    options = {key: given[key] for key in ("float32", "weights") if given.get(key) is not None}
     return RecoverConfig(**sections, **options, lora=lora, train=None if repairs_alone else train)
 
 

@@ -10,6 +10,8 @@ The dense model teaches by its logits alone, at temperature 1, which beat labels
 - A step has at least 4,096 tokens, or 16 examples, by accumulation.
 - Rate: 3e-4 at 0.1 billion parameters, falling with their square root, about a fifth of what such models are pretrained
   with; 5e-5 for a classifier; 2e-4 for adapters. If weights trained in the search, they keep that rate.
+- Fresh weights (pipeline np) have no teacher. They train for ten times as long as the search, in batches like its own:
+  the paper's search takes a tenth of the training that follows, or less.
 - Adapters train in place of the weights from 3 billion parameters on, and where the search ran on packed weights.
 - Weights of half precision train as float32 ones, since their steps would be rounded away.
 """
@@ -40,6 +42,7 @@ RATE_OF_CLASSIFIERS, RATE_OF_ADAPTERS = 5e-5, 2e-4
 ADAPTERS_FROM = 3e9  # parameters
 ADAPTERS = {"r": 16, "lora_alpha": 32}
 WARMUP = 0.05  # share of the steps
+AFRESH = 10  # lengths of the search
 
 
 def with_recovery(recipe: Recipe, model: Any, retraining: Examples, processes: int) -> Recipe:
@@ -57,16 +60,22 @@ def with_recovery(recipe: Recipe, model: Any, retraining: Examples, processes: i
     frozen = recipe.dms.strategy != SEARCH or recipe.dms.pipeline == "p-"
     parameters = model.num_parameters()
     lora = given.lora
-    if lora is None and recipe.dms.layout != "padded" and (parameters >= ADAPTERS_FROM or recipe.model.quantization):
+    if (
+        lora is None
+        and not recipe.retrains_afresh
+        and recipe.dms.layout != "padded"
+        and (parameters >= ADAPTERS_FROM or recipe.model.quantization)
+    ):
         lora = ADAPTERS
     teacher = given.distillation
-    if teacher is None and recipe.dms.pipeline != "np":
+    if teacher is None and not recipe.retrains_afresh and recipe.dms.pipeline != "np":
         teacher = DistillationConfig(weight=1.0, temperature=1.0)
     repair = given.repair
-    if repair is None and frozen and _is_repairable(model):
+    if repair is None and frozen and not recipe.retrains_afresh and _is_repairable(model):
         repair = RepairConfig()
     half = _dtype(recipe, model) in (torch.bfloat16, torch.float16)
-    defaults = _batches(recipe, retraining, frozen, processes) | {
+    batches = _ten_searches(recipe) if recipe.retrains_afresh else _batches(recipe, retraining, frozen, processes)
+    defaults = batches | {
         "learning_rate": _rate(recipe, parameters, frozen, lora is not None),
         "warmup_steps": WARMUP,
         "lr_scheduler_type": "cosine",
@@ -113,6 +122,16 @@ def _batches(recipe: Recipe, examples: Examples, frozen: bool, processes: int) -
     rows = len(examples.train) + (recipe.data.own_sequences if recipe.data.uses_own_texts else 0)
     through_the_data = MOST_EPOCHS * math.ceil(rows / (size * accumulated))
     return found | {"max_steps": min(round(steps), through_the_data)}
+
+
+def _ten_searches(recipe: Recipe) -> dict[str, Any]:
+    """Ten times the length of the search, in batches like those of the search."""
+    steps = int(recipe.train.get("max_steps", -1))
+    return (
+        {"max_steps": AFRESH * steps}
+        if steps > 0
+        else {"num_train_epochs": AFRESH * float(recipe.train["num_train_epochs"])}
+    )
 
 
 def _is_repairable(model: Any) -> bool:

@@ -22,7 +22,7 @@ from ..cut.plan import PLAN_FILE, plan_to_json
 from ..cut.plans import PLANS_FILE, plans_to_json
 from ..gating.attach import detach_, gates_of
 from ..report.card import base_metadata, model_card
-from ..report.numbers import REPORT, as_written, notes, report_table, size_bars, to_json
+from ..report.numbers import REPORT, as_written, network_of, notes, report_table, size_bars, to_json
 from ..report.page import PAGE, render
 from ..report.report import Report
 from ..tasks.evaluate import summary
@@ -99,10 +99,12 @@ def _experiment(prepared: Prepared) -> tuple[Report, PreTrainedModel, dict[str, 
         The report, without the time that it took; the pruned model; the files of plans, name → content.
     """
     recipe, examples = prepared.recipe, prepared.examples
+    network = network_of(recipe.to_dict())
     samples: list[Any] = recipe.task.samples(examples, prepared.processor, recipe.eval)
 
     def measured(name: str, model: PreTrainedModel, text: str | None = None) -> Tensor:
-        print_on_main(f"Measuring the {name} model on {protocol_of(prepared) if text is None else text} ...")
+        words = network if name == "dense" else f"{name} model"
+        print_on_main(f"Measuring the {words} on {protocol_of(prepared) if text is None else text} ...")
         return run_on_main(lambda: score(model, prepared, text))
 
     def measure_(name: str, model: PreTrainedModel) -> None:
@@ -141,7 +143,8 @@ def _save(pruned: PreTrainedModel, prepared: Prepared, report: Report, plans: di
     recipe, examples = prepared.recipe, prepared.examples
     output, written = Path(recipe.output.path), as_written(report)
     name = recipe.hub.repo_id or output.name
-    card = model_card(written, name, base_metadata(recipe.model.path, recipe.model.revision))
+    base = {} if recipe.dms.pipeline == "np" else base_metadata(recipe.model.path, recipe.model.revision)
+    card = model_card(written, name, base)
     page = render(written, pruned.config.to_dict(), name)
     save_pruned(
         pruned,

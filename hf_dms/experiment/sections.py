@@ -12,6 +12,26 @@ from ..training.distillation import DistillationConfig
 
 
 @dataclass
+class SupernetConfig:
+    """The `model.supernet` section: how much larger the network is that pipeline np searches in."""
+
+    width: float = field(
+        default=1.0,
+        metadata={"help": "Factor of all widths that are pruned (heads, MLPs, residual streams), at least 1."},
+    )
+    depth: float = field(default=1.0, metadata={"help": "Factor of the numbers of layers, of every stage, at least 1."})
+
+    def __post_init__(self) -> None:
+        for name, factor in vars(self).items():
+            if isinstance(factor, bool) or not 1 <= factor < float("inf"):
+                raise HfDmsError(f"model.supernet.{name} must be a factor of at least 1, got {factor!r}.")
+        if self.width == self.depth == 1:
+            raise HfDmsError(
+                "model.supernet makes nothing larger: give width or depth, as {width: 2, depth: 1.5}, or leave it out."
+            )
+
+
+@dataclass
 class ModelConfig:
     """The `model` section of a recipe."""
 
@@ -29,6 +49,7 @@ class ModelConfig:
         },
     )
 
+    supernet: SupernetConfig | None = None
     base: str | None = field(
         default=None, metadata={"help": "Hub id of the dense model for the card, where path is a folder."}
     )
@@ -223,6 +244,13 @@ class RecoverConfig:
             "steps of its own weights would be rounded away."
         },
     )
+    weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the training after the cut begins with: searched, the weights of the search, or fresh, new "
+            "random ones of the shape that was found. Default: fresh with pipeline np, otherwise searched."
+        },
+    )
     train: dict[str, Any] | None = field(
         default=None, metadata={"help": "All other keys: TrainingArguments of a retraining. None: there is none."}
     )
@@ -230,3 +258,5 @@ class RecoverConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.float32, bool):
             raise HfDmsError(f"recover.float32 must be true or false, got {self.float32!r}.")
+        if self.weights not in (None, "fresh", "searched"):
+            raise HfDmsError(f"recover.weights must be fresh or searched, got {self.weights!r}.")

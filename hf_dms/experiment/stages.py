@@ -21,10 +21,11 @@ from ..cut.plans import Plans
 from ..cut.prune import plan_of, prune
 from ..gating.attach import copy_search_, gates_of
 from ..gating.outcome import SearchOutcome, search_outcome
+from ..gating.supernet import fresh_weights_
 from ..measure.speed import seconds_per_batch
 from ..measure.versions import versions
 from ..refit.repair import repair_
-from ..report.numbers import sizes_and_costs
+from ..report.numbers import network_of, sizes_and_costs
 from ..report.report import Report
 from ..strategies.one_shot import criterion_of
 from ..tasks.evaluate import evenly_spaced, example_scores, summary
@@ -48,7 +49,7 @@ def dense_model(prepared: Prepared) -> PreTrainedModel:
     """
     model = load_model(prepared)
     if prepared.recipe.finetune:
-        print_on_main("Fine-tuning the dense model ...")
+        print_on_main(f"Fine-tuning the {network_of(prepared.recipe.to_dict())} ...")
         limit = prepared.recipe.dms.max_nonfinite_steps
         arguments = _arguments(prepared, "finetune")
         train_(model, arguments, prepared.examples, stage="fine-tuning", max_nonfinite_steps=limit, keep=True)
@@ -164,10 +165,14 @@ def recovery_steps(pruned: PreTrainedModel, searched: PreTrainedModel, plan: Pla
         )
         yield "repaired"
     if recipe.recover.train is not None:
-        print_on_main("Retraining the pruned model ...")
+        arguments = _arguments(prepared, "recover")
+        afresh = " from fresh weights" if recipe.retrains_afresh else ""
+        print_on_main(f"Retraining the pruned model{afresh} ...")
+        if recipe.retrains_afresh:
+            fresh_weights_(pruned, arguments.seed)
         train_(
             pruned,
-            _arguments(prepared, "recover"),
+            arguments,
             prepared.retraining,
             dense if distillation else None,
             distillation,
@@ -223,6 +228,7 @@ def report_of(
         **more,
         texts={text: summaries(recipe, each) for text, each in scores.items() if text is not None} or None,
         protocol=protocol_of(prepared),
+        original=prepared.original,
         layout=recipe.dms.layout,
         model_class=type(pruned).__name__,
         recipe=recipe.to_dict(),

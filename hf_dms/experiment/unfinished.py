@@ -85,12 +85,14 @@ def influences(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
     """
     model, dms, train = recipe["model"], recipe["dms"], recipe["train"]
     found: dict[str, Any] = {
-        "model": {key: model[key] for key in ("path", "revision", "task", "dtype", "attn_implementation")},
+        "model": {key: model[key] for key in ("path", "revision", "task", "dtype", "attn_implementation", "supernet")},
         "data": recipe["data"],
         "finetune": _lasting(recipe["finetune"]),
         "train": {key: value for key, value in _lasting(train).items() if key not in LENGTHS},
         "dms": {"pipeline": "np" if dms["pipeline"] == "np" else "p or p-"},
     }
+    if model["supernet"] is not None:  # which dims of it are larger
+        found["dms"] |= {"prune": dms["prune"], "protect": dms["protect"]}
     if stage == "finetune":
         return found
     found["model"]["quantization"] = model["quantization"]

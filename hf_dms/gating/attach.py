@@ -73,7 +73,7 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
     spec = spec_for(model.config)
     check_as_built(model)
     bound = bind(spec, model)
-    dms_config = with_share(for_stages(dms_config, bound), bound, model)
+    dms_config = with_share(for_stages(dms_config, bound.spec), bound, model)
     gates = build_gates(bound, model, dms_config)
     check_target(gates, bound, dms_config, model.config)
     if dms_config.scales:

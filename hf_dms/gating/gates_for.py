@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..archs.bind import BoundSpec, bind
 from ..archs.costs import build_cost
 from ..archs.registry import spec_for
+from ..archs.spec import ArchSpec
 from ..archs.stock import check_padding, tied_sizes
 from ..config import DMSConfig, amount
 from ..errors import HfDmsError
@@ -28,7 +29,7 @@ def build_gates(
     Raises:
         ValueError: a dim that the architecture lacks, sizes that cannot be, a resource that it does not have.
     """
-    config = for_stages(config, bound)
+    config = for_stages(config, bound.spec)
     check_request(bound, config)
     if config.layout == "padded":
         check_padding(bound, dims_to_prune(bound, config), model.config)
@@ -107,12 +108,12 @@ def recount_(gates: Gates, model: PreTrainedModel) -> None:
     gates.attachment = replace(attachment, bound=now)
 
 
-def for_stages(config: DMSConfig, bound: BoundSpec) -> DMSConfig:
+def for_stages(config: DMSConfig, spec: ArchSpec) -> DMSConfig:
     """A request in which the word for all stages' dims (`mlp`) stands for each of them (`mlp0`, `mlp1`, ...).
 
     What it says of a single stage's dim goes before what it says of all. Without such a word it is returned itself.
     """
-    families = bound.spec.families
+    families = spec.families
 
     def names(given: Iterable[str]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for word in given for name in families.get(word, (word,))))

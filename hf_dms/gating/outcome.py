@@ -47,7 +47,7 @@ def search_outcome(model: nn.Module) -> SearchOutcome:
     cut = float(gates.resource(gates.dense_sizes() | sizes_of(gates)))
     verdict = _verdict(learned, config.target)
     searched = config.strategy == SEARCH
-    of_search = _message(verdict, learned, cut, config.target, config.resource) if searched else ""
+    of_search = _message(verdict, learned, cut, config) if searched else ""
     return SearchOutcome(
         resource=config.resource,
         target=config.target,
@@ -76,19 +76,25 @@ def _verdict(learned: float, target: float) -> str:
     return "below" if learned < target * (1 - BELOW) else "on target"
 
 
-def _message(verdict: str, learned: float, cut: float, target: float, resource: str) -> str:
-    found = f"The search ended at {learned:.3f} of the dense {resource}"
+def _message(verdict: str, learned: float, cut: float, config: DMSConfig) -> str:
+    target = config.target
+    found = f"The search ended at {learned:.3f} of {_whole(config)}"
     if verdict == "above":
         return (
-            f"{found}, above the target {target:g}: the cut shrinks all sizes beyond what was learned, to {cut:.3f}. "
+            f"{found}, above the target {target:.4g}: the cut shrinks all sizes beyond what was learned, to {cut:.3f}. "
             "Search for more steps, or raise dms.gate_learning_rate or dms.resource_weight."
         )
     if verdict == "below":
         return (
-            f"{found}, below the target {target:g}: the cut fills up to {cut:.3f} with sizes that were not learned. "
+            f"{found}, below the target {target:.4g}: the cut fills up to {cut:.3f} with sizes that were not learned. "
             "Search for more steps, or lower dms.gate_learning_rate or dms.resource_weight."
         )
     return ""
+
+
+def _whole(config: DMSConfig) -> str:
+    """What shares are of, in words."""
+    return f"the searched network's {config.resource}" if config.pipeline == "np" else f"the dense {config.resource}"
 
 
 def _gap(cut: float, config: DMSConfig) -> str:
@@ -97,7 +103,7 @@ def _gap(cut: float, config: DMSConfig) -> str:
         return ""
     steps = ", ".join(f"{name}: {step}" for name, step in config.round_to.items())
     return (
-        f"dms.round_to = {{{steps}}} makes the cut smaller than asked: {cut:.3f} of the dense {config.resource}, "
-        f"target {config.target:g}; one more step of any dim would exceed it. Choose smaller multiples, or a target "
+        f"dms.round_to = {{{steps}}} makes the cut smaller than asked: {cut:.3f} of {_whole(config)}, "
+        f"target {config.target:.4g}; one more step of any dim would exceed it. Choose smaller multiples, or a target "
         "nearer to what they allow."
     )

@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..config import SEARCH, DMSConfig
 from ..tasks.registry import TASKS, task_of_class
-from .numbers import columns_of, heading, loading_lines, notes, report_table, sizes_table
+from .numbers import columns_of, heading, loading_lines, network_of, notes, report_table, sizes_table
 
 LOCAL = ".../"  # what a report puts before the last part of a local path
 INHERITED = ("language", "license", "license_name", "license_link")  # of the base model's card, as they are there
@@ -48,7 +48,7 @@ def model_card(report: dict[str, Any], name: str, base: dict[str, Any] | None = 
 {loading_lines(report["model_class"], name)}
 ```
 
-## Sizes, per layer of the dense model
+## Sizes, per layer of the {network_of(report.get("recipe"))}
 
 {sizes_table(report["sizes"])}
 
@@ -66,6 +66,8 @@ def _origin(report: dict[str, Any]) -> str:
             "Nothing was trained or measured after the cut."
         )
     config = DMSConfig(**report["recipe"]["dms"])
+    if "original" in report:
+        return _found(report, config)
     random = " Its weights were random when the search began." if heading(report, "dense") == "random" else ""
     if config.strategy != SEARCH:
         return (
@@ -76,6 +78,21 @@ def _origin(report: dict[str, Any]) -> str:
     return (
         f"{source} made smaller with {DMS}: {config.target:g} of its {config.resource} ({config.resource_scope}) kept, "
         f"layout {config.layout}, pipeline `{config.pipeline}`.{random}"
+    )
+
+
+def _found(report: dict[str, Any], config: DMSConfig) -> str:
+    """Where a network that was found in a supernet comes from."""
+    larger = report["recipe"]["model"]["supernet"]
+    trained = {"fresh": "fresh weights", "searched": "the weights of the search"}
+    state = "that was trained first" if report["recipe"]["finetune"] else "of random weights"
+    begun = trained[report["recipe"]["recover"]["weights"] or "fresh"]
+    return (
+        f"A network like `{source_of(report)}`, found with {DMS}: its widths and depths were searched in a supernet "
+        f"{state}, {larger['width']:g} times as wide and {larger['depth']:g} times as deep, for at most "
+        f"{report['original']['target']:.4g} of the original's {config.resource} ({config.resource_scope}); layout "
+        f"{config.layout}, pipeline `{config.pipeline}`."
+        + (f" It was then trained from {begun}." if "recovered" in report else "")
     )
 
 
@@ -116,6 +133,8 @@ def card_data(report: dict[str, Any], name: str, base: dict[str, Any]) -> ModelC
 def _base_model(report: dict[str, Any], base: dict[str, Any]) -> str | list[str] | None:
     """The dense model's id on the Hub: as the recipe says, its path, or what the card or config of a folder says."""
     path = _model(report)["path"]
+    if "recipe" in report and report["recipe"]["dms"]["pipeline"] == "np":
+        return None  # nothing of its weights is in the result
     return _model(report).get("base") or (path if is_hub_id(path) else base.get("base_model"))
 
 

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.style import context
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from .numbers import network_of
 from .svg import TITLE, inline
 
 Points = list[tuple[float, float]]
@@ -159,13 +160,14 @@ def lines_panel(
     return Panel(name, title, f"{title}: {ends}.", draw)
 
 
-def bars_panel(dim: str, kept: list[int], units: int) -> Panel:
-    """Units kept of a dim, a bar for each layer of the dense model; a dropped layer is hatched over its whole height.
+def bars_panel(dim: str, kept: list[int], units: int, network: str = "dense model") -> Panel:
+    """Units kept of a dim, a bar for each layer that was searched; a dropped layer is hatched over its whole height.
 
     Args:
         dim: its name.
         kept: units kept per layer, 0 where the layer is gone.
-        units: units of each layer of the dense model.
+        units: units of each layer that was searched.
+        network: whose layers these are, in words.
     """
     stay = [layer for layer, count in enumerate(kept) if count > 0]
     gone = [layer for layer, count in enumerate(kept) if count == 0]
@@ -185,7 +187,7 @@ def bars_panel(dim: str, kept: list[int], units: int) -> Panel:
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
         below = (y for y in MaxNLocator(4, integer=True).tick_values(0, units) if 0 <= y < 0.9 * units)
         axes.set_yticks([*below, units])
-        _finish(axes, ("layer of the dense model", f"{dim} (of {units:,})"), legend=True)
+        _finish(axes, (f"layer of the {network}", f"{dim} (of {units:,})"), legend=True)
 
     summary = f"Units of {dim} kept per layer, of {units:,}: {', '.join(map(str, kept))}."
     return Panel(f"cut-{dim}", f"{dim}: units kept in each layer", summary, draw)
@@ -212,7 +214,8 @@ def _ends(points: Points) -> str:
 # ---- the panels of a report ------------------------------------------------------------------------------------------
 def cut_panels(report: dict[str, Any]) -> list[Panel]:
     """Units kept per layer, a panel for each dim that layers have."""
-    return [bars_panel(dim, kept, report["units"][dim]) for dim, kept in report["sizes"].items() if len(kept) > 1]
+    network, units = network_of(report.get("recipe")), report["units"]
+    return [bars_panel(dim, kept, units[dim], network) for dim, kept in report["sizes"].items() if len(kept) > 1]
 
 
 def search_panels(report: dict[str, Any]) -> list[Panel]:
@@ -237,7 +240,8 @@ def search_panels(report: dict[str, Any]) -> list[Panel]:
     resource = {"resource": line("resource"), "target": line("target")}
     kept = {dim: line(f"kept/{dim}", 1 / units[dim]) for dim in dims}
     titles = ("Loss", "Resource against target", "Units kept: mean over layers, and the range")
-    labels = ("task loss", "share of the dense model's", "share of the dense units")
+    network = network_of(report.get("recipe"))
+    labels = ("task loss", f"share of the {network}'s", f"share of the {network}'s units")
     return [
         lines_panel(f"search-{name}", title, ("step", label), series, bands if series is kept else None, series is kept)
         for name, title, label, series in zip(("loss", "resource", "kept"), titles, labels, (loss, resource, kept))

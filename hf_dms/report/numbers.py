@@ -25,6 +25,7 @@ from .report import FORMAT, Report
 
 REPORT = "dms_report.json"
 METRICS = ("perplexity", "accuracy")
+COSTS = {"params": "num_params", "macs": "macs_per_token", "kv_bytes": "kv_bytes_per_token"}  # by resource
 PARTED = 1.5  # by how much more perplexity may grow on another text before a run warns
 BARS = "▁▂▃▄▅▆▇█"
 ROWS = {  # key of dms_report.json: (words of the table, format)
@@ -90,13 +91,12 @@ def sizes_and_costs(model: PreTrainedModel, plan: Plan, sequence_length: int) ->
         counts |= {(key, "kept_"): at for (key, _), at in counts.items()}
         padded = written_sizes(bound, plan, config.layout, model.config)[0]
         counts["pruned", ""] = {name: torch.full_like(size, padded[name]) for name, size in dense.items()}
-    names = {"params": "num_params", "macs": "macs_per_token", "kv_bytes": "kv_bytes_per_token"}
     for resource in RESOURCES:
         if resource == "kv_bytes" and bound.spec.cache is None:
             continue
         cost = build_cost(bound, model, resource, "model", sequence_length)
         for (key, prefix), at in counts.items():
-            result[key][prefix + names[resource]] = int(gates.count(at, cost))
+            result[key][prefix + COSTS[resource]] = int(gates.count(at, cost))
     return result
 
 
@@ -152,15 +152,28 @@ def finite(value: Any) -> Any:
 
 # ---- tables and lines for people -------------------------------------------------------------------------------------
 def heading(report: dict[str, Any], name: str) -> str:
-    """What people read for a model of a report: "dense" is "random" where nothing had trained the weights."""
-    recipe = report.get("recipe") or {}
+    """What people read for a model of a report: "dense" is "supernet" or "random" where it is no trained model."""
+    return network_of(report.get("recipe")).removesuffix(" model") if name == "dense" else name
+
+
+def network_of(recipe: dict[str, Any] | None) -> str:
+    """What people read for what a search begins with: the dense model, a random model or a supernet.
+
+    Args:
+        recipe: its values; None of a cut by a plan.
+    """
+    recipe = recipe or {}
+    if recipe.get("model", {}).get("supernet"):
+        return "supernet"
     untrained = recipe.get("dms", {}).get("pipeline") == "np" and not recipe.get("finetune")
-    return "random" if name == "dense" and untrained else name
+    return "random model" if untrained else "dense model"
 
 
 def notes(report: dict[str, Any]) -> list[str]:
-    """What must be said beside the table: a search off its target, what rounding cost, texts that lost more."""
-    found = [report["outcome"]["message"]] if report.get("outcome", {}).get("message") else []
+    """What must be said beside the table: the original beside a supernet, a search off its target, what rounding cost,
+    texts that lost more."""
+    found = [_beside_the_original(report)] if "original" in report else []
+    found += [report["outcome"]["message"]] if report.get("outcome", {}).get("message") else []
     soft = report.get("masks", {}).get("soft", {})
     for metric, number in (("perplexity", ".2f"), ("accuracy", ".4f")):
         if soft.get(metric) is not None and report["pruned"].get(metric) is not None:
@@ -169,6 +182,17 @@ def notes(report: dict[str, Any]) -> list[str]:
                 f"the cut has {report['pruned'][metric]:{number}}."
             )
     return found + _parted_texts(report)
+
+
+def _beside_the_original(report: dict[str, Any]) -> str:
+    """A supernet's result against the model that its target counts against."""
+    original, pruned = report["original"], report["pruned"]
+    shares = [
+        f"{original[key]:,.0f} {ROWS[key][0]} (the result: {pruned[key] / original[key]:.3f} of them)"
+        for key in COSTS.values()
+        if original.get(key)
+    ]
+    return f"The original model, which the target counts against, has {' and '.join(shares)}."
 
 
 def columns_of(report: dict[str, Any]) -> list[str]:
@@ -203,9 +227,9 @@ def _parted_texts(report: dict[str, Any]) -> list[str]:
         here, there = here / report["dense"]["perplexity"], there / measured["dense"]["perplexity"]
         if there > PARTED * here:
             found.append(
-                f"The {last} model has {there:.2f} times the dense perplexity on {text}, and {here:.2f} times "
-                "on the held-out data: it was fitted to its calibration text. Mix others into that, as "
-                "data.mix: {self: 1}."
+                f"The {last} model has {there:.2f} times the {heading(report, 'dense')} perplexity on {text}, and "
+                f"{here:.2f} times on the held-out data: it was fitted to its calibration text. Mix others into that, "
+                "as data.mix: {self: 1}."
             )
     return found
 

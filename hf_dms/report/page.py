@@ -25,6 +25,7 @@ from .numbers import (
     columns_of,
     heading,
     loading_lines,
+    network_of,
     notes,
     report_table,
     size_bars,
@@ -59,6 +60,7 @@ def render(report: dict[str, Any], config: dict[str, Any], name: str) -> str:
         source=source_of(report),
         tiles=tiles(report),
         columns=[heading(report, column) for column in columns_of(report)],
+        network=network_of(recipe),
         heading=lambda column: heading(report, column),
         notes=notes(report),
         rows=table_rows(report),
@@ -85,6 +87,12 @@ def tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
         "macs_per_token": "of the MACs",
         "kv_bytes_per_token": "of the KV cache",
     }
+    if (original := report.get("original")) is not None:  # nobody compares with the supernet
+        own = {key: f"of the original's {words.removeprefix('of the ')}" for key, words in shares.items()}
+        found = [(words, f"{pruned[key] / original[key]:.1%}") for key, words in own.items() if original.get(key)]
+        task = TASKS[report["recipe"]["model"]["task"]]
+        number = ".2f" if task.metric == "perplexity" else ".1%"
+        return found + ([] if last.get(task.metric) is None else [(task.metric, f"{last[task.metric]:{number}}")])
     found = [(words, f"{pruned[key] / dense[key]:.1%}") for key, words in shares.items() if pruned.get(key)]
     for metric, number in (("perplexity", ".2f"), ("accuracy", ".1%")):
         if last.get(metric) is not None and dense.get(metric) is not None:

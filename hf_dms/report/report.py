@@ -90,6 +90,20 @@ class Sample(_Sample, total=False):
     probabilities: Annotated[dict[str, float | None], "Model of this report to its probability of that class."]
 
 
+class _Original(TypedDict):
+    num_params: int
+    macs_per_token: int
+    target: Annotated[
+        float, "The share of its resource that was asked for; recipe.dms.target is that of the supernet's."
+    ]
+
+
+class Original(_Original, total=False):
+    """The model whose config is at model.path, beside a supernet."""
+
+    kv_bytes_per_token: int
+
+
 class Source(TypedDict):
     """A dense model."""
 
@@ -107,7 +121,7 @@ class Report:
     dense: Annotated[
         Measured,
         "The dense model, fine-tuned if the recipe says so; with pipeline np, and no fine-tuning, one with random "
-        "weights.",
+        "weights; with model.supernet the supernet.",
     ]
     pruned: Annotated[
         Measured, "The pruned model right after the cut; its sizes, costs and speed are those of the folder."
@@ -130,6 +144,9 @@ class Report:
     recovered: Annotated[Measured | None, "After the retraining of recover, if the recipe has it: quality alone."] = (
         None
     )
+    original: Annotated[
+        Original | None, "With model.supernet: the costs of the model that the supernet is larger than. Never trained."
+    ] = None
     masks: Masks | None = None
     texts: Annotated[
         dict[str, dict[str, Measured]] | None,

@@ -124,7 +124,13 @@ def test_the_rate_falls_with_the_size_and_large_models_get_adapters():
 def test_random_weights_have_no_teacher_and_trained_ones_no_repair():
     found = completed({}, dms={"pipeline": "np"})
     assert (found.distillation, found.repair) == (None, None)
-    assert found.train["max_steps"] == 200
+    assert found.train["max_steps"] == 2000  # ten searches
+    assert "gradient_accumulation_steps" not in found.train
+    assert completed({}, train={"num_train_epochs": 0.5, "max_steps": -1}, dms={"pipeline": "np"}).train == {
+        "num_train_epochs": 5.0, "learning_rate": 7e-4, "warmup_steps": 0.05, "lr_scheduler_type": "cosine"
+    }  # fmt: skip
+    found = completed({"weights": "searched"}, dms={"pipeline": "np"})
+    assert (found.distillation, found.train["max_steps"]) == (None, 200)
     found = completed({}, dms={"pipeline": "p"})
     assert found.distillation is not None
     assert found.repair is None

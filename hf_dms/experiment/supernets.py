@@ -1,0 +1,83 @@
+"""`model.supernet` of a recipe: the larger config, the target in it, and how long its search may be."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..archs.registry import spec_for
+from ..config import RESOURCES, amount
+from ..errors import HfDmsError
+from ..gating.supernet import dense_resource, supernet_config, target_in
+from ..report.numbers import COSTS
+from ..report.report import Original
+from ..tasks.task import Examples
+from .choose import examples_of
+from .recipe import Recipe
+
+SEARCH_SHARE = 0.1  # of the retraining, at most: the paper's pipelines np and p
+
+
+def in_supernet(recipe: Recipe, original: PreTrainedModel) -> tuple[Recipe, PreTrainedConfig, Original]:
+    """A recipe that searches in a larger network than the model at model.path.
+
+    Args:
+        recipe: one with a `model.supernet`.
+        original: that model on the meta device.
+
+    Returns:
+        The recipe, its target a share of the supernet's resource; the supernet's config; the original's costs by their
+        keys in a report, and its `target`, the share of these that was asked for.
+
+    Raises:
+        ValueError: the architecture has no such sizes, or the target is above the supernet's resource.
+    """
+    dms, larger = recipe.dms, recipe.model.supernet
+    assert larger is not None
+    try:
+        config = supernet_config(original.config, dms, larger.width, larger.depth)
+    except HfDmsError as error:
+        raise HfDmsError(f"model.{error}" if str(error).startswith("supernet") else str(error)) from error
+    with torch.device("meta"):
+        network = type(original)._from_config(copy.deepcopy(config))
+    counted = [name for name in RESOURCES if name != "kv_bytes" or spec_for(config).cache is not None]
+    costs: Any = {
+        COSTS[name]: int(dense_resource(original, dataclasses.replace(dms, resource=name, resource_scope="model")))
+        for name in counted
+    }
+    asked = amount(dms.target) / dense_resource(original, dms) if isinstance(dms.target, str) else dms.target
+    target = target_in(dms, original, network)
+    found: Original = costs | {"target": asked}
+    return dataclasses.replace(recipe, dms=dataclasses.replace(dms, target=target)), config, found
+
+
+def search_is_long(
+    recipe: Recipe, arguments: Mapping[str, Any], examples: Examples, retraining: Examples
+) -> str | None:
+    """What is said of a search of pipeline np that takes more than a tenth of the training after it; None otherwise.
+
+    Args:
+        recipe: the one.
+        arguments: `TrainingArguments` of its stages.
+        examples: what is searched on.
+        retraining: what is retrained on.
+    """
+    if recipe.dms.pipeline != "np":
+        return None
+    if "recover" not in arguments:
+        return (
+            "Pipeline np without a retraining ends with the weights of a short search. Add recover: {}, which trains "
+            "the shape that is found from fresh weights for ten times as long as the search."
+        )
+    seen, trained = examples_of(arguments["search"], examples), examples_of(arguments["recover"], retraining)
+    if seen <= SEARCH_SHARE * trained * (1 + 1e-6):
+        return None
+    return (
+        f"The search sees {seen:,} examples and the retraining {trained:,}. In the paper a search takes a tenth of the "
+        "retraining or less: lower train.max_steps or train.num_train_epochs, or raise that of recover."
+    )
