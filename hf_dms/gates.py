@@ -120,7 +120,7 @@ class Gates(nn.Module):
         self.refitted: frozenset[str] = frozenset()  # dims whose maps run refitted in training (refit/search.py)
         self.refit_ratio: Tensor | None = None  # the prune ratios when they were refitted
         self.log_masks: dict[str, tuple[Any, ...]] = {}  # tensors; None: no mask
-        self.scales: Sizes = {}  # θ of units' scales exp θ, `[rows, units]` per dim that has some (gating/scales.py)
+        self.scales: Sizes = {}  # θ of scales exp θ, `[rows, units]` per dim or kind of norm (gating/scales.py)
         self._taylor: dict[str, Tensor] = {}
         self._gathered: set[str] = set()  # dims that a backward pass has reached since the last update
         lower, upper = self._bounds()
@@ -222,6 +222,9 @@ class Gates(nn.Module):
         soft = self.training or self.soft_in_evaluation
         if self.training:
             self.clamp_ratios_()
+        self.log_masks = {}
+        for name in self._scaled_norms():
+            self._keep_log_mask_(name, self.scales[name].clone().requires_grad_(self._gathers()))
         for name, dim in self.dims.items():
             if soft and name in self.refitted:
                 self.log_masks[name] = (None,) * dim.rows
@@ -235,10 +238,19 @@ class Gates(nn.Module):
                 log_mask = mask.log().requires_grad_()
             else:
                 log_mask = log_soft_topk_mask(self.importance(name), self.ratio(name), dim.steepness)
-            log_mask = log_mask + self.scales[name] if name in self.scales else log_mask
-            if self.training and torch.is_grad_enabled():
-                log_mask.register_hook(_Accumulate(self._taylor, self._gathered, name))
-            self.log_masks[name] = log_mask.unbind(0)
+            self._keep_log_mask_(name, log_mask + self.scales[name] if name in self.scales else log_mask)
+
+    def _gathers(self) -> bool:
+        return self.training and torch.is_grad_enabled()
+
+    def _keep_log_mask_(self, name: str, log_mask: Tensor) -> None:
+        if self._gathers():
+            log_mask.register_hook(_Accumulate(self._taylor, self._gathered, name))
+        self.log_masks[name] = log_mask.unbind(0)
+
+    def _scaled_norms(self) -> list[str]:
+        """What has scales and is no dim."""
+        return [name for name in self.scales if name not in self.dims]
 
     @torch.no_grad()
     def soft_fraction(self, name: str) -> Tensor:
@@ -364,7 +376,9 @@ class Gates(nn.Module):
             self.prune_ratio.grad = torch.zeros_like(self.prune_ratio)
         for name in self.dims:
             self._taylor.setdefault(name, torch.zeros_like(self.raw_importance(name)))
-        return [*(self._taylor[name] for name in self.dims), self.prune_ratio.grad]
+        for name in self._scaled_norms():
+            self._taylor.setdefault(name, torch.zeros_like(self.scales[name]))
+        return [*(self._taylor[name] for name in (*self.dims, *self._scaled_norms())), self.prune_ratio.grad]
 
     def forget_step_(self) -> None:
         """Drop the Taylor terms since the last update, for a step that is not taken."""
@@ -388,7 +402,7 @@ class Gates(nn.Module):
             )
         decay = self.schedule.importance_decay
         for name, term in self._taylor.items():
-            if name not in self.refitted:
+            if name in self.dims and name not in self.refitted:
                 self.raw_importance(name).mul_(decay).add_(term.square(), alpha=1 - decay)
             if name in self.scales:  # m·dL/dm is dL/dθ too
                 self.scales[name].grad = None if self.is_warming_up else term.clone()

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..archs.bind import BoundSpec
 from ..errors import HfDmsError
 from ..files import read_json
+from ..gating.attach import NORMS, scaled_norms
 
 PLAN_FILE = "dms_plan.json"
 FORMAT = 1
@@ -30,7 +31,8 @@ class Plan:
     Attributes:
         kept: per pruned dim one sorted index tensor per row (layer of the dense model, or the whole model).
         log_scales: for the dims whose units have learned scales (`dms.scales`) θ of every kept unit, float32 in the
-            shapes of `kept`; what a unit writes is multiplied by exp θ.
+            shapes of `kept`; what a unit writes is multiplied by exp θ. As `norms.DIM` those of the norms over a dim:
+            of each norm of the dense model θ of all units, kept or not.
     """
 
     kept: dict[str, tuple[Tensor, ...]]
@@ -51,9 +53,12 @@ def kept_units(plan: Plan, name: str, layer: int | None, units: int) -> Tensor:
 
 
 def scales_by_unit(plan: Plan, bound: BoundSpec) -> dict[str, Tensor]:
-    """θ of all units of the dims that have scales, `[rows, units]`: 0 for those that do not stay."""
+    """θ of all units of the dims and norms that have scales, `[rows, units]`: 0 for units of dims that do not stay."""
     found = {}
     for name, rows in plan.log_scales.items():
+        if name not in plan.kept:
+            found[name] = torch.stack(rows)
+            continue
         found[name] = torch.zeros(len(rows), bound.sizes[name])
         for row, (units, scales) in enumerate(zip(plan.kept[name], rows)):
             found[name][row, units] = scales
@@ -72,7 +77,7 @@ def plan_to_json(plan: Plan, bound: BoundSpec, layout: str) -> str:
 
     `kept` holds, per pruned dim, one list of indices into the dense model's units per layer, or one list in all for a
     dim that the whole model shares; `units` how many the dense model has. Layers that go are in it too: `kept.layers`
-    says which stay. `log_scales`, if there are any, holds the scales of the units that stay.
+    says which stay. `log_scales`, if there are any, holds the scales of the units that stay, and of all norms.
 
     Args:
         plan: which units stay.
@@ -109,7 +114,7 @@ def load_plan(path: str | os.PathLike, bound: BoundSpec) -> tuple[Plan, str]:
     content = read_json(file, "cut", "dms_plan.schema.json")
     check_plan(content, bound, file)
     kept = {name: tuple(torch.tensor(row, dtype=torch.long) for row in rows) for name, rows in content["kept"].items()}
-    return Plan(kept, unpacked_scales(content.get("log_scales", {}), kept, file)), content["layout"]
+    return Plan(kept, unpacked_scales(content.get("log_scales", {}), kept, bound, file)), content["layout"]
 
 
 def packed_scales(plan: Plan) -> dict[str, list[str]]:
@@ -121,24 +126,28 @@ def packed_scales(plan: Plan) -> dict[str, list[str]]:
 
 
 def unpacked_scales(
-    packed: Mapping[str, Sequence[str]], kept: Mapping[str, Sequence[Any]], where: object
+    packed: Mapping[str, Sequence[str]], kept: Mapping[str, Sequence[Any]], bound: BoundSpec, where: object
 ) -> dict[str, tuple[Tensor, ...]]:
     """What `packed_scales` made text of.
 
     Args:
         packed: the texts.
         kept: the units that stay, which the scales are of.
+        bound: the dense model's architecture.
         where: they were found, for messages.
 
     Raises:
         ValueError: they are no finite numbers, one for each unit.
     """
+    counts = {name: [len(units) for units in rows] for name, rows in kept.items()}
+    for name, paths in scaled_norms(bound).items():
+        counts[name] = [bound.sizes[name.removeprefix(NORMS)]] * len(paths)
     found = {}
     for name, rows in packed.items():
-        if len(rows) != len(kept.get(name, ())):
-            raise HfDmsError(f"{where}: log_scales.{name} has {len(rows)} rows, kept.{name} {len(kept.get(name, ()))}.")
+        if len(rows) != len(counts.get(name, ())):
+            raise HfDmsError(f"{where}: log_scales.{name} has {len(rows)} rows, expected {len(counts.get(name, ()))}.")
         found[name] = tuple(
-            _floats(row, len(units), f"{where}: log_scales.{name}") for row, units in zip(rows, kept[name])
+            _floats(row, count, f"{where}: log_scales.{name}") for row, count in zip(rows, counts[name])
         )
     return found
 

@@ -87,7 +87,7 @@ def load_plans(path: str | os.PathLike, bound: BoundSpec) -> tuple[Plans, str]:
             for name, rows in dims.items()
         }
         check_plan({key: content[key] for key in ("format", "model_type", "units")} | {"kept": kept}, bound, file)
-        scales = unpacked_scales(content.get("log_scales", {}).get(level, {}), kept, f"{file}: {level}")
+        scales = unpacked_scales(content.get("log_scales", {}).get(level, {}), kept, bound, f"{file}: {level}")
         tensors = {name: tuple(torch.tensor(row) for row in rows) for name, rows in kept.items()}
         plans[float(level)] = Plan(tensors, scales)
     return plans, content["layout"]

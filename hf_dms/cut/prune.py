@@ -147,11 +147,13 @@ def make_plan(gates: Gates, sizes: Sizes) -> Plan:
     for name, size in sizes.items():
         mask = topk_mask(gates.importance(name), size.to(gates.prune_ratio.device))
         kept[name] = tuple(row.nonzero().squeeze(-1).cpu() for row in mask)
-    scales = {
-        name: tuple(row[units] for row, units in zip(scales.detach().float().cpu(), kept[name]))
-        for name, scales in gates.scales.items()
-        if name in kept
-    }
+    scales = {}
+    for name, rows in gates.scales.items():
+        theta = rows.detach().float().cpu()
+        if name in kept:
+            scales[name] = tuple(row[units] for row, units in zip(theta, kept[name]))
+        elif name not in gates.dims:
+            scales[name] = theta.unbind(0)
     return Plan(kept, scales)
 
 

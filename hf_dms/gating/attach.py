@@ -35,6 +35,8 @@ from .checks import check_as_built, check_attachable, check_checkpointing, check
 from .gates_for import build_gates, for_stages, with_share
 from .rounding import check_target, rounded_of
 
+NORMS = "norms."  # what scales of norms are called, with the dim that they are over
+
 
 @dataclass(frozen=True)
 class Attachment:
@@ -77,7 +79,7 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
     gates = build_gates(bound, model, dms_config)
     check_target(gates, bound, dms_config, model.config)
     if dms_config.scales:
-        gates.scales = _unit_scales(gates, bound)
+        gates.scales = _scales(gates, bound, dms_config)
     gates.train(model.training)
     model.add_module("dms_gates", gates)
     hooks = [model.register_forward_pre_hook(functools.partial(_compute_masks, gates))]
@@ -90,8 +92,8 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
                 hooks.append(module.register_forward_hook(hook, with_kwargs=True))
         elif paths := list(norms(bound, name)):
             for path in paths:
-                norm, axis = submodule(model, path), 1 if is_among(bound, path, "channels_first") else -1
-                norm.forward = functools.partial(_masked_norm_forward, norm, gates, name, axis)
+                norm = submodule(model, path)
+                norm.forward = functools.partial(_masked_norm_forward, norm, gates, name, _axis_of(bound, path))
             for path in unnormed(bound, name):
                 hook = functools.partial(_mask_output, gates, name)
                 hooks.append(submodule(model, path).register_forward_hook(hook))
@@ -101,6 +103,11 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
             for path, row in response_norms(bound, name):
                 norm = submodule(model, path)
                 norm.forward = functools.partial(_masked_response_norm_forward, norm, gates, name, row)
+    for name, paths in scaled_norms(bound).items():
+        for row, path in enumerate(paths):
+            if name in gates.scales:
+                hook = functools.partial(_scale_norm, gates, name, row, _axis_of(bound, path))
+                hooks.append(submodule(model, path).register_forward_hook(hook))
     keep = not keeps_source(model)  # what `prune` returned does it for good
     gates.attachment = Attachment(bound, dms_config, model.config, hooks, keeps_source=keep)
     if keep:
@@ -229,6 +236,20 @@ def norms(bound: BoundSpec, name: str) -> Iterator[str]:
             yield path
 
 
+def scaled_norms(bound: BoundSpec) -> dict[str, list[str]]:
+    """Paths of the norms whose outputs have scales with `dms.scales`, per dim that they are over, as `norms.DIM`.
+
+    Not of dims that no cut changes: their norms may multiply by another number than their weight (Gemma).
+    """
+    dims = [dim.name for dim in bound.spec.dims if dim.scope != "fixed"]
+    return {f"{NORMS}{name}": paths for name in dims if (paths := list(norms(bound, name)))}
+
+
+def _axis_of(bound: BoundSpec, norm: str) -> int:
+    """The axis of a norm's input that its units are on."""
+    return 1 if is_among(bound, norm, "channels_first") else -1
+
+
 def unnormed(bound: BoundSpec, name: str) -> Iterator[str]:
     """Paths of the modules that write a dim to where it is read without a norm."""
     for path in bound.spec.unnormed:
@@ -251,22 +272,25 @@ def is_among(bound: BoundSpec, path: str, field_name: str) -> bool:
     return any(compiled(pattern).fullmatch(path.removeprefix(bound.prefix)) for pattern in patterns)
 
 
-def _unit_scales(gates: Gates, bound: BoundSpec) -> dict[str, Tensor]:
-    """θ = 0 for every unit of the dims that linear maps or convolutions alone read, see scales.py.
+def _scales(gates: Gates, bound: BoundSpec, dms_config: DMSConfig) -> dict[str, Tensor]:
+    """θ = 0 for every unit of the dims that maps alone read, and of the norms over dims that can be cut (scales.py).
 
     Raises:
-        ValueError: there is no such dim.
+        ValueError: there is no such dim among those that are pruned.
     """
     read_otherwise = {*bound.stacks} | {
         name for name in gates.dims if [*norms(bound, name), *response_norms(bound, name)]
     }
-    names = [name for name in gates.dims if name not in read_otherwise]
-    if not names:
+    scales = {name: torch.zeros_like(gates.raw_importance(name)) for name in gates.dims if name not in read_otherwise}
+    for name, paths in scaled_norms(bound).items() if dms_config.scales != "units" else ():
+        units = bound.sizes[name.removeprefix(NORMS)]
+        scales[name] = torch.zeros(len(paths), units, device=gates.prune_ratio.device)
+    if not scales:
         raise HfDmsError(
             f"dms.scales: units of {', '.join(gates.dims)} can have no scales, those that linear maps read can. Prune "
             "another dim too, such as mlp, or leave scales out."
         )
-    return {name: torch.zeros_like(gates.raw_importance(name)) for name in names}
+    return scales
 
 
 def _mask_reader(
@@ -297,6 +321,12 @@ def _mask_input(
 
 def _mask_output(gates: Gates, name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     return MaskUnits.apply(output, gates.log_masks[name][0], (1, gates.dims[name].units, 1))
+
+
+def _scale_norm(gates: Gates, name: str, row: int, axis: int, module: nn.Module, args: tuple, output: Tensor):
+    if (log_scales := gates.log_masks.get(name)) is None:  # the model runs without scales, see `open_gates`
+        return None
+    return MaskUnits.apply(output, log_scales[row], (1, output.shape[axis], 1), axis)
 
 
 def _gate_residual(gates: Gates, name: str, layer: int, module: nn.Module, args: tuple, kwargs: dict, output):

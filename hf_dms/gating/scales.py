@@ -3,10 +3,11 @@
 With `dms.scales`, after DDP (Huang et al., arXiv 2603.08065), whose masks may exceed 1: what a kept unit writes is
 multiplied by s = exp θ, so that it can make up for what its neighbours no longer write. θ starts at 0, and its gradient
 is the Taylor term that importance is made of: with m the mask, dL/dθ = dL/d(log m) = m·dL/dm. So it costs no further
-pass. It is for units that linear maps or convolutions read: KV groups, heads, MLP channels. The residual width, which
-norms read, and layers have none.
+pass. It is for units that linear maps or convolutions read: KV groups, heads, MLP channels. The residual width is read
+by norms, and what each of them writes is scaled by numbers of its own; batch norms have none, layers neither.
 
-The cut multiplies the columns that read a unit by s, and computes what the masked model computes.
+The cut multiplies the columns that read a unit, and the weights of norms, by s. It computes what the masked model
+computes.
 """
 
 from __future__ import annotations
@@ -17,22 +18,25 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 
 from ..archs.bind import BoundSpec
-from .attach import gates_of, masked_inputs
+from .attach import NORMS, gates_of, masked_inputs, scaled_norms
 
 
 def folded_scales(log_scales: Mapping[str, Tensor], bound: BoundSpec) -> dict[str, Tensor]:
     """What the weights that read units are multiplied by, by the names of parameters.
 
     Args:
-        log_scales: θ, `[rows, units]` per dim that has scales.
+        log_scales: θ, `[rows, units]` per dim that has scales, `[norms, units]` per name of `scaled_norms`.
         bound: the architecture.
 
     Returns:
-        Float32 factors that broadcast over a weight, `[1, inputs]` of a linear map and `[1, inputs, 1, 1]` of a
-        convolution.
+        Float32 factors that broadcast over a parameter: `[1, inputs]` for a linear map, `[1, inputs, 1, 1]` for a
+        convolution, `[units]` for a norm's weight and bias.
     """
     factors: dict[str, Tensor] = {}
     for name, scales in log_scales.items():
+        for row, path in enumerate(scaled_norms(bound)[name] if name.startswith(NORMS) else ()):
+            own = [f"{path}.{leaf}" for leaf in ("weight", "bias") if f"{path}.{leaf}" in bound.params]
+            factors |= dict.fromkeys(own, scales[row].exp())
         for path, row, shape in masked_inputs(bound, name):
             weight = f"{path}.weight"
             over_inputs = scales[row].exp()[None, :, None].expand(shape).reshape(-1)

@@ -55,8 +55,13 @@ def test_the_file_says_which_units_of_how_many_stay(made):
             r"is for 3 × 21 units of mlp, this model has 3 × 20",
         ),
         ({"kept": {"mlp": [[0]]}}, "is for 1 × 20 units of mlp, this model has 3 × 20"),
-        ({"log_scales": {"mlp": ["AAAA"]}}, "log_scales.mlp has 1 rows, kept.mlp 3"),
-        ({"log_scales": {"d": ["AAAA"]}}, "log_scales.d has 1 rows, kept.d 0"),
+        ({"log_scales": {"mlp": ["AAAA"]}}, "log_scales.mlp has 1 rows, expected 3"),
+        ({"log_scales": {"d": ["AAAA"]}}, "log_scales.d has 1 rows, expected 0"),
+        ({"log_scales": {"norms.hidden": ["AAAA"]}}, "log_scales.norms.hidden has 1 rows, expected 7"),
+        (
+            {"log_scales": {"norms.hidden": ["AAAA"] * 7}},
+            "log_scales.norms.hidden has 3 bytes, expected 4 for each of 24",
+        ),
         ({"log_scales": {"mlp": ["AAAA"] * 3}}, r"log_scales.mlp has 3 bytes, expected 4 for each of \d+ units"),
         ({"log_scales": {"mlp": ["%"] * 3}}, "log_scales.mlp is not base64"),
         (

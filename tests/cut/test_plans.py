@@ -76,7 +76,7 @@ def test_a_plan_has_the_scales_of_its_time_and_is_cut_with_them(tmp_path):
     (tmp_path / PLANS_FILE).write_text(plans_to_json(plans, bound, "per_layer"))
     found, _ = load_plans(tmp_path, bound)
     for level, plan in plans.items():
-        assert plan.log_scales.keys() == {"kv", "mlp"}
+        assert plan.log_scales.keys() == {"kv", "mlp", "norms.hidden"}
         for name, rows in plan.log_scales.items():
             assert all(torch.equal(a, b) for a, b in zip(found[level].log_scales[name], rows, strict=True))
     earlier, later = (torch.cat([*plans[level].log_scales["mlp"]]).abs().mean() for level in (0.95, 0.75))
