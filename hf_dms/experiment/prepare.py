@@ -282,10 +282,10 @@ def _check_sizes(recipe: Recipe) -> None:
     if not recipe.output.sizes:
         return
     dms = recipe.dms
-    if dms.strategy != SEARCH or dms.pipeline != "p-" or dms.scales or dms.target_schedule == "constant":
+    if dms.strategy != SEARCH or dms.pipeline != "p-" or dms.target_schedule == "constant":
         raise HfDmsError(
-            "output.sizes needs a search whose weights are frozen (pipeline p-), without scales and with a target that "
-            "falls: the plans of larger sizes are for the dense model's weights. Leave it out, or run a recipe a size."
+            "output.sizes needs a search whose weights are frozen (pipeline p-) and whose target falls: the plans of "
+            "larger sizes are for the dense model's weights. Leave it out, or run a recipe a size."
         )
     there = levels_above(dms.target)
     for size in recipe.output.sizes:
