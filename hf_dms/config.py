@@ -151,8 +151,8 @@ class DMSConfig:
     scales: Any = _option(
         False,
         "Whether each unit of kv, heads and mlp learns a scale beside its prune ratio, 1 at first, which the cut folds "
-        "into the weights that read the unit, and each norm over the hidden size one for each of its units. units: "
-        "without those of the norms. For searches over masks with frozen weights (pipeline p-).",
+        "into the weights that read the unit. norms: those, and each norm over the hidden size one for each of its "
+        "units. For searches over masks with frozen weights (pipeline p-).",
     )
     resource_weight: float = _option(10.0, "λ_resource, the weight of the resource loss beside the task loss.")
     gate_learning_rate: float | None = _option(
@@ -248,8 +248,8 @@ class DMSConfig:
         self._check_scales()
 
     def _check_scales(self) -> None:
-        if not isinstance(self.scales, bool) and self.scales != "units":
-            raise HfDmsError(f"dms.scales must be true, false or units, got {self.scales!r}.")
+        if not isinstance(self.scales, bool) and self.scales != "norms":
+            raise HfDmsError(f"dms.scales must be true, false or norms, got {self.scales!r}.")
         if self.scales and self.pipeline != "p-":
             raise HfDmsError(
                 f"dms.scales needs frozen weights, got pipeline {self.pipeline}, in which weights learn their scale "

@@ -65,7 +65,7 @@ def test_every_strategy_chooses_the_sizes_it_chooses_on_the_cpu(name, layout):
         assert plan_of(model).sizes == plan_of(expected).sizes
 
 
-@pytest.mark.parametrize("options", [{}, {"scales": True, "kl_weight": 0.5}, {"search_over": "refitted"}])
+@pytest.mark.parametrize("options", [{}, {"scales": "norms", "kl_weight": 0.5}, {"search_over": "refitted"}])
 def test_a_search_is_evaluated_resumed_cut_repaired_and_saved(options, tmp_path):
     trainer = searched(tmp_path / "search", ACCELERATOR, **options)
     soft, hard = trainer.soft_and_cut_loss()

@@ -237,7 +237,7 @@ def norms(bound: BoundSpec, name: str) -> Iterator[str]:
 
 
 def scaled_norms(bound: BoundSpec) -> dict[str, list[str]]:
-    """Paths of the norms whose outputs have scales with `dms.scales`, per dim that they are over, as `norms.DIM`.
+    """Paths of the norms whose outputs have scales with `scales: norms`, per dim that they are over, as `norms.DIM`.
 
     Not of dims that no cut changes: their norms may multiply by another number than their weight (Gemma).
     """
@@ -273,7 +273,7 @@ def is_among(bound: BoundSpec, path: str, field_name: str) -> bool:
 
 
 def _scales(gates: Gates, bound: BoundSpec, dms_config: DMSConfig) -> dict[str, Tensor]:
-    """θ = 0 for every unit of the dims that maps alone read, and of the norms over dims that can be cut (scales.py).
+    """θ = 0 for every unit of the dims that maps alone read, and if asked of norms, see scales.py.
 
     Raises:
         ValueError: there is no such dim among those that are pruned.
@@ -282,7 +282,7 @@ def _scales(gates: Gates, bound: BoundSpec, dms_config: DMSConfig) -> dict[str, 
         name for name in gates.dims if [*norms(bound, name), *response_norms(bound, name)]
     }
     scales = {name: torch.zeros_like(gates.raw_importance(name)) for name in gates.dims if name not in read_otherwise}
-    for name, paths in scaled_norms(bound).items() if dms_config.scales != "units" else ():
+    for name, paths in scaled_norms(bound).items() if dms_config.scales == "norms" else ():
         units = bound.sizes[name.removeprefix(NORMS)]
         scales[name] = torch.zeros(len(paths), units, device=gates.prune_ratio.device)
     if not scales:

@@ -4,7 +4,8 @@ With `dms.scales`, after DDP (Huang et al., arXiv 2603.08065), whose masks may e
 multiplied by s = exp θ, so that it can make up for what its neighbours no longer write. θ starts at 0, and its gradient
 is the Taylor term that importance is made of: with m the mask, dL/dθ = dL/d(log m) = m·dL/dm. So it costs no further
 pass. It is for units that linear maps or convolutions read: KV groups, heads, MLP channels. The residual width is read
-by norms, and what each of them writes is scaled by numbers of its own; batch norms have none, layers neither.
+by norms, and with `scales: norms` what each of them writes is scaled by numbers of its own; batch norms have none,
+layers neither.
 
 The cut multiplies the columns that read a unit, and the weights of norms, by s. It computes what the masked model
 computes.

@@ -98,7 +98,7 @@ CASES = {
 def test_scales_travel_with_the_plan(name, tmp_path):
     """To the bit: the plan's file holds what the search learned, not only which units stay."""
     model = CASES[name]()
-    attach_(model, DMSConfig(target=0.9, layout="per_layer", pipeline="p-", scales=True))
+    attach_(model, DMSConfig(target=0.9, layout="per_layer", pipeline="p-", scales="norms"))
     search_(model)
     gates = gates_of(model)
     generator = torch.Generator().manual_seed(0)

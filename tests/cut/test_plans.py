@@ -70,7 +70,7 @@ def test_plans_of_before_an_interruption_are_still_there(searched, tmp_path):
 
 
 def test_a_plan_has_the_scales_of_its_time_and_is_cut_with_them(tmp_path):
-    trainer = trained(tmp_path, SEARCH | dict(scales=True), max_steps=20)
+    trainer = trained(tmp_path, SEARCH | dict(scales="norms"), max_steps=20)
     plans, gates = trainer.kept_plans.plans, gates_of(trainer.model)
     bound, now = gates.attachment.bound, {name: scales.clone() for name, scales in gates.scales.items()}
     (tmp_path / PLANS_FILE).write_text(plans_to_json(plans, bound, "per_layer"))

@@ -21,7 +21,7 @@ from hf_dms.cut.verify import hard_masked, open_gates, outputs_of
 from hf_dms.errors import VerificationError
 from hf_dms.gating.attach import copy_search_, gates_of
 
-SCALES = dict(pipeline="p-", scales=True)
+SCALES = dict(pipeline="p-", scales="norms")
 
 
 def searched(model, **options):
@@ -62,7 +62,7 @@ def test_masked_equals_cut_with_convolutions(cls, monkeypatch):
 
 def test_scales_are_of_units_that_maps_alone_read_and_of_norms():
     assert set(gates_of(searched(tiny_llama())).scales) == {"kv", "mlp", "norms.hidden"}
-    assert set(gates_of(searched(tiny_llama(), scales="units")).scales) == {"kv", "mlp"}
+    assert set(gates_of(searched(tiny_llama(), scales=True)).scales) == {"kv", "mlp"}
     model = searched(tiny(ConvNextV2ForImageClassification), prune=("mlp",), layout="per_layer")
     assert not {"mlp0", "mlp1", "mlp2"} & set(gates_of(model).scales)  # response norms average over them
     for dims in (("hidden",), ("layers",)):
@@ -144,7 +144,7 @@ def test_a_search_moves_them_after_its_warm_up_and_resumes_exactly(tmp_path):
         (dict(scales=True), "scales needs frozen weights, got pipeline p,"),
         (dict(SCALES, search_over="refitted"), "scales needs search_over = masks, got refitted"),
         (dict(SCALES, strategy="flap"), r"strategy = flap .* dms\.scales has no meaning"),
-        (dict(SCALES, scales="yes"), "scales must be true, false or units, got 'yes'"),
+        (dict(SCALES, scales="yes"), "scales must be true, false or norms, got 'yes'"),
     ],
 )
 def test_what_has_no_use_for_scales_is_refused(options, message):

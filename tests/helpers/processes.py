@@ -70,14 +70,14 @@ def ddp(folder: Path, pipeline: str) -> dict[str, Tensor]:
 
 def ddp_kl(folder: Path, pipeline: str) -> dict[str, Tensor]:
     """With the dense model's logits as what is searched for, and scales of units."""
-    trainer = searching(folder / f"ddp_kl{pipeline}", pipeline, kl_weight=1.0, scales=True)
+    trainer = searching(folder / f"ddp_kl{pipeline}", pipeline, kl_weight=1.0, scales="norms")
     trainer.train()
     return results(trainer)
 
 
 def fsdp_kl(folder: Path, pipeline: str) -> dict[str, Tensor]:
     _pretend_fsdp()
-    trainer = searching(folder / f"fsdp_kl{pipeline}", pipeline, kl_weight=1.0, scales=True)
+    trainer = searching(folder / f"fsdp_kl{pipeline}", pipeline, kl_weight=1.0, scales="norms")
     trainer.train()
     return results(trainer)
 

@@ -54,7 +54,7 @@ def test_two_processes_search_as_one_does(kind, pipeline, request, tmp_path):
     about 1e-6 of the importance and of the weights, 2e-6 of a ratio. The tolerance is ten times that."""
     frozen = pipeline == "p-" and not kind.endswith("kl")
     launched = request.getfixturevalue("launched_frozen" if frozen else "launched")
-    alone = searching(tmp_path, pipeline, **(dict(kl_weight=1.0, scales=True) if kind.endswith("kl") else {}))
+    alone = searching(tmp_path, pipeline, **(dict(kl_weight=1.0, scales="norms") if kind.endswith("kl") else {}))
     alone.train()
     expected = results(alone)
     found = [load_file(launched / f"{kind}:{pipeline}-{rank}.safetensors") for rank in (0, 1)]
