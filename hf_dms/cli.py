@@ -200,6 +200,7 @@ def _prune(options: argparse.Namespace) -> int:
     if options.at is not None:
         raise HfDmsError("--at is for --plan FOLDER, the output of a finished search. A recipe has dms.target.")
     recipe = load_recipe(options.recipe, options.overrides)
+    from .experiment.allocator import keep_freed_memory_
     from .experiment.run import run
     from .report.numbers import loading_lines
     from .report.page import read
@@ -210,6 +211,7 @@ def _prune(options: argparse.Namespace) -> int:
         print_on_main,
     )
 
+    keep_freed_memory_()
     try:
         report = run(recipe)
     except MainProcessError:
@@ -284,8 +286,10 @@ def _compare(options: argparse.Namespace) -> int:
     from .experiment.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
+    from .experiment.allocator import keep_freed_memory_
     from .experiment.compare import compare  # torch and transformers, once the recipe itself is sound
 
+    keep_freed_memory_()
     table = compare(recipe)
     with open(os.path.join(recipe.output.path, "table.json"), encoding="utf-8") as file:
         _show(options, table, json.load(file))

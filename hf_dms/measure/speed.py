@@ -137,7 +137,7 @@ def in_turns(measure: Callable[[Subject], Mapping[str, Any]], subjects: list[Sub
     return found
 
 
-def seconds_per_batch(models: list[PreTrainedModel], inputs: Mapping[str, Tensor], repeats: int = 5) -> list[float]:
+def seconds_per_batch(models: list[PreTrainedModel], inputs: Mapping[str, Tensor], repeats: int = 3) -> list[float]:
     """Median time of a forward pass of each model, measured in turns.
 
     Args:

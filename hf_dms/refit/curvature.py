@@ -118,6 +118,10 @@ class Sums:
             self.total + other.total,
         )
 
+    def to(self, dtype: torch.dtype) -> Sums:
+        """The same in another precision."""
+        return Sums(*(tensor.to(dtype) for tensor in (self.gram, self.moment, self.missing, self.total)))
+
 
 def widened(tensor: Tensor) -> Tensor:
     """At least float32: what a batch's sums are computed in."""

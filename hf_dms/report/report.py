@@ -38,7 +38,7 @@ class Measured(TypedDict, total=False):
     stderr: Annotated[float | None, "Standard error of the metric over the examples; null of one example."]
     difference: Annotated[float | None, "Mean paired difference from the dense model: accuracy, or nats per token."]
     difference_stderr: float | None
-    tokens_per_second: Annotated[float, "Prefilling one batch, median of five."]
+    tokens_per_second: Annotated[float, "Prefilling one batch, median of three."]
     texts_per_second: float
     images_per_second: float
 

@@ -233,10 +233,10 @@ def sequence_losses(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tens
         model: a causal language model.
         batch: `input_ids` `[batch, tokens]`, without padding.
     """
-    logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].float()
-    labels = batch["input_ids"][:, 1:]
+    logits = model(input_ids=batch["input_ids"], use_cache=False).logits.float()
+    labels = F.pad(batch["input_ids"][:, 1:], (0, 1))  # to slice the logits instead would copy them, the largest tensor
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-    return losses.double().view(labels.shape).mean(1)
+    return losses.view(labels.shape)[:, :-1].double().mean(1)
 
 
 def continuation(model: PreTrainedModel, tokenizer: Any, prompt: str, new_tokens: int) -> str:
