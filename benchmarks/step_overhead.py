@@ -2,12 +2,13 @@
 
     python benchmarks/step_overhead.py [--layers 2] [--shape smollm2] [--batch 2] [--tokens 256] [--dtype float32]
     python benchmarks/step_overhead.py --layers 2 4 8 --tokens 128 256 512    # how it grows
-    python benchmarks/step_overhead.py --shape resnet-50 --batch 8 --tokens 64   # images of 64 × 64 pixels
+    python benchmarks/step_overhead.py --shape resnet-50 yolos-tiny --batch 8 --tokens 64 224  # of an image's side
 
 Both run in one process, in turns, a few steps each, so that a noisy machine treats them alike; the ratio is that of the
 median step times. A step is forward, backward, clipping and AdamW on all weights, all four dims gated, after warm-up.
 Peak memory is the most that tensors held at any moment of a step: on a GPU as torch.cuda counts it, on a CPU as its
-profiler does.
+profiler does. The target is constant: a falling one is rounded to a plan at each 5 % that it passes, which these few
+steps would do at every step, and a whole search does ten times.
 """
 
 import argparse
@@ -26,6 +27,9 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    YolosConfig,
+    YolosForObjectDetection,
+    default_data_collator,
 )
 
 from hf_dms import DMSConfig, DMSTrainer
@@ -44,7 +48,10 @@ SHAPES = {
         "vocab_size": 32000,
     },
 }  # fmt: skip
-NETWORKS = {"resnet-50": ResNetConfig}  # of images, with all of its layers
+NETWORKS = ("resnet-50", "yolos-tiny")  # of images, with all of their layers
+YOLOS_TINY = dict(
+    hidden_size=192, intermediate_size=768, num_attention_heads=3, use_mid_position_embeddings=False, num_labels=91,
+)  # fmt: skip
 
 
 class StepTimes(TrainerCallback):
@@ -68,10 +75,7 @@ def synchronize():
 def make_trainer(options, kind, steps):
     torch.manual_seed(0)
     if options.shape in NETWORKS:
-        side = options.tokens
-        config = NETWORKS[options.shape](image_size=side)
-        model = ResNetForImageClassification._from_config(config, dtype=getattr(torch, options.dtype))
-        dataset = [{"pixel_values": torch.randn(3, side, side), "labels": 0} for _ in range(64)]
+        model, dataset = images(options.shape, options.tokens, getattr(torch, options.dtype))
     else:
         config = LlamaConfig(num_hidden_layers=options.layers, **SHAPES[options.shape])
         model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, options.dtype))
@@ -86,10 +90,32 @@ def make_trainer(options, kind, steps):
         use_cpu=not torch.cuda.is_available(), gradient_checkpointing=options.checkpointing,
     )  # fmt: skip
     if kind == "plain":
-        return Trainer(model=model, args=arguments, train_dataset=dataset)
-    dms = DMSConfig(target=0.5, layout="per_layer", warmup_steps=0, pipeline="p-" if options.frozen else "p")
-    trainer = DMSTrainer(model=model, args=arguments, dms_config=dms, train_dataset=dataset)
+        return Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=collate)
+    dms = DMSConfig(
+        target=0.5, layout="per_layer", warmup_steps=0, pipeline="p-" if options.frozen else "p",
+        target_schedule="constant",
+    )  # fmt: skip
+    trainer = DMSTrainer(model=model, args=arguments, dms_config=dms, train_dataset=dataset, data_collator=collate)
     return trainer
+
+
+def images(shape, side, dtype):
+    """A network of images, and images for it: classes for a ResNet, five boxes each for a detector."""
+    pixels = torch.randn(64, 3, side, side)
+    if shape == "resnet-50":
+        model = ResNetForImageClassification._from_config(ResNetConfig(image_size=side), dtype=dtype)
+        return model, [{"pixel_values": image, "labels": 0} for image in pixels]
+    model = YolosForObjectDetection._from_config(YolosConfig(image_size=[side, side], **YOLOS_TINY), dtype=dtype)
+    boxes = {"class_labels": torch.arange(5), "boxes": 0.2 + 0.5 * torch.rand(5, 4)}
+    return model, [{"pixel_values": image, "labels": boxes} for image in pixels]
+
+
+def collate(examples):
+    """The default one, but boxes stay a list."""
+    if not isinstance(examples[0].get("labels"), dict):
+        return default_data_collator(examples)
+    pixels = torch.stack([example["pixel_values"] for example in examples])
+    return {"pixel_values": pixels, "labels": [example["labels"] for example in examples]}
 
 
 def run(options, kind, steps):

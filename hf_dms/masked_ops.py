@@ -8,6 +8,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+# Smaller masks are 0. They are far below what float32 tells apart beside 1, and what they would multiply, gradients and
+# their squares in Adam too, would end in denormal numbers, which take a CPU many times as long.
+SMALLEST_MASK = 2.0**-40
+
+
+def mask_of(log_mask: Tensor) -> Tensor:
+    """m = exp(log m), 0 below `SMALLEST_MASK`."""
+    return F.threshold(log_mask.exp(), SMALLEST_MASK, 0.0)
 
 
 class MaskUnits(torch.autograd.Function):
@@ -19,7 +29,7 @@ class MaskUnits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, log_mask: Tensor, shape: tuple[int, int, int], axis: int = -1) -> Tensor:
         behind = (1,) * (x.dim() - 1 - axis % x.dim())
-        mask = log_mask.exp().to(x.dtype)[None, :, None].expand(shape).reshape(-1, *behind)
+        mask = mask_of(log_mask).to(x.dtype)[None, :, None].expand(shape).reshape(-1, *behind)
         y = x * mask
         ctx.save_for_backward(y, mask)
         ctx.shape, ctx.axis = shape, axis
@@ -47,7 +57,7 @@ class MaskKernel(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight: Tensor, log_mask: Tensor, shape: tuple[int, int, int]) -> Tensor:
-        mask = log_mask.exp().to(weight.dtype)[None, :, None].expand(shape).reshape(-1, 1, 1)
+        mask = mask_of(log_mask).to(weight.dtype)[None, :, None].expand(shape).reshape(-1, 1, 1)
         masked = weight * mask
         ctx.save_for_backward(masked, mask)
         ctx.shape = shape
@@ -71,7 +81,7 @@ class GateResidual(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor, log_mask: Tensor) -> Tensor:
-        mask = log_mask.exp().to(x.dtype)
+        mask = mask_of(log_mask).to(x.dtype)
         out = torch.lerp(x, y, mask)
         ctx.save_for_backward(x, out, mask)
         return out
@@ -99,7 +109,7 @@ class MaskedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, log_mask: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centered: bool):
         wide = _at_least_float32(x.dtype)
-        mask = log_mask.exp().to(wide)
+        mask = mask_of(log_mask).to(wide)
         share = mask / mask.sum()
         offset, centre = x.to(wide), None
         if centered:  # sums, not matmuls, which autocast would take in half precision
@@ -115,7 +125,7 @@ class MaskedNorm(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, log_mask, weight, bias, centre, inverse = ctx.saved_tensors
         wide = _at_least_float32(x.dtype)
-        mask = log_mask.exp().to(wide)
+        mask = mask_of(log_mask).to(wide)
         total = mask.sum()
         g = grad.to(wide).flatten(0, -2)
         inverse = inverse.flatten(0, -2)
@@ -163,7 +173,7 @@ def masked_response_norm(x: Tensor, log_mask: Tensor, weight: Tensor, bias: Tens
         weight, bias: `[1, 1, 1, units]`.
         eps: that of transformers' class, which holds it in its code.
     """
-    mask = log_mask.exp().to(_at_least_float32(x.dtype))
+    mask = mask_of(log_mask).to(_at_least_float32(x.dtype))
     response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
     mean = (response * (mask / mask.sum())).sum(-1, keepdim=True)
     return weight * (x * (response / (mean + eps)).to(x.dtype)) + bias + x

@@ -220,3 +220,16 @@ def test_a_masked_norm_of_half_precision_takes_its_statistics_in_float32(centere
     expected = MaskedNorm.apply(x.double(), mask.double(), weight.double(), None, 1e-6, centered)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-4)
+
+
+def test_masks_that_cannot_matter_are_zero_so_that_nothing_becomes_denormal():
+    log_mask = torch.linspace(-120.0, 0.0, 1000)
+    x, weight = torch.randn(6, 1000, generator=torch.Generator().manual_seed(0)), torch.ones(1000)
+    y = MaskUnits.apply(x, log_mask, (1, 1000, 1))
+    normed = MaskedNorm.apply(x, log_mask, weight, weight, 1e-6, True)
+    kernel = MaskKernel.apply(x.view(6, 1000, 1, 1), log_mask, (1, 1000, 1))
+    for found in (y, normed, kernel, y.square(), GateResidual.apply(torch.zeros(()), torch.ones(()), log_mask[250])):
+        assert not ((found != 0) & (found.abs() < torch.finfo(torch.float32).tiny)).any()
+    kept = log_mask > -27.7  # 2^-40
+    assert torch.equal(y != 0, kept.expand(6, -1))
+    assert torch.equal(y[:, kept], x[:, kept] * log_mask[kept].exp())

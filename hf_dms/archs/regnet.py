@@ -3,7 +3,7 @@
 Read it beside `RegNetXLayer` and `RegNetYLayer`. A unit of the inner width is a whole group. Y layers weigh the
 channels behind the groups by a small network (squeeze and excitation), whose inner width is a quarter of what the block
 reads: another one in the first block of a stage, which no cut drops. Each block reads the residual stream
-without a norm that spans it: masks are on the inputs of the convolutions.
+without a norm that spans it: masks are as in a ResNet.
 
 Its config has no image size: MACs are those of 224 × 224 pixels, or of an `image_size` that was added to it. A variant
 that keeps the resolution in the first stage is not covered: its stem may write into the stream of that stage.
@@ -44,6 +44,13 @@ PARAMS, BUFFERS = normed_convolutions(
         f"{BLOCK}.{{i}}.layer.2": f"hidden{{s}} {INNER} one one",  # of an X layer
         f"{BLOCK}.{{i}}.layer.3": f"hidden{{s}} {INNER} one one",  # of a Y layer
     }
+)
+
+
+SCALED = (  # not the one in front of the groups, whose convolution mixes no units
+    "embedder.embedder.normalization",
+    f"{BLOCK}.0.shortcut.normalization",
+    *(f"{BLOCK}.{{i}}.layer.{number}.normalization" for number in (1, 2, 3)),
 )
 
 
@@ -90,6 +97,7 @@ REGNET = ArchSpec(
         "groups_width": "widest_group",
     },
     build_with={"groups_width": 10**9},  # one group, whatever the width
+    variants={"hidden_act": {"relu": {"masked_batch_norms": SCALED}}},
     records_positions=True,
     must_be_true=("downsample_in_first_stage",),
     attributes={f"{BLOCK}.{{i}}.layer.1.convolution.groups": "groups{s}"},

@@ -2,8 +2,9 @@
 
 Read it beside `ResNetBottleNeckLayer` and `ResNetBasicLayer`. The first block of a stage reads the width of the stage
 before it, so it is never dropped. Each block reads the residual stream without a norm that spans it: masks are on the
-inputs of the convolutions. The stem's width is pruned where it is that of the first stage (ResNet-18), and with it;
-elsewhere it stays, since the stock class drops a shortcut where the two are equal.
+batch norms in front of the ReLUs, or on the inputs of the convolutions where it is another function. The stem's width
+is pruned where it is that of the first stage (ResNet-18), and with it; elsewhere it stays, since the stock class drops
+a shortcut where the two are equal.
 
 Its config has no image size: MACs are those of 224 × 224 pixels, or of an `image_size` that was added to it.
 """
@@ -55,6 +56,11 @@ BASIC = normed_convolutions(
         "encoder.stages.{s}.layers.{i}.layer.1": "hidden{s} mid{s} three three",
     }
 )
+SCALED = (
+    "embedder.embedder.normalization",
+    "encoder.stages.{s}.layers.0.shortcut.normalization",
+    *(f"encoder.stages.{{s}}.layers.{{i}}.layer.{number}.normalization" for number in (0, 1, 2)),
+)
 FIXED = (
     Dim("hidden{s}", "hidden_sizes[{s}]", scope="model"),
     Dim("layers{s}", "depths[{s}]", scope="depth"),
@@ -81,6 +87,7 @@ RESNET = ArchSpec(
     heads={"ForImageClassification": {"classifier.1.weight": "label hidden{last}", "classifier.1.bias": "label"}},
     config={"embedding_size": "embedding", "hidden_sizes[{s}]": "hidden{s}", "depths[{s}]": "layers{s}"},
     variants={
+        "hidden_act": {"relu": {"masked_batch_norms": SCALED}},
         "layer_type": {
             "basic": {
                 "dims": (Dim("mid{s}", "hidden_sizes[{s}]", scope="layer", stack="layers{s}"), *FIXED),
@@ -88,7 +95,7 @@ RESNET = ArchSpec(
                 "buffers": BASIC[1],
                 "must_equal": (("mid{s}", "hidden{s}"),),
             }
-        }
+        },
     },
     records_positions=True,
     outputs={"last_hidden_state": "hidden{last} _ _", "pooler_output": "hidden{last} _ _"},

@@ -78,6 +78,9 @@ class ArchSpec:
         channels_first: patterns of norms, below the base model, whose units are on axis 1 of their input.
         response_norms: patterns of modules, below the base model, that divide the norm of each unit over an image by
             the mean of all units' (global response normalisation).
+        masked_batch_norms: patterns of batch norms that take the mask of their units in the place of all maps that read
+            these. That is the same function where nothing lies between the two but ReLUs, sums and pools, which commute
+            with a factor of at least 0, and where every norm that writes the dim is among them.
         must_be_false: config attributes that make another architecture of it, which this description is not of.
         must_be_true: config attributes without which it is another architecture.
         attributes: `"module pattern.attribute"` to the product of dims that a module of a layer remembers in it, or
@@ -113,6 +116,7 @@ class ArchSpec:
     unnormed: tuple[str, ...] = ()
     channels_first: tuple[str, ...] = ()
     response_norms: tuple[str, ...] = ()
+    masked_batch_norms: tuple[str, ...] = ()
     must_be_false: tuple[str, ...] = ()
     must_be_true: tuple[str, ...] = ()
     heads: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -256,7 +260,7 @@ def _check_names(spec: ArchSpec) -> None:
                     f"{spec.model_type}: `{where}` mentions '{key}', which `config` does not: {', '.join(spec.config)}."
                 )
     weights = {re.sub(r"\d+", "#", name) for name in spec.params}  # not every stage has every module
-    for key in ("unnormed", "channels_first", "response_norms"):
+    for key in ("unnormed", "channels_first", "response_norms", "masked_batch_norms"):
         for path in getattr(spec, key):
             if re.sub(r"\d+", "#", f"{path}.weight") not in weights:
                 raise HfDmsError(f"{spec.model_type}: `{key}` mentions '{path}', but `params` has no '{path}.weight'.")

@@ -3,8 +3,9 @@
 - Hidden size, or the width of a stage: every norm takes its statistics over the kept width and its output is masked.
   Every read of the residual stream passes a norm, so nothing else needs to know; what a description says is read
   without one is masked itself.
-- Other widths: the input of every linear map or convolution that reads the dim is multiplied by its mask; or, where
-  they are fewer numbers, the weights of a convolution that trains, which is the same map and the same gradient.
+- Other widths: the input of every linear map or convolution that reads the dim is multiplied by its mask; or what is
+  the same map with the same gradient and fewer numbers: the weights of a convolution that trains, or the weight and
+  bias of the batch norm in front of the ReLU in front of it.
 - Depth: x + m·(layer(x) - x), the paper's x + m·f(x) for a residual block.
 
 A hard-masked model computes what the cut model computes. Nothing is wrapped or renamed; each multiplication keeps only
@@ -23,14 +24,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ..archs.bind import BoundSpec, bind, compiled
+from ..archs.bind import BoundParam, BoundSpec, bind, compiled
 from ..archs.plain_view import adapted_layers, base_model_of, check_adapters, submodule, tensor_of
 from ..archs.registry import spec_for
 from ..config import DMSConfig
 from ..errors import HfDmsError
 from ..files import keep_source_, keeps_source
 from ..gates import Gates
-from ..masked_ops import GateResidual, MaskedNorm, MaskKernel, MaskUnits, masked_response_norm
+from ..masked_ops import GateResidual, MaskedNorm, MaskKernel, MaskUnits, mask_of, masked_response_norm
 from .checks import check_as_built, check_attachable, check_checkpointing, check_model
 from .gates_for import build_gates, for_stages, with_share
 from .rounding import check_target, rounded_of
@@ -98,7 +99,11 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
                 hook = functools.partial(_mask_output, gates, name)
                 hooks.append(submodule(model, path).register_forward_hook(hook))
         else:
-            for path, row, shape in masked_inputs(bound, name):
+            at_norms = list(masked_batch_norms(bound, name))
+            for path, row, shape in at_norms:
+                norm = submodule(model, path)
+                norm.forward = functools.partial(_masked_batch_norm_forward, norm, gates, name, row, shape)
+            for path, row, shape in () if at_norms else masked_inputs(bound, name):
                 hooks += _mask_reader(submodule(model, path), gates, name, row, shape, unit_axis(bound, path))
             for path, row in response_norms(bound, name):
                 norm = submodule(model, path)
@@ -217,10 +222,23 @@ def masked_inputs(bound: BoundSpec, name: str) -> Iterator[tuple[str, int, tuple
     for parameter, param in bound.params.items():
         path, _, leaf = parameter.rpartition(".")
         if leaf == "weight" and len(param.axes) in (2, 4) and name in param.axes[1]:
-            axis = param.axes[1]
-            place = axis.index(name)
-            before, after = bound.product(axis[:place]), bound.product(axis[place + 1 :])
-            yield path, (param.layer or 0) if bound.rows(name) > 1 else 0, (before, bound.sizes[name], after)
+            yield path, *_row_and_shape(bound, name, param, param.axes[1])
+
+
+def masked_batch_norms(bound: BoundSpec, name: str) -> Iterator[tuple[str, int, tuple[int, int, int]]]:
+    """Batch norms that take the mask of a dim in the place of what reads it, as `masked_inputs` gives that."""
+    for parameter, param in bound.params.items():
+        path, _, leaf = parameter.rpartition(".")
+        if leaf == "weight" and name in param.axes[0] and is_among(bound, path, "masked_batch_norms"):
+            yield path, *_row_and_shape(bound, name, param, param.axes[0])
+
+
+def _row_and_shape(
+    bound: BoundSpec, name: str, param: BoundParam, axis: tuple[str, ...]
+) -> tuple[int, tuple[int, int, int]]:
+    place = axis.index(name)
+    before, after = bound.product(axis[:place]), bound.product(axis[place + 1 :])
+    return (param.layer or 0) if bound.rows(name) > 1 else 0, (before, bound.sizes[name], after)
 
 
 def unit_axis(bound: BoundSpec, path: str) -> int:
@@ -355,6 +373,21 @@ def _masked_convolution_forward(
     return nn.Conv2d.forward(module, MaskUnits.apply(x, log_mask, shape, 1))
 
 
+def _masked_batch_norm_forward(
+    norm: nn.Module, gates: Gates, name: str, row: int, shape: tuple[int, int, int], x: Tensor
+) -> Tensor:
+    if (log_mask := gates.log_masks[name][row]) is None:
+        return type(norm).forward(norm, x)
+    own: dict[str, Any] = norm._parameters
+    before = dict(own)
+    mask = mask_of(log_mask)[None, :, None].expand(shape).reshape(-1)
+    try:  # the class knows what else a batch norm does
+        own.update({key: parameter * mask.to(parameter.dtype) for key, parameter in before.items()})
+        return type(norm).forward(norm, x)
+    finally:
+        own.update(before)
+
+
 def _masked_response_norm_forward(norm: Any, gates: Gates, name: str, row: int, x: Tensor) -> Tensor:
     if (log_mask := gates.log_masks[name][row]) is None:
         return type(norm).forward(norm, x)
@@ -365,4 +398,5 @@ MASKED_FORWARDS = (
     _masked_norm_forward,
     _masked_convolution_forward,
     _masked_response_norm_forward,
+    _masked_batch_norm_forward,
 )  # that `attach_` puts in the place of modules' own

@@ -8,47 +8,99 @@ import torch
 from helpers.laws import batch_for, tiny
 from helpers.tiny import relative_difference, search_, tiny_llama, token_batch, trace, untouched
 from torch import nn
-from transformers import LlamaModel, ResNetForImageClassification
+from transformers import LlamaModel, RegNetForImageClassification, ResNetForImageClassification
 
 from hf_dms import DMSConfig, attach_, detach_
 from hf_dms.archs.bind import bind
 from hf_dms.archs.llama import LLAMA
+from hf_dms.archs.resnet import RESNET
 from hf_dms.cut.prune import make_plan
 from hf_dms.cut.slicing import cut
 from hf_dms.cut.verify import hard_masked, outputs_of
 from hf_dms.gating import attach as attach_module
-from hf_dms.gating.attach import freeze_, gates_of, has_gates, masked_inputs, norms
+from hf_dms.gating.attach import _mask_reader, freeze_, gates_of, has_gates, masked_batch_norms, masked_inputs, norms
 
 DIMS = ("kv", "mlp", "hidden", "layers")
 
 
 # ---- where they go ----
+def after_a_step(cls, **options):
+    """Gradients and importance of a soft-masked model after a step, and its batch norms' statistics."""
+    model = tiny(cls, dtype=torch.float64, **options)
+    attach_(model, DMSConfig(target=0.6, layout="per_layer"))
+    search_(model)
+    model.train()(**batch_for(model), labels=torch.tensor([0, 2])).loss.backward()
+    gates = gates_of(model)
+    gates.update_importance_()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    importance = {f"importance of {name}": gates.raw_importance(name).clone() for name in gates.dims}
+    statistics = {name: buffer.double() for name, buffer in model.named_buffers() if "running" in name}
+    return gradients | importance | statistics
+
+
+def assert_same_step(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert relative_difference(tensor, theirs[name]) < 1e-5, name  # gradients of masks are float32
+
+
+RESIDUAL = [(ResNetForImageClassification, {}), (ResNetForImageClassification, {"layer_type": "basic"})]
+RESIDUAL += [(ResNetForImageClassification, {"embedding_size": 8}), (RegNetForImageClassification, {})]
+
+
+@pytest.mark.parametrize(("cls", "options"), [*RESIDUAL, (RegNetForImageClassification, {"layer_type": "x"})])
+def test_masks_on_batch_norms_do_what_masks_behind_their_relus_do(cls, options, monkeypatch):
+    masked = []
+    monkeypatch.setattr(attach_module, "_mask_reader", lambda *args: masked.append(args[2]) or mask_reader(*args))
+    mask_reader = _mask_reader
+    ours = after_a_step(cls, **options)
+    assert {name.rstrip("012") for name in masked} <= {"squeeze", "first", "embedding"}
+    if cls is ResNetForImageClassification:
+        assert not masked
+    monkeypatch.setattr(attach_module, "masked_batch_norms", lambda bound, name: ())
+    theirs = after_a_step(cls, **options)
+    assert len(masked) > 10
+    assert_same_step(ours, theirs)
+
+
+def test_batch_norms_with_masks_are_left_as_they_were():
+    model = tiny(ResNetForImageClassification)
+    norms_before = {path: dict(module._parameters) for path, module in model.named_modules() if "normaliz" in path}
+    attach_(model, DMSConfig(target=0.6, layout="per_layer"))
+    search_(model)
+    model.train()(**batch_for(model))
+    with pytest.raises(RuntimeError, match="running_mean"):
+        model.base_model.embedder.embedder.normalization(torch.zeros(2, 1, 4, 4))
+    with pytest.raises(RuntimeError, match="running_mean"):
+        model.base_model.encoder.stages[0].layers[0].layer[0].normalization(torch.zeros(2, 1, 4, 4))
+    detach_(model)
+    for path, before in norms_before.items():
+        module = model.get_submodule(path)
+        assert all(module._parameters[name] is parameter for name, parameter in before.items())
+        assert "forward" not in module.__dict__
+
+
+def test_behind_another_function_than_a_relu_masks_are_on_what_reads_a_unit():
+    bound = bind(RESNET, tiny(ResNetForImageClassification, hidden_act="gelu"))
+    assert not bound.spec.masked_batch_norms
+    assert [*masked_batch_norms(bound, "mid0")] == []
+    assert [row for _, row, _ in masked_batch_norms(bind(RESNET, tiny(ResNetForImageClassification)), "mid0")] == [0, 1]
+
+
 def test_masks_on_the_weights_of_convolutions_do_what_masks_on_their_inputs_do(monkeypatch):
     def by_inputs(module, gates, name, row, shape, x):
         log_mask = gates.log_masks[name][row]
         masked = x if log_mask is None else x * log_mask.exp()[:, None, None]
         return nn.functional.conv2d(masked, module.weight, module.bias, module.stride, module.padding)
 
-    def found():
-        model = tiny(ResNetForImageClassification, dtype=torch.float64)
-        attach_(model, DMSConfig(target=0.6, layout="per_layer"))
-        search_(model)
-        model.train()(**batch_for(model), labels=torch.tensor([0, 2])).loss.backward()
-        gates = gates_of(model)
-        gates.update_importance_()
-        tensors = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-        return tensors | {f"importance of {name}": gates.raw_importance(name).clone() for name in gates.dims}
-
     folded = []
     apply = attach_module.MaskKernel.apply
     monkeypatch.setattr(attach_module.MaskKernel, "apply", lambda *args: folded.append(args) or apply(*args))
-    ours = found()
+    ours = after_a_step(ResNetForImageClassification, hidden_act="gelu")
     assert len(folded) > 10
     monkeypatch.setattr(attach_module, "_masked_convolution_forward", by_inputs)
-    theirs = found()
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert relative_difference(tensor, theirs[name]) < 1e-5, name  # gradients of masks are float32
+    theirs = after_a_step(ResNetForImageClassification, hidden_act="gelu")
+    assert_same_step(ours, theirs)
 
 
 def test_frozen_weights_of_convolutions_are_not_masked_themselves():
