@@ -247,7 +247,8 @@ def _validate(options: argparse.Namespace) -> int:
             chosen = recovery_in_words(prepared) if prepared.recover != recipe.recover else []
             if prepared.dms.target != recipe.dms.target:
                 of = (" of the supernet", " of the original") if recipe.model.supernet is not None else ("", "")
-                chosen = [f"dms.target: {prepared.dms.target:.4g}{of[0]} ({recipe.dms.target}{of[1]})", *chosen]
+                asked = recipe.dms.target or ", ".join(f"{name} {size}" for name, size in recipe.dms.sizes.items())
+                chosen = [f"dms.target: {prepared.dms.target:.4g}{of[0]} ({asked}{of[1]})", *chosen]
             lines = {"taken": chosen, "memory": memory}
             found.append({"recipe": path, "ok": True} | {key: value for key, value in lines.items() if value})
             print("\n  ".join([f"{path}: ok", *chosen, *memory]))

@@ -73,7 +73,7 @@ class DMSConfig:
         None,
         "Fraction of the dense resource to keep, in (0, 1]: 0.6 keeps 60 %. Or an amount with K, M, G (or B) or T: "
         "100M keeps 100 million parameters, or of what resource and resource_scope count. With model.supernet both are "
-        "of the original model. Required.",
+        "of the original model. Required, unless sizes gives the shape.",
     )
     resource: str = _option(
         "params",
@@ -102,6 +102,10 @@ class DMSConfig:
     protect: dict[str, Any] = _mapping(
         "What is never cut. layers: indices of layers that stay whole (negative ones count from the end). "
         "dims: names of dims that stay whole. min and max: smallest and largest size per dim, e.g. {min: {mlp: 256}}.",
+    )
+    sizes: dict[str, int] = _mapping(
+        "The shape itself, in place of target and prune: the size of each dim that is cut, such as "
+        "{mlp: 1024, layers: 24}. What is learned is which units stay."
     )
     pipeline: str = _option(
         "p",
@@ -173,6 +177,8 @@ class DMSConfig:
         self._check_names()
 
     def _check_target(self) -> None:
+        if self.target is None and self.sizes:
+            return
         if self.target is None:
             raise HfDmsError(
                 "dms.target is required: the fraction of the dense resource to keep. For 60 % write target: 0.6"
@@ -280,11 +286,16 @@ class DMSConfig:
                 raise HfDmsError(f"dms.prune must be a list of dim names such as [kv, mlp], got {self.prune!r}.")
             if len(self.prune) == 0:
                 raise HfDmsError("dms.prune is empty: name at least one dim, or leave it out to prune all.")
-        if not isinstance(self.round_to, dict) or not all(
-            isinstance(multiple, int) and multiple >= 1 for multiple in self.round_to.values()
-        ):
+        for option, example in (("round_to", "{mlp: 64}"), ("sizes", "{mlp: 1024}")):
+            given = getattr(self, option)
+            if not isinstance(given, dict) or not all(type(count) is int and count >= 1 for count in given.values()):
+                raise HfDmsError(
+                    f"dms.{option} must map a dim to a whole number of at least 1, as {example}; got {given!r}."
+                )
+        if self.sizes and self.pipeline == "np":
             raise HfDmsError(
-                f"dms.round_to must map a dim to a whole number of at least 1, as {{mlp: 64}}; got {self.round_to!r}."
+                "dms.sizes needs pretrained weights, got pipeline np: a network of a given shape can be trained as it "
+                "is. Leave sizes out, or write pipeline: p."
             )
         known = {"layers": list, "dims": list, "min": dict, "max": dict}
         if not isinstance(self.protect, dict):

@@ -24,8 +24,9 @@ from ..config import SEARCH
 from ..cut.plans import levels_above
 from ..errors import HfDmsError
 from ..files import load_saved
-from ..gating.gates_for import build_gates, with_share
+from ..gating.gates_for import build_gates
 from ..gating.rounding import check_target
+from ..gating.share import with_share
 from ..measure.precision import slow_bfloat16
 from ..refit.repairable import check_one_stack, check_repairable
 from ..report.card import base_metadata

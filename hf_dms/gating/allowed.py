@@ -46,6 +46,8 @@ class AllowedSizes:
                 self.step[name] = dim.step
                 self.low[name] = low.max()[None] if dim.shared else low
                 self.high[name] = high.min()[None] if dim.shared else high
+                if name in config.sizes:  # nothing is left to choose; the search approaches it from above
+                    self.high[name] = self.low[name].clone()
         self.excluded = excluded_sizes(bound, {name: dim.follows for name, dim in gates.dims.items()})
         for name, size in self.excluded.items():
             self.low[name] += self.step[name] * (self.low[name] == size)

@@ -33,8 +33,9 @@ from ..files import keep_source_, keeps_source
 from ..gates import Gates
 from ..masked_ops import GateResidual, MaskedNorm, MaskKernel, MaskUnits, mask_of, masked_response_norm
 from .checks import check_as_built, check_attachable, check_checkpointing, check_model
-from .gates_for import build_gates, for_stages, with_share
+from .gates_for import build_gates, for_stages
 from .rounding import check_target, rounded_of
+from .share import with_share
 
 NORMS = "norms."  # what scales of norms are called, with the dim that they are over
 

@@ -15,7 +15,7 @@ from ..archs.costs import build_cost
 from ..archs.registry import spec_for
 from ..archs.spec import ArchSpec
 from ..archs.stock import check_padding, tied_sizes
-from ..config import DMSConfig, amount
+from ..config import DMSConfig
 from ..errors import HfDmsError
 from ..gates import GatedDim, Gates, SearchSchedule
 from ..topk import steepness_of
@@ -68,23 +68,6 @@ def build_gates(
     return Gates(dims, fixed_sizes, cost, schedule, device=model.device if device is None else device)
 
 
-def with_share(config: DMSConfig, bound: BoundSpec, model: PreTrainedModel) -> DMSConfig:
-    """A request whose target is a fraction of the dense resource, where it is an amount such as 100M.
-
-    Raises:
-        ValueError: the dense model has less.
-    """
-    if not isinstance(config.target, str):
-        return config
-    dense = build_gates(bound, model, replace(config, target=1.0), device=torch.device("cpu")).dense_resource
-    if amount(config.target) > dense:
-        raise HfDmsError(
-            f"dms.target = {config.target} is more than the dense model has: {dense / 1e6:.4g}M {config.resource} "
-            f"(resource_scope {config.resource_scope}). Lower it."
-        )
-    return replace(config, target=amount(config.target) / dense)
-
-
 def recount_(gates: Gates, model: PreTrainedModel) -> None:
     """Let gates count their model as it is now, in place: its vocabulary may have been resized since `attach_`.
 
@@ -126,7 +109,8 @@ def for_stages(config: DMSConfig, spec: ArchSpec) -> DMSConfig:
     protect |= {key: values(protect[key]) for key in ("min", "max") if key in protect}
     protect |= {"dims": list(names(protect["dims"]))} if "dims" in protect else {}
     prune = None if config.prune is None else names(config.prune)
-    changed: dict[str, Any] = {"prune": prune, "round_to": values(config.round_to), "protect": protect}
+    changed: dict[str, Any] = {"prune": prune, "protect": protect}
+    changed |= {option: values(getattr(config, option)) for option in ("round_to", "sizes")}
     same = all(getattr(config, key) == value for key, value in changed.items())
     return config if same else replace(config, **changed)
 

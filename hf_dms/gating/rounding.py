@@ -77,6 +77,13 @@ def sizes_of(gates: Gates) -> Sizes:
     return rounded_of(gates).sizes
 
 
+def smallest_sizes(gates: Gates, bound: BoundSpec, config: DMSConfig, model_config) -> tuple[State, float]:
+    """The smallest allowed sizes, and what they cost of the limited resource."""
+    rounding = _Rounding(gates, bound, config, model_config)
+    state = rounding.allowed.smallest()
+    return state, float(rounding.count(state))
+
+
 def check_target(gates: Gates, bound: BoundSpec, config: DMSConfig, model_config) -> None:
     """Check that allowed sizes can meet the target.
 
