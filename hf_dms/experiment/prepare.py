@@ -113,6 +113,8 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
     processor, new_head = load_processor(recipe), recipe.dms.pipeline == "np"
     data = recipe.data.without_own_texts()
     examples = load_examples(data, recipe.task, processor, config, new_head=new_head)
+    if recipe.dms.strategy == SEARCH:
+        recipe.dms.check_length(_steps_of(arguments["search"], len(examples.train)))
     retraining = examples
     if recipe.recover.data is not None:
         with saying_where("recover."):
@@ -345,10 +347,21 @@ def training_arguments(recipe: Recipe, section: str, output_dir: Path) -> Any:
     values = defaults | coerce_fields(TrainingArguments, given, section)
     if values.get("max_steps", -1) <= 0 and "num_train_epochs" not in values:
         raise HfDmsError(f"{section}.max_steps is required (or {section}.num_train_epochs): how long it runs.")
+    for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if values.get(key, 1) < 1:
+            raise HfDmsError(f"{section}.{key} must be at least 1, got {values[key]}.")
     try:
         return TrainingArguments(output_dir=str(output_dir), **values)
     except (ValueError, TypeError, ImportError) as error:
         raise HfDmsError(f"{section}: {error}") from error
+
+
+def _steps_of(arguments: Any, num_examples: int) -> int:
+    """Optimizer steps of a training by these arguments."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    return math.ceil(arguments.num_train_epochs * math.ceil(num_examples / per_step))
 
 
 def _is_of_a_search(key: str, value: Any) -> bool:

@@ -194,6 +194,22 @@ BAD = {
         option("finetune={max_steps: 2, eval_strategy: epoch}"),
         "finetune.eval_strategy, finetune.load_best_model_at_end: there is no evaluation during this training",
     ),
+    "a search that is all warm-up": (
+        option("train.max_steps=5", "dms.warmup_steps=5"),
+        "dms.warmup_steps = 5 and the search has 5 steps",
+    ),
+    "epochs that are all warm-up": (
+        option("train.max_steps=-1", "train.num_train_epochs=0.1", "dms.warmup_steps=500"),
+        "dms.warmup_steps = 500 and the search has ",
+    ),
+    "empty batches": (
+        option("train.per_device_train_batch_size=0"),
+        "train.per_device_train_batch_size must be at least 1, got 0.",
+    ),
+    "steps of no batches": (
+        option("train.gradient_accumulation_steps=0"),
+        "train.gradient_accumulation_steps must be at least 1, got 0.",
+    ),
     "output below a file": (output_below_a_file, "output.path: no folder can be made in"),
     "output where none can be made": (output_where_none_can_be_made, "output.path: no folder can be made in /proc"),
     "output is the model": (output_is_the_model, "which the result is made from and which it would replace"),
