@@ -299,7 +299,7 @@ def jobs_of(options):
 def work(options):
     """Take one job after the other that no other process works on and whose rows are not there."""
     for family, seed, ways in jobs_of(options):
-        with (options.work / f"{family}-{'+'.join(ways)}-{seed}.lock").open("w") as lock:
+        with (options.work / f"{family}-{'+'.join(ways)}-{seed}.lock").open("w", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -321,32 +321,38 @@ def work(options):
 # ---- the table -------------------------------------------------------------------------------------------------------
 def table(rows):
     """Markdown: per family, epochs and way the accuracy and its difference from np, paired by seed and image."""
-    lines = [
-        "| network | epochs | way | seeds | MACs | parameters | held-out accuracy | np − way, points |",
-        "|---" * 8 + "|",
-    ]
+    columns = ("network", "epochs", "way", "seeds", "MACs", "parameters", "held-out accuracy", "way − np, points")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     groups = {}
     for row in rows:
         cell = row["cell"]
         groups.setdefault((cell["family"], cell["epochs"], cell["way"]), {})[cell["seed"]] = row
-    for (family, epochs, way), seeds in sorted(groups.items()):
-        reference = groups.get((family, epochs, "np"), {})
-        both = sorted(seeds.keys() & reference.keys())
-        right = {name: torch.tensor([[int(b) for b in of[s]["right"]] for s in both]) for name, of in
-                 (("np", reference), ("way", seeds))} if both else None  # fmt: skip
-        difference = ""
-        if right is not None and way != "np":
-            each = (right["np"] - right["way"]).double().mean(0)  # of an image, over the seeds
-            difference = f"{100 * each.mean():+.2f} ± {100 * each.std() / math.sqrt(len(each)):.2f}"
-        mean = sum(row["accuracy"] for row in seeds.values()) / len(seeds)
-        spread = ", ".join(f"{seeds[seed]['accuracy']:.4f}" for seed in sorted(seeds))
-        macs = max(row.get("macs", 0) for row in seeds.values())
-        params = sum(row["params"] for row in seeds.values()) / len(seeds)
-        lines.append(
-            f"| {family} | {epochs:g} | {way} | {len(seeds)} | {macs / 1e6:.2f}M | {params / 1e3:.0f}K | "
-            f"{mean:.4f} ({spread}) | {difference} |"
-        )
+    for (family, epochs, way), seeds in sorted(groups.items(), key=_place):
+        ordered = [seeds[seed] for seed in sorted(seeds)]
+        mean = sum(row["accuracy"] for row in ordered) / len(ordered)
+        single = ", ".join(f"{row['accuracy']:.4f}" for row in ordered)
+        macs = f"{max(row['macs'] for row in ordered) / 1e6:.2f}M" if "macs" in ordered[0] else ""
+        params = sum(row["params"] for row in ordered) / len(ordered)
+        difference = "" if way == "np" else _difference(seeds, groups.get((family, epochs, "np"), {}))
+        cells = (family, f"{epochs:g}", way, f"{len(ordered)}", macs, f"{params / 1e3:.0f}K", f"{mean:.4f} ({single})")
+        lines.append(f"| {' | '.join(cells)} | {difference} |")
     return "\n".join(lines)
+
+
+def _place(group):
+    (family, epochs, way), _ = group
+    order = [*WAYS, "supernet"]
+    return list(SHAPES).index(family), epochs, order.index(way)
+
+
+def _difference(seeds, reference):
+    """Accuracy beyond np's in points, over the seeds that both have, with the standard error over the images."""
+    both = seeds.keys() & reference.keys()
+    if not both:
+        return ""
+    bits = [torch.tensor([[int(b) for b in of[seed]["right"]] for seed in sorted(both)]) for of in (seeds, reference)]
+    each = (bits[0] - bits[1]).double().mean(0)  # of an image, over the seeds
+    return f"{100 * each.mean():+.2f} ± {100 * each.std() / math.sqrt(len(each)):.2f}"
 
 
 def main():

@@ -9,12 +9,13 @@ import pytest
 import torch
 from helpers.recipes import WORDS
 from helpers.tiny import Tokens, tiny_llama
-from transformers import AutoModelForCausalLM, default_data_collator
+from transformers import AutoConfig, AutoModelForCausalLM, default_data_collator
 
 from hf_dms.cut.verify import outputs_of
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
+SUPERNET = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "supernet.md").read_text(), re.DOTALL)
 README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
@@ -49,6 +50,20 @@ def test_the_python_of_the_page_runs(tmp_path, monkeypatch):
     before = copy.deepcopy(names["pruned"])
     exec(repair_block, names)
     assert not torch.equal(outputs_of(names["pruned"], batches[0]), outputs_of(before, batches[0]))
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+def test_the_python_of_the_page_on_supernets_runs(tmp_path, monkeypatch):
+    (code,) = SUPERNET
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda path: tiny_llama().config)
+    names = {"dataset": Tokens(), "collator": default_data_collator}
+    begin, end = code.replace("max_steps=500", "max_steps=12, disable_tqdm=True").split("fresh_weights_(found")
+    exec(begin, names)
+    searched = copy.deepcopy(names["found"])
+    exec(f"fresh_weights_(found{end}", names)
+    assert sum(p.numel() for p in names["found"].parameters()) <= sum(p.numel() for p in tiny_llama().parameters())
+    assert not any(map(torch.equal, names["found"].parameters(), searched.parameters()))
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*")

@@ -70,6 +70,7 @@ class Recipe:
         return dataclasses.asdict(self) | {"dms": self.dms.to_dict()}
 
 
+CONFIG = "config.json"  # of a folder that holds a model
 LENGTHS = ("max_steps", "num_train_epochs")  # of a training
 SECTIONS = {
     "model": ModelConfig,
@@ -334,8 +335,10 @@ def _override_(values: dict[str, Any], override: str) -> None:
 
 
 def _use_files_beside_the_recipe_(values: dict[str, Any], folder: Path) -> None:
-    """Relative data files that stand beside the recipe are meant relative to it."""
-    recover = values.get("recover")
+    """Relative data files, and a model's folder, that stand beside the recipe are meant relative to it."""
+    recover, model = values.get("recover"), values.get("model")
+    if isinstance(model, dict) and isinstance(path := model.get("path"), str) and (folder / path / CONFIG).is_file():
+        model["path"] = str(folder / path)
     for data in (values.get("data"), recover.get("data") if isinstance(recover, dict) else None):
         if not isinstance(data, dict):
             continue

@@ -153,6 +153,15 @@ def test_a_missing_recipe_lists_those_that_come_with_hf_dms():
         load_recipe("nothing.yaml")
 
 
+def test_a_model_s_folder_beside_a_recipe_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.jsonl").touch()
+    options = [f"data={{path: {tmp_path / 'text.jsonl'}, held_out: 0.5}}"]
+    recipe = load_recipe("fashion-mnist-np.yaml", options)
+    assert (packaged_recipes() / "shapes" / "resnet-small").samefile(recipe.model.path)
+    assert load_recipe("fashion-mnist-np.yaml", [*options, "model.path=shapes/other"]).model.path == "shapes/other"
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_shipped_recipe_is_sound_and_says_how_to_run_it(name, tmp_path, monkeypatch):
     path = packaged_recipes() / name
@@ -162,6 +171,7 @@ def test_every_shipped_recipe_is_sound_and_says_how_to_run_it(name, tmp_path, mo
             (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / place).touch()
     recipe = load_recipe(str(path))
-    assert dataclasses.asdict(recipe)["dms"]["target"] < 1
+    assert dataclasses.asdict(recipe)["dms"]["target"] <= 1
+    assert (recipe.dms.target == 1) == (recipe.model.supernet is not None)
     header = path.read_text().split("\nmodel:")[0]
     assert all(word in header for word in ("Run:", "Override:", "Needs:"))
