@@ -1,5 +1,6 @@
-"""What a run tells while it runs: a bar in a terminal, lines elsewhere, scalars for TensorBoard."""
+"""What a run tells while it runs: a bar in a terminal, lines elsewhere, scalars for TensorBoard and Trackio."""
 
+import importlib
 import sys
 
 import pytest
@@ -70,6 +71,19 @@ def test_tensorboard_gets_the_course_of_the_search(tmp_path):
     kept = {name for name in read.Tags()["scalars"] if name.startswith("train/kept/")}
     assert kept == {f"train/kept/{name}" for name in trainer.gates.dims}
     assert [scalar.step for scalar in read.Scalars("eval/resource")] == [3, 6]
+
+
+def test_trackio_gets_the_course_of_the_search(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    trainer = trained(tmp_path, report_to="trackio", max_steps=6, eval_strategy="steps", eval_steps=3)
+    storage = importlib.import_module("trackio.sqlite_storage").SQLiteStorage
+    assert (tmp_path / "trackio").is_dir()
+    (run,) = storage.get_runs(trainer.args.project)
+    logs = storage.get_logs(trainer.args.project, run)
+    for name in ("task_loss", "resource_loss", "resource", "target", "kept/mlp", "soft_fraction/mlp", "gate_grad_norm"):
+        values = [log[f"train/{name}"] for log in logs if f"train/{name}" in log]
+        assert values == pytest.approx(logged(trainer, name))
+    assert len([log for log in logs if "eval/resource" in log]) == 2
 
 
 def test_a_trainer_that_shows_nothing_is_left_so(tmp_path):
