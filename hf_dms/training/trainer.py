@@ -418,7 +418,7 @@ def check_untrained(model: PreTrainedModel) -> None:
         raise HfDmsError(
             "dms.pipeline np searches a model with random weights, and this one was loaded from "
             f"'{model.name_or_path}'. Use pipeline p, which trains loaded weights, or p-, which keeps them; or make "
-            "the model from its config."
+            "the model from its config, or a larger one by hf_dms.supernet."
         )
 
 

@@ -116,6 +116,29 @@ def test_a_classifier_is_fine_tuned_pruned_and_recovered(classifiers, model, res
         assert sample["input"].startswith("w" if model == "bert" else "data:image/png;base64,")
 
 
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    ordinary_if(
+        lambda model, layout: (model, layout) in (("resnet", "per_layer"), ("convnext", "uniform")),
+        itertools.product(["bert", "vit", "convnext", "resnet"], ["per_layer", "uniform"]),
+    ),
+)
+def test_a_classifier_found_in_a_supernet_costs_what_the_original_does(classifiers, model, layout):
+    options = ["dms.pipeline=np", "model.supernet={width: 2, depth: 1.5}", "dms.target=1.0", "recover={max_steps: 60}"]
+    code, out = classifiers(model, *options, "finetune=null", "dms.resource=macs", f"dms.layout={layout}")
+    assert code == 0
+    report = json.loads((out / "dms_report.json").read_text())
+    auto = AutoModelForSequenceClassification if model == "bert" else AutoModelForImageClassification
+    found = auto.from_pretrained(out)
+    assert report["pruned"]["num_params"] == found.num_parameters()
+    limit = report["original"]["macs_per_token"]
+    assert report["dense"]["macs_per_token"] > 1.4 * limit  # the stem of a ResNet stays
+    assert 0.6 * limit < report["pruned"]["macs_per_token"]  # the target is of the layers
+    assert found.config.model_type.startswith("dms_") == (layout == "per_layer")
+    assert_a_report_for_people_and_programs(out, report)
+    assert "dense" not in (out / "README.md").read_text() + (out / "report.html").read_text().partition("How it was")[0]
+
+
 def assert_a_report_for_people_and_programs(out, report):
     assert mistakes(report) == []
     page = (out / "report.html").read_text()
