@@ -273,6 +273,34 @@ def test_learned_sizes_that_rounding_does_not_explain_are_scaled_to_the_target(l
     assert 0.9 * target <= count(gates, sizes) / gates.dense_resource <= target
 
 
+@pytest.mark.parametrize(
+    ("ended_at", "learned", "kv"),
+    [
+        (1.009, 2.5, 3),  # within a hundredth above: the groups are those that were learned
+        (1.015, 2.5, 2),  # beyond: everything is scaled first, the groups to 2.46
+        (0.971, 2.45, 2),  # within three hundredths below
+        (0.965, 2.45, 3),  # beyond: scaled to 2.54
+    ],
+)
+def test_a_search_that_ended_near_its_target_is_taken_as_it_ended(ended_at, learned, kv):
+    """A channel of so wide an MLP, and half a group, cost a thousandth of the layers: rounding explains no more."""
+    overrides = dict(intermediate_size=4000)
+    request_ = gates, *_ = gated(0, overrides, prune=("kv", "mlp"), resource_scope="layers")
+    learn_(gates, {"kv": torch.tensor([learned]), "mlp": torch.tensor([2000.0])})
+    sizes = rounded(float(gates.resource().detach()) / ended_at, *request_)
+    assert int(sizes["kv"][0]) == kv
+
+
+def test_half_a_step_of_a_coarse_dim_is_half_of_its_multiple():
+    """16 hidden units where 14.1 were learned, in steps of 4, explain a miss of a tenth; so the groups are not scaled."""
+    options = dict(prune=("kv", "mlp", "hidden"), round_to={"hidden": 4}, layout="per_layer")
+    request_ = gates, *_ = gated(0, dict(intermediate_size=200), **options)
+    learn_(gates, {"kv": torch.full((3,), 2.45), "mlp": torch.full((3,), 150.0), "hidden": torch.tensor([14.1])})
+    cut = {"kv": torch.full((3,), 2), "mlp": torch.full((3,), 150), "hidden": torch.tensor([16])}
+    sizes = rounded(count(gates, cut) / gates.dense_resource, *request_)
+    assert (sizes["kv"].tolist(), int(sizes["hidden"])) == ([2, 2, 2], 16)
+
+
 def test_what_is_left_of_the_budget_goes_to_those_furthest_below_their_learned_size():
     """Equal layers jump together; of the units that then still fit, none takes more than one."""
     request_ = gated(layout="per_layer", prune=("mlp",), overrides=dict(intermediate_size=50, num_hidden_layers=8))
