@@ -227,6 +227,29 @@ def test_where_a_coarse_dim_must_go_down_it_is_the_one_whose_units_matter_least(
     assert found == {"kv": 3, "layers": 3} | {least: 2}
 
 
+@pytest.mark.parametrize("share", [0.9, 1.1])
+@pytest.mark.parametrize("gone", [0, 1])
+def test_what_goes_loses_the_least_importance_for_what_it_saves(gone, share):
+    """A layer against the least important group of each layer that stays, at 0.9 and 1.1 times the break-even."""
+    request_ = gates, *_ = gated(prune=("kv", "mlp", "layers"), protect={"min": {"mlp": 19}})
+    left = 3 - gone
+    learn_(gates, {"kv": torch.tensor([3.0]), "mlp": torch.tensor([19.0]), "layers": torch.tensor([float(left)])})
+    gates.raw_importance("kv").copy_(1e-3 * torch.tensor([[5.0, 1, 3], [300, 500, 100], [4, 2, 1]]))
+    gates.raw_importance("layers").copy_(torch.tensor([[9.0, 1e-9, 7.0]]))
+
+    def costs(kv, layers):
+        sizes = {"kv": torch.full((3,), kv), "mlp": torch.full((3,), 19), "layers": torch.tensor([layers])}
+        return count(gates, sizes)
+
+    if not gone:  # else the layer in the middle is not learned, whatever its groups are worth
+        gates.raw_importance("kv")[1] = 1e-3 * torch.tensor([3.0, 5, 1])
+    saved = {"kv": costs(3, left) - costs(2, left), "layers": costs(3, left) - costs(3, left - 1)}
+    even = left * 1e-3 * saved["layers"] / saved["kv"]  # a group of 1e-3 in each layer that stays
+    gates.raw_importance("layers")[0, 2 if gone else 1] = share * even
+    sizes = rounded((costs(3, left) - 1) / gates.dense_resource, *request_)
+    assert (int(sizes["kv"][0]), int(sizes["layers"])) == ((2, left) if share > 1 else (3, left - 1))
+
+
 @pytest.mark.parametrize("layout", ["uniform", "per_layer"])
 @pytest.mark.parametrize("seed", range(5))
 def test_learned_sizes_that_meet_the_budget_exactly_stay(seed, layout):
