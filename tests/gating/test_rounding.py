@@ -315,7 +315,7 @@ def test_a_search_that_ended_near_its_target_is_taken_as_it_ended(ended_at, lear
 
 
 def test_half_a_step_of_a_coarse_dim_is_half_of_its_multiple():
-    """16 hidden units where 14.1 were learned, in steps of 4, explain a miss of a tenth; so the groups are not scaled."""
+    """16 hidden units where 14.1 were learned, in steps of 4, explain a miss of a tenth: groups are not scaled."""
     options = dict(prune=("kv", "mlp", "hidden"), round_to={"hidden": 4}, layout="per_layer")
     request_ = gates, *_ = gated(0, dict(intermediate_size=200), **options)
     learn_(gates, {"kv": torch.full((3,), 2.45), "mlp": torch.full((3,), 150.0), "hidden": torch.tensor([14.1])})
