@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 # Smaller masks are 0. They are far below what float32 tells apart beside 1, and what they would multiply, gradients and
@@ -48,16 +49,16 @@ class MaskUnits(torch.autograd.Function):
 
 
 class MaskKernel(torch.autograd.Function):
-    """The weights of a convolution times the mask of what it reads: conv(x·m, W) = conv(x, W·m).
+    """The weights of a linear map or a convolution times the mask of what it reads: (x·m) Wᵀ = x (W·m)ᵀ.
 
-    dL/d(log m) = Σ g·W·m, the same number as `MaskUnits` gives, but nothing as large as an image passes for it.
+    dL/d(log m) = Σ g·W·m, the same number as `MaskUnits` gives, but nothing as large as a batch passes for it.
 
-    Saved for the backward: W·m, which the convolution keeps too.
+    Saved for the backward: W·m, which the map keeps too.
     """
 
     @staticmethod
     def forward(ctx, weight: Tensor, log_mask: Tensor, shape: tuple[int, int, int]) -> Tensor:
-        mask = mask_of(log_mask).to(weight.dtype)[None, :, None].expand(shape).reshape(-1, 1, 1)
+        mask = mask_of(log_mask).to(weight.dtype)[None, :, None].expand(shape).reshape(-1, *(1,) * (weight.dim() - 2))
         masked = weight * mask
         ctx.save_for_backward(masked, mask)
         ctx.shape = shape
@@ -68,7 +69,7 @@ class MaskKernel(torch.autograd.Function):
         masked, mask = ctx.saved_tensors
         grad_log_mask = None
         if ctx.needs_input_grad[1]:
-            per_input = (grad * masked).sum((0, 2, 3), dtype=_at_least_float32(grad.dtype))
+            per_input = (grad * masked).sum((0, *range(2, grad.dim())), dtype=_at_least_float32(grad.dtype))
             grad_log_mask = per_input.view(ctx.shape).sum((0, 2)).to(torch.float32)
         return grad * mask if ctx.needs_input_grad[0] else None, grad_log_mask, None
 
@@ -112,16 +113,23 @@ class MaskedNorm(torch.autograd.Function):
         mask = mask_of(log_mask).to(wide)
         share = mask / mask.sum()
         offset, centre = x.to(wide), None
-        if centered:  # sums, not matmuls, which autocast would take in half precision
-            centre = (offset * share).sum(-1, keepdim=True)
-            offset = offset - centre
-        inverse = torch.rsqrt((offset.square() * share).sum(-1, keepdim=True) + eps)
+        with torch.autocast(x.device.type, enabled=False):  # it would take the sums of squares in half precision
+            if centered:
+                centre = (offset @ share)[..., None]
+                offset = offset - centre
+            y = offset.square()
+            inverse = torch.rsqrt((y @ share)[..., None] + eps)
         ctx.save_for_backward(x, log_mask, weight, bias, centre, inverse)
         ctx.eps = eps
-        y = weight * (offset * inverse * mask).to(x.dtype)
-        return y if bias is None else y + bias * mask.to(x.dtype)
+        normed = offset.mul_(inverse) if centered else offset * inverse
+        if x.dtype != wide:
+            y = weight * normed.mul_(mask).to(x.dtype)
+            return y if bias is None else y + bias * mask.to(x.dtype)
+        torch.mul(normed, weight * mask, out=y)
+        return y if bias is None else y.add_(bias * mask)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         x, log_mask, weight, bias, centre, inverse = ctx.saved_tensors
         wide = _at_least_float32(x.dtype)
@@ -132,33 +140,34 @@ class MaskedNorm(torch.autograd.Function):
         offset = x.to(wide).flatten(0, -2)
         if centre is not None:
             offset = offset - centre.flatten(0, -2)
-        products = g * (offset * inverse)  # g·x̂
-        columns = products.sum(0)  # Σ g·x̂ per unit, [hidden]
-        dot = products @ (weight * mask)  # Σ g·w·m·x̂ per position
+        scaled = g * inverse
+        room = offset * scaled  # g·x̂; the same memory is used again below
+        columns = room.sum(0)  # Σ g·x̂ per unit, [hidden]
+        dot = room @ (weight * mask)  # Σ g·w·m·x̂ per position
+        of_bias = g.sum(0)
         # dL/dv = -½·r³·Σ g·w·m·(x - μ) = -½·r²·dot, and dL/dμ = -r·Σ g·w·m, as Σ m·(x - μ) = 0.
         grad_variance = -0.5 * inverse.squeeze(-1).square() * dot
-        grad_centre = -inverse.squeeze(-1) * (g @ (weight * mask)) if centre is not None else None
+        grad_centre = -(scaled @ (weight * mask)) if centre is not None else None
         grad_x = grad_log_mask = grad_weight = grad_bias = None
+        torch.mul(offset, grad_variance[:, None], out=room)
         if ctx.needs_input_grad[0]:
-            grad_x = g * (weight * mask) * inverse + 2 * grad_variance[:, None] * offset * (mask / total)
+            grad_x = scaled.mul_(weight * mask).addcmul_(room, 2 * mask / total)
             if grad_centre is not None:
-                grad_x += grad_centre[:, None] * (mask / total)
+                grad_x.addr_(grad_centre, mask / total)
             grad_x = grad_x.to(x.dtype).view_as(x)
         if ctx.needs_input_grad[1]:
             variance = inverse.squeeze(-1).pow(-2)  # v + ε; the ε of dv/dm = ((x - μ)² - v)/M is taken off below
-            grad_mask = (
-                weight * columns
-                + (grad_variance @ offset.square() - (grad_variance * (variance - ctx.eps)).sum()) / total
-            )
+            squares = room.mul_(offset).sum(0)
+            grad_mask = weight * columns + (squares - (grad_variance * (variance - ctx.eps)).sum()) / total
             if bias is not None:
-                grad_mask = grad_mask + bias * g.sum(0)
+                grad_mask = grad_mask + of_bias * bias
             if grad_centre is not None:
                 grad_mask = grad_mask + grad_centre @ offset / total
             grad_log_mask = (grad_mask * mask).to(torch.float32)
         if ctx.needs_input_grad[2]:
             grad_weight = (columns * mask).to(weight.dtype)
         if ctx.needs_input_grad[3]:
-            grad_bias = (g.sum(0) * mask).to(bias.dtype)
+            grad_bias = (of_bias * mask).to(bias.dtype)
         return grad_x, grad_log_mask, grad_weight, grad_bias, None, None
 
 

@@ -4,8 +4,8 @@
   Every read of the residual stream passes a norm, so nothing else needs to know; what a description says is read
   without one is masked itself.
 - Other widths: the input of every linear map or convolution that reads the dim is multiplied by its mask; or what is
-  the same map with the same gradient and fewer numbers: the weights of a convolution that trains, or the weight and
-  bias of the batch norm in front of the ReLU in front of it.
+  the same map with the same gradient and fewer numbers: the weights of a map that trains, or the weight and bias of
+  the batch norm in front of the ReLU in front of it.
 - Depth: x + m·(layer(x) - x), the paper's x + m·f(x) for a residual block.
 
 A hard-masked model computes what the cut model computes. Nothing is wrapped or renamed; each multiplication keeps only
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
@@ -38,6 +39,9 @@ from .rounding import check_target, rounded_of
 from .share import with_share
 
 NORMS = "norms."  # what scales of norms are called, with the dim that they are over
+
+
+FEWER = 4  # mask a map's weights where they are so many times fewer numbers than its inputs: they are kept once more
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ def check_gates_outside(model: nn.Module) -> None:
     for path, layer in adapted_layers(model):
         inside = layer.get_base_layer()
         for hook in (*inside._forward_pre_hooks.values(), inside.__dict__.get("forward")):
-            if getattr(hook, "func", None) in (_mask_input, _masked_convolution_forward):
+            if getattr(hook, "func", None) in (_mask_input, _masked_map_forward):
                 raise HfDmsError(
                     f"'{path}' was adapted after attach_, so that its adapters read what no mask has touched. Take the "
                     "gates off with hf_dms.detach_(model), and attach them again before the search."
@@ -316,9 +320,9 @@ def _mask_reader(
     module: Any, gates: Gates, name: str, row: int, shape: tuple[int, int, int], axis: int
 ) -> list[RemovableHandle]:
     """Let a linear map or a convolution read masked units: by its own forward, or by the hook that is returned."""
-    is_convolution = type(module) is nn.Conv2d and module.groups == 1
-    if is_convolution:
-        module.forward = functools.partial(_masked_convolution_forward, module, gates, name, row, shape)
+    is_plain = type(module) is nn.Linear or (type(module) is nn.Conv2d and module.groups == 1)
+    if is_plain:
+        module.forward = functools.partial(_masked_map_forward, module, gates, name, row, shape, axis)
         return []
     return [module.register_forward_pre_hook(functools.partial(_mask_input, gates, name, row, shape, axis))]
 
@@ -364,14 +368,17 @@ def _masked_norm_forward(norm: nn.Module, gates: Gates, name: str, axis: int, x:
     return MaskedNorm.apply(x, gates.log_masks[name][0], norm.weight, bias, eps, centered).movedim(-1, axis)
 
 
-def _masked_convolution_forward(
-    module: nn.Conv2d, gates: Gates, name: str, row: int, shape: tuple[int, int, int], x: Tensor
+def _masked_map_forward(
+    module: Any, gates: Gates, name: str, row: int, shape: tuple[int, int, int], axis: int, x: Tensor
 ) -> Tensor:
     if (log_mask := gates.log_masks[name][row]) is None:
-        return nn.Conv2d.forward(module, x)
-    if module.weight.requires_grad and module.weight.numel() < x.numel():  # mask what is smaller
-        return module._conv_forward(x, MaskKernel.apply(module.weight, log_mask, shape), module.bias)
-    return nn.Conv2d.forward(module, MaskUnits.apply(x, log_mask, shape, 1))
+        return type(module).forward(module, x)
+    if not module.weight.requires_grad or FEWER * module.weight.numel() > x.numel():
+        return type(module).forward(module, MaskUnits.apply(x, log_mask, shape, axis))
+    weight = MaskKernel.apply(module.weight, log_mask, shape)
+    if isinstance(module, nn.Linear):
+        return F.linear(x, weight, module.bias)
+    return module._conv_forward(x, weight, module.bias)
 
 
 def _masked_batch_norm_forward(
@@ -397,7 +404,7 @@ def _masked_response_norm_forward(norm: Any, gates: Gates, name: str, row: int, 
 
 MASKED_FORWARDS = (
     _masked_norm_forward,
-    _masked_convolution_forward,
+    _masked_map_forward,
     _masked_response_norm_forward,
     _masked_batch_norm_forward,
 )  # that `attach_` puts in the place of modules' own
