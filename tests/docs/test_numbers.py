@@ -30,3 +30,11 @@ def test_numbers_of_a_comparison_are_those_of_its_rows(page):
         at_target = [row for row in results_of(name).splitlines() if row.startswith(target)]
         found = {number for row in at_target for number in NUMBER.findall(row)}
         assert set(NUMBER.findall(line)) <= found, (page, line)
+
+
+def test_the_table_of_supernets_is_made_of_the_rows(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import supernet
+
+    made = supernet.table(supernet.read_rows(ROOT / "benchmarks" / "supernet.jsonl"))
+    assert made in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
