@@ -1,8 +1,8 @@
 """benchmarks/RESULTS.md, made of committed rows alone: `python tools/results.py` renews it.
 
 Rows of `hf-dms compare` lie in benchmarks/compare/NAME.jsonl, as `rows.jsonl` had them; NAME is that of the recipe in
-recipes/compare. Those of benchmarks/rival_torch_pruning.py lie in benchmarks/rivals.jsonl. A plot beside the former is
-drawn anew with `python tools/results.py --plots`.
+recipes/compare. Those of benchmarks/rival_torch_pruning.py lie in benchmarks/rivals.jsonl, those of the other tools'
+scripts in benchmarks/rivals_TOOL.jsonl. A plot beside the first is drawn anew with `python tools/results.py --plots`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from hf_dms.report.figures import save
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 HEADER = """# Results
 
-Made by `python tools/results.py` of the rows in `benchmarks/compare` and `benchmarks/rivals.jsonl`; a test compares. No
-number here is typed by hand.
+Made by `python tools/results.py` of the rows in `benchmarks/compare` and `benchmarks/rivals*.jsonl`; a test compares.
+No number here is typed by hand.
 
 Each strategy chose structure on the same model, examples and order, at the same budget, and saw as many tokens (or, in
 `seen`, examples) as it says: choice, repair and recovery together. Arrows lead from the dense model to the cut and
@@ -78,10 +78,54 @@ def rivals(file: Path) -> str:
     return "\n\n".join([title, about, "\n".join(lines)])
 
 
+def widths_by_optipfair(file: Path) -> str:
+    """What optipfair came to beside our criteria, at the same width of all layers."""
+    rows = sorted(rows_of(file), key=lambda row: (-row["target"], row["perplexity"]))
+    lines = ["| kept | tool | criterion | MLP width | perplexity | second text |", "|---" * 6 + "|"]
+    lines += [
+        f"| {row['target']:g} | {row['tool']} {row['version']} | {row['criterion']} | {row['width']:,} | "
+        f"{row['perplexity']:,.1f} | {row['second_text']:,.1f} |"
+        for row in rows
+    ]
+    title = "## optipfair beside ours: `python benchmarks/rival_optipfair.py models/smollm2-135m`"
+    about = (
+        "The same MLP width in all layers of SmolLM2-135M, attention whole, no repair; "
+        f"{rows[0]['batches']} batches for what\nlooks at data, {rows[0]['windows']} windows of each text."
+    )
+    return "\n\n".join([title, about, "\n".join(lines)])
+
+
+def macs_by_modelopt(file: Path) -> str:
+    """What FastNAS came to beside ours, means over seeds."""
+    rows = rows_of(file)
+    lines = ["| way | tool | seeds | MACs | accuracy after the cut | after three epochs |", "|---" * 6 + "|"]
+    for way in dict.fromkeys(row["way"] for row in rows):
+        same = [row for row in rows if row["way"] == way]
+
+        def mean(key: str, same: list[dict[str, Any]] = same) -> float:
+            return sum(row[key] for row in same) / len(same)
+
+        cut = "" if way == "dense" else f"{mean('cut'):.4f}"
+        lines.append(
+            f"| {way} | {same[0]['tool']} {same[0]['version']} | {len(same)} | {mean('macs') / 1e6:.2f}M | {cut} | "
+            f"{mean('accuracy'):.4f} |"
+        )
+    title = "## FastNAS beside ours: `python benchmarks/rival_modelopt.py models/fashion-mnist`"
+    about = (
+        "A basic ResNet on Fashion-MNIST (6,000 training, 2,000 held-out images), cut to the MACs that FastNAS came to."
+    )
+    return "\n\n".join([title, about, "\n".join(lines)])
+
+
 def results(folder: Path = BENCHMARKS / "compare", others: Path = BENCHMARKS / "rivals.jsonl") -> str:
     """The content of RESULTS.md."""
     parts = [section(file) for file in sorted(folder.glob("*.jsonl"))]
-    parts += [rivals(others)] if others.is_file() else []
+    for file, table in (
+        (others, rivals),
+        (others.with_name("rivals_optipfair.jsonl"), widths_by_optipfair),
+        (others.with_name("rivals_modelopt.jsonl"), macs_by_modelopt),
+    ):
+        parts += [table(file)] if file.is_file() else []
     return "\n".join([HEADER, *(part + "\n" for part in parts)])
 
 
