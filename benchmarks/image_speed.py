@@ -35,7 +35,7 @@ def main(folder: Path) -> None:
         print(bench_table(result), flush=True)
         for of_model in result["models"]:
             of_model["path"] = Path(of_model["path"]).name
-        with ROWS.open("a") as rows:
+        with ROWS.open("a", encoding="utf-8") as rows:
             rows.write(json.dumps({"layout": layout, "prune": dims, **result}) + "\n")
 
 

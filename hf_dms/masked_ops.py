@@ -6,6 +6,8 @@ both x and y = x·m for the backward; y alone is enough, and the next matmul kee
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -97,6 +99,12 @@ class GateResidual(torch.autograd.Function):
         return grad - grad_y, grad_y, grad_log_mask
 
 
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    if not torch.amp.is_autocast_available(device_type):  # meta
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
 class MaskedNorm(torch.autograd.Function):
     """RMS norm or layer norm whose statistics run over the kept width, its output masked after the bias.
 
@@ -113,7 +121,7 @@ class MaskedNorm(torch.autograd.Function):
         mask = mask_of(log_mask).to(wide)
         share = mask / mask.sum()
         offset, centre = x.to(wide), None
-        with torch.autocast(x.device.type, enabled=False):  # it would take the sums of squares in half precision
+        with _without_autocast(x.device.type):  # it would take the sums of squares in half precision
             if centered:
                 centre = (offset @ share)[..., None]
                 offset = offset - centre

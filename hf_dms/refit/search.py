@@ -99,20 +99,25 @@ class RefittedSearch:
         layers = layers_of(self.model, self.bound)
         for (layer, path), refitted in maps.items():
             module: Any = layers[layer].get_submodule(path)
-            module.forward = functools.partial(_forward, module, self.gates, refitted, layer)
             if first:
                 self.gates.attachment.hooks.append(_Replaced(module))
+                masked = module.forward
+            else:
+                masked = module.forward.args[0]
+            module.forward = functools.partial(_forward, masked, self.gates, refitted, layer)
         self.gates.refitted = frozenset(self.dims)
 
 
 class _Replaced:
-    """A handle, as of a hook, that gives a module its own forward back."""
+    """A handle, as of a hook, that gives a module the forward back that it had."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module, self.before = module, module.__dict__.get("forward")
 
     def remove(self) -> None:
         self.module.__dict__.pop("forward", None)
+        if self.before is not None:
+            self.module.forward = self.before
 
 
 def _width(gates: Gates, name: str) -> Tensor:
@@ -120,7 +125,7 @@ def _width(gates: Gates, name: str) -> Tensor:
     return ((1 - gates.ratio(name)) * gates.dims[name].units).clamp(min=1)
 
 
-def _forward(module: nn.Module, gates: Gates, refitted: RefittedMap, layer: int, inputs: Tensor) -> Tensor:
+def _forward(masked: Any, gates: Gates, refitted: RefittedMap, layer: int, inputs: Tensor) -> Tensor:
     if not gates.training:
-        return type(module).forward(module, inputs)
+        return masked(inputs)
     return refitted.apply(inputs, _width(gates, refitted.dim)[layer])
