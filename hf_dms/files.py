@@ -154,6 +154,10 @@ def _save_elsewhere(model: Any, source: str, save_directory: str | os.PathLike, 
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
+# of the errors with which torch.save ends, depending on where in a file the first refused write falls
+TORCH_WRITES = ("PytorchStreamWriter", "inline_container.cc", "iostream error")
+
+
 def refusal_of_the_system(error: BaseException) -> str | None:
     """What the operating system says where it refused to write or read a file; None for an error of another kind.
 
@@ -166,5 +170,6 @@ def refusal_of_the_system(error: BaseException) -> str | None:
         opening = re.search(r"open file failed with strerror: (.*)", words)
         if opening and opening[1] in map(os.strerror, REFUSALS):
             return f"torch could not write a checkpoint: {opening[1]}"
-        return "torch could not write a checkpoint: is the disk full?" if "PytorchStreamWriter" in words else None
+        written = any(sign in words for sign in TORCH_WRITES)
+        return "torch could not write a checkpoint: is the disk full?" if written else None
     return words if isinstance(error, OSError) and error.errno in REFUSALS else None

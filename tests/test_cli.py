@@ -48,6 +48,8 @@ def test_a_mistake_ends_in_one_line(capsys):
     [
         (OSError(errno.ENOSPC, "No space left on device", "out/a"), "[Errno 28] No space left on device: 'out/a'"),
         (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0"), "is the disk full?"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 448 vs 336"), "is the disk full?"),
+        (RuntimeError("basic_ios::clear: iostream error"), "is the disk full?"),
         (
             RuntimeError("[enforce fail at container.cc:7] . open file failed with strerror: Permission denied\n"),
             "torch could not write a checkpoint: Permission denied",

@@ -43,7 +43,8 @@ def test_a_disturbed_run_leaves_nothing_broken_and_goes_on(whole, disturbance, c
     assert ("Traceback" in log) == (disturbance == "error"), log
     if code == 2:
         assert "hf-dms: error: " in log
-        assert {"full disk": "File too large", "read-only": "Permission denied"}[disturbance] in log
+        words = {"full disk": ("File too large", "is the disk full?"), "read-only": ("Permission denied",)}[disturbance]
+        assert any(each in log for each in words), log  # torch does not always say what the system said
     assert digest(whole / "dense") == dense
     assert not (whole / "out").exists()
     assert run(whole) == 0, (whole / "log").read_text()
