@@ -39,8 +39,6 @@ from .rounding import check_target, rounded_of
 from .share import with_share
 
 NORMS = "norms."  # what scales of norms are called, with the dim that they are over
-
-
 FEWER = 4  # mask a map's weights where they are so many times fewer numbers than its inputs: they are kept once more
 
 
@@ -89,6 +87,17 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
     gates.train(model.training)
     model.add_module("dms_gates", gates)
     hooks = [model.register_forward_pre_hook(functools.partial(_compute_masks, gates))]
+    hooks += [*_hooks_for_masks(model, gates, bound), *_hooks_for_scales(model, gates, bound)]
+    keep = not keeps_source(model)  # what `prune` returned does it for good
+    gates.attachment = Attachment(bound, dms_config, model.config, hooks, keeps_source=keep)
+    if keep:
+        keep_source_(model, model.name_or_path)
+    gates.rounder = rounded_of
+
+
+def _hooks_for_masks(model: PreTrainedModel, gates: Gates, bound: BoundSpec) -> list[RemovableHandle]:
+    """Let a model read masked units, by forwards of modules' own and by the hooks that are returned."""
+    hooks: list[RemovableHandle] = []
     for name in gates.dims:
         if name in bound.stacks:
             for layer, module in enumerate(submodule(model, bound.stacks[name]).children()):
@@ -113,16 +122,19 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
             for path, row in response_norms(bound, name):
                 norm = submodule(model, path)
                 norm.forward = functools.partial(_masked_response_norm_forward, norm, gates, name, row)
-    for name, paths in scaled_norms(bound).items():
-        for row, path in enumerate(paths):
-            if name in gates.scales:
-                hook = functools.partial(_scale_norm, gates, name, row, _axis_of(bound, path))
-                hooks.append(submodule(model, path).register_forward_hook(hook))
-    keep = not keeps_source(model)  # what `prune` returned does it for good
-    gates.attachment = Attachment(bound, dms_config, model.config, hooks, keeps_source=keep)
-    if keep:
-        keep_source_(model, model.name_or_path)
-    gates.rounder = rounded_of
+    return hooks
+
+
+def _hooks_for_scales(model: PreTrainedModel, gates: Gates, bound: BoundSpec) -> list[RemovableHandle]:
+    """Scale what norms write, where these have scales, by the hooks that are returned."""
+    return [
+        submodule(model, path).register_forward_hook(
+            functools.partial(_scale_norm, gates, name, row, _axis_of(bound, path))
+        )
+        for name, paths in scaled_norms(bound).items()
+        if name in gates.scales
+        for row, path in enumerate(paths)
+    ]
 
 
 def detach_(model: PreTrainedModel) -> None:

@@ -42,7 +42,9 @@ def _with_share_of_shape(config: DMSConfig, bound: BoundSpec, model: PreTrainedM
             dims = ", ".join(bound.spec.prunable)
             raise HfDmsError(f"dms.sizes: {bound.spec.model_type} has no dim '{name}'. Its dims are {dims}.")
         if size > bound.sizes[name]:
-            raise HfDmsError(f"dms.sizes: {name} = {size} is more than the dense model has, {bound.sizes[name]}.")
+            raise HfDmsError(
+                f"dms.sizes: {name} = {size} is more than the dense model has, {bound.sizes[name]}. Lower it."
+            )
     if config.prune is not None and set(config.prune) != set(sizes):
         raise HfDmsError(f"dms.sizes says what is pruned: {', '.join(sizes)}. Leave dms.prune out.")
     least = config.protect.get("min", {}) | sizes

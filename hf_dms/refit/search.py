@@ -102,7 +102,7 @@ class RefittedSearch:
             if first:
                 self.gates.attachment.hooks.append(_Replaced(module))
                 masked = module.forward
-            else:
+            else:  # of a refresh before
                 masked = module.forward.args[0]
             module.forward = functools.partial(_forward, masked, self.gates, refitted, layer)
         self.gates.refitted = frozenset(self.dims)
