@@ -6,9 +6,11 @@ largest with which everything fits, and as long as a step of one still fits, the
 takes it. So the result is at most the target, maximal (no single allowed step of any dim still fits), and near what was
 learned.
 
-Two cases need more. Learned sizes that miss the target by more than half a step of every coarse dim (no search, or one
-that did not arrive) are first scaled to it, all dims alike. Where the finest dims cannot make room for the coarse ones,
-these go down step by step, the one first whose units are least important for what they cost.
+Three cases need more. Learned sizes that miss the target by more than half a step of every coarse dim (no search, or
+one that did not arrive) are first scaled to it, all dims alike. A coarse size that was learned half way between two
+allowed ones is rounded both ways, and of the two results the one is taken that leaves out less importance. Where the
+finest dims cannot make room for the coarse ones, these go down step by step, the one first whose units are least
+important for what they cost.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from .allowed import AllowedSizes, State
 
 ABOVE = 0.01  # learned resource above the target by no more than this share of it counts as on target
 BELOW = 0.03  # the same below it
+CLOSE = 0.01  # a coarse size that was learned no more than this share of a step beside a half is rounded both ways
 BISECTIONS = 64
 
 
@@ -120,10 +123,7 @@ class _Rounding:
             return {name: size.clone() for name, size in self.gates.decided.items()}
         wanted = self._scaled_to_the_target()
         self.finest = self._finest(wanted)
-        wanted = self._fill(self._make_room(wanted))
-        state = self._with_free_dims_whole(self.allowed.nearest(wanted))
-        while (grown := self._grow(state, wanted)) is not None:
-            state = grown
+        state = self._fitted(self._cheapest_of_close(wanted))
         dropped = self._dropped_layers(state)  # growing them unit by unit would take long and change nothing
         for name, value in state.items():
             if len(value) > 1:
@@ -201,6 +201,35 @@ class _Rounding:
         return "group" if grouped else self.bound.spec.dim(name).scope
 
     # ---- what fits ---------------------------------------------------------------------------------------------------
+    def _cheapest_of_close(self, wanted: State) -> State:
+        """Round coarse sizes that lie half way between two allowed ones to the one that leaves out less importance.
+
+        What a larger size takes from the finest dims counts as well, so both results are compared whole. One size is
+        decided after the other: all combinations would be too many.
+        """
+        for name, i in [(n, i) for n, sizes in wanted.items() if n not in self.finest for i in range(len(sizes))]:
+            step = self.allowed.step[name]
+            below = math.floor(float(wanted[name][i]) / step)
+            between = float(wanted[name][i]) / step - below
+            if name in self.gates.decided or abs(between - 0.5) > CLOSE:
+                continue
+            ways = []
+            for size in (below * step, (below + 1) * step):
+                sizes = wanted[name].clone()
+                sizes[i] = size
+                ways.append(wanted | {name: sizes})
+            smaller, larger = map(self._fitted, ways)
+            wanted = ways[self._importance_lost(larger, smaller) >= 0]
+        return wanted
+
+    def _fitted(self, wanted: State) -> State:
+        """The allowed sizes near wanted ones that fit the budget and that no single step up fits."""
+        wanted = self._fill(self._make_room(wanted))
+        state = self._with_free_dims_whole(self.allowed.nearest(wanted))
+        while (grown := self._grow(state, wanted)) is not None:
+            state = grown
+        return state
+
     def _make_room(self, wanted: State) -> State:
         """Lower wanted sizes of coarse dims until everything fits with the finest dims at their smallest sizes."""
         nothing = {name: torch.zeros_like(wanted[name]) for name in self.finest}
@@ -220,16 +249,18 @@ class _Rounding:
             state = self.allowed.nearest(wanted | nothing)
         return wanted
 
-    def _importance_lost(self, state: State, lower: State) -> float:
-        """Importance of the units that smaller sizes leave out, in layers that stay."""
-        lost, dropped = 0.0, self._dropped_layers(state)
+    def _importance_lost(self, state: State, other: State) -> float:
+        """Importance of the units that other sizes leave out less that of those they add, in layers that both keep."""
+        lost, dropped = 0.0, [self._dropped_layers(sizes) for sizes in (state, other)]
         for name, dim in self.gates.dims.items():
             importance = self.gates.importance(name).cpu().nan_to_num(posinf=0.0).sort(dim=-1, descending=True).values
             kept = F.pad(importance.double().cumsum(-1), (1, 0))
-            difference = [kept.gather(-1, self.rows(sizes, name).unsqueeze(-1)).squeeze(-1) for sizes in (state, lower)]
-            gone = dropped.get(str(self.bound.stack_of(name)), set())
-            rows = [row for row in range(dim.rows) if row not in gone]
-            lost += float((difference[0] - difference[1])[rows].clamp(min=0).sum())
+            before, after = (
+                kept.gather(-1, self.rows(sizes, name).unsqueeze(-1)).squeeze(-1) for sizes in (state, other)
+            )
+            stack = str(self.bound.stack_of(name))
+            rows = [row for row in range(dim.rows) if not any(row in gone.get(stack, ()) for gone in dropped)]
+            lost += float((before - after)[rows].sum())
         return lost
 
     def _fill(self, wanted: State) -> State:
