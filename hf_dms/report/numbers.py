@@ -170,17 +170,10 @@ def network_of(recipe: dict[str, Any] | None) -> str:
 
 
 def notes(report: dict[str, Any]) -> list[str]:
-    """What must be said beside the table: the original beside a supernet, a search off its target, what rounding cost,
-    texts that lost more."""
+    """What must be said beside the table: the original beside a supernet, a search off its target, texts that lost
+    more."""
     found = [_beside_the_original(report)] if "original" in report else []
     found += [report["outcome"]["message"]] if report.get("outcome", {}).get("message") else []
-    soft = report.get("masks", {}).get("soft", {})
-    for metric, number in (("perplexity", ".2f"), ("accuracy", ".4f")):
-        if soft.get(metric) is not None and report["pruned"].get(metric) is not None:
-            found.append(
-                f"On the soft masks that the search ended with, the held-out {metric} was {soft[metric]:{number}}; "
-                f"the cut has {report['pruned'][metric]:{number}}."
-            )
     return found + _parted_texts(report)
 
 
@@ -200,19 +193,38 @@ def columns_of(report: dict[str, Any]) -> list[str]:
     return [name for name in ("dense", "pruned", "repaired", "recovered") if name in report]
 
 
+def measured_columns(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the table shows side by side: heading → numbers of a model, or of the soft masks that a search ended with.
+
+    Only the quality on soft masks is measured. That of the pruned model differs by the cost of rounding.
+    """
+    columns = [(heading(report, name), report[name]) for name in columns_of(report)]
+    if "masks" in report:
+        columns.insert(1, ("soft masks", report["masks"]["soft"]))
+    return dict(columns)
+
+
 def table_rows(report: dict[str, Any]) -> list[tuple[str, list[str], str]]:
-    """Dense against pruned: (words, what each model of `columns_of` has, the last one against the dense one)."""
+    """Dense against pruned: (words, what each of `measured_columns` has, the last model against the dense one)."""
     columns = columns_of(report)
     rows = []
+
+    def add_row(words: str, key: str, number: str, values: list[Any], measured: dict[str, Any], soft: Any) -> None:
+        cells = [format(value, number) for value in values]
+        if "masks" in report:
+            cells.insert(1, "" if soft is None else format(soft, number))
+        change = _points(measured) if key == "accuracy" else f"{values[-1] / values[0]:.3f}"
+        rows.append((words, cells, change))
+
     for key, (words, number) in ROWS.items():
         values = [report[name].get(key, report["pruned"].get(key)) for name in columns]
-        if all(value is not None for value in values):
-            change = _points(report[columns[-1]]) if key == "accuracy" else f"{values[-1] / values[0]:.3f}"
-            rows.append((words, [format(value, number) for value in values], change))
-            for text, measured in report.get("texts", {}).items() if key in METRICS else ():
-                there = [measured[name][key] for name in columns]
-                change = _points(measured[columns[-1]]) if key == "accuracy" else f"{there[-1] / there[0]:.3f}"
-                rows.append((f"{key} on {text}", [format(value, number) for value in there], change))
+        if any(value is None for value in values):
+            continue
+        soft = report["masks"]["soft"].get(key) if "masks" in report else None
+        add_row(words, key, number, values, report[columns[-1]], soft)
+        for text, measured in report.get("texts", {}).items() if key in METRICS else ():
+            there = [measured[name][key] for name in columns]
+            add_row(f"{key} on {text}", key, number, there, measured[columns[-1]], None)
     return rows
 
 
@@ -236,7 +248,7 @@ def _parted_texts(report: dict[str, Any]) -> list[str]:
 
 def report_table(report: dict[str, Any]) -> str:
     """Dense against pruned, for the terminal and the model card (a Markdown table)."""
-    columns = [heading(report, name) for name in columns_of(report)]
+    columns = [*measured_columns(report)]
     lines = [f"| | {' | '.join(columns)} | {columns[-1]} / {columns[0]} |", "|---" * (len(columns) + 2) + "|"]
     lines += [f"| {words} | {' | '.join(cells)} | {change} |" for words, cells, change in table_rows(report)]
     return "\n".join(lines)

@@ -25,6 +25,7 @@ from .numbers import (
     columns_of,
     heading,
     loading_lines,
+    measured_columns,
     network_of,
     notes,
     report_table,
@@ -59,7 +60,7 @@ def render(report: dict[str, Any], config: dict[str, Any], name: str) -> str:
         report=report,
         source=source_of(report),
         tiles=tiles(report),
-        columns=[heading(report, column) for column in columns_of(report)],
+        columns=[*measured_columns(report)],
         network=network_of(recipe),
         heading=lambda column: heading(report, column),
         notes=notes(report),
@@ -106,8 +107,7 @@ def tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
 def standard_errors(report: dict[str, Any]) -> list[tuple[str, str]]:
     """(Model, its metric with standard error and the paired difference from the dense model with its own)."""
     lines = []
-    for name in columns_of(report):
-        measured = report[name]
+    for name, measured in measured_columns(report).items():
         metric = next((metric for metric in METRICS if measured.get(metric) is not None), None)
         if metric is None:
             continue
@@ -115,7 +115,7 @@ def standard_errors(report: dict[str, Any]) -> list[tuple[str, str]]:
         if measured.get("difference") is not None:
             unit = "nats per token" if metric == "perplexity" else "of the accuracy"
             words += f"; difference {measured['difference']:+.4f}{_plus_minus(measured['difference_stderr'])} {unit}"
-        lines.append((heading(report, name), words))
+        lines.append((name, words))
     return lines
 
 

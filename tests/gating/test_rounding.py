@@ -298,7 +298,7 @@ def test_half_of_a_multiple_is_decided_by_importance_as_half_a_unit_is(step):
 
 
 def test_what_is_left_goes_to_the_finest_dims_first():
-    """Eight channels are left, each layer wants a third of one; a group costs as much and each layer wants 0.4 of it."""
+    """Eight channels are left, of which each layer wants 0.3; a group costs as much, and each wants 0.4 of one."""
     overrides = dict(intermediate_size=100, num_hidden_layers=12)
     request_ = gates, *_ = gated(0, overrides, layout="per_layer", prune=("kv", "mlp"))
     learn_(gates, {"kv": torch.full((12,), 2.4), "mlp": torch.full((12,), 50.3)})

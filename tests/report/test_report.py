@@ -18,7 +18,7 @@ from helpers.tiny import tiny_llama
 from PIL import Image
 
 from hf_dms.cli import main
-from hf_dms.report.numbers import as_written, notes, size_bars, without_local_paths
+from hf_dms.report.numbers import as_written, notes, report_table, size_bars, without_local_paths
 from hf_dms.report.page import render
 from hf_dms.report.report import schema
 from hf_dms.tasks.images import picture
@@ -139,7 +139,7 @@ def folder(tmp_path):
 def test_report_prints_tables_and_runtimes_and_renews_the_page(folder, capsys):
     assert main(["report", str(folder), "--figures", str(folder / "figures")]) == 0
     printed = capsys.readouterr().out
-    assert "| parameters | 1,000 | 600 |" in printed
+    assert "| parameters | 1,000 | | 600 |" in printed.replace("|  |", "| |")
     assert re.search(r"llama.cpp +no ", printed)
     assert "AutoModelForCausalLM.from_pretrained" in printed
     assert (folder / "report.html").read_text().startswith("<!doctype html>")
@@ -222,13 +222,22 @@ def test_a_report_without_soft_masks_is_one_of_a_choice_without_a_search():
     assert "is not valid under any of" in mistakes(without_masks(report))[0]
 
 
+def test_the_quality_on_soft_masks_is_a_column_beside_that_of_the_cut():
+    lines = report_table(make_report()).splitlines()
+    assert lines[0].startswith("| | dense | soft masks | pruned |")
+    assert {line.count("|") for line in lines} == {lines[0].count("|")}
+    cells = [cell.strip() for cell in next(line for line in lines if "held-out perplexity" in line).split("|")]
+    assert cells[3:5] == ["0.75", "0.75"]
+    parameters = [cell.strip() for cell in next(line for line in lines if "parameters" in line).split("|")]
+    assert parameters[3] == ""
+    assert parameters[4] == f"{make_report()['pruned']['num_params']:,}"
+    assert "soft masks" not in report_table(without_masks(make_report()))
+
+
 def test_what_is_said_beside_the_table_is_of_a_search_alone():
     report = make_report()
-    (said,) = notes(report)
-    assert said == "On the soft masks that the search ended with, the held-out perplexity was 0.75; the cut has 0.75."
-    assert notes(report | {"outcome": {"message": "Below."}}) == ["Below.", said]
-    assert notes(report | {"search": []}) == [said]  # one without logs
-    assert notes(without_masks(report) | {"search": []}) == []
+    assert notes(report) == []
+    assert notes(report | {"outcome": {"message": "Below."}}) == ["Below."]
     assert notes({"dense": {}, "pruned": {}}) == []
 
 
