@@ -25,7 +25,8 @@ from ..cut.plans import levels_above
 from ..errors import HfDmsError
 from ..files import load_saved
 from ..gating.gates_for import build_gates
-from ..gating.rounding import check_target
+from ..gating.outcome import gap_in_words
+from ..gating.rounding import round_sizes
 from ..gating.share import with_share
 from ..measure.precision import slow_bfloat16
 from ..refit.repairable import check_one_stack, check_repairable
@@ -213,10 +214,13 @@ def _check_model(recipe: Recipe, config: Any) -> None:
     bound = bind(spec_for(config), model)
     gates = build_gates(bound, model, recipe.dms, device=torch.device("cpu"))
     try:
-        check_target(gates, bound, recipe.dms, config)
+        sizes = round_sizes(gates, bound, recipe.dms, config)
     except HfDmsError as error:
         of_what = "model.supernet: shares are of the supernet. " if recipe.model.supernet is not None else ""
         raise HfDmsError(f"{of_what}{error}") from error
+    shrunk_alike = float(gates.resource(gates.dense_sizes() | sizes))  # a search may end nearer to its target
+    if message := gap_in_words(shrunk_alike, recipe.dms):
+        logger.warning(message)
     if recipe.dms.strategy != SEARCH:
         check_dims(criterion_of(recipe.dms.strategy), recipe.dms.strategy, gates, bound)
     key = "recover.repair" if recipe.recover.repair is not None else "dms.search_over"

@@ -54,7 +54,7 @@ def search_outcome(model: nn.Module) -> SearchOutcome:
         learned=learned,
         cut=cut,
         verdict=verdict,
-        message=" ".join(filter(None, [of_search, _gap(cut, config)])),
+        message=" ".join(filter(None, [of_search, gap_in_words(cut, config)])),
     )
 
 
@@ -66,7 +66,7 @@ def say_outcome(model: nn.Module) -> None:
 
 def say_gap(model: nn.Module) -> None:
     """Warn, once, of sizes too coarse to use the target up, on a model that was not searched."""
-    if message := _gap(search_outcome(model)["cut"], gates_of(model).attachment.config):
+    if message := gap_in_words(search_outcome(model)["cut"], gates_of(model).attachment.config):
         logger.warning_once(message)
 
 
@@ -97,8 +97,13 @@ def _whole(config: DMSConfig) -> str:
     return f"the searched network's {config.resource}" if config.pipeline == "np" else f"the dense {config.resource}"
 
 
-def _gap(cut: float, config: DMSConfig) -> str:
-    """What to say where multiples of `round_to` make the cut much smaller than asked."""
+def gap_in_words(cut: float, config: DMSConfig) -> str:
+    """What to say where multiples of `round_to` make a cut much smaller than asked; empty where they do not.
+
+    Args:
+        cut: the share that the cut keeps.
+        config: the target and the multiples.
+    """
     if cut >= config.target * (1 - SHORT) or not any(step > 1 for step in config.round_to.values()):
         return ""
     steps = ", ".join(f"{name}: {step}" for name, step in config.round_to.items())

@@ -236,6 +236,13 @@ def test_a_recipe_that_cannot_end_well_ends_before_its_search(recipe, dense, tmp
         assert sorted(tmp_path.rglob("*")) == files
 
 
+@pytest.mark.parametrize(("step", "says"), [(10, True), (1, False)])
+def test_multiples_that_are_too_coarse_for_the_target_are_told_before_the_search(recipe, step, says, caplog):
+    overrides = ["dms.prune=[mlp]", "dms.target=0.95", f"dms.round_to={{mlp: {step}}}"]
+    assert recipe(*overrides, command="validate")[0] == 0
+    assert ("makes the cut smaller than asked" in caplog.text) == says
+
+
 def test_layers_that_cannot_be_repaired_are_found_before_the_search(recipe, capsys, monkeypatch):
     forward = LlamaMLP.forward
     for mlp in (LlamaMLP, MistralMLP):  # a small Llama with few heads is a Mistral
