@@ -9,13 +9,11 @@ it came to as `sizes: {mlp: WIDTH}`, layout uniform. What looks at data sees the
 cut. Each finished row is appended to rivals_optipfair.jsonl; rows that are there already are skipped.
 """
 
-import argparse
 from importlib.metadata import version
-from pathlib import Path
 
 import optipfair
-from quality import HERE, append, load_text, rows_of, shuffled
-from refit import labelled, second_text
+from quality import append, rows_of
+from rivals import options_and_texts
 from transformers import AutoModelForCausalLM
 
 from hf_dms import DMSConfig, attach_, choose_, prune
@@ -49,21 +47,11 @@ def ours(folder, criterion, width, batches):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("--targets", type=float, nargs="+", default=[0.8, 0.5])
-    parser.add_argument("--batches", type=int, default=24)
-    parser.add_argument("--windows", type=int, default=64)
-    parser.add_argument("--results", default=HERE / "rivals_optipfair.jsonl")
-    options = parser.parse_args()
-    results = Path(options.results)
-    sequences, held_out = load_text(options.model, options.windows)
-    texts = {"perplexity": held_out, "second_text": second_text(options.model, options.windows)}
-    batches = labelled(shuffled(sequences, 0)[: 2 * options.batches], 2)
+    options, texts, batches = options_and_texts("rivals_optipfair.jsonl")
     for target in options.targets:
         key = {"target": target, "batches": options.batches, "windows": options.windows}
         for tool, criterion in [("optipfair", name) for name in THEIRS] + [("hf_dms", name) for name in OURS]:
-            same = [row for row in rows_of(results) if key.items() <= row.items()]
+            same = [row for row in rows_of(options.results) if key.items() <= row.items()]
             width = same[0]["width"] if same else None
             if any((row["tool"], row["criterion"]) == (tool, criterion) for row in same):
                 continue
@@ -73,7 +61,9 @@ def main():
                 pruned = ours(options.model, criterion, width, batches)
             row = key | {"tool": tool, "version": version(tool), "criterion": criterion}
             row |= {"width": pruned.config.intermediate_size}
-            append(row | {name: round(perplexity(pruned.eval(), text), 2) for name, text in texts.items()}, results)
+            append(
+                row | {name: round(perplexity(pruned.eval(), text), 2) for name, text in texts.items()}, options.results
+            )
 
 
 if __name__ == "__main__":

@@ -13,14 +13,12 @@ torch-pruning divides each layer's scores by their mean (its default normalizer)
 program, and shows that both compute the same thing.
 """
 
-import argparse
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 import torch_pruning
-from quality import HERE, append, load_text, rows_of, shuffled
-from refit import labelled, second_text
+from quality import append, rows_of
+from rivals import options_and_texts
 from transformers import AutoModelForCausalLM
 
 from hf_dms import DMSConfig, attach_, choose_, plan_of, prune
@@ -66,21 +64,11 @@ def theirs(folder, criterion, normalizer, num_kept, batches):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("--targets", type=float, nargs="+", default=[0.8, 0.5])
-    parser.add_argument("--batches", type=int, default=24)
-    parser.add_argument("--windows", type=int, default=64)
-    parser.add_argument("--results", default=HERE / "rivals.jsonl")
-    options = parser.parse_args()
-    results = Path(options.results)
-    sequences, held_out = load_text(options.model, options.windows)
-    texts = {"perplexity": held_out, "second_text": second_text(options.model, options.windows)}
-    batches = labelled(shuffled(sequences, 0)[: 2 * options.batches], 2)
+    options, texts, batches = options_and_texts("rivals.jsonl")
     for target in options.targets:
         for criterion in OURS:
             key = {"criterion": criterion, "target": target, "batches": options.batches, "windows": options.windows}
-            done = {(row["tool"], row["normalizer"]) for row in rows_of(results) if key.items() <= row.items()}
+            done = {(row["tool"], row["normalizer"]) for row in rows_of(options.results) if key.items() <= row.items()}
             asked = [("hf_dms", None), ("torch-pruning", None), ("torch-pruning", "mean")]
             if done >= set(asked):
                 continue
@@ -95,7 +83,10 @@ def main():
                 row = key | {"tool": tool, "version": version(tool), "normalizer": normalizer}
                 row |= {"units": sum(map(len, same)), "narrowest": min(map(len, same)), "widest": max(map(len, same))}
                 row |= {"agreement": round(sum(len(a & b) for a, b in zip(kept, same)) / num_kept, 4)}
-                append(row | {name: round(perplexity(pruned.eval(), text), 2) for name, text in texts.items()}, results)
+                append(
+                    row | {name: round(perplexity(pruned.eval(), text), 2) for name, text in texts.items()},
+                    options.results,
+                )
 
 
 if __name__ == "__main__":

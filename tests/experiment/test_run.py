@@ -10,7 +10,7 @@ import yaml
 from datasets import ClassLabel, Dataset, Features, Image
 from helpers.laws import IMAGE, SIZES, STAGES, TEXT
 from helpers.marks import ordinary_if
-from helpers.recipes import save_tokenizer
+from helpers.recipes import killed_in, save_tokenizer
 from helpers.schema import mistakes
 from PIL import Image as Picture
 from transformers import (
@@ -165,14 +165,8 @@ def test_a_classifier_killed_in_its_recovery_ends_the_same(classifiers, monkeypa
     _, out = classifiers("vit")
     whole = AutoModelForImageClassification.from_pretrained(out).state_dict()
     shutil.rmtree(out)
-
-    def die(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(hf_dms.experiment.run, "recovery_steps", die)
-        with pytest.raises(KeyboardInterrupt):
-            classifiers("vit")
+    with killed_in(monkeypatch, hf_dms.experiment.run, "recovery_steps"):
+        classifiers("vit")
     assert classifiers("vit")[0] == 0
     resumed = AutoModelForImageClassification.from_pretrained(out).state_dict()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -351,19 +345,12 @@ def test_a_finished_output_is_left_alone(recipe, capsys):
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped_and_ends_the_same(recipe, monkeypatch):
-    train, save = ("train.max_steps=8", "train.save_steps=4"), DMSTrainer._save_checkpoint
+    train = ("train.max_steps=8", "train.save_steps=4")
     _, out = recipe(*train)
     whole = AutoModelForCausalLM.from_pretrained(out).state_dict()
     shutil.rmtree(out)
-
-    def save_then_die(self, *args, **kwargs):
-        save(self, *args, **kwargs)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DMSTrainer, "_save_checkpoint", save_then_die)
-        with pytest.raises(KeyboardInterrupt):
-            recipe(*train)
+    with killed_in(monkeypatch, DMSTrainer, "_save_checkpoint", after=True):
+        recipe(*train)
     assert not out.exists()
     assert recipe(*train, "dms.target=0.5")[0] == 2  # another recipe may not take over the folder
     assert recipe(*train)[0] == 0
@@ -372,13 +359,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped_and_ends_the_same(recipe, m
 
 
 def test_a_run_killed_when_all_was_saved_leaves_nothing_behind(recipe, monkeypatch, capsys):
-    def die(*args):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(hf_dms.experiment.run, "remove_unfinished", die)
-        with pytest.raises(KeyboardInterrupt):
-            recipe()
+    with killed_in(monkeypatch, hf_dms.experiment.run, "remove_unfinished"):
+        recipe()
     out = recipe()[1]
     assert "is finished already" in capsys.readouterr().out
     assert (out / "dms_report.json").is_file()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.recipes import killed_in
 from helpers.schema import mistakes
 from helpers.tiny import TINY
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -97,19 +98,12 @@ def test_a_retraining_begins_with_the_weights_of_the_search_if_asked(recipe, mon
 
 
 def test_an_interrupted_retraining_from_fresh_weights_goes_on_and_ends_the_same(recipe, monkeypatch):
-    options, save = (*TRAINED, "train.save_steps=40"), DistillationTrainer._save_checkpoint
+    options = (*TRAINED, "train.save_steps=40")
     _, out = recipe(*options)
     whole = AutoModelForCausalLM.from_pretrained(out).state_dict()
     shutil.rmtree(out)
-
-    def save_then_die(self, *args, **kwargs):
-        save(self, *args, **kwargs)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DistillationTrainer, "_save_checkpoint", save_then_die)
-        with pytest.raises(KeyboardInterrupt):
-            recipe(*options)
+    with killed_in(monkeypatch, DistillationTrainer, "_save_checkpoint", after=True):
+        recipe(*options)
     step, steps = DistillationTrainer.training_step, []
     monkeypatch.setattr(DMSTrainer, "training_step", lambda *args, **kwargs: pytest.fail("it was searched again"))
     monkeypatch.setattr(DistillationTrainer, "training_step", lambda *a, **k: steps.append(1) or step(*a, **k))

@@ -1,5 +1,6 @@
 """Recipes on a tiny dense folder, and the command line run on them."""
 
+import contextlib
 import json
 
 import pytest
@@ -19,6 +20,22 @@ def save_tokenizer(folder) -> None:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def killed_in(monkeypatch, owner, name, after=False):
+    """A block whose first call of a function ends the program, at once or after the function's work."""
+    function = getattr(owner, name)
+
+    def die(*args, **kwargs):
+        if after:
+            function(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, die)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 @pytest.fixture(scope="module")
