@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import HfDmsError
+from .beit import BEIT, DATA2VEC_VISION
 from .bert import BERT
 from .convnext import CONVNEXT
 from .convnextv2 import CONVNEXTV2
@@ -30,7 +31,7 @@ from .yolos import YOLOS
 SPECS = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GRANITE, GEMMA, GEMMA2, GEMMA3),
     *(BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, ELECTRA),
-    *(VIT, DEIT, DINOV2, YOLOS),
+    *(VIT, DEIT, DINOV2, BEIT, DATA2VEC_VISION, YOLOS),
     *(CONVNEXT, CONVNEXTV2, RESNET, REGNET),
 )
 ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in SPECS}

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..archs.bind import BoundSpec, compiled
 from ..archs.skeleton import config_as_tied
-from ..archs.spec import parse_axes
+from ..archs.spec import flat, parse_axes
 from ..archs.stock import config_values, has_alternative, padded_sizes, widest, with_values, within_limits
 from ..errors import HfDmsError
 from . import modeling_dms
@@ -98,7 +98,8 @@ def per_layer_values(bound: BoundSpec, sizes: list[dict[str, int]], common: dict
             for index, layer_values in enumerate(per_layer)
         }
         overrides = {index: layer_values for index, layer_values in overrides.items() if layer_values}
-        return {"per_layer_config": overrides, "dms_layers": layer_description(bound)}
+        outside = _outside_layers(bound, sizes[0])
+        return {"per_layer_config": overrides, "dms_layers": layer_description(bound) | outside}
     stacks = []
     for stack in bound.stacks:
         description = _inside_layers(bound, stack)
@@ -139,6 +140,23 @@ def _inside_layers(bound: BoundSpec, stack: str) -> dict[str, Any]:
         if pattern.startswith(f"{path}.")
     }
     return {"path": path, "axes": axes, "attributes": attributes}
+
+
+def _outside_layers(bound: BoundSpec, sizes: dict[str, int]) -> dict[str, Any]:
+    """What modeling_dms.py must know of tensors outside the layers: nothing, where the stock class builds them.
+
+    That is but where they have a dim whose config attribute it is not shown (`build_with`).
+
+    Args:
+        bound: the architecture.
+        sizes: units of every dim in the cut model.
+    """
+    spec = bound.spec
+    hidden = {factor for key in spec.build_with if key in spec.config for factor in spec.config[key].split()}
+    names = [name.removeprefix(bound.prefix) for name, param in bound.params.items() if param.stack is None]
+    lines = {name: text for name in names if hidden & {*flat(parse_axes(text := spec.params.get(name, "")))}}
+    used = {factor for text in lines.values() for factor in flat(parse_axes(text))}
+    return {"outside": {"axes": lines, "sizes": {name: sizes[name] for name in sorted(used)}}} if lines else {}
 
 
 def _dims_of(description: dict[str, Any]) -> list[str]:

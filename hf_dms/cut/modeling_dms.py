@@ -127,6 +127,8 @@ def resize_layers_(model) -> None:
         resize_stack_(model, layout | lines, sizes)
     for stack in layout.get("stacks", ()):
         resize_stack_(model, stack, stack["sizes"])
+    if "outside" in layout:
+        resize_(model, model.base_model, layout["outside"]["axes"], {}, layout["outside"]["sizes"])
 
 
 def resize_stack_(model, layout: dict, layer_sizes: list[dict[str, int]]) -> None:
@@ -140,27 +142,41 @@ def resize_stack_(model, layout: dict, layer_sizes: list[dict[str, int]]) -> Non
     """
     layers = zip(model.base_model.get_submodule(layout["path"]), layer_sizes, strict=True)
     for index, (layer, sizes) in enumerate(layers):
-        for pattern, product in _of_layer(layout["attributes"], index).items():
-            path, _, attribute = pattern.rpartition(".")
-            factors, _, power = product.partition("**")
-            value = prod(sizes[factor] for factor in factors.split())
-            setattr(layer.get_submodule(path), attribute, value ** float(power) if power else value)
-        resized: dict[nn.Module, None] = {}  # in order, so that the same seed gives the same weights
-        for name, axes in _of_layer(layout["axes"], index).items():
-            path, _, leaf = name.rpartition(".")
-            module = layer.get_submodule(path)
-            old = getattr(module, leaf)
-            shape = tuple(prod(sizes[factor] for factor in axis) for axis in _parse(axes))
-            if old is not None and tuple(old.shape) != shape:
-                new = torch.empty(shape, dtype=old.dtype, device=old.device)
-                setattr(module, leaf, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
-                if isinstance(module, nn.Linear) and leaf == "weight":
-                    module.out_features, module.in_features = shape
-                if isinstance(module, nn.Conv2d) and leaf == "weight":
-                    module.out_channels, module.in_channels = shape[0], shape[1] * module.groups
-                resized[module] = None
-        for module in resized:
-            model._init_weights(module)
+        attributes, axes = (_of_layer(layout[key], index) for key in ("attributes", "axes"))
+        resize_(model, layer, axes, attributes, sizes)
+
+
+def resize_(model, within, axes: dict[str, str], attributes: dict[str, str], sizes: dict[str, int]) -> None:
+    """Give parameters and buffers their sizes, with fresh values, in place.
+
+    Args:
+        model: a freshly built stock model.
+        within: the part of it that names begin at.
+        axes: what the axes of parameters and buffers are products of.
+        attributes: what modules remember.
+        sizes: units of every dim.
+    """
+    for pattern, product in attributes.items():
+        path, _, attribute = pattern.rpartition(".")
+        factors, _, power = product.partition("**")
+        value = prod(sizes[factor] for factor in factors.split())
+        setattr(within.get_submodule(path), attribute, value ** float(power) if power else value)
+    resized: dict[nn.Module, None] = {}  # in order, so that the same seed gives the same weights
+    for name, product in axes.items():
+        path, _, leaf = name.rpartition(".")
+        module = within.get_submodule(path)
+        old = getattr(module, leaf)
+        shape = tuple(prod(sizes[factor] for factor in axis) for axis in _parse(product))
+        if old is not None and tuple(old.shape) != shape:
+            new = torch.empty(shape, dtype=old.dtype, device=old.device)
+            setattr(module, leaf, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+            if isinstance(module, nn.Linear) and leaf == "weight":
+                module.out_features, module.in_features = shape
+            if isinstance(module, nn.Conv2d) and leaf == "weight":
+                module.out_channels, module.in_channels = shape[0], shape[1] * module.groups
+            resized[module] = None
+    for module in resized:
+        model._init_weights(module)
 
 
 def _of_layer(lines: dict[str, str], index: int) -> dict[str, str]:

@@ -202,6 +202,7 @@ class LayerWalk:
         self._axis = stream_axis(bound)
         self._inputs = Shelf(offload)  # of the model, for what lies between two stacks
         self._base = base
+        self._in_tuples: bool | None = None  # whether layers return more than their hidden state, once one has run
         self._options = {} if bound.spec.cache is None else {"use_cache": False}
         for batch in batches:
             self.add_(batch)
@@ -210,7 +211,7 @@ class LayerWalk:
         """Put another batch in front of the first layer; labels are left out."""
         device = self._base.device
         inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-        with _skipped(self.layers) as calls:
+        with self._skipped() as calls:
             self._base(**inputs, **self._options)
         self.hidden.append(calls[0][0])
         self.calls.append([call for _, call in calls])
@@ -237,10 +238,34 @@ class LayerWalk:
         stack = self.places[layer][0]
         if layer + 1 < len(self.layers) and self.places[layer + 1][0] != stack:
             outputs = {number: output for number, place in enumerate(self.places) if place[0] == stack}
-            with _skipped(self.layers, outputs) as calls:
+            with self._skipped(outputs) as calls:
                 self._base(**self._inputs[batch], **self._options)
             output = calls[layer + 1][0]
         self.hidden[batch] = output
+
+    @contextlib.contextmanager
+    def _skipped(self, outputs: Mapping[int, Tensor] | None = None) -> Iterator[list[tuple[Tensor, Call]]]:
+        """Let layers return their hidden state as it is for a while, and list what they are called with.
+
+        Args:
+            outputs: by a layer's number, what it returns instead.
+        """
+        calls: list[tuple[Tensor, Call]] = []
+        first = self.layers[0].forward
+
+        def skip(*args, **kwargs) -> Tensor | tuple[Tensor]:
+            if self._in_tuples is None:
+                self._in_tuples = isinstance(first(*args, **kwargs), tuple)
+            if not args:
+                args = (kwargs.pop("hidden_states"),)
+            calls.append((args[0], (args[1:], kwargs)))
+            output = (outputs or {}).get(len(calls) - 1, args[0])
+            return (output,) if self._in_tuples else output
+
+        with restoring(self.layers):
+            for layer in self.layers:
+                layer.forward = skip
+            yield calls
 
 
 def targets_of_layers(teacher: LayerWalk, layers: range, units: Tensor) -> tuple[StreamModules, dict[str, Shelf]]:
@@ -264,27 +289,3 @@ def targets_of_layers(teacher: LayerWalk, layers: range, units: Tensor) -> tuple
                 total = recorder.sums[source]
                 targets[path].append(total.index_select(-1, units.to(total.device)))
     return kept, targets
-
-
-@contextlib.contextmanager
-def _skipped(
-    layers: list[nn.Module], outputs: Mapping[int, Tensor] | None = None
-) -> Iterator[list[tuple[Tensor, Call]]]:
-    """Let layers return their hidden state as it is for a while, and list what they are called with.
-
-    Args:
-        layers: the layers.
-        outputs: by a layer's number, what it returns instead.
-    """
-    calls: list[tuple[Tensor, Call]] = []
-
-    def skip(*args, **kwargs) -> Tensor:
-        if not args:
-            args = (kwargs.pop("hidden_states"),)
-        calls.append((args[0], (args[1:], kwargs)))
-        return (outputs or {}).get(len(calls) - 1, args[0])
-
-    with restoring(layers):
-        for layer in layers:
-            layer.forward = skip
-        yield calls

@@ -59,7 +59,8 @@ def stream_dim(bound: BoundSpec, stack: str | None = None) -> str:
         stack: depth dim of the layers. Default: that of the only stack.
     """
     stack = bound.depth if stack is None else stack
-    axes = (param.axes for param in bound.params.values() if (param.stack, param.layer) == (stack, 0))
+    maps = ((name.endswith(".weight"), param) for name, param in bound.params.items())  # not a table of biases
+    axes = (param.axes for is_map, param in maps if is_map and (param.stack, param.layer) == (stack, 0))
     names = (axis[0][0] for axis in axes if len(axis) in (2, 4) and len(axis[0]) == 1)
     return next(name for name in names if bound.spec.dim(name).scope != "layer" and bound.sizes[name] > 1)
 

@@ -5,6 +5,10 @@ import torch
 from helpers.laws import EXACT, SHIPPED, assert_same, batch_for, masked_cut_reloaded, searched, tiny
 from helpers.tiny import lowest_target, search_, untouched
 from transformers import (
+    BeitForImageClassification,
+    BeitForMaskedImageModeling,
+    BeitForSemanticSegmentation,
+    Data2VecVisionForImageClassification,
     Dinov2Backbone,
     Dinov2Config,
     Dinov2ForImageClassification,
@@ -15,7 +19,7 @@ from transformers import (
     YolosForObjectDetection,
 )
 
-from hf_dms import DMSConfig, attach_
+from hf_dms import DMSConfig, attach_, prune
 from hf_dms.archs.bind import bind
 from hf_dms.archs.electra import ELECTRA
 from hf_dms.cut.prune import make_plan
@@ -117,6 +121,40 @@ def test_variants_that_are_not_described_are_errors():
         ValueError, match=r"Dinov2Backbone names its outputs after layers.* Load the base model instead"
     ):
         attach_(tiny(Dinov2Backbone), DMSConfig(target=0.9))
+
+
+# ---- BEiT: tables of biases, with a column for each head ----
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("head", [BeitForImageClassification, Data2VecVisionForImageClassification])
+def test_a_table_for_all_layers_has_one_choice_of_heads(head, layout, tmp_path):
+    model = tiny(head, dtype=torch.float64, use_shared_relative_position_bias=True)
+    gates, sizes = searched(model, layout=layout)
+    assert gates.dims["heads"].rows == 1
+    *outputs, pruned = masked_cut_reloaded(model, sizes, tmp_path / "out")
+    assert_same(*outputs, EXACT)
+    tables = {name: tensor for name, tensor in pruned.named_parameters() if name.endswith("position_bias_table")}
+    assert len(tables) == 1 + pruned.config.num_hidden_layers
+    assert {table.shape[1] for table in tables.values()} == {int(sizes["heads"])} != {4}
+
+
+def test_a_table_in_each_layer_keeps_the_columns_of_its_heads():
+    model = tiny(BeitForImageClassification)
+    gates, sizes = searched(model, prune=("heads",), layout="per_layer")
+    kept = make_plan(gates, sizes).kept["heads"]
+    assert len({tuple(heads.tolist()) for heads in kept}) > 1
+    for layer, dense, heads in zip(prune(model).beit.layers, model.beit.layers, kept):
+        table, whole = (each.relative_position_bias.relative_position_bias_table for each in (layer, dense))
+        assert torch.equal(table, whole[:, heads])
+
+
+@pytest.mark.parametrize(
+    ("head", "parameter"),
+    [(BeitForMaskedImageModeling, "lm_head.weight"), (BeitForSemanticSegmentation, "fpn.fpn1.conv_transpose1.weight")],
+)
+def test_heads_of_beit_that_are_not_described_are_errors_that_name_a_parameter(head, parameter):
+    config = {} if head is BeitForMaskedImageModeling else dict(num_hidden_layers=4, out_indices=[0, 1, 2, 3])
+    with pytest.raises(ValueError, match=f"beit: parameter '{parameter}' .* matches 0 lines of the description of a"):
+        attach_(tiny(head, **config), DMSConfig(target=0.9))
 
 
 # ---- YOLOS: detection tokens, and two MLPs that read them ----

@@ -22,6 +22,7 @@ from helpers.tiny import relative_difference, search_
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
+    BeitForImageClassification,
     BertForMaskedLM,
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -45,7 +46,8 @@ from hf_dms.gating.rounding import round_sizes
 
 # ---- masked = cut = reloaded ----
 ONE_OF_EACH = {
-    *(BertForSequenceClassification, ViTForImageClassification, ElectraForMaskedLM, Dinov2ForImageClassification)
+    *(BertForSequenceClassification, ViTForImageClassification, ElectraForMaskedLM, Dinov2ForImageClassification),
+    BeitForImageClassification,
 }
 CANNOT = {  # by layout and whether a response norm is in the way
     (
@@ -98,7 +100,7 @@ def test_masked_equals_cut_equals_reloaded_in_stages(head, dims, layout, tmp_pat
     ordinary_if(
         lambda head, dims: dims == DIMS or head in ONE_OF_EACH,
         itertools.product(
-            (*HEADS, ElectraForMaskedLM, Dinov2ForImageClassification),
+            (*HEADS, ElectraForMaskedLM, Dinov2ForImageClassification, BeitForImageClassification),
             [*[(dim,) for dim in DIMS], ("heads", "hidden"), DIMS],
         ),
     ),
@@ -152,12 +154,7 @@ def requests(draw):
         )
     )
     if head.main_input_name == "pixel_values" and head not in CONVNETS:
-        square = head.config_class.model_type == "dinov2"  # other images it interpolates, for square numbers of patches
-        yolos = head.config_class.model_type == "yolos"
-        config["image_size"] = 8 if square else draw(st.sampled_from([[8, 8], [8, 12]] if yolos else [8, (8, 12)]))
-        config["patch_size"] = 4 if yolos else draw(st.sampled_from([4, (4, 2)]))
-        config["qkv_bias"] = draw(st.booleans())
-        config |= {} if yolos else draw(st.sampled_from([{}, {"head_dim": 3}, {"pooler_output_size": 5}]))
+        config |= patches(draw, head, layout)
     if head.config_class.model_type == "electra":
         config["embedding_size"] = draw(st.sampled_from([config["hidden_size"], 1, 5, 7]))
     lacks = {"basic": ("reduced",), "x": ("squeeze", "first")}.get(config.get("layer_type", ""), ())
@@ -177,6 +174,28 @@ def requests(draw):
         resource_scope=draw(st.sampled_from(["model", "layers"])),
     )
     return head, config, options, draw(st.integers(0, 1000)), draw(st.floats(0, 1))
+
+
+def patches(draw, head, layout):
+    """A config of what turns an image into tokens, and of what else image transformers can have or not."""
+    family = head.config_class.model_type
+    if family in ("beit", "data2vec-vision"):
+        flags = ("use_relative_position_bias", "use_shared_relative_position_bias", "use_mean_pooling")
+        flags += ("use_absolute_position_embeddings", "use_mask_token")
+        config = {flag: draw(st.booleans()) for flag in flags} | {"patch_size": 4}
+        if family == "data2vec-vision" and layout == "padded":  # one choice of heads for all layers cannot be padded
+            config["use_shared_relative_position_bias"] = False
+        config["layer_scale_init_value"] = draw(st.sampled_from([0.0, 0.1]))
+        config |= draw(st.sampled_from([{}, {"head_dim": 3}])) if family == "beit" else {}
+        square = config["use_absolute_position_embeddings"]  # others it interpolates, for square numbers of patches
+        return config | {"image_size": draw(st.sampled_from([8] if square else [8, [8, 12]]))}
+    if family == "yolos":
+        config = dict(image_size=draw(st.sampled_from([[8, 8], [8, 12]])), patch_size=4)
+        return config | dict(qkv_bias=draw(st.booleans()))
+    sizes = [8] if family == "dinov2" else [8, (8, 12)]  # others it interpolates, for square numbers of patches
+    config = dict(image_size=draw(st.sampled_from(sizes)), patch_size=draw(st.sampled_from([4, (4, 2)])))
+    more = draw(st.sampled_from([{}, {"head_dim": 3}, {"pooler_output_size": 5}]))
+    return config | more | dict(qkv_bias=draw(st.booleans()))
 
 
 def stages(draw, head):
@@ -315,6 +334,7 @@ def test_a_follower_has_gates_only_where_the_model_has_its_parameters():
         ElectraForSequenceClassification,
         ViTForImageClassification,
         Dinov2ForImageClassification,
+        BeitForImageClassification,
         *CONVNETS[1::2],
     ],
 )

@@ -88,6 +88,7 @@ CASES = {
     "distilbert": lambda: tiny(transformers.DistilBertForSequenceClassification),
     "vit": lambda: tiny(transformers.ViTForImageClassification),
     "dinov2": lambda: tiny(transformers.Dinov2Model),
+    "beit": lambda: tiny(transformers.BeitForImageClassification),
     "convnextv2": lambda: tiny(transformers.ConvNextV2ForImageClassification),
     "resnet": lambda: tiny(transformers.ResNetForImageClassification),
     "regnet": lambda: tiny(transformers.RegNetForImageClassification),

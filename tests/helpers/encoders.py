@@ -12,6 +12,8 @@ RELATIVES = (
     *heads_of("Electra", *TASKS, "MaskedLM"),
     *heads_of("DeiT", "ImageClassification", "ImageClassificationWithTeacher"),
     *heads_of("Dinov2", "ImageClassification"),
+    *heads_of("Beit", "ImageClassification"),
+    *heads_of("Data2VecVision", "ImageClassification"),
     *heads_of("Yolos", "ObjectDetection"),
 )
 RESNETS = heads_of("ResNet", "ImageClassification")
@@ -25,7 +27,7 @@ CONVNETS = (
 TWINS = (*heads_of("XLMRoberta", *TASKS, "MaskedLM"), *heads_of("Camembert", *TASKS, "MaskedLM"))
 DIMS = ("heads", "mlp", "hidden", "layers")
 # Dims whose sizes the stock config derives from one another.
-TIED = {model_type: {"heads", "hidden"} for model_type in (*BERTS, "yolos")}
+TIED = {model_type: {"heads", "hidden"} for model_type in (*BERTS, "yolos", "data2vec-vision")}
 TIED |= {"convnext": {"mlp", "hidden"}, "convnextv2": {"mlp", "hidden"}, "resnet": {"reduced", "mid", "hidden"}}
 TIED |= {"regnet": {"groups", "squeeze", "first", "hidden", "embedding"}}
 

@@ -19,6 +19,7 @@ EXACT, SHIPPED = 1e-9, 1e-5
 BLOCKS = dict(hidden_size=24, intermediate_size=20, num_hidden_layers=3, num_attention_heads=4)
 TEXT = BLOCKS | dict(vocab_size=33, max_position_embeddings=16)
 IMAGE = BLOCKS | dict(image_size=12, patch_size=4, num_channels=2)
+DISTANCES = IMAGE | dict(use_relative_position_bias=True, drop_path_rate=0.0)
 STAGES = dict(num_channels=2, image_size=16, patch_size=2, num_stages=3, hidden_sizes=[6, 8, 10], depths=[2, 3, 1])
 DECODER = {name: value for name, value in TINY.items() if name not in ("head_dim", "num_labels")}
 GEMMA = DECODER | {"head_dim": 4, "hidden_size": 36}  # the scale of embeddings, its root, is exact in any dtype
@@ -33,6 +34,8 @@ SIZES = {
     "vit": IMAGE,
     "deit": IMAGE,
     "dinov2": IMAGE | {"intermediate_size": 3},  # times the hidden size
+    "beit": DISTANCES,
+    "data2vec-vision": DISTANCES,
     "yolos": IMAGE | dict(image_size=[8, 12], num_detection_tokens=3, use_mid_position_embeddings=False),
     "convnext": STAGES,
     "convnextv2": STAGES,
@@ -73,7 +76,8 @@ def tiny(cls, seed=0, dtype=torch.float32, **overrides):
     listed = {n: v for n, v in sizes.items() if isinstance(v, list) and n != "image_size"}  # of layers, or of stages
     sizes |= {n: v[:layers] for n, v in listed.items()}
     sizes = {NAMES.get(family, {}).get(name, name): value for name, value in sizes.items()}
-    attn = "sdpa" if cls._supports_sdpa else "eager"
+    switches = cls._supports_sdpa and family != "data2vec-vision"  # whose modules keep what they were built with
+    attn = "sdpa" if switches else "eager"
     model = cls._from_config(cls.config_class(**sizes), attn_implementation=attn).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -57,7 +57,7 @@ def captured(model, module, batches):
 
     def keep(_, args, output):
         inputs.append(args[0])
-        outputs.append(output)
+        outputs.append(output[0] if isinstance(output, tuple) else output)
 
     hook = module.register_forward_hook(keep)
     for batch in batches:

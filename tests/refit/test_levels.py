@@ -14,6 +14,7 @@ from helpers.refit import (
 )
 from helpers.tiny import relative_difference
 from transformers import (
+    BeitForImageClassification,
     BertForMaskedLM,
     Dinov2ForImageClassification,
     DistilBertForMaskedLM,
@@ -167,7 +168,9 @@ def test_gradients_need_labels():
 
 
 # ---- the walk ----
-@pytest.mark.parametrize("cls", [*CLASSES, GraniteForCausalLM, Gemma2ForCausalLM, Dinov2ForImageClassification])
+@pytest.mark.parametrize(
+    "cls", [*CLASSES, GraniteForCausalLM, Gemma2ForCausalLM, Dinov2ForImageClassification, BeitForImageClassification]
+)
 def test_a_walk_that_cuts_nothing_finds_the_dense_weights(cls):
     model = tiny(cls)
     widths = {name: torch.full((3,), bound_of(model).sizes[name]) for name in dims_of(model)}

@@ -5,6 +5,7 @@ import torch
 from helpers.laws import tiny
 from helpers.refit import batches_for, bound_of, captured, cut_by, layers_of, text
 from transformers import (
+    BeitForImageClassification,
     BertForMaskedLM,
     Dinov2ForImageClassification,
     Gemma2ForCausalLM,
@@ -51,6 +52,7 @@ def test_a_sub_block_is_what_lies_between_two_writes_into_the_stream(cls):
 
 
 CASES = [(cls, "widths") for cls in [*SUB_BLOCKS, GraniteForCausalLM, Dinov2ForImageClassification, Gemma2ForCausalLM]]
+CASES += [(BeitForImageClassification, "widths")]
 
 
 @pytest.mark.parametrize(("cls", "plan"), [*CASES, (LlamaForCausalLM, "all")])

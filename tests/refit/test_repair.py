@@ -6,7 +6,9 @@ from helpers.laws import tiny
 from helpers.refit import batches_for, captured, cut_by, layers_of, text, weights_of_positions
 from helpers.tiny import relative_difference, search_, token_batch
 from transformers import (
+    BeitForImageClassification,
     BertForMaskedLM,
+    Data2VecVisionForImageClassification,
     Dinov2ForImageClassification,
     DistilBertForMaskedLM,
     ElectraForMaskedLM,
@@ -36,7 +38,8 @@ CLASSES = (
     DistilBertForMaskedLM,
     ViTForImageClassification,
 )
-SCALING = (GraniteForCausalLM, Dinov2ForImageClassification)  # what a map writes is scaled before it is added
+BEITS = (BeitForImageClassification, Data2VecVisionForImageClassification)
+SCALING = (GraniteForCausalLM, Dinov2ForImageClassification, *BEITS)  # what a map writes is scaled before it is added
 NORMALISING = (Gemma2ForCausalLM, Gemma3ForCausalLM)  # or normalised
 MLP = (torch.arange(20), torch.arange(2, 20, 2), torch.arange(7))
 LAYERS, HIDDEN = (torch.tensor([0, 2]),), (torch.arange(24)[torch.arange(24) % 4 != 1],)
@@ -162,7 +165,9 @@ def test_what_a_map_lacks_is_stated_before_the_scale_or_norm_behind_it(cls):
     if "input_ids" in batch:
         batch = {name: value[:1, :6] for name, value in batch.items()}
     pruned = cut_by(model, Plan({}))
-    path = "mlp.fc2" if cls is Dinov2ForImageClassification else "mlp.down_proj"
+    path = {Dinov2ForImageClassification: "mlp.fc2", BEITS[0]: "mlp.fc2", BEITS[1]: "output.dense"}.get(
+        cls, "mlp.down_proj"
+    )
     module = layers_of(pruned)[0].get_submodule(path)
     noise = torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(0)).to(module.weight)
     module.weight.data += 1e-3 * module.weight.std() * noise

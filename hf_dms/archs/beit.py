@@ -1,0 +1,76 @@
+"""BEiT: ViT with a bias of attention scores by the distance of two patches, and a scale on each block's output.
+
+Read it beside `BeitLayer`. The bias is a table with a column for each head, in every layer or one for all of them. A
+table for all layers has one choice of heads: they are a dim of the model then. The head reads the norm of the patches'
+mean, or the class token.
+
+`Data2VecVisionLayer` is the same under other names, and its stock class divides hidden_size by the heads, as BERT's
+does.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from .spec import Dim, with_dims
+from .vit import VIT, sides
+from .yolos import YOLOS
+
+TABLE = "relative_position_bias.relative_position_bias_table"
+
+
+def num_distances(config: Any) -> int:
+    """Rows of a table: distances of two patches along both sides, and three for the class token."""
+    (height, width), (patch_height, patch_width) = sides(config.image_size), sides(config.patch_size)
+    return (2 * (height // patch_height) - 1) * (2 * (width // patch_width) - 1) + 3
+
+
+def _one_choice_of_heads(dims: tuple[Dim, ...]) -> dict[str, Any]:
+    """The variant with one table for all layers."""
+    of_model = Dim("heads", "num_attention_heads", scope="model")
+    return {"use_shared_relative_position_bias": {True: {"dims": with_dims(dims, of_model)}}}
+
+
+DIMS = with_dims(tuple(dim for dim in VIT.dims if dim.name != "pool"), Dim("distances", num_distances))
+OUTSIDE = {name: axes for name, axes in VIT.params.items() if not name.startswith(("layers.", "pooler."))} | {
+    "embeddings.mask_token": "one one hidden",
+    "pooler.layernorm.weight": "hidden",
+    "pooler.layernorm.bias": "hidden",
+}
+
+BEIT = replace(
+    VIT,
+    model_type="beit",
+    dims=DIMS,
+    params=OUTSIDE
+    | {name: axes for name, axes in VIT.params.items() if name.startswith("layers.")}
+    | {
+        "layers.{i}.lambda_1": "hidden",
+        "layers.{i}.lambda_2": "hidden",
+        f"layers.{{i}}.{TABLE}": "distances heads",
+        "shared_position_bias.relative_position_bias_table": "distances heads",
+    },
+    variants=_one_choice_of_heads(DIMS),
+    config_leaves_out=("stage_names", "out_features", "out_indices"),
+    outputs={},
+)
+
+DATA2VEC_DIMS = with_dims(DIMS, Dim("d", "hidden_size // num_attention_heads"))
+DATA2VEC_VISION = replace(
+    BEIT,
+    model_type="data2vec-vision",
+    layers=YOLOS.layers,
+    dims=DATA2VEC_DIMS,
+    params=OUTSIDE
+    | {name: axes for name, axes in YOLOS.params.items() if ".layer." in name}
+    | {
+        "encoder.layer.{i}.lambda_1": "hidden",
+        "encoder.layer.{i}.lambda_2": "hidden",
+        f"encoder.layer.{{i}}.attention.attention.{TABLE}": "distances heads",
+        f"encoder.{TABLE}": "distances heads",
+    },
+    variants=_one_choice_of_heads(DATA2VEC_DIMS),
+    config_leaves_out=(),
+    attributes=YOLOS.attributes,
+    build_with=YOLOS.build_with,
+    must_equal=YOLOS.must_equal,
+)
