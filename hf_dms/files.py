@@ -1,5 +1,7 @@
-"""Reading files that somebody may have changed, shortened or mixed up, JSON by its schema and safetensors; and keeping
-the files that a result is made from.
+"""Reading files that may be damaged, and protecting the files that a result is made from.
+
+JSON files are checked against their schema. safetensors files and checkpoints give one clear error when they cannot be
+read. A result never replaces its own source.
 """
 
 from __future__ import annotations
@@ -21,17 +23,17 @@ from .errors import HfDmsError
 
 
 def read_json(file: Path, room: str, schema: str) -> Any:
-    """The content of a JSON file, which conforms to a schema of hf_dms.
+    """The content of a JSON file that must conform to a schema of hf_dms.
 
     Args:
-        file: to read.
-        room: of hf_dms, in which the schema lies, such as `report`.
-        schema: its file name there.
+        file: the file to read.
+        room: the package of hf_dms that holds the schema, such as `report`.
+        schema: file name of the schema.
 
     Raises:
-        HfDmsError: it is no JSON, or the first place in it that is not as the schema says.
+        HfDmsError: the file is not JSON, or does not conform; the message names the first place that does not.
     """
-    from jsonschema import Draft202012Validator  # here: only what reads a file needs it
+    from jsonschema import Draft202012Validator  # a slow import that most commands do not need
     from jsonschema.exceptions import best_match
 
     try:
@@ -57,7 +59,7 @@ def open_weights(file: Path) -> Iterator[Any]:
     """`safetensors.safe_open` for PyTorch.
 
     Raises:
-        HfDmsError: it cannot be read: what was downloaded or copied is not whole, or it is another kind of file.
+        HfDmsError: the file cannot be read, because the download or copy is incomplete, or it is not safetensors.
     """
     try:
         with safe_open(file, "pt") as content:
@@ -70,7 +72,7 @@ def shards_of(index: Path) -> list[str]:
     """The files that the index of a sharded checkpoint names, sorted.
 
     Raises:
-        HfDmsError: it is no such index.
+        HfDmsError: the file is not such an index, or it names files outside its folder.
     """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -84,18 +86,18 @@ def shards_of(index: Path) -> list[str]:
 def load_saved(auto: Any, path: str | Path, **options: Any) -> Any:
     """What `auto.from_pretrained(path, **options)` returns, for a config, tokenizer, image processor or model.
 
-    No code that lies beside it is run.
+    Python code in the folder is not run.
 
     Raises:
-        HfDmsError: transformers cannot load it, whatever the kind of its error; or it is a model that lacks weights, or
-            has some of another shape, which would be made up.
+        HfDmsError: transformers cannot load the path, whatever error it raises. Or a model lacks weights, or has some
+            of another shape: transformers would initialise those at random and only warn.
     """
     kind = next((word for word in ("Tokenizer", "ImageProcessor") if word in auto.__name__), "model").lower()
     is_model = hasattr(auto, "from_config") or hasattr(auto, "_from_config")
     options |= {"output_loading_info": True} if is_model else {"trust_remote_code": False}
     try:
         found = auto.from_pretrained(path, **options)
-    except Exception as error:  # transformers raises whatever the damage leads to
+    except Exception as error:  # damaged files make transformers raise errors of many kinds
         lines = str(error).strip().splitlines() or [""]
         raise HfDmsError(f"No {kind} can be read from '{path}'. {lines[0] or type(error).__name__}") from error
     if not is_model:
@@ -113,17 +115,23 @@ def check_not_source(folder: str | os.PathLike, source: str | os.PathLike | None
 
     Args:
         folder: where the result goes.
-        source: folder of the model that it is made from; None, or what does not exist (a Hub id), does not count.
+        source: folder of the model that it is made from. None and paths that do not exist (a Hub id) always pass.
 
     Raises:
-        HfDmsError: they are one folder.
+        HfDmsError: both are the same folder.
     """
     if source and Path(source).exists() and Path(folder).resolve() == Path(source).resolve():
         raise HfDmsError(replaces(folder, "is", source))
 
 
 def replaces(folder: str | os.PathLike, relation: str, source: str | os.PathLike) -> str:
-    """What is said where a result would replace what it is made from."""
+    """The error message for a result that would replace the files it is made from.
+
+    Args:
+        folder: where the result would go.
+        relation: how the folder relates to the source, such as "is".
+        source: folder of the model that the result is made from.
+    """
     return (
         f"{folder} {relation} {source}, which the result is made from and which it would replace, "
         "overwrite or not. Choose another folder."
@@ -131,11 +139,12 @@ def replaces(folder: str | os.PathLike, relation: str, source: str | os.PathLike
 
 
 def keep_source_(model: Any, source: str | None) -> None:
-    """Let `save_pretrained` of a model refuse the folder that it was made from, also where a Trainer calls it.
+    """Make `save_pretrained` of a model refuse the folder that the model was made from, also when a Trainer calls it.
 
     Args:
         model: a `PreTrainedModel`.
-        source: folder of the dense model; nothing is done if there is no such folder (a Hub id, a model from a config).
+        source: folder of the dense model. If there is no such folder (a Hub id, a model from a config), nothing
+            changes.
     """
     if source and Path(source).is_dir():
         model.save_pretrained = functools.partial(_save_elsewhere, model, str(Path(source).resolve()))
@@ -151,17 +160,17 @@ def _save_elsewhere(model: Any, source: str, save_directory: str | os.PathLike, 
     return type(model).save_pretrained(model, save_directory, *args, **kwargs)
 
 
+# Disk full, quota or file size exceeded, read-only file system, no permission (twice), hardware error.
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
-
-# of the errors with which torch.save ends, depending on where in a file the first refused write falls
+# Parts of the messages of torch.save when a write fails. Which one appears depends on where in the file it happens.
 TORCH_WRITES = ("PytorchStreamWriter", "inline_container.cc", "iostream error")
 
 
 def refusal_of_the_system(error: BaseException) -> str | None:
-    """What the operating system says where it refused to write or read a file; None for an error of another kind.
+    """The operating system's reason when it refused to write or read a file; None for any other error.
 
-    torch and safetensors raise errors of their own kinds there.
+    torch and safetensors hide the system's error in errors of their own, so their messages are searched for it.
     """
     words = str(error)
     if isinstance(error, SafetensorError) and (number := re.search(r"os error (\d+)", words)):

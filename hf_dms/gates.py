@@ -1,10 +1,12 @@
 """All gates of a model: one flat float32 vector of prune ratios, the importance of every unit, all masks at once.
 
 Equations 2 to 5 of the paper, batched over layers: the masks of a dim are one `[rows, units]` tensor, computed once per
-forward. A row is a layer, or the whole model for a dim that all layers share (hidden, layers). Importance is the moving
-average of (m·g)², g = dL_task/dm, and is never trained. This file knows nothing about models; masking.py connects it.
+forward pass. A row is a layer, or the whole model for a dim that all layers share (hidden, layers). Importance is the
+moving average of (m·g)², g = dL_task/dm, and is never trained. This file knows nothing about models; gating/attach.py
+connects the two.
 
-Masks travel as logarithms: for y = x·exp(log m), dL/d(log m) = m·dL/dm is exactly the Taylor term, with no division.
+Masks travel as logarithms: for y = x·exp(log m), the gradient dL/d(log m) = m·dL/dm is exactly the Taylor term. Taking
+it from dL/dm would need a product with m, and from y = x·m a division.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ class GatedDim:
         units: N, units per row.
         steepness: λ of the soft mask.
         shared: one prune ratio for all rows (layout uniform), or one per row.
-        lowest, highest: sizes that a row must not leave, per row.
+        lowest, highest: smallest and largest allowed size, per row.
         protected: indices of units that are never pruned (whole layers, for the dim `layers`).
         step: sizes are multiples of it.
-        follows: the dim whose prune ratio this one shares, so that it always keeps `units` / (that one's units) times
-            as many; which ones, its own importance decides. The other one has one prune ratio for all rows.
+        follows: dim that decides how many units this one keeps. If that dim keeps a share p, this one keeps the same
+            share, chosen by its own importance. The leading dim has one prune ratio for all rows.
     """
 
     name: str
@@ -62,7 +64,8 @@ class Rounded(NamedTuple):
 
     Attributes:
         sizes: units kept per dim, `[rows]` int64.
-        coarse: dims whose single units matter: layers, KV groups, heads, and all that does not absorb what they leave.
+        coarse: dims of few, expensive units: layers, KV groups, heads. The other dims (MLP channels) absorb the part
+            of the budget that whole units of these leave over.
     """
 
     sizes: Sizes
@@ -71,7 +74,7 @@ class Rounded(NamedTuple):
 
 @dataclass(frozen=True)
 class SearchSchedule:
-    """How the search proceeds: what `Gates` needs of a DMSConfig."""
+    """How the search proceeds: the part of a DMSConfig that `Gates` needs. The options' help texts describe each."""
 
     target: float
     warmup_steps: int
@@ -82,20 +85,23 @@ class SearchSchedule:
     decide_at: float
 
 
-GRIDS, GRID_POINTS = 6, 33  # together they tell 32^6 factors apart
+# `_meet_target_` searches on grids, not by bisection: a grid is one batched count, so it needs 6 counts for a
+# resolution of 32^6 = 2^30, where bisection needs 30 counts one after the other.
+GRIDS, GRID_POINTS = 6, 33
 
 
 class Gates(nn.Module):
     """Prune ratios, importance and masks of all gated dims of a model.
 
-    They stay out of the `state_dict` of the model they are attached to (`search_state` has them), and stay float32
-    when the model is cast.
+    They stay out of the `state_dict` of the model they are attached to, so that its checkpoints load without gates;
+    `search_state` returns them instead. They stay float32 when the model is cast.
 
     Args:
         dims: the gated dims.
         fixed_sizes: sizes of the other dims that the cost mentions.
         cost: the limited resource.
         schedule: how the search proceeds.
+        device: where the tensors live. Default: torch's default device.
     """
 
     lower: Tensor
@@ -109,17 +115,17 @@ class Gates(nn.Module):
         self.fixed_sizes = fixed_sizes
         self.schedule = schedule
         self.num_updates = 0
-        self.rounded: Sizes | None = None  # exact sizes that hard masks take instead of those of `rounder`
-        self.rounder: Callable[[Gates], Rounded] | None = None  # the sizes that a cut would have now; set by attach_
-        self.rounding: tuple[Any, Rounded] | None = None  # what it found, and for what
-        self.decided: Sizes = {}  # dims that have whole sizes already, see `decide_`
-        self.at_target: tuple[int, Tensor] | None = None  # updates and ratios when the target was last met, if decided
-        self.found_resource: float | None = None  # what the search had come to when it decided, share of the dense one
+        self.rounded: Sizes | None = None  # sizes that hard masks take instead of those of `rounder`
+        self.rounder: Callable[[Gates], Rounded] | None = None  # computes the sizes of a cut made now; set by attach_
+        self.rounding: tuple[Any, Rounded] | None = None  # cache of `rounder`: (inputs, result)
+        self.decided: Sizes = {}  # dims that have their final whole sizes already, see `decide_`
+        self.at_target: tuple[int, Tensor] | None = None  # updates and ratios when `_meet_target_` last ran
+        self.found_resource: float | None = None  # share of the dense resource that was kept when `decide_` ran
         self.soft_in_evaluation = False  # whether evaluation mode runs on soft masks too, see `soft_masks`
-        self.attachment: Any = None  # where in a model these gates are (masking.Attachment)
-        self.refitted: frozenset[str] = frozenset()  # dims whose maps run refitted in training (refit/search.py)
-        self.refit_ratio: Tensor | None = None  # the prune ratios when they were refitted
-        self.log_masks: dict[str, tuple[Any, ...]] = {}  # tensors; None: no mask
+        self.attachment: Any = None  # where in a model these gates are (gating/attach.Attachment)
+        self.refitted: frozenset[str] = frozenset()  # dims with refitted maps in training (refit/search.py)
+        self.refit_ratio: Tensor | None = None  # the prune ratios at the last refit
+        self.log_masks: dict[str, tuple[Any, ...]] = {}  # per dim a tensor per row; None: that row has no mask
         self.scales: Sizes = {}  # θ of scales exp θ, `[rows, units]` per dim or kind of norm (gating/scales.py)
         self._taylor: dict[str, Tensor] = {}
         self._gathered: set[str] = set()  # dims that a backward pass has reached since the last update
@@ -134,7 +140,7 @@ class Gates(nn.Module):
 
     # ---- state -------------------------------------------------------------------------------------------------------
     def _bounds(self) -> tuple[Tensor, Tensor]:
-        """Smallest and largest prune ratios that the allowed sizes mean, `[ratios]` each."""
+        """Smallest and largest prune ratio that the allowed sizes permit, `[ratios]` each."""
         lower, upper = [], []
         for dim in self.dims.values():
             if dim.follows is None:
@@ -164,7 +170,7 @@ class Gates(nn.Module):
         return importance.index_fill(-1, protected, torch.inf)
 
     def search_state(self) -> dict[str, Tensor]:
-        """Everything that a search must not lose, as tensors."""
+        """Everything that a resumed search needs, as tensors by name."""
         state = {f"importance_{name}": self.raw_importance(name) for name in self.dims}
         state |= {} if self.refit_ratio is None else {"refit_ratio": self.refit_ratio}
         state |= {f"decided_{name}": size for name, size in self.decided.items()}
@@ -175,10 +181,13 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def load_search_state_(self, state: dict[str, Tensor]) -> None:
-        """Inverse of `search_state`.
+        """Restore what `search_state` returned.
+
+        Args:
+            state: tensors by name.
 
         Raises:
-            ValueError: when the state belongs to other gates.
+            ValueError: the state belongs to other gates, or holds values that no search produces.
         """
         for name, tensor in self.search_state().items():
             if name == "refit_ratio" or name.startswith("decided"):
@@ -208,13 +217,15 @@ class Gates(nn.Module):
             self.raw_importance(name).copy_(state[f"importance_{name}"])
         for name, scale in self.scales.items():
             scale.copy_(state[f"scale_{name}"])
-        met = bool(self.decided) and bool(self._fits(self.prune_ratio[None]))  # as a search saves it after each step
+        # A search saves its state after a step, when the ratios meet the target already. Meeting it once more would
+        # move them by a rounding error, and the resumed search would no longer equal an uninterrupted one.
+        met = bool(self.decided) and bool(self._fits(self.prune_ratio[None]))
         self.at_target = (self.num_updates, self.prune_ratio.detach().clone()) if met else None
 
     # ---- masks -------------------------------------------------------------------------------------------------------
     @property
     def is_warming_up(self) -> bool:
-        """Whether every mask is still exactly 1, to gather importance before a ratio moves."""
+        """Whether every mask is still exactly 1. The first steps only gather importance, before a ratio moves."""
         return self.num_updates < self.schedule.warmup_steps
 
     def compute_masks_(self) -> None:
@@ -226,14 +237,14 @@ class Gates(nn.Module):
         for name in self._scaled_norms():
             self._keep_log_mask_(name, self.scales[name].clone().requires_grad_(self._gathers()))
         for name, dim in self.dims.items():
-            if soft and name in self.refitted:
+            if soft and name in self.refitted:  # its maps leave units out themselves, at the refitted width
                 self.log_masks[name] = (None,) * dim.rows
                 continue
             if not soft:
                 log_mask = topk_mask(self.importance(name), self.hard_units(name)).log()
             elif self.is_warming_up:
                 log_mask = torch.zeros(dim.rows, dim.units, device=self.prune_ratio.device, requires_grad=True)
-            elif name in self.decided:
+            elif name in self.decided:  # no ratio to train; the gradient is there for the importance of what is kept
                 mask = topk_mask(self.importance(name), self.decided[name].to(self.prune_ratio.device))
                 log_mask = mask.log().requires_grad_()
             else:
@@ -249,7 +260,7 @@ class Gates(nn.Module):
         self.log_masks[name] = log_mask.unbind(0)
 
     def _scaled_norms(self) -> list[str]:
-        """What has scales and is no dim."""
+        """Names of the norms that have scales; the other names in `scales` are dims."""
         return [name for name in self.scales if name not in self.dims]
 
     @torch.no_grad()
@@ -261,9 +272,10 @@ class Gates(nn.Module):
         return ((mask > 0.05) & (mask < 0.95)).float().mean()
 
     def hard_units(self, name: str) -> Tensor:
-        """Units that a hard mask keeps, `[rows]` int64: as many as the cut would have now.
+        """Number of units that a hard mask keeps, `[rows]` int64: those of a cut made now.
 
-        Before the first update there is nothing to cut by, and they are the learned ones, all of them.
+        Evaluation during a search thus runs on the sizes that `prune` would take. Before the first update no importance
+        is known, so the learned sizes hold, which are the dense ones.
         """
         if self.rounded is not None:
             return self.rounded[name].to(self.prune_ratio.device)
@@ -272,7 +284,7 @@ class Gates(nn.Module):
         return self.rounder(self).sizes[name].to(self.prune_ratio.device)
 
     def learned_units(self, name: str) -> Tensor:
-        """The whole numbers nearest to what the ratios keep, `[rows]` int64, whatever the budget and multiples say."""
+        """The whole numbers nearest to what the ratios keep, `[rows]` int64; budget and `round_to` do not count."""
         dim = self.dims[name]
         if dim.follows is not None:
             return self.following_units(name, self.learned_units(dim.follows))
@@ -280,17 +292,17 @@ class Gates(nn.Module):
         return num_kept(self.ratio(name), dim.units).clamp(lowest, highest)
 
     def following_units(self, name: str, leader_units: Tensor) -> Tensor:
-        """Units that a dim keeps, `[..., rows]`, when the dim that it follows keeps `leader_units`, `[..., rows]`."""
+        """Units that a dim keeps, `[..., rows]`, when its leading dim keeps `leader_units`, `[..., rows]`."""
         dim = self.dims[name]
         factor = dim.units // self.dims[str(dim.follows)].units
         return (factor * leader_units[..., :1]).expand(*leader_units.shape[:-1], dim.rows)
 
     @torch.no_grad()
     def clamp_ratios_(self) -> None:
-        """Keep the prune ratios in [0, 1] and within the sizes that are allowed; every training forward does it too.
+        """Keep the prune ratios in [0, 1] and within the allowed sizes; every training forward pass does it too.
 
-        Those that still move after a decision are kept at the target: once per move, and per update of the importance,
-        by which the layers that count are ranked.
+        After `decide_`, the ratios that still move are also kept at the target. That is repeated when a ratio has moved
+        and when the importance was updated: importance ranks the layers, and dropped layers cost nothing.
         """
         self.prune_ratio.clamp_(self.lower, self.upper)
         if not self.decided or self.decided.keys() == self.dims.keys():
@@ -301,11 +313,12 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def decide_(self, progress: float) -> None:
-        """Give the coarse dims the whole sizes that they would have in the cut, once, late in the search.
+        """Give the coarse dims the whole sizes of a cut made now, once, late in the search.
 
         Their masks are hard from then on, in training too. The finest dims learn on, at exactly the target: after each
-        step their sizes are scaled to it by one factor. A short dim would otherwise stand half open to the end, and the
-        cut would be another model than the one searched. Call it before each step.
+        step their sizes are scaled to it by one factor. Without this, the soft mask of a short dim can leave a unit
+        half open to the end of the search, and the cut model would differ from the searched one. Call it before each
+        step.
 
         Args:
             progress: fraction of the search that is done, in [0, 1]; nothing happens before `decide_at`.
@@ -320,7 +333,7 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def _fix_(self, sizes: Sizes) -> None:
-        """Let dims have whole sizes, `[rows]` each, that no longer move; all others move."""
+        """Fix dims at whole sizes, `[rows]` each; all other dims keep learning."""
         self.decided = dict(sizes)
         for name, size in sizes.items():
             if (dim := self.dims[name]).follows is None:
@@ -328,9 +341,9 @@ class Gates(nn.Module):
                     self._of_dim(ratios, name).copy_(1 - size[: dim.num_ratios] / dim.units)
 
     def _meet_target_(self) -> None:
-        """Scale the sizes of dims that are not decided by one factor, so that all cost what the target allows.
+        """Scale the sizes of the dims that are not decided by one factor, so that the whole model meets the target.
 
-        The factor is found on grids, each within a step of the one before.
+        The factor is found on grids: each grid divides the step of the previous one that contains the answer.
         """
         start = self.prune_ratio.clone()
         moving = self.lower < self.upper
@@ -351,7 +364,7 @@ class Gates(nn.Module):
         return not torch.equal(self.prune_ratio, ratios.to(self.prune_ratio.device))
 
     def _rows(self, ratios: Tensor, name: str) -> Tensor:
-        """What belongs to a dim of vectors of all prune ratios, `[..., ratios]`, one per row: `[..., rows]`."""
+        """The prune ratio of each row of a dim, `[..., rows]`, from vectors of all prune ratios, `[..., ratios]`."""
         if (leader := self.dims[name].follows) is not None:
             return self._rows(ratios, leader)[..., :1].expand(*ratios.shape[:-1], self.dims[name].rows)
         return self._of_dim(ratios, name).expand(*ratios.shape[:-1], self.dims[name].rows)
@@ -368,9 +381,10 @@ class Gates(nn.Module):
     def step_terms(self) -> list[Tensor]:
         """What the backward passes of a step left in this process: Taylor terms of every dim, gradient of the ratios.
 
-        With several processes, average these tensors over them, in place, before `update_importance_` and the
-        optimizer's step; in every process there are equally many, of the same shapes. Nothing else does it: the masks
-        are no parameters, and the ratios belong to no DDP or FSDP group.
+        With several processes, average these tensors over all processes, in place, before `update_importance_` and the
+        optimizer's step. DDP and FSDP do not: the masks are not parameters, and the ratios belong to no DDP or FSDP
+        group. Every process gets the same number of tensors of the same shapes, also if some have no gradient, because
+        a collective operation would otherwise hang.
         """
         if self.prune_ratio.grad is None:
             self.prune_ratio.grad = torch.zeros_like(self.prune_ratio)
@@ -381,7 +395,7 @@ class Gates(nn.Module):
         return [*(self._taylor[name] for name in (*self.dims, *self._scaled_norms())), self.prune_ratio.grad]
 
     def forget_step_(self) -> None:
-        """Drop the Taylor terms since the last update, for a step that is not taken."""
+        """Drop the Taylor terms since the last update. Call it for a step that is skipped."""
         self._taylor.clear()
         self._gathered.clear()
 
@@ -392,7 +406,7 @@ class Gates(nn.Module):
         Call it once per optimizer step, after all backward passes of the step.
 
         Raises:
-            ValueError: there was no backward pass through the model in training mode, so there is nothing to count.
+            ValueError: no backward pass went through the model in training mode, so there is nothing to add.
         """
         if not self._gathered and not self.refitted:
             raise HfDmsError(
@@ -462,15 +476,15 @@ class Gates(nn.Module):
     def resource_loss(self, progress: float = 1.0) -> Tensor:
         """λ_resource·loss_resource, to be added to the task loss: a float32 scalar.
 
-        It is computed from the prune ratios, not from the masks that carry the Taylor terms, so importance does not
-        depend on it.
+        It is computed from the prune ratios, not from the masks that carry the Taylor terms. So importance does not
+        depend on the resource.
 
         Args:
             progress: fraction of the search that is done, in [0, 1]; 1 asks for the final target at once.
         """
         return self.schedule.resource_weight * resource_loss(self.resource(), self.target(progress))
 
-    # ---- what an nn.Module would do and this one must not ------------------------------------------------------------
+    # ---- what nn.Module does by default and gates must not do --------------------------------------------------------
     def _apply(self, fn, recurse: bool = True):
         """Follow the model to another device, but stay float32 when it is cast."""
         device = fn(self.lower.new_empty(0)).device
@@ -479,7 +493,7 @@ class Gates(nn.Module):
         return super()._apply(lambda tensor: tensor.to(device), recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy takes along: not the masks of the last forward pass, which belong to its autograd graph."""
+        """What a copy contains. The masks of the last forward pass stay behind: they belong to its autograd graph."""
         return self.__dict__ | {"log_masks": {}}
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:

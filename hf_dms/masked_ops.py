@@ -1,7 +1,8 @@
-"""The places where a mask enters a forward pass, as autograd functions that keep no more than they must.
+"""The operations in which a mask enters a forward pass, as autograd functions that save little memory for the backward.
 
-Each takes the logarithm of a mask (gates.py), whose gradient is the Taylor term m·dL/dm. A naive product x·m would keep
-both x and y = x·m for the backward; y alone is enough, and the next matmul keeps it anyway.
+Each takes the logarithm of a mask (gates.py): its gradient is the Taylor term m·dL/dm. Autograd would save x for the
+product y = x·m, and the next matrix product saves y as well. These functions need only y, so masking costs no memory of
+the size of a batch.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# Smaller masks are 0. They are far below what float32 tells apart beside 1, and what they would multiply, gradients and
-# their squares in Adam too, would end in denormal numbers, which take a CPU many times as long.
+# Masks below this are set to 0. Beside 1, float32 resolves only 2^-24, so the output does not change. Without the
+# threshold, activations, gradients and their squares in Adam would become denormal numbers, on which a CPU is many
+# times slower.
 SMALLEST_MASK = 2.0**-40
 
 
@@ -27,11 +29,14 @@ class MaskUnits(torch.autograd.Function):
     """y = x·m along one axis, by default the last, m = exp(log m).
 
     Saved for the backward: y alone. dL/d(log m) = m·dL/dm = Σ g·y needs neither x nor a division.
+
+    The axis may be a product of dims, such as (kv rep d) for the inputs of an attention's output map. `shape` is then
+    (units before, units of the dim, units after): here (1, kv, rep·d). Every unit's mask covers its whole block.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, log_mask: Tensor, shape: tuple[int, int, int], axis: int = -1) -> Tensor:
-        behind = (1,) * (x.dim() - 1 - axis % x.dim())
+        behind = (1,) * (x.dim() - 1 - axis % x.dim())  # so that the mask broadcasts over the axes after its own
         mask = mask_of(log_mask).to(x.dtype)[None, :, None].expand(shape).reshape(-1, *behind)
         y = x * mask
         ctx.save_for_backward(y, mask)
@@ -44,6 +49,7 @@ class MaskUnits(torch.autograd.Function):
         grad_x = grad * mask if ctx.needs_input_grad[0] else None
         grad_log_mask = None
         if ctx.needs_input_grad[1]:
+            # Sum over batch and positions first, in float32 at least: millions of terms would drown in half precision.
             others = [axis for axis in range(y.dim()) if axis != ctx.axis % y.dim()]
             per_column = (grad * y).sum(others, dtype=_at_least_float32(y.dtype))
             grad_log_mask = per_column.view(ctx.shape).sum((0, 2)).to(torch.float32)
@@ -51,11 +57,12 @@ class MaskUnits(torch.autograd.Function):
 
 
 class MaskKernel(torch.autograd.Function):
-    """The weights of a linear map or a convolution times the mask of what it reads: (x·m) Wᵀ = x (W·m)ᵀ.
+    """The weights of a linear map or a convolution times the mask of its inputs: (x·m) Wᵀ = x (W·m)ᵀ.
 
-    dL/d(log m) = Σ g·W·m, the same number as `MaskUnits` gives, but nothing as large as a batch passes for it.
+    It equals masking the inputs (`MaskUnits`), and dL/d(log m) = Σ g·W·m is the same number. It is cheaper where the
+    weights are fewer numbers than the inputs of a batch, as in convolutions on large images (`FEWER` in attach.py).
 
-    Saved for the backward: W·m, which the map keeps too.
+    Saved for the backward: W·m, which the map saves too.
     """
 
     @staticmethod
@@ -79,13 +86,16 @@ class MaskKernel(torch.autograd.Function):
 class GateResidual(torch.autograd.Function):
     """x + m·(y - x), exactly x at m = 0 and y at m = 1; dL/d(log m) = Σ g·(out - x).
 
-    Saved for the backward: x and the output, both of which the neighbouring norms keep anyway.
+    x is a layer's input and y its output: with y = x + f(x) this is the paper's x + m·f(x). It is written with y
+    because f alone is not visible from outside a layer.
+
+    Saved for the backward: x and the output. The norms before and after the layer save both anyway.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor, log_mask: Tensor) -> Tensor:
         mask = mask_of(log_mask).to(x.dtype)
-        out = torch.lerp(x, y, mask)
+        out = torch.lerp(x, y, mask)  # exact at both ends, which x + m·(y - x) in floating point is not
         ctx.save_for_backward(x, out, mask)
         return out
 
@@ -100,19 +110,20 @@ class GateResidual(torch.autograd.Function):
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    if not torch.amp.is_autocast_available(device_type):  # meta
+    if not torch.amp.is_autocast_available(device_type):  # the meta device has none
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
 
 
 class MaskedNorm(torch.autograd.Function):
-    """RMS norm or layer norm whose statistics run over the kept width, its output masked after the bias.
+    """RMS norm or layer norm with statistics over the kept units only; its output is masked after the bias.
 
     With M = Σ m, μ = Σ m·x / M (0 for an RMS norm), v = Σ m·(x - μ)² / M and r = (v + ε)^(-1/2):
-    y = m·(w·(x - μ)·r + b). At m = 1 the stock norm; at a hard mask that of the cut model. Like the stock RMS norm it
-    computes in float32 at least, and rounds to the input's dtype before the weight.
+    y = m·(w·(x - μ)·r + b). At m = 1 it is the stock norm, at a hard mask the norm of the cut model. Like the stock RMS
+    norm it computes in float32 at least, and rounds to the input's dtype before it applies the weight.
 
-    Saved for the backward: x, which the stock norm keeps too, and two numbers per position.
+    Saved for the backward: x, which the stock norm saves too, and two numbers per position, μ and r. Everything else is
+    computed again in the backward.
     """
 
     @staticmethod
@@ -121,24 +132,29 @@ class MaskedNorm(torch.autograd.Function):
         mask = mask_of(log_mask).to(wide)
         share = mask / mask.sum()
         offset, centre = x.to(wide), None
-        with _without_autocast(x.device.type):  # it would take the sums of squares in half precision
+        with _without_autocast(x.device.type):  # autocast would compute the sums of squares in half precision
             if centered:
                 centre = (offset @ share)[..., None]
                 offset = offset - centre
             y = offset.square()
-            inverse = torch.rsqrt((y @ share)[..., None] + eps)
+            inverse = torch.rsqrt(
+                (y @ share)[..., None] + eps
+            )  # r; a matrix product is faster than (y * share).sum(-1)
         ctx.save_for_backward(x, log_mask, weight, bias, centre, inverse)
         ctx.eps = eps
-        normed = offset.mul_(inverse) if centered else offset * inverse
+        normed = offset.mul_(inverse) if centered else offset * inverse  # without a centre, `offset` is x itself
         if x.dtype != wide:
             y = weight * normed.mul_(mask).to(x.dtype)
             return y if bias is None else y + bias * mask.to(x.dtype)
-        torch.mul(normed, weight * mask, out=y)
+        torch.mul(normed, weight * mask, out=y)  # the squares are no longer needed: their memory takes the output
         return y if bias is None else y.add_(bias * mask)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
+        # Names: x̂ = (x - μ)·r, g the gradient of y. The chain rule has three paths from y to x and m: through x - μ
+        # directly, through the variance v (in r), and through the mean μ. All sums over positions become matrix
+        # products with `[positions, hidden]` tensors, and two such tensors are reused for every product.
         x, log_mask, weight, bias, centre, inverse = ctx.saved_tensors
         wide = _at_least_float32(x.dtype)
         mask = mask_of(log_mask).to(wide)
@@ -149,7 +165,7 @@ class MaskedNorm(torch.autograd.Function):
         if centre is not None:
             offset = offset - centre.flatten(0, -2)
         scaled = g * inverse
-        room = offset * scaled  # g·x̂; the same memory is used again below
+        room = offset * scaled  # g·x̂; its memory is reused below
         columns = room.sum(0)  # Σ g·x̂ per unit, [hidden]
         dot = room @ (weight * mask)  # Σ g·w·m·x̂ per position
         of_bias = g.sum(0)
@@ -157,15 +173,18 @@ class MaskedNorm(torch.autograd.Function):
         grad_variance = -0.5 * inverse.squeeze(-1).square() * dot
         grad_centre = -(scaled @ (weight * mask)) if centre is not None else None
         grad_x = grad_log_mask = grad_weight = grad_bias = None
-        torch.mul(offset, grad_variance[:, None], out=room)
+        torch.mul(offset, grad_variance[:, None], out=room)  # dL/dv·(x - μ)
         if ctx.needs_input_grad[0]:
+            # Direct: g·w·m·r. Through the variance: dv/dx = 2·m·(x - μ)/M. Through the mean: dμ/dx = m/M.
             grad_x = scaled.mul_(weight * mask).addcmul_(room, 2 * mask / total)
             if grad_centre is not None:
                 grad_x.addr_(grad_centre, mask / total)
             grad_x = grad_x.to(x.dtype).view_as(x)
         if ctx.needs_input_grad[1]:
-            variance = inverse.squeeze(-1).pow(-2)  # v + ε; the ε of dv/dm = ((x - μ)² - v)/M is taken off below
-            squares = room.mul_(offset).sum(0)
+            # Direct: Σ g·(w·x̂ + b). Through the variance: dv/dm = ((x - μ)² - v)/M. Through the mean: dμ/dm = (x -
+            # μ)/M.
+            variance = inverse.squeeze(-1).pow(-2)  # v + ε, and ε is subtracted below
+            squares = room.mul_(offset).sum(0)  # Σ dL/dv·(x - μ)²
             grad_mask = weight * columns + (squares - (grad_variance * (variance - ctx.eps)).sum()) / total
             if bias is not None:
                 grad_mask = grad_mask + of_bias * bias
@@ -180,15 +199,19 @@ class MaskedNorm(torch.autograd.Function):
 
 
 def masked_response_norm(x: Tensor, log_mask: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
-    """Global response normalisation (ConvNeXt V2, arXiv 2301.00808) whose mean runs over the kept units.
+    """Global response normalisation (ConvNeXt V2, arXiv 2301.00808) with its mean over the kept units.
 
-    With g the norm of each unit over the image: y = w·x·g / (Σ m·g / Σ m + ε) + b + x. What reads y masks it.
+    With g the norm of each unit over the image: y = w·x·g / (Σ m·g / Σ m + ε) + b + x. The output is not masked here:
+    the map that reads y masks its inputs.
 
     Args:
         x: `[batch, height, width, units]`.
         log_mask: `[units]`.
         weight, bias: `[1, 1, 1, units]`.
-        eps: that of transformers' class, which holds it in its code.
+        eps: 1e-6, the constant in the code of transformers' class.
+
+    Returns:
+        y, of the shape of x.
     """
     mask = mask_of(log_mask).to(_at_least_float32(x.dtype))
     response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
@@ -197,7 +220,7 @@ def masked_response_norm(x: Tensor, log_mask: Tensor, weight: Tensor, bias: Tens
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Σ a·b, a float32 scalar; without a tensor of products where the layout and the dtype allow it."""
+    """Σ a·b, a float32 scalar. Where strides and dtype allow it, no tensor of products is allocated."""
     wide = a.dtype == b.dtype and a.dtype in (torch.float32, torch.float64)
     if wide and a.is_contiguous() and b.is_contiguous():
         return torch.dot(a.flatten(), b.flatten()).to(torch.float32)

@@ -1,9 +1,10 @@
 """What a model costs as a function of its gates, the resource loss and the falling target (section 3.3 of the paper).
 
 A cost is a polynomial in the sizes of the dims: a Llama layer has `2·kv·rep·d·hidden + ... + 3·mlp·hidden + 2·hidden`
-parameters. Sizes may be whole (an exact count) or not (the differentiable relaxation k̃ = (1 - a) N, whose gradient in
-a is the same everywhere). Each layer's cost is multiplied by how much of the layer is kept. Layers come in stacks of
-equal ones: a Llama has one, a staged network one a stage.
+parameters (kv: key-value heads, rep: query heads per key-value head, d: width of a head). Whole sizes give an exact
+count. Fractional sizes give the differentiable relaxation k̃ = (1 - a) N, which has the same gradient at every a. Each
+layer's cost is multiplied by how much of the layer is kept. Layers come in stacks of equal layers: a Llama has one
+stack, a network with stages has one per stage.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Cost:
 
 
 def _product(sizes: Sizes, monomial: Monomial) -> Tensor:
+    # float64: float32 has 24 bits, so a count above 16.7 million parameters would be off by some.
     if not monomial:
         return torch.ones(1, dtype=torch.float64, device=next(iter(sizes.values())).device)
     return math.prod((sizes[dim].double() for dim in monomial[1:]), start=sizes[monomial[0]].double())

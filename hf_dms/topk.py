@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Below this many, λ = N would leave the mask visibly closed at a = 0: its lowest unit stands at sigmoid(1/2) = 0.62.
-# With the floor, the missing mass at a = 0, about ln(2)·N/λ units, stays under 0.3 % of a dim of 32 units or more, and
-# under 0.1 unit of a shorter one. What that does to the loss is measured in benchmarks/README.md.
+# With the paper's λ = N, the mask of a dim is not fully open at a = 0: its lowest unit stands at sigmoid(1/2) = 0.62.
+# In a dim of few units (heads, layers) that changes the model before anything is pruned. With this lower bound on λ,
+# the mass that is missing at a = 0, about ln(2)·N/λ units, stays under 0.3 % of a dim of 32 units or more, and under
+# 0.1 unit of a shorter one. benchmarks/README.md has the effect on the loss.
 MIN_STEEPNESS = 256.0
 MAX_STEEPNESS_PER_UNIT = 8.0
 
@@ -21,7 +22,7 @@ MAX_STEEPNESS_PER_UNIT = 8.0
 def ranks(importance: Tensor) -> Tensor:
     """Rank of each unit, 0 for the least important; equal units rank by index, so ranks are always a permutation.
 
-    By sorting: O(N log N) time and O(N) memory per row, never an N×N comparison.
+    It sorts, which takes O(N log N) time and O(N) memory per row. Comparing all pairs would take N² of both.
 
     Args:
         importance: `[..., units]`, larger is more important.
@@ -68,7 +69,18 @@ def steepness_of(num_units: int, sharpness: float | None = None) -> float:
 
 
 def log_soft_topk_mask(importance: Tensor, prune_ratio: Tensor, steepness: float | None = None) -> Tensor:
-    """Logarithm of `soft_topk_mask`: the form in which masks travel through a model (see masking.py)."""
+    """Logarithm of `soft_topk_mask`: the form in which masks travel through a model (see masked_ops.py).
+
+    `logsigmoid` stays finite where the mask itself underflows to 0, and with it the gradient of the ratio.
+
+    Args:
+        importance: `[..., units]`, larger is more important; no gradient flows to it.
+        prune_ratio: `[...]` in [0, 1].
+        steepness: λ; default N, the paper's.
+
+    Returns:
+        `[..., units]`, at most 0.
+    """
     if steepness is None:
         steepness = float(importance.shape[-1])
     return F.logsigmoid(steepness * (normalize_importance(importance) - prune_ratio.unsqueeze(-1)))
@@ -98,8 +110,8 @@ def soft_topk_mask(importance: Tensor, prune_ratio: Tensor, steepness: float | N
 def num_kept(prune_ratio: Tensor, num_units: int) -> Tensor:
     """Number of units that a prune ratio keeps: k = floor((1 - a) N + 1/2), at least 1.
 
-    Computed in float64. A value that misses a half by no more than the rounding error of a itself counts as the half,
-    so that a = 0.05 of 10 units keeps 10 in float32 as it does on paper.
+    The sum is computed in float64. A value that misses a half by no more than the rounding error of a counts as the
+    half. So a = 0.05 of 10 units keeps 10 units in float32, as it does on paper.
 
     Args:
         prune_ratio: `[...]` in [0, 1].
@@ -146,10 +158,11 @@ def hard_topk_mask(importance: Tensor, prune_ratio: Tensor) -> Tensor:
 
 
 def linear_topk_count(importance: Tensor, units_kept: Tensor) -> Tensor:
-    """How much of each unit is counted when `units_kept`, not necessarily whole, units stay.
+    """How much of each unit counts towards the resource when `units_kept` units stay; the number may be fractional.
 
-    The most important units count 1, the one at the edge its fraction, the rest 0, so the sum is `units_kept` and its
-    slope is the same everywhere. The sum of a sharp soft mask has a slope that swings between 0.3 and 2 times that.
+    The most important units count 1, the unit at the edge counts its fraction, and the rest count 0. So the sum is
+    `units_kept`, and its slope is 1 everywhere. The sum of a sharp soft mask would do as a relaxation too, but its
+    slope swings between 0.3 and 2.
 
     Args:
         importance: `[..., units]`.

@@ -1,7 +1,8 @@
-"""What is written: the class and the config of a cut model.
+"""The class and the config of a cut model.
 
-The stock ones if all layers are equal or padded to the widest (or another stock class with the same tensors and fewer
-limits), the per-layer ones of modeling_dms.py otherwise.
+If all layers have equal sizes, or are padded to the widest one, a stock class can hold them: that of the dense model,
+or another stock class with the same tensors and fewer limits (Mistral for Llama). Otherwise the per-layer classes of
+modeling_dms.py hold them.
 """
 
 from __future__ import annotations
@@ -19,13 +20,20 @@ from ..errors import HfDmsError
 from . import modeling_dms
 from .plan import Plan, kept_layers, kept_units
 
-NOT_TAKEN_OVER = ("architectures", "auto_map", "transformers_version", "quantization_config")  # from a dense config
+# Keys of the dense config that describe its own class or files, and would be wrong for the cut model.
+NOT_TAKEN_OVER = ("architectures", "auto_map", "transformers_version", "quantization_config")
 
 
 def pruned_class_and_config(
     model: PreTrainedModel, bound: BoundSpec, plan: Plan, layout: str
 ) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    """The class and config of the cut model: the stock ones if all layers are equal, the per-layer ones otherwise.
+    """The class and config of the cut model.
+
+    Args:
+        model: the dense model.
+        bound: its architecture.
+        plan: which units stay.
+        layout: uniform, per_layer or padded.
 
     Raises:
         ValueError: no stock config can express the sizes, and the layout asks for one.
@@ -44,6 +52,8 @@ def pruned_class_and_config(
     differ = any(largest[name] != size for layer in sizes for name, size in layer.items())
     fits = within_limits(bound.spec, largest)
     stock_can = fits or has_alternative(bound.spec, model.config)
+    # layout per_layer is written as a stock model too, where the search happens to end with equal layers: more runtimes
+    # load it. Equal layers may still break a limit of the stock class (heads that do not divide hidden).
     if differ or (layout == "per_layer" and not stock_can):
         config_class = modeling_dms.dms_config_class(stock)
         values |= {"model_type": config_class.model_type, "auto_map": modeling_dms.auto_map(stock)}
@@ -58,7 +68,7 @@ def pruned_class_and_config(
 
 
 def written_sizes(bound: BoundSpec, plan: Plan, layout: str, model_config: Any) -> list[dict[str, int]]:
-    """Units of every dim in each layer of the cut model: those that stay, and for layout padded the zeros beside them.
+    """Units of every dim in each layer of the cut model. For layout padded the zeros count as units.
 
     Args:
         bound: the architecture.
@@ -66,6 +76,7 @@ def written_sizes(bound: BoundSpec, plan: Plan, layout: str, model_config: Any) 
         layout: uniform, per_layer or padded.
         model_config: the dense model's config.
     """
+    # A layer has the dims of its own stack, and those that belong to no stack, such as hidden.
     layers = [
         {
             name: len(kept_units(plan, name, layer, units))
@@ -81,15 +92,16 @@ def written_sizes(bound: BoundSpec, plan: Plan, layout: str, model_config: Any) 
 
 
 def per_layer_values(bound: BoundSpec, sizes: list[dict[str, int]], common: dict[str, int]) -> dict[str, Any]:
-    """What a per-layer config says beside the sizes that all layers have.
+    """The keys that a per-layer config has beside those of a stock config.
 
-    That is what differs in each layer, in transformers' schema, and how to build a layer from it. The schema has no
-    place for stages: their layers' sizes are in `dms_layers` too.
+    `per_layer_config` is transformers' own schema: for each layer, the values that differ from the common ones.
+    `dms_layers` says how to build a layer from its sizes. The schema cannot describe networks with stages, so their
+    layers' sizes are in `dms_layers` as well.
 
     Args:
         bound: the architecture.
         sizes: units of every dim in each layer of the cut model.
-        common: what the config says of all layers.
+        common: the values of the stock config, which hold for all layers.
     """
     if not bound.spec.families:
         per_layer = [config_values(bound.spec, layer_sizes) for layer_sizes in sizes]
@@ -110,12 +122,12 @@ def per_layer_values(bound: BoundSpec, sizes: list[dict[str, int]], common: dict
 
 
 def layer_description(bound: BoundSpec) -> dict[str, Any]:
-    """What modeling_dms.py must know to build a layer of the one stack from its sizes."""
+    """What modeling_dms.py needs to build a layer from its sizes, for a model with one stack of layers."""
     description = _inside_layers(bound, bound.depth)
     recorded = {product: key for key, product in bound.spec.config.items()}
     dims = {name: recorded.get(name, bound.spec.dim(name).size) for name in _dims_of(description)}
     dims = {name: str(bound.sizes[name]) if callable(size) else size for name, size in dims.items()}
-    for key in ("axes", "attributes"):  # which are the same in every layer
+    for key in ("axes", "attributes"):  # the same lines for every layer, so the layer's number is left out
         description[key] = {name.removeprefix("{i}."): text for name, text in description[key].items()}
     return description | {"dims": dims, "build_with": bound.spec.build_with}
 
@@ -167,7 +179,7 @@ def _dims_of(description: dict[str, Any]) -> list[str]:
 
 
 def _alternative_class_and_config(cls: Any, stock: Any, bound: BoundSpec, values: dict[str, Any]) -> tuple[Any, Any]:
-    """The same model as another stock class that has fewer limits (Llama as Mistral)."""
+    """The class and config of the same model in another stock class that has fewer limits (Mistral for Llama)."""
     config_class = transformers.CONFIG_MAPPING[str(bound.spec.alternative)]
     old, new = (config.__name__.removesuffix("Config") for config in (stock, config_class))
     drop = {"model_type", "pretraining_tp", *bound.spec.alternative_needs}

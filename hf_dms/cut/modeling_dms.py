@@ -1,9 +1,9 @@
 """Models whose layers differ in width: the file that travels with a per-layer checkpoint of hf_dms.
 
 It needs torch and transformers only. `Dms<Stock class>` (DmsLlamaForCausalLM, ...) is the stock class with its layers
-resized: config.json names each layer's sizes in transformers' own `per_layer_config`, and in `dms_layers` what the axes
-of a layer's parameters are products of. With hf_dms installed, `import hf_dms` registers these classes; without it,
-`from_pretrained(..., trust_remote_code=True)` finds this file.
+resized. config.json has each layer's sizes in transformers' own `per_layer_config`. Its `dms_layers` says, for each
+axis of a layer's parameters, which of these sizes it is the product of. With hf_dms installed, `import hf_dms`
+registers these classes; without it, `from_pretrained(..., trust_remote_code=True)` finds this file.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def dms_config_class(stock: Any) -> Any:
     """
 
     def validate_architecture(self) -> None:
-        """The stock check reads sizes that differ per layer here; sizes are checked when the layers are built."""
+        """Skip the stock check: it reads sizes that differ per layer here. Building the layers checks them."""
 
     def __post_init__(self, **kwargs) -> None:
         register_models(stock)
@@ -60,14 +60,14 @@ def dms_config_class(stock: Any) -> Any:
         "validate_architecture": validate_architecture,
         "__hash__": None,
     }
-    cls: Any = strict(type(name, (stock,), namespace))  # without strict the parent's validators would stay in force
-    cls.__eq__ = same  # the generated one reads attributes that differ per layer
+    cls: Any = strict(type(name, (stock,), namespace))  # without `strict` the parent's validators would still run
+    cls.__eq__ = same  # the generated method reads attributes that differ per layer, which transformers refuses
     return cls
 
 
 @functools.cache
 def register_models(stock: Any) -> None:
-    """Let the Auto classes find the per-layer model classes of a stock config class."""
+    """Register the per-layer model classes of a stock config class with the Auto classes."""
     for name in AUTO_CLASSES:
         if classes := tuple(dms_model_class(cls) for cls in stock_classes(name, stock)):
             mapping = getattr(transformers, name)._model_mapping
@@ -79,7 +79,8 @@ def dms_model_class(stock: Any) -> Any:
     """The per-layer class of a stock model class, e.g. `LlamaForCausalLM`."""
     config_class = dms_config_class(stock.config_class)
     if renaming := conversion_mapping.get_checkpoint_conversion_mapping(stock.__name__):
-        # Files of some stock classes hold other names than the model; inside a head they are renamed by themselves.
+        # Checkpoints of some stock classes hold other parameter names than the model. transformers finds the renaming
+        # by the name of the class, so the new class needs an entry of its own.
         conversion_mapping.register_checkpoint_conversion_mapping(f"Dms{stock.__name__}", renaming, overwrite=True)
 
     @functools.wraps(stock.__init__)
@@ -103,7 +104,11 @@ def dms_model_class(stock: Any) -> Any:
 
 @contextlib.contextmanager
 def _common_sizes(config):
-    """Show a stock class the sizes that all layers have in common, and others where it would refuse these."""
+    """Context: the config of a per-layer model looks like a stock config, so that the stock class can be built.
+
+    It shows the common sizes. Where the stock class would refuse these, `build_with` names values that it accepts; the
+    layers are resized right after.
+    """
     recorded, build_with = config.to_dict(), config.dms_layers["build_with"]
     config.per_layer_config = None
     for attribute, value in build_with.items():
@@ -119,7 +124,7 @@ def _common_sizes(config):
 def resize_layers_(model) -> None:
     """Give each layer of a freshly built stock model the sizes that its config records, in place."""
     layout = model.config.dms_layers
-    if "stacks" not in layout:  # one stack of layers, whose sizes are in transformers' own schema
+    if "stacks" not in layout:  # one stack of layers; its sizes are in transformers' own schema
         count = len(model.base_model.get_submodule(layout["path"]))
         layers = [model.config.per_layer_config[index] for index in range(count)]
         sizes = [{name: _size(expression, layer) for name, expression in layout["dims"].items()} for layer in layers]
@@ -136,8 +141,9 @@ def resize_stack_(model, layout: dict, layer_sizes: list[dict[str, int]]) -> Non
 
     Args:
         model: a freshly built stock model.
-        layout: path of the stack below the base model; axes of a layer's parameters and buffers, and what its modules
-            remember, by names that begin with `{i}` for any layer, `{i>0}` for any but the first, or a layer's number.
+        layout: `path` of the stack below the base model; `axes` of a layer's parameters and buffers; `attributes` of
+            modules that hold a size. Their names begin with `{i}` for any layer, `{i>0}` for any layer but the first,
+            or a layer's number.
         layer_sizes: units of every dim, layer by layer.
     """
     layers = zip(model.base_model.get_submodule(layout["path"]), layer_sizes, strict=True)
@@ -161,7 +167,7 @@ def resize_(model, within, axes: dict[str, str], attributes: dict[str, str], siz
         factors, _, power = product.partition("**")
         value = prod(sizes[factor] for factor in factors.split())
         setattr(within.get_submodule(path), attribute, value ** float(power) if power else value)
-    resized: dict[nn.Module, None] = {}  # in order, so that the same seed gives the same weights
+    resized: dict[nn.Module, None] = {}  # an ordered set: the same seed must give the same weights
     for name, product in axes.items():
         path, _, leaf = name.rpartition(".")
         module = within.get_submodule(path)
@@ -180,13 +186,13 @@ def resize_(model, within, axes: dict[str, str], attributes: dict[str, str], siz
 
 
 def _of_layer(lines: dict[str, str], index: int) -> dict[str, str]:
-    """The lines that hold for a layer, by names inside it."""
+    """The lines of a description that hold for a layer, by names inside the layer."""
     mine = {"{i}", str(index)} | ({"{i>0}"} if index > 0 else set())
     return {name.partition(".")[2]: text for name, text in lines.items() if name.partition(".")[0] in mine}
 
 
 def _parse(axes: str) -> list[list[str]]:
-    axes = axes.partition("@")[0]  # what follows says how often the map runs
+    axes = axes.partition("@")[0]  # the part after @ says how often a map runs, which only costs depend on
     return [token.strip("()").split() for token in re.findall(r"\([^)]*\)|\S+", axes)]
 
 
@@ -198,7 +204,7 @@ def _size(expression: str, config) -> int:
 
 
 def stock_classes(auto: str, stock_config: Any) -> tuple[Any, ...]:
-    """Classes that an Auto class chooses from, by `architectures`, for a stock config class; usually one or none."""
+    """The classes of an Auto class for a stock config class, usually one or none."""
     found = getattr(transformers, auto)._model_mapping.get(stock_config, ())
     return found if isinstance(found, tuple) else (found,)
 
@@ -215,9 +221,9 @@ def auto_class_of(stock: Any) -> str | None:
 
 
 def auto_map(stock_config: Any) -> dict[str, str]:
-    """What `auto_map` of a per-layer config says: the class in this file for every head of the architecture.
+    """`auto_map` of a per-layer config: for every head of the architecture, the class in this file.
 
-    Nothing for an architecture that is not transformers' own: this file could not make its classes by itself.
+    It is empty for an architecture outside transformers: this file could not build its classes without that code.
     """
     if not _is_of_transformers(stock_config):
         return {}

@@ -1,4 +1,4 @@
-"""The plan of a cut: which units stay, per dim and layer; and the small JSON file that people and tools can read."""
+"""The plan of a cut: which units stay, per dim and layer. It is also a small JSON file for people and other tools."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Plan:
     """Which units stay.
 
     Attributes:
-        kept: per pruned dim one sorted index tensor per row (layer of the dense model, or the whole model).
-        log_scales: for the dims whose units have learned scales (`dms.scales`) θ of every kept unit, float32 in the
-            shapes of `kept`; what a unit writes is multiplied by exp θ. As `norms.DIM` those of the norms over a dim:
-            of each norm of the dense model θ of all units, kept or not.
+        kept: per pruned dim one sorted index tensor per row (a row is a layer of the dense model, or the whole model).
+        log_scales: θ of learned scales exp θ (`dms.scales`), float32. Under the name of a dim: θ of every kept unit, in
+            the shapes of `kept`. Under `norms.DIM`, for the norms over a dim: θ of all units, kept or not, one row per
+            norm of the dense model.
     """
 
     kept: dict[str, tuple[Tensor, ...]]
@@ -53,7 +53,7 @@ def kept_units(plan: Plan, name: str, layer: int | None, units: int) -> Tensor:
 
 
 def scales_by_unit(plan: Plan, bound: BoundSpec) -> dict[str, Tensor]:
-    """θ of all units of the dims and norms that have scales, `[rows, units]`: 0 for units of dims that do not stay."""
+    """θ of all units of the dims and norms that have scales, `[rows, units]`. Units of a dim that go have θ = 0."""
     found = {}
     for name, rows in plan.log_scales.items():
         if name not in plan.kept:
@@ -75,14 +75,14 @@ def kept_layers(plan: Plan, bound: BoundSpec) -> list[tuple[str, int]]:
 def plan_to_json(plan: Plan, bound: BoundSpec, layout: str) -> str:
     """A plan as JSON text.
 
-    `kept` holds, per pruned dim, one list of indices into the dense model's units per layer, or one list in all for a
-    dim that the whole model shares; `units` how many the dense model has. Layers that go are in it too: `kept.layers`
-    says which stay. `log_scales`, if there are any, holds the scales of the units that stay, and of all norms.
+    `kept` holds, per pruned dim, one list of indices into the dense model's units per layer. A dim that the whole model
+    shares has a single list. `units` holds the number of units of the dense model. Dropped layers have lists too;
+    `kept.layers` says which layers stay. `log_scales` holds the scales, if there are any (`packed_scales`).
 
     Args:
         plan: which units stay.
         bound: the dense model's architecture.
-        layout: what is written, uniform, per_layer or padded.
+        layout: the checkpoint format, uniform, per_layer or padded.
     """
     kept = {name: [row.tolist() for row in rows] for name, rows in plan.kept.items()}
     units = {name: bound.sizes[name] for name in kept}
@@ -105,7 +105,7 @@ def load_plan(path: str | os.PathLike, bound: BoundSpec) -> tuple[Plan, str]:
         The plan and its layout.
 
     Raises:
-        ValueError: there is none, or it is one of another model; the first thing that does not fit is named.
+        ValueError: there is no plan, or it belongs to another model; the message names the first mismatch.
     """
     file = Path(path)
     file = file / PLAN_FILE if file.is_dir() else file
@@ -128,16 +128,16 @@ def packed_scales(plan: Plan) -> dict[str, list[str]]:
 def unpacked_scales(
     packed: Mapping[str, Sequence[str]], kept: Mapping[str, Sequence[Any]], bound: BoundSpec, where: object
 ) -> dict[str, tuple[Tensor, ...]]:
-    """What `packed_scales` made text of.
+    """Inverse of `packed_scales`.
 
     Args:
         packed: the texts.
-        kept: the units that stay, which the scales are of.
+        kept: the units that stay; each has a scale.
         bound: the dense model's architecture.
-        where: they were found, for messages.
+        where: the file they come from, for messages.
 
     Raises:
-        ValueError: they are no finite numbers, one for each unit.
+        ValueError: a text is not base64 of one finite number for each unit.
     """
     counts = {name: [len(units) for units in rows] for name, rows in kept.items()}
     for name, paths in scaled_norms(bound).items():
@@ -166,10 +166,10 @@ def _floats(text: str, count: int, where: str) -> Tensor:
 
 
 def check_plan(content: Any, bound: BoundSpec, file: Path) -> None:
-    """Check that the content of a plan's file is for a model.
+    """Check that the content of a plan's file fits a model.
 
     Raises:
-        ValueError: it is not; the first thing that does not fit is named.
+        ValueError: it does not; the message names the first mismatch.
     """
     if content["format"] > FORMAT:
         raise HfDmsError(f"{file} has format {content['format']}, this hf_dms knows up to {FORMAT}. Update hf_dms.")

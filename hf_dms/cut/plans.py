@@ -1,6 +1,7 @@
-"""The plans that a search passed on its way down, one for every 5 % of the resource, in one small file.
+"""Plans for larger sizes than the target, which a search passes on its way down: one per 5 % of the resource.
 
-A unit is one bit, eight to a byte, in base64: some kilobytes for each plan of a model of 135 million parameters.
+All are in one small file. Each unit is one bit in base64, which makes a few kilobytes per plan of a model with
+135 million parameters.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Plans = dict[float, Plan]  # by the share of the dense resource that each keeps 
 
 
 def levels_above(target: float) -> list[float]:
-    """The shares at which a plan is kept on the way to a target, falling: 0.95, 0.9, ...
+    """The shares of the dense resource above a target at which a plan is kept, in falling order.
 
     Example:
         >>> levels_above(0.85)
@@ -40,9 +41,9 @@ def plans_to_json(plans: Mapping[float, Plan], bound: BoundSpec, layout: str) ->
     """Plans as JSON text.
 
     Args:
-        plans: by share, each of the same dims.
+        plans: by share; all have the same dims.
         bound: the dense model's architecture.
-        layout: what is written, uniform, per_layer or padded.
+        layout: the checkpoint format, uniform, per_layer or padded.
     """
     names = list(next(iter(plans.values())).kept) if plans else []
     head = {
@@ -72,7 +73,7 @@ def load_plans(path: str | os.PathLike, bound: BoundSpec) -> tuple[Plans, str]:
         The plans by share, and their layout.
 
     Raises:
-        ValueError: there is no such file, or it is one of another model.
+        ValueError: there is no such file, or it belongs to another model.
     """
     file = Path(path)
     file = file / PLANS_FILE if file.is_dir() else file
@@ -99,13 +100,13 @@ def load_plan_at(path: str | os.PathLike, bound: BoundSpec, share: float) -> tup
     Args:
         path: the file, or a folder with `dms_plans.json` in it.
         bound: the dense model's architecture.
-        share: of the dense resource that it keeps.
+        share: the share of the dense resource that the plan keeps.
 
     Returns:
         The plan and its layout.
 
     Raises:
-        ValueError: none was kept there; the message names those that were.
+        ValueError: there is no plan at that share; the message lists the shares that have one.
     """
     plans, layout = load_plans(path, bound)
     found = [level for level in plans if math.isclose(level, share, abs_tol=1e-6)]

@@ -1,6 +1,7 @@
-"""`prune`: round the gates to the exact budget, decide which units stay, cut, and prove the result.
+"""`prune`: round the gates to the exact budget, decide which units stay, cut, and check the result.
 
-The proof is that the cut model computes what the hard-masked one does. Slicing itself is in slicing.py.
+The check compares the outputs of the cut model with those of the hard-masked model (verify.py). Slicing itself is in
+slicing.py.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ..gates import Gates
 from ..gating.attach import attach_, check_gates_outside, detach_, gates_of, has_gates
 from ..gating.checks import check_model
 from ..gating.gates_for import recount_
-from ..gating.outcome import say_gap, say_outcome
+from ..gating.outcome import warn_of_gap, warn_of_outcome
 from ..gating.rounding import sizes_of
 from ..gating.scales import folded
 from ..resource import Sizes
@@ -39,19 +40,20 @@ def prune(
     """Cut a model to its exact budget.
 
     Args:
-        model: a model with gates (after a search), or, with `dms_config`, one without. It is left as it was.
-            Active adapters of PEFT are merged into the cut model, weights packed by bitsandbytes are unpacked in it.
+        model: a model with gates (after a search), or a model without gates if `dms_config` is given. It is not
+            modified. In the cut model, active PEFT adapters are merged, and weights packed by bitsandbytes are
+            unpacked.
         dms_config: for a model without gates: equal ratios for all dims, units chosen by weight magnitude.
         inputs: keyword arguments of one forward pass, on which the cut model is compared with the masked one.
             Default: transformers' dummy inputs.
 
     Returns:
-        A smaller model of the class that will be written, in evaluation mode, on the same device. Its
+        The smaller model, of the class that will be saved, in evaluation mode, on the same device. Its
         `save_pretrained` refuses the folder that `model` was loaded from.
 
     Raises:
-        ValueError: the model or the request is one that cannot be served.
-        VerificationError: the cut model does not compute what the masked one does.
+        ValueError: hf_dms does not support the model or the request; the message says why.
+        VerificationError: the outputs of the cut model differ from those of the masked model.
     """
     check_model(base_model_of(model), "prune")
     check_adapters(model)
@@ -82,23 +84,23 @@ def prune(
             "prune: no search has run on these gates; units are chosen by weight magnitude, at equal ratios.",
             stacklevel=2,
         )
-        say_gap(model)
+        warn_of_gap(model)
     else:
         check_searched(gates)
-        say_outcome(model)
+        warn_of_outcome(model)
     return cut_to(model, plan_of(model), inputs)
 
 
 def cut_to(model: PreTrainedModel, plan: Plan, inputs: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
-    """Cut a model with gates by a plan of its units, whatever they say now, and prove the result; see `prune`.
+    """Cut a model with gates by a given plan instead of its gates, and check the result; see `prune`.
 
     Args:
-        model: a model with gates; it is left as it was.
+        model: a model with gates; it is not modified.
         plan: which units stay.
         inputs: see `prune`.
 
     Raises:
-        VerificationError: the cut model does not compute what the masked one does.
+        VerificationError: the outputs of the cut model differ from those of the masked model.
     """
     gates = gates_of(model)
     bound = gates.attachment.bound
@@ -114,22 +116,28 @@ def cut_to(model: PreTrainedModel, plan: Plan, inputs: Mapping[str, Tensor] | No
 
 
 def check_searched(gates: Gates) -> None:
-    """Check that a search has told the units of every dim apart.
+    """Check that a search has ranked the units of every dim.
 
     Raises:
-        ValueError: the importance of a dim is zero everywhere, so that its first units would be cut.
+        ValueError: the importance of a dim is zero everywhere. Ranking would then cut its first units.
     """
     for name in gates.dims:
         if not gates.raw_importance(name).any():
             raise HfDmsError(
-                f"prune: after {gates.num_updates} updates every unit of {name} has importance 0, so the first ones "
-                "would be cut whatever they do. The loss does not depend on them, or its gradients are zero or "
-                "underflow: look at the loss, and train in float32 or bfloat16."
+                f"prune: after {gates.num_updates} updates every unit of {name} has importance 0, so the first units "
+                "would be cut, whatever they contribute. The loss does not depend on them, or its gradients are zero "
+                "or underflow: look at the loss, and train in float32 or bfloat16."
             )
 
 
 def plan_of(model: PreTrainedModel) -> Plan:
-    """The units that `prune` keeps of a model with gates as they are now.
+    """The plan that `prune` would cut by now.
+
+    Args:
+        model: a model with gates; it is not modified.
+
+    Returns:
+        Which units stay, per dim and layer.
 
     Raises:
         ValueError: the model has no gates, or the target cannot be reached.
@@ -158,18 +166,18 @@ def make_plan(gates: Gates, sizes: Sizes) -> Plan:
 
 
 def magnitude_importance(bound: BoundSpec, model: nn.Module, gates: Gates) -> dict[str, Tensor]:
-    """Sum of squares of all weights that go with a unit, `[rows, units]` per gated dim."""
+    """Sum of squares of all weights that disappear with a unit, `[rows, units]` per gated dim."""
     return sum_over_units(bound, gates, lambda name: plain_weight(model, name).float().square())
 
 
 @torch.no_grad()
 def sum_over_units(bound: BoundSpec, gates: Gates, values: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """Sums of something that every weight has, over all weights that go with a unit.
+    """For each unit, the sum of a value over all weights that disappear with the unit.
 
     Args:
         bound: the architecture.
-        gates: whose dims the units are of.
-        values: of a parameter by its name in the plain model, of the parameter's shape.
+        gates: the gates; sums are taken for their dims.
+        values: function from a parameter's name in the plain model to a value for each of its weights, in its shape.
 
     Returns:
         `[rows, units]` float32 per gated dim, on the CPU.
@@ -191,7 +199,7 @@ def sum_over_units(bound: BoundSpec, gates: Gates, values: Callable[[str], Tenso
 
 @contextlib.contextmanager
 def _ranked(model: PreTrainedModel) -> Iterator[None]:
-    """Let gates that no search has run on rank their units by weight magnitude for a while."""
+    """Context: gates that no search has run on rank their units by weight magnitude."""
     gates = gates_of(model)
     searched = gates.num_updates > 0
     importance = {} if searched else magnitude_importance(gates.attachment.bound, model, gates)
@@ -201,7 +209,7 @@ def _ranked(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _scaled_by(gates: Gates, plan: Plan) -> Iterator[None]:
-    """Let the scales be those of a plan for a while."""
+    """Context: the scales are those of a plan."""
     before = gates.scales
     there = scales_by_unit(plan, gates.attachment.bound)
     gates.scales = {name: scales.to(gates.prune_ratio.device) for name, scales in there.items()}
@@ -213,7 +221,7 @@ def _scaled_by(gates: Gates, plan: Plan) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ranked_by(gates: Gates, plan: Plan) -> Iterator[None]:
-    """Let the units that a plan keeps be the most important ones for a while."""
+    """Context: the units that a plan keeps are the most important ones."""
     kept = {name: torch.zeros_like(gates.raw_importance(name)) for name in plan.kept}
     for name, rows in plan.kept.items():
         for row, units in enumerate(rows):
@@ -224,7 +232,7 @@ def _ranked_by(gates: Gates, plan: Plan) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _importance(gates: Gates, importance: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let units of gates have another importance for a while."""
+    """Context: the gates have another importance."""
     before = {name: gates.raw_importance(name).clone() for name in importance}
     try:
         for name, values in importance.items():

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def register_unless_command_line() -> None:
     """Register now, except in the `hf-dms` command, which does it when a command runs.
 
-    It takes transformers' config classes, seconds of import time that `hf-dms --help` should not wait for.
+    Registering imports transformers' config classes. That takes seconds, and `hf-dms --help` should not wait for it.
     """
     if Path(sys.argv[0] if sys.argv else "").stem != "hf-dms":
         register()
@@ -30,13 +30,15 @@ def register() -> None:
 
 
 def register_arch(spec: ArchSpec) -> None:
-    """Support an architecture: its description, and its per-layer config, which registers its models when first made.
+    """Add support for an architecture: register its description and its per-layer config class.
+
+    The per-layer model classes register themselves when the first such config is made.
 
     Args:
         spec: its description. transformers' Auto classes must know its config class and its model classes.
 
     Raises:
-        ValueError: AutoConfig does not know its model type, or the description names a dim that it lacks.
+        ValueError: AutoConfig does not know the model type, or the description is inconsistent (`check_spec`).
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 

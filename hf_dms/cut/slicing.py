@@ -1,7 +1,7 @@
-"""Slicing: a smaller model of the class that will be written, from the units that a plan keeps.
+"""Slicing: the smaller model, made from the units that a plan keeps.
 
-It is `index_select` on the axes that the architecture's description names, and for layout padded zeros behind what
-stays. Nothing here knows a module's name.
+It is `index_select` along the axes that the architecture's description gives. Layout padded then adds zeros behind the
+kept units. Nothing here knows a module's name.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ def cut(model: PreTrainedModel, bound: BoundSpec, plan: Plan, layout: str) -> Pr
         bound: its architecture.
         plan: which units stay, and their scales.
         layout: uniform, per_layer or padded.
+
+    Returns:
+        The cut model in evaluation mode, on the same device and in the same precision. It has not been checked.
     """
     factors = folded_scales(scales_by_unit(plan, bound), bound)
     cls, config = pruned_class_and_config(model, bound, plan, layout)
@@ -37,7 +40,7 @@ def cut(model: PreTrainedModel, bound: BoundSpec, plan: Plan, layout: str) -> Pr
     sources = source_names(pruned, bound, plan)
     for name, tensor in (*pruned.named_parameters(), *plain_buffers(pruned)):
         source = plain_weight(model, sources[name])
-        if sources[name] in factors:
+        if sources[name] in factors:  # float32: the product is rounded once, to the precision of the model
             source = source * factors[sources[name]].to(source.device)
         dtype = model.dtype if isinstance(tensor, nn.Parameter) else source.dtype
         tensor.data = cut_tensor(source, tensor.shape, bound, sources[name], plan, layout).to(dtype, copy=True)
@@ -49,12 +52,14 @@ def cut(model: PreTrainedModel, bound: BoundSpec, plan: Plan, layout: str) -> Pr
 
 
 def source_names(pruned: PreTrainedModel, bound: BoundSpec, plan: Plan) -> dict[str, str]:
-    """Name of every parameter (tied ones under each of their names) and buffer of a cut model, and its dense one's.
+    """For each parameter and buffer of a cut model, the name of its source in the dense model.
+
+    A tied parameter appears under each of its names.
 
     Args:
         pruned: the cut model; the meta device will do.
         bound: the dense model's architecture.
-        plan: which units of it stay.
+        plan: which units stay.
     """
     kept = {stack: kept_units(plan, stack, None, bound.sizes[stack]).tolist() for stack in bound.stacks}
     prefix = f"{pruned.base_model_prefix}." if bound.prefix else ""  # MistralForQuestionAnswering's is not Llama's
@@ -70,18 +75,18 @@ def source_names(pruned: PreTrainedModel, bound: BoundSpec, plan: Plan) -> dict[
 
 
 def cut_tensor(tensor: Tensor, shape: torch.Size, bound: BoundSpec, name: str, plan: Plan, layout: str) -> Tensor:
-    """What becomes of a parameter in the cut model.
+    """A parameter of the cut model, from the dense model's.
 
     Args:
-        tensor: the whole parameter.
-        shape: that of the parameter in the cut model.
-        bound: the architecture it belongs to.
-        name: its name in the dense model.
+        tensor: the dense parameter.
+        shape: shape of the parameter in the cut model.
+        bound: the dense model's architecture.
+        name: the parameter's name in the dense model.
         plan: which units stay.
         layout: uniform, per_layer or padded.
 
     Raises:
-        VerificationError: it does not get the shape that it must have.
+        VerificationError: the result does not have that shape.
     """
     tensor = slice_tensor(tensor, bound, name, plan)
     if layout == "padded":
@@ -95,9 +100,9 @@ def slice_tensor(tensor: Tensor, bound: BoundSpec, name: str, plan: Plan) -> Ten
     """The part of a parameter that the plan keeps.
 
     Args:
-        tensor: the whole parameter.
-        bound: the architecture it belongs to.
-        name: its name in the dense model.
+        tensor: the dense parameter.
+        bound: the dense model's architecture.
+        name: the parameter's name in the dense model.
         plan: which units stay.
     """
     param = bound.tensor(name)
@@ -108,21 +113,21 @@ def slice_tensor(tensor: Tensor, bound: BoundSpec, name: str, plan: Plan) -> Ten
 
 
 def pad_tensor(tensor: Tensor, shape: torch.Size, bound: BoundSpec, name: str) -> Tensor:
-    """Put zeros behind the units that a layer kept of its dims, up to the size of the widest layer.
+    """Add zeros behind the units that a layer keeps, up to the size of the widest layer.
 
-    A unit of zeros changes nothing: it writes 0 to the maps that read it, which have zeros for it too. For the same
-    reason it has no gradient, and training leaves it as it is.
+    A unit of zeros does not change the outputs: it writes 0, and the maps that read it have zero weights for it. For
+    the same reason its gradients are 0, and training does not change it.
 
     Args:
         tensor: the part of a parameter that stays.
-        shape: that of the padded parameter.
-        bound: the architecture it belongs to.
-        name: its name in the dense model.
+        shape: shape of the padded parameter.
+        bound: the dense model's architecture.
+        name: the parameter's name in the dense model.
     """
     for place, axis in enumerate(bound.tensor(name).axes):
         own = [position for position, factor in enumerate(axis) if bound.spec.dim(factor).scope == "layer"]
         if own and tensor.shape[place] != shape[place]:
-            before = bound.product(axis[: own[0]])  # each of these has its own units, and zeros behind them
+            before = bound.product(axis[: own[0]])  # this many blocks; the zeros go behind the units of each block
             blocks = tensor.unflatten(place, (before, -1))
             room = shape[place] // before - blocks.shape[place + 1]
             padding = (0, 0) * (tensor.dim() - 1 - place) + (0, room)
@@ -131,7 +136,11 @@ def pad_tensor(tensor: Tensor, shape: torch.Size, bound: BoundSpec, name: str) -
 
 
 def axis_indices(axis: tuple[str, ...], bound: BoundSpec, layer: int | None, plan: Plan) -> Tensor:
-    """Kept positions along an axis that is a product of dims, in order."""
+    """Kept positions along an axis that is a product of dims, in order, int64.
+
+    The position of a unit is i₁·N₂·N₃ + i₂·N₃ + i₃, as in a flattened array, so kept positions are built factor by
+    factor from the left.
+    """
     indices = torch.zeros(1, dtype=torch.long)
     for factor in axis:
         kept = kept_units(plan, factor, layer, bound.sizes[factor])

@@ -1,4 +1,4 @@
-"""The proof that two models compute the same: masked against cut, cut against reloaded."""
+"""The check that two models give the same outputs: masked against cut, cut against reloaded."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from ..gating.attach import gates_of, has_gates, norms
 from ..resource import Sizes
 from .plan import Plan
 
-# Largest |difference| of an output, relative to its largest magnitude, between a masked, a cut and a reloaded model:
-# the same sums in another order. float64 is bounded by norms that transformers computes in float32. Models of half
-# precision are compared in float32; their own tolerance is for those that cannot be, see `can_be_upcast`.
+# Largest |difference| of an output, relative to its largest magnitude, between a masked, a cut and a reloaded model.
+# They compute the same sums in another order. In float64 the limit is set by norms that transformers computes in
+# float32. Models in half precision are compared in float32; the tolerances of half precision are for models that cannot
+# be upcast, see `can_be_upcast`.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @contextlib.contextmanager
 def hard_masked(model: PreTrainedModel, sizes: Sizes) -> Iterator[None]:
-    """Run a model with gates in evaluation mode on hard masks of exactly these sizes for a while."""
+    """Context: a model with gates runs in evaluation mode, on hard masks of exactly these sizes."""
     gates = gates_of(model)
     gates.rounded = sizes
     try:
@@ -40,7 +41,7 @@ def hard_masked(model: PreTrainedModel, sizes: Sizes) -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_gates(model: PreTrainedModel) -> Iterator[None]:
-    """Run a model in evaluation mode as if it had no gates, for a while; parts of it can run by themselves."""
+    """Context: a model runs in evaluation mode as if it had no gates. Its layers can also be called one by one."""
     if not has_gates(model):
         yield
         return
@@ -76,7 +77,7 @@ def outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def all_outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every tensor that a model returns, by name: logits, hidden states, what a pooler makes of them.
+    """Every tensor that a model returns, by name: logits, hidden states, a pooler's output.
 
     Args:
         model: the model.
@@ -90,9 +91,10 @@ def all_outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict
 
 
 def output_units(bound: BoundSpec, plan: Plan) -> dict[str, tuple[int, Tensor]]:
-    """Axis of a dense model's outputs and units on it that stay, by the names of outputs that a model may return.
+    """For each output that holds prunable units: the axis of the units, and which of them stay.
 
-    A base model returns its residual stream, and what the description says of its other outputs; some heads do too.
+    A base model returns its residual stream, so the dense model's outputs are wider than the cut model's. The
+    description lists further such outputs.
     """
     streams = [name for name in plan.kept if list(norms(bound, name))]
     dims = dict.fromkeys(("last_hidden_state", "pooler_output"), *streams[:1]) | bound.spec.outputs
@@ -106,10 +108,10 @@ def output_units(bound: BoundSpec, plan: Plan) -> dict[str, tuple[int, Tensor]]:
 
 
 def can_be_upcast(model: PreTrainedModel) -> bool:
-    """Whether a model of half precision computes in float32 what it is, and so does what is cut from it.
+    """Whether a model in half precision and its cut can be compared in float32.
 
-    Not if the cut rounds weights (merged adapters, unpacked ones, those of another precision than the rest), or if its
-    attention takes half precision only.
+    That does not work if the cut rounds weights (merged adapters, unpacked weights, weights of another precision than
+    the rest), or if the attention implementation takes half precision only.
     """
     plain = not any(map(is_packed, model.modules())) and not list(adapted_layers(model))
     same = {tensor.dtype for _, tensor, _ in plain_parameters(model) if tensor.is_floating_point()} == {model.dtype}
@@ -123,17 +125,17 @@ def check_same(
     names: tuple[str, str],
     units: Mapping[str, tuple[int, Tensor]] | None = None,
 ) -> float:
-    """Compare all outputs of two models in evaluation mode on one batch, in float32 if they are of half precision.
+    """Compare all outputs of two models in evaluation mode on one batch.
 
-    Where they differ in float32, float64 decides.
+    Models in half precision are compared in float32. If outputs differ in float32, float64 decides.
 
     Args:
-        model: the first one.
-        other: the second one.
+        model: the first model.
+        other: the second model.
         inputs: keyword arguments of a forward pass.
-        names: what to call them in an error.
-        units: by the name of an output, an axis of the first model's and the positions on it that the second one has.
-            Default: all.
+        names: names of the two models for an error.
+        units: by the name of an output, an axis of the first model's output and the positions on it that the second
+            model has. Default: all positions.
 
     Returns:
         The largest |difference|, relative to the largest magnitude of the output.
@@ -146,7 +148,7 @@ def check_same(
     try:
         return _largest_difference(model, other, inputs, names, units or {}, dtype)
     except VerificationError:
-        # in a model that a cut has ruined, sums cancel so far that their order alone shows in float32
+        # In a model that a hard cut has ruined, large terms cancel, and float32 shows the order of its sums.
         if dtype != torch.float32 or not plain or model.device.type == "mps":  # which has no float64
             raise
         with contextlib.suppress(VerificationError):
@@ -162,7 +164,7 @@ def _largest_difference(
     units: Mapping[str, tuple[int, Tensor]],
     dtype: torch.dtype,
 ) -> float:
-    """`check_same` in a precision that is not below that of the models."""
+    """`check_same` in one precision, at least that of the models."""
     expected, found = (_proof_outputs(each, inputs, dtype) for each in (model, other))
     for name, (axis, kept) in units.items():
         if name in expected:

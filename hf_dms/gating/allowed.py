@@ -1,6 +1,6 @@
-"""Which whole sizes a dim may have: multiples (`round_to`), protections, and what a stock config can express.
+"""Which whole sizes a dim may have: multiples (`round_to`), protections, and the limits of a stock config.
 
-What they cost, and which of them a search ends at, is in rounding.py.
+rounding.py counts their cost, and chooses among them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ HALF = 0.5 + 1e-6  # a learned size that misses a half by the rounding error of 
 
 
 class AllowedSizes:
-    """The sizes that the dims of a request may have, each by itself and together.
+    """The sizes that the dims of a request may have, separately and in combination.
 
     Attributes:
         step: per dim, sizes are multiples of it.
         low, high: per dim, smallest and largest size of every prune ratio, `[num_ratios]` int64.
-        limits: products that must divide the size of another dim.
-        excluded: per dim, one size that it must not have.
+        limits: products that must divide the size of another dim. A stock Llama needs heads that divide `hidden`.
+        excluded: per dim, one size that it must not have, because the stock class is another network there (ELECTRA
+            drops a projection where the embeddings are as wide as the layers).
 
     Raises:
         ValueError: a dim has no allowed size.
@@ -54,12 +55,12 @@ class AllowedSizes:
             self.high[name] -= self.step[name] * (self.high[name] == size)
             if self.low[name] > self.high[name]:
                 raise HfDmsError(
-                    f"dms.protect and dms.round_to leave {name} no size but {size}, at which the stock "
-                    f"{bound.spec.model_type} is another architecture. Loosen them."
+                    f"dms.protect and dms.round_to leave {name} no size but {size}, and with that size the stock "
+                    f"{bound.spec.model_type} class builds a different network. Loosen them."
                 )
 
     def nearest(self, wanted: State) -> State:
-        """The allowed sizes nearest to wanted ones, which need not be whole; of two equally near ones the larger."""
+        """The allowed sizes nearest to wanted sizes, which may be fractional. Of two equally near sizes, the larger."""
         state = {}
         for name, size in wanted.items():
             step = self.step[name]
@@ -87,7 +88,7 @@ class AllowedSizes:
         return None
 
     def step_at(self, state: State, name: str) -> int:
-        """The step of a dim's sizes, all others unchanged, as far as it is the same everywhere."""
+        """The step between sizes of a dim, all others unchanged: the least common multiple of `step` and its limits."""
         step = self.step[name]
         for limit in self.limits:
             if limit.multiple == name:
@@ -95,7 +96,7 @@ class AllowedSizes:
         return step
 
     def allows(self, state: State) -> bool:
-        """Whether sizes that are multiples within their range are allowed together."""
+        """Whether sizes that are each multiples within their range are allowed in combination."""
         divide = all(
             self._size(state, limit.multiple) % (limit.unit * self._size(state, limit.dim)) == 0
             for limit in self.limits
@@ -106,7 +107,7 @@ class AllowedSizes:
         return int(state[name]) if name in state else self.fixed[name]
 
     def _respect_(self, state: State, limit: Divisor, wanted: State) -> None:
-        """Change sizes so that a limit holds: the multiple, or, if there is none or it is fixed, the divisor."""
+        """Change sizes so that a limit holds: the dim that must be a multiple, or the divisor if that dim is fixed."""
         if limit.multiple in state:
             step, name = self.step_at(state, limit.multiple), limit.multiple
             low, high = -(-int(self.low[name]) // step) * step, int(self.high[name]) // step * step

@@ -1,15 +1,16 @@
 """Where a gate touches the running model: `attach_` and `detach_`.
 
-- Hidden size, or the width of a stage: every norm takes its statistics over the kept width and its output is masked.
-  Every read of the residual stream passes a norm, so nothing else needs to know; what a description says is read
-  without one is masked itself.
-- Other widths: the input of every linear map or convolution that reads the dim is multiplied by its mask; or what is
-  the same map with the same gradient and fewer numbers: the weights of a map that trains, or the weight and bias of
-  the batch norm in front of the ReLU in front of it.
+- Hidden size, or the width of a stage: every norm takes its statistics over the kept width, and its output is masked.
+  Every read of the residual stream passes a norm, so nothing else has to change. Where the stream is read without a
+  norm, the description lists the module that writes it (`unnormed`), and its output is masked.
+- Other widths: the input of every linear map or convolution that reads the dim is multiplied by the mask. Two cheaper
+  forms of the same multiplication, with the same gradient, are used where they hold fewer numbers: the mask goes into
+  the weights of the map if these train, or into the weight and bias of a batch norm. (Between that norm and the map is
+  only a ReLU, and a mask, never negative, passes a ReLU unchanged.)
 - Depth: x + m·(layer(x) - x), the paper's x + m·f(x) for a residual block.
 
-A hard-masked model computes what the cut model computes. Nothing is wrapped or renamed; each multiplication keeps only
-what its backward needs once (its output, which the next matmul keeps anyway).
+A hard-masked model computes what the cut model computes. No module is wrapped or renamed, so checkpoints, PEFT and a
+Trainer see the model they know. Each multiplication saves only its output for the backward (masked_ops.py).
 """
 
 from __future__ import annotations
@@ -38,37 +39,42 @@ from .gates_for import build_gates, for_stages
 from .rounding import check_target, rounded_of
 from .share import with_share
 
-NORMS = "norms."  # what scales of norms are called, with the dim that they are over
-FEWER = 4  # mask a map's weights where they are so many times fewer numbers than its inputs: they are kept once more
+NORMS = "norms."  # prefix of the names of norms' scales: `norms.hidden` are those of the norms over `hidden`
+
+# A map's weights are masked instead of its inputs if they are at least this many times fewer numbers. Masked weights
+# are one more tensor that is saved for the backward, masked inputs are not, so a small advantage would not pay.
+FEWER = 4
 
 
 @dataclass(frozen=True)
 class Attachment:
-    """Where gates are: the architecture, the request, the model's config, the hooks that read them, what they froze."""
+    """Everything that `attach_` set up on a model and `detach_` undoes, with the request it was set up for."""
 
     bound: BoundSpec
     config: DMSConfig
     model_config: Any
     hooks: list[RemovableHandle]
-    frozen: list[str] = field(default_factory=list)  # parameters that `freeze_` took the gradient from
-    statistics: dict[str, Tensor] = field(default_factory=dict)  # of batch norms, when `freeze_` froze the weights
+    frozen: list[str] = field(default_factory=list)  # names of the parameters that `freeze_` froze
+    statistics: dict[str, Tensor] = field(default_factory=dict)  # of batch norms, at the time of `freeze_`
     keeps_source: bool = False  # whether `attach_` made `save_pretrained` refuse the dense model's folder
 
 
 def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
     """Put gates on a model, in place; they are `model.dms_gates`.
 
-    In training mode the model then runs on soft masks, in evaluation mode on hard ones. Its parameters keep their names
-    and its state dict its keys; `save_pretrained` refuses the folder that it was loaded from. For a training loop of
-    your own: `model.train()`, and after each backward pass of `loss + model.dms_gates.resource_loss(progress)`:
-    `model.dms_gates.update_importance_()`, then the optimizer's step.
+    The model then runs on soft masks in training mode and on hard masks in evaluation mode. Its parameters keep their
+    names, and its state dict keeps its keys. `save_pretrained` refuses the folder that the model was loaded from.
+
+    In your own training loop, call `model.train()` first. After each backward pass of
+    `loss + model.dms_gates.resource_loss(progress)`, call `model.dms_gates.update_importance_()` and then the
+    optimizer's step.
 
     Args:
         model: a dense model of a supported architecture, or a `PeftModel` of one; adapters must be on it already.
         dms_config: what to prune and how far.
 
     Raises:
-        ValueError: the model or the request is one that cannot be served; the model is left untouched.
+        ValueError: hf_dms does not support the model or the request; the message says why. The model is not changed.
     """
     check_model(base_model_of(model), "attach_")
     check_adapters(model)
@@ -88,7 +94,7 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
     model.add_module("dms_gates", gates)
     hooks = [model.register_forward_pre_hook(functools.partial(_compute_masks, gates))]
     hooks += [*_hooks_for_masks(model, gates, bound), *_hooks_for_scales(model, gates, bound)]
-    keep = not keeps_source(model)  # what `prune` returned does it for good
+    keep = not keeps_source(model)  # a model that `prune` returned refuses already, and `detach_` must leave that
     gates.attachment = Attachment(bound, dms_config, model.config, hooks, keeps_source=keep)
     if keep:
         keep_source_(model, model.name_or_path)
@@ -96,13 +102,17 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
 
 
 def _hooks_for_masks(model: PreTrainedModel, gates: Gates, bound: BoundSpec) -> list[RemovableHandle]:
-    """Let a model read masked units, by forwards of modules' own and by the hooks that are returned."""
+    """Make a model read masked units: by replaced `forward` methods, and by hooks.
+
+    Returns:
+        The hooks; `detach_` finds the replaced methods by `MASKED_FORWARDS`.
+    """
     hooks: list[RemovableHandle] = []
     for name in gates.dims:
         if name in bound.stacks:
             for layer, module in enumerate(submodule(model, bound.stacks[name]).children()):
                 if layer in bound.fixed_layers[name]:
-                    continue  # it may change the width or resolution, so that there is nothing to fall back on
+                    continue  # it may change width or resolution, so its input cannot stand in for its output
                 hook = functools.partial(_gate_residual, gates, name, layer)
                 hooks.append(module.register_forward_hook(hook, with_kwargs=True))
         elif paths := list(norms(bound, name)):
@@ -126,7 +136,7 @@ def _hooks_for_masks(model: PreTrainedModel, gates: Gates, bound: BoundSpec) -> 
 
 
 def _hooks_for_scales(model: PreTrainedModel, gates: Gates, bound: BoundSpec) -> list[RemovableHandle]:
-    """Scale what norms write, where these have scales, by the hooks that are returned."""
+    """Multiply the outputs of norms by their scales, where they have scales, by the hooks that are returned."""
     return [
         submodule(model, path).register_forward_hook(
             functools.partial(_scale_norm, gates, name, row, _axis_of(bound, path))
@@ -138,9 +148,9 @@ def _hooks_for_scales(model: PreTrainedModel, gates: Gates, bound: BoundSpec) ->
 
 
 def detach_(model: PreTrainedModel) -> None:
-    """Take the gates off a model, in place, without a trace.
+    """Take the gates off a model, in place, and undo everything that `attach_` and `freeze_` changed.
 
-    Weights that `freeze_` froze may train again, and batch norms have the running statistics from before it.
+    Weights that `freeze_` froze require gradients again, and batch norms get back the statistics from before.
 
     Raises:
         ValueError: the model has no gates.
@@ -174,10 +184,11 @@ def freeze_(model: nn.Module) -> None:
 
 
 def frozen_mode_(model: nn.Module) -> None:
-    """Put what is frozen into evaluation mode, in place: no dropout. The gates train, and batch norms see batches.
+    """Put a model with frozen weights into evaluation mode, in place, except for its gates and batch norms.
 
-    Layers with activation checkpointing keep their own flag, which switches the checkpointing on; what is in them does
-    not. Call it after each `model.train()`.
+    Dropout would add noise to the importance, and a frozen model gains nothing from it. Batch norms must see the batch
+    statistics of the masked model. Layers with activation checkpointing keep their own training flag, because it
+    switches the checkpointing on; the modules inside them do not. Call it after each `model.train()`.
     """
     gates, base = gates_of(model), base_model_of(model)
     for module in base.modules():
@@ -189,24 +200,24 @@ def check_gates_outside(model: nn.Module) -> None:
     """Check that the adapters of a model with gates were on it before the gates.
 
     Raises:
-        ValueError: a mask lies inside an adapted layer, whose adapters read what is not masked.
+        ValueError: a mask lies inside an adapted layer. Its adapters read the unmasked input.
     """
     for path, layer in adapted_layers(model):
         inside = layer.get_base_layer()
         for hook in (*inside._forward_pre_hooks.values(), inside.__dict__.get("forward")):
             if getattr(hook, "func", None) in (_mask_input, _masked_map_forward):
                 raise HfDmsError(
-                    f"'{path}' was adapted after attach_, so that its adapters read what no mask has touched. Take the "
+                    f"'{path}' was adapted after attach_, so that its adapters read unmasked inputs. Take the "
                     "gates off with hf_dms.detach_(model), and attach them again before the search."
                 )
 
 
 def copy_search_(searched: nn.Module, model: Any) -> None:
-    """Put gates on a model, in place, as they are on another of the same sizes.
+    """Copy the gates of a model, with their state, to another model of the same sizes, in place.
 
     Args:
-        searched: a model with gates.
-        model: one without.
+        searched: the model with gates.
+        model: the model that gets gates.
     """
     attach_(model, gates_of(searched).attachment.config)
     gates_of(model).load_search_state_(gates_of(searched).search_state())
@@ -234,7 +245,8 @@ def gates_of(model: nn.Module) -> Gates:
 def masked_inputs(bound: BoundSpec, name: str) -> Iterator[tuple[str, int, tuple[int, int, int]]]:
     """Linear maps and convolutions that read a dim: (module path, row of its gates, (units before, units, after)).
 
-    The units are those on their input, along `unit_axis`.
+    The inputs of a map, along `unit_axis`, are a product of dims, such as (kv rep d). The triple gives the number of
+    positions of the dims before, the units of the dim itself, and the positions of the dims after it.
     """
     for parameter, param in bound.params.items():
         path, _, leaf = parameter.rpartition(".")
@@ -243,7 +255,7 @@ def masked_inputs(bound: BoundSpec, name: str) -> Iterator[tuple[str, int, tuple
 
 
 def masked_batch_norms(bound: BoundSpec, name: str) -> Iterator[tuple[str, int, tuple[int, int, int]]]:
-    """Batch norms that take the mask of a dim in the place of what reads it, as `masked_inputs` gives that."""
+    """Batch norms that take the mask of a dim in place of the maps that read it, in the form of `masked_inputs`."""
     for parameter, param in bound.params.items():
         path, _, leaf = parameter.rpartition(".")
         if leaf == "weight" and name in param.axes[0] and is_among(bound, path, "masked_batch_norms"):
@@ -259,12 +271,15 @@ def _row_and_shape(
 
 
 def unit_axis(bound: BoundSpec, path: str) -> int:
-    """The axis of a map's input that its units are on: 1 for a convolution, the last for a linear map."""
+    """The axis of a map's input that holds its units: 1 for a convolution, the last for a linear map."""
     return 1 if len(bound.params[f"{path}.weight"].axes) == 4 else -1
 
 
 def norms(bound: BoundSpec, name: str) -> Iterator[str]:
-    """Paths of the norms over a dim: the modules whose weight is a vector of it; a batch norm treats each by itself."""
+    """Paths of the norms over a dim: the modules with a weight vector of that dim, batch norms excepted.
+
+    A batch norm computes statistics of each unit separately, so leaving units out does not change the others.
+    """
     for parameter, param in bound.params.items():
         path, _, leaf = parameter.rpartition(".")
         if leaf == "weight" and param.axes == ((name,),) and f"{path}.running_mean" not in bound.buffers:
@@ -272,21 +287,22 @@ def norms(bound: BoundSpec, name: str) -> Iterator[str]:
 
 
 def scaled_norms(bound: BoundSpec) -> dict[str, list[str]]:
-    """Paths of the norms whose outputs have scales with `scales: norms`, per dim that they are over, as `norms.DIM`.
+    """Paths of the norms that get scales with `scales: norms`, by `norms.DIM` for the norms over a dim.
 
-    Not of dims that no cut changes: their norms may multiply by another number than their weight (Gemma).
+    Norms over dims that no cut changes have none. Folding a scale into a norm's weight is only right if the norm
+    multiplies by that weight, which norms over the width of a head need not do (Gemma multiplies by 1 + weight).
     """
     dims = [dim.name for dim in bound.spec.dims if dim.scope != "fixed"]
     return {f"{NORMS}{name}": paths for name in dims if (paths := list(norms(bound, name)))}
 
 
 def _axis_of(bound: BoundSpec, norm: str) -> int:
-    """The axis of a norm's input that its units are on."""
+    """The axis of a norm's input that holds its units."""
     return 1 if is_among(bound, norm, "channels_first") else -1
 
 
 def unnormed(bound: BoundSpec, name: str) -> Iterator[str]:
-    """Paths of the modules that write a dim to where it is read without a norm."""
+    """Paths of the modules that write a dim which is then read without a norm."""
     for path in bound.spec.unnormed:
         param = bound.params.get(f"{bound.prefix}{path}.weight")
         if param is not None and param.axes[0] == (name,):
@@ -302,16 +318,16 @@ def response_norms(bound: BoundSpec, name: str) -> Iterator[tuple[str, int]]:
 
 
 def is_among(bound: BoundSpec, path: str, field_name: str) -> bool:
-    """Whether a module is of those that a field of the description lists by patterns."""
+    """Whether a field of the description, a list of patterns, contains a module."""
     patterns = getattr(bound.spec, field_name)
     return any(compiled(pattern).fullmatch(path.removeprefix(bound.prefix)) for pattern in patterns)
 
 
 def _scales(gates: Gates, bound: BoundSpec, dms_config: DMSConfig) -> dict[str, Tensor]:
-    """θ = 0 for every unit of the dims that maps alone read, and if asked of norms, see scales.py.
+    """Scales at their start, θ = 0, for the dims that only maps read, and for norms if asked; see scales.py.
 
     Raises:
-        ValueError: there is no such dim among those that are pruned.
+        ValueError: no pruned dim is read by maps only.
     """
     read_otherwise = {*bound.stacks} | {
         name for name in gates.dims if [*norms(bound, name), *response_norms(bound, name)]
@@ -331,7 +347,11 @@ def _scales(gates: Gates, bound: BoundSpec, dms_config: DMSConfig) -> dict[str, 
 def _mask_reader(
     module: Any, gates: Gates, name: str, row: int, shape: tuple[int, int, int], axis: int
 ) -> list[RemovableHandle]:
-    """Let a linear map or a convolution read masked units: by its own forward, or by the hook that is returned."""
+    """Make a linear map or a convolution read masked units: by a replaced `forward`, or by the hook that is returned.
+
+    Only plain maps get a replaced `forward`. Others (PEFT's, bitsandbytes', grouped convolutions) do more than their
+    weights say, so their input is masked.
+    """
     is_plain = type(module) is nn.Linear or (type(module) is nn.Conv2d and module.groups == 1)
     if is_plain:
         module.forward = functools.partial(_masked_map_forward, module, gates, name, row, shape, axis)
@@ -385,6 +405,7 @@ def _masked_map_forward(
 ) -> Tensor:
     if (log_mask := gates.log_masks[name][row]) is None:
         return type(module).forward(module, x)
+    # With frozen weights the map saves no input for the backward, so masked inputs are the only tensor that is saved.
     if not module.weight.requires_grad or FEWER * module.weight.numel() > x.numel():
         return type(module).forward(module, MaskUnits.apply(x, log_mask, shape, axis))
     weight = MaskKernel.apply(module.weight, log_mask, shape)
@@ -401,7 +422,7 @@ def _masked_batch_norm_forward(
     own: dict[str, Any] = norm._parameters
     before = dict(own)
     mask = mask_of(log_mask)[None, :, None].expand(shape).reshape(-1)
-    try:  # the class knows what else a batch norm does
+    try:  # run the stock forward with masked parameters: it handles statistics, momentum and frozen variants
         own.update({key: parameter * mask.to(parameter.dtype) for key, parameter in before.items()})
         return type(norm).forward(norm, x)
     finally:
@@ -419,4 +440,4 @@ MASKED_FORWARDS = (
     _masked_map_forward,
     _masked_response_norm_forward,
     _masked_batch_norm_forward,
-)  # that `attach_` puts in the place of modules' own
+)  # the methods that `attach_` puts in place of `forward`; `detach_` finds them by this list

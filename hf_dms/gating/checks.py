@@ -1,4 +1,4 @@
-"""Which models can have gates. What is wrong with one is said here, before anything touches it."""
+"""Which models can have gates: checks that run before anything changes a model, each with its own error."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..errors import HfDmsError
 
 
 def check_model(model: object, function: str) -> None:
-    """Check that a model is one of transformers' own, without wrappers (PEFT's apart).
+    """Check that a model is a `PreTrainedModel`, not a wrapper around one. The caller unwraps a `PeftModel` first.
 
     Args:
-        model: what a user gave.
-        function: to which function, for the message.
+        model: the user's argument.
+        function: name of the function that got it, for the message.
 
     Raises:
         ValueError: it is something else.
@@ -35,10 +35,10 @@ def check_model(model: object, function: str) -> None:
 
 
 def check_attachable(model: PreTrainedModel) -> None:
-    """Check that a model's weights are all here, whole, in plain tensors, and that nothing bypasses the gates.
+    """Check that a model's weights are loaded, unsharded plain tensors, and that no fused kernel bypasses the gates.
 
     Raises:
-        ValueError: they are not, or something does.
+        ValueError: a weight is missing, sharded or quantised in an unsupported way, or kernels replace modules.
     """
     method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
     if getattr(model, "is_quantized", False) and method != "bitsandbytes":
@@ -67,10 +67,11 @@ def check_attachable(model: PreTrainedModel) -> None:
 def check_checkpointing(model: nn.Module) -> None:
     """Check that activation checkpointing, if it is on, is not reentrant.
 
-    Reentrant checkpointing runs a backward pass per layer, and the masks of all layers share one graph.
+    Reentrant checkpointing runs a separate backward pass for each layer. The masks of all layers belong to one graph,
+    which the first of these passes would free.
 
     Raises:
-        ValueError: it is.
+        ValueError: it is reentrant.
     """
     for module in model.modules():
         checkpointing = module.__dict__.get("_gradient_checkpointing_func")
@@ -82,21 +83,21 @@ def check_checkpointing(model: nn.Module) -> None:
 
 
 def check_as_built(model: PreTrainedModel) -> None:
-    """Check that a model has the parameters that its class and config give it.
+    """Check that a model has the parameters that its class and config define.
 
-    Embeddings that the config ties may be tensors of their own; then a warning says so.
-
-    The cut model is built from them.
+    The cut model is built from class and config, so a parameter that they do not know would be lost. One difference is
+    accepted, with a warning: embeddings that the config ties but that are separate tensors, as merged checkpoints have.
 
     Raises:
-        ValueError: one is missing, added, of another shape, tied or untied.
+        ValueError: a parameter is missing, added, of another shape, tied or untied.
     """
     config = config_as_tied(model)
     found, expected = _shapes_and_owners(model), _shapes_and_owners(skeleton(type(model), config))
     for name in [*found, *expected]:
         if found.get(name) != expected.get(name):
             raise HfDmsError(
-                f"Parameter '{name}' {_told(found.get(name), name)} here, and {_told(expected.get(name), name)} in a "
+                f"Parameter '{name}' {_in_words(found.get(name), name)} here, and "
+                f"{_in_words(expected.get(name), name)} in a "
                 f"{type(model).__name__} built from this model's config. A module was replaced, wrapped or "
                 "quantised, or the parameter resized, tied or untied by hand. Put gates on the model as "
                 "from_pretrained returns it, and change it afterwards."
@@ -115,7 +116,7 @@ def _shapes_and_owners(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str
     return {name: (shape, owners[id(parameter)][0]) for name, parameter, shape in plain_parameters(model)}
 
 
-def _told(shape_and_owner: tuple[tuple[int, ...], str] | None, name: str) -> str:
+def _in_words(shape_and_owner: tuple[tuple[int, ...], str] | None, name: str) -> str:
     if shape_and_owner is None:
         return "does not exist"
     shape, owner = shape_and_owner

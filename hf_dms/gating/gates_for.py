@@ -1,4 +1,4 @@
-"""What a request means for an architecture: its gates, the sizes they may take, and what cannot be served."""
+"""From a request (a DMSConfig) and an architecture to gates, with the sizes they may take; and checks of requests."""
 
 from __future__ import annotations
 
@@ -24,10 +24,16 @@ from ..topk import steepness_of
 def build_gates(
     bound: BoundSpec, model: PreTrainedModel, config: DMSConfig, device: torch.device | None = None
 ) -> Gates:
-    """The gates that a request asks for on a bound model, by default on the model's device.
+    """The gates that a request asks for on a bound model.
+
+    Args:
+        bound: the architecture, bound to the model.
+        model: the dense model; the meta device will do.
+        config: the request.
+        device: where the gates live. Default: the model's device.
 
     Raises:
-        ValueError: a dim that the architecture lacks, sizes that cannot be, a resource that it does not have.
+        ValueError: the request names a dim or a resource that the architecture lacks, or impossible sizes.
     """
     config = for_stages(config, bound.spec)
     check_request(bound, config)
@@ -69,10 +75,10 @@ def build_gates(
 
 
 def recount_(gates: Gates, model: PreTrainedModel) -> None:
-    """Let gates count their model as it is now, in place: its vocabulary may have been resized since `attach_`.
+    """Update the cost of gates to their model as it is now, in place: its vocabulary may have been resized.
 
     Raises:
-        ValueError: a dim that has gates has another size now.
+        ValueError: a dim with gates has another size now.
     """
     attachment = gates.attachment
     before, now, config = attachment.bound, bind(spec_for(model.config), model), attachment.config
@@ -92,9 +98,9 @@ def recount_(gates: Gates, model: PreTrainedModel) -> None:
 
 
 def for_stages(config: DMSConfig, spec: ArchSpec) -> DMSConfig:
-    """A request in which the word for all stages' dims (`mlp`) stands for each of them (`mlp0`, `mlp1`, ...).
+    """A request with words for the dims of all stages (`mlp`) replaced by each stage's dim (`mlp0`, `mlp1`, ...).
 
-    What it says of a single stage's dim goes before what it says of all. Without such a word it is returned itself.
+    A value for a single stage overrides the value for all stages. A request without such words is returned unchanged.
     """
     families = spec.families
 
@@ -122,7 +128,7 @@ def dims_to_prune(bound: BoundSpec, config: DMSConfig) -> list[str]:
 
 
 def protected_layers(bound: BoundSpec, config: DMSConfig) -> dict[str, list[int]]:
-    """Layers that a request keeps whole, per stack; it counts them through all stacks, in order."""
+    """Layers that a request keeps whole, per stack. A request numbers the layers of all stacks consecutively."""
     wanted = {layer % bound.total_layers for layer in config.protect.get("layers", ())}
     found, first = {}, 0
     for stack in bound.stacks:
@@ -132,15 +138,15 @@ def protected_layers(bound: BoundSpec, config: DMSConfig) -> dict[str, list[int]
 
 
 def staying_layers(bound: BoundSpec, config: DMSConfig, stack: str) -> list[int]:
-    """Layers of a stack that are not dropped: those that a request keeps whole, and those that cannot be."""
+    """Layers of a stack that are never dropped: the request keeps them whole, or the architecture needs them."""
     return sorted({*protected_layers(bound, config)[stack], *bound.fixed_layers[stack]})
 
 
 def gated_dims(bound: BoundSpec, config: DMSConfig) -> dict[str, str | None]:
-    """Every dim that a request gives gates, and the dim that it follows in size, if any.
+    """Every dim that gets gates, and the dim that it follows in size, if any.
 
     Raises:
-        ValueError: layout uniform, and the stock config needs two dims to be pruned together of which only one is.
+        ValueError: layout uniform, and the request prunes only one of two dims that the stock config ties together.
     """
     names = dims_to_prune(bound, config)
     leaders: dict[str, str | None] = dict.fromkeys(names) | tied_sizes(bound, config, names)
@@ -149,7 +155,7 @@ def gated_dims(bound: BoundSpec, config: DMSConfig) -> dict[str, str | None]:
 
 
 def size_range(bound: BoundSpec, config: DMSConfig, leaders: dict[str, str | None], name: str) -> tuple[int, int, int]:
-    """Smallest and largest size of a dim and the step between sizes, such that the dims that follow it keep theirs.
+    """Smallest size, largest size and step of a dim, such that the dims that follow it get allowed sizes too.
 
     Raises:
         ValueError: there is no such size.
@@ -174,7 +180,7 @@ def size_range(bound: BoundSpec, config: DMSConfig, leaders: dict[str, str | Non
 
 
 def _families(bound: BoundSpec) -> list[str]:
-    """Words for prunable dims of all stages."""
+    """The words that name a prunable dim of all stages at once, such as `mlp`."""
     return [word for word, names in bound.spec.families.items() if set(names) & set(bound.spec.prunable)]
 
 
@@ -202,7 +208,7 @@ def check_request(bound: BoundSpec, config: DMSConfig) -> None:
     pruned = dims_to_prune(bound, config)
     if not pruned:
         raise HfDmsError(
-            "Nothing is left to prune: this model has nothing of the dims of dms.prune that could go, or "
+            "Nothing is left to prune: no dim of dms.prune can be cut in this model, or "
             "dms.protect.dims names them all."
         )
     for layer in protect.get("layers", ()):

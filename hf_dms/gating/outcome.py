@@ -1,4 +1,4 @@
-"""How a search ended: whether what it learned is what the cut keeps, and what to say if it is not."""
+"""How a search ended: whether the learned sizes meet the target, and the message for the user if they do not."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .rounding import ABOVE, BELOW, sizes_of
 
 logger = logging.get_logger(__name__)
 
-SHORT = 0.02  # a cut below the target by more than this share of it: the allowed sizes are too far apart
+SHORT = 0.02  # a cut that misses the target by more than this share of it: `round_to` is too coarse
 
 
 class SearchOutcome(TypedDict):
-    """What came of a search, as plain values for a report; shares are of the dense resource.
+    """The result of a search, as plain values for a report. Shares are shares of the dense resource.
 
     Attributes:
         resource: what is limited: params, macs or kv_bytes.
         target: the share to keep.
-        learned: the share that the learned ratios keep; where sizes were decided before the end, that they kept then.
+        learned: the share that the learned ratios keep, at the time of `decide_at` or else at the end.
         cut: the share that the whole sizes of the cut keep, at most the target.
-        verdict: on target, above or below: where `learned` is.
-        message: what to tell a user about it; empty if on target. Of a search only if one ran (`dms.strategy`).
+        verdict: whether `learned` is on target, above or below it.
+        message: the warning for the user, empty if on target. It mentions a search only if one ran (`dms.strategy`).
     """
 
     resource: str
@@ -58,14 +58,14 @@ def search_outcome(model: nn.Module) -> SearchOutcome:
     )
 
 
-def say_outcome(model: nn.Module) -> None:
-    """Warn, once, of a search that ended above or clearly below its target, and of sizes too coarse to use it up."""
+def warn_of_outcome(model: nn.Module) -> None:
+    """Warn, once, if a search ended above or clearly below its target, or if `round_to` is too coarse for it."""
     if message := search_outcome(model)["message"]:
         logger.warning_once(message)
 
 
-def say_gap(model: nn.Module) -> None:
-    """Warn, once, of sizes too coarse to use the target up, on a model that was not searched."""
+def warn_of_gap(model: nn.Module) -> None:
+    """Warn, once, if `round_to` is too coarse for the target, on a model that was not searched."""
     if message := gap_in_words(search_outcome(model)["cut"], gates_of(model).attachment.config):
         logger.warning_once(message)
 
@@ -93,15 +93,15 @@ def _message(verdict: str, learned: float, cut: float, config: DMSConfig) -> str
 
 
 def _whole(config: DMSConfig) -> str:
-    """What shares are of, in words."""
+    """What the shares are shares of, in words."""
     return f"the searched network's {config.resource}" if config.pipeline == "np" else f"the dense {config.resource}"
 
 
 def gap_in_words(cut: float, config: DMSConfig) -> str:
-    """What to say where multiples of `round_to` make a cut much smaller than asked; empty where they do not.
+    """The warning that multiples of `round_to` make a cut much smaller than asked, or an empty text.
 
     Args:
-        cut: the share that the cut keeps.
+        cut: the share of the dense resource that the cut keeps.
         config: the target and the multiples.
     """
     if cut >= config.target * (1 - SHORT) or not any(step > 1 for step in config.round_to.values()):

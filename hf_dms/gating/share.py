@@ -1,4 +1,4 @@
-"""What a request keeps of the dense resource, where it gives an amount (`target: 100M`) or a shape (`sizes`)."""
+"""Requests with an amount (`target: 100M`) or a shape (`sizes`): the fraction of the dense resource that they keep."""
 
 from __future__ import annotations
 
@@ -16,10 +16,16 @@ from .rounding import smallest_sizes
 
 
 def with_share(config: DMSConfig, bound: BoundSpec, model: PreTrainedModel) -> DMSConfig:
-    """A request whose target is a fraction of the dense resource, where it is an amount such as 100M, or a shape.
+    """The request with its target as a fraction of the dense resource, also if it gives an amount or a shape.
+
+    Args:
+        config: the request.
+        bound: the architecture, bound to the model.
+        model: the dense model; the meta device will do.
 
     Raises:
-        ValueError: the dense model has less, the shape cannot be, or a target beside it means another one.
+        ValueError: the amount is more than the dense model has, the shape is impossible, or the request gives both a
+            shape and a target that contradicts it.
     """
     if config.sizes:
         return _with_share_of_shape(for_stages(config, bound.spec), bound, model)
@@ -35,7 +41,7 @@ def with_share(config: DMSConfig, bound: BoundSpec, model: PreTrainedModel) -> D
 
 
 def _with_share_of_shape(config: DMSConfig, bound: BoundSpec, model: PreTrainedModel) -> DMSConfig:
-    """A request whose target is what its sizes cost, and the lowest that can be met."""
+    """The request with the cost of its sizes as target. That target can just be met, so no other sizes are possible."""
     sizes = config.sizes
     for name, size in sizes.items():
         if name not in bound.spec.prunable:
@@ -65,4 +71,5 @@ def _with_share_of_shape(config: DMSConfig, bound: BoundSpec, model: PreTrainedM
             f"dms.sizes keeps {share:.6g} of the dense {config.resource}, and dms.target asks for {config.target}. "
             "Leave dms.target out."
         )
+    # One float above: cost / dense · dense may round to less than the cost, and the sizes would not fit.
     return replace(shaped, target=min(math.nextafter(share, 1.0), 1.0))

@@ -1,7 +1,7 @@
-"""Pipeline np: a search in a larger network of random weights, for a result as cheap as the original model.
+"""Pipeline np: a search in a larger network of random weights, for a result that costs as much as the original model.
 
-`supernet` makes the network of a search and states the target in it; `fresh_weights_` is what the retraining of the
-shape that was found begins from. The search between the two is the one of every pipeline.
+`supernet` makes that network and converts the target to a share of its resource. The search itself is that of every
+pipeline. Afterwards `fresh_weights_` gives the shape that was found new weights to train from.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ from .gates_for import build_gates, for_stages
 def supernet(
     model: PreTrainedModel, dms_config: DMSConfig, width: float = 1.0, depth: float = 1.0, seed: int = 0
 ) -> tuple[PreTrainedModel, DMSConfig]:
-    """A larger network of random weights to search in, and the request whose target is a share of its resource.
+    """A larger network of random weights to search in, and the request for it.
 
     Args:
-        model: the original one; its class and config are read, and its weights are not. The meta device will do.
-        dms_config: what is searched. The target counts against the original model: 1.0 is what that costs. An amount
+        model: the original model. Only its class and config are read; the meta device will do.
+        dms_config: what to search. A fraction as target counts against the original model: 1.0 is its cost. An amount
             such as 100M may be more than that.
-        width: factor of all widths that the request prunes, at least 1.
-        depth: factor of the numbers of layers, at least 1.
-        seed: of the weights.
+        width: factor for all widths that the request prunes, at least 1.
+        depth: factor for the numbers of layers, at least 1.
+        seed: seed of the weights.
 
     Returns:
-        The network, on the CPU in the original's precision; the request for `DMSTrainer` or `attach_`.
+        The network, on the CPU in the original's precision; and the request for `DMSTrainer` or `attach_`, with its
+        target as a share of the network's resource.
 
     Raises:
-        ValueError: another pipeline, a factor below 1, an architecture whose stock config has no such sizes, or a
-            target of more than the larger network has.
+        ValueError: the pipeline is not np, a factor is below 1, the stock config cannot express the sizes, or the
+            target is more than the larger network has.
 
     Examples:
         >>> network, dms = supernet(model, DMSConfig(target=1.0, pipeline="np"), width=2, depth=1.5)
@@ -57,7 +58,7 @@ def supernet(
 
 
 def supernet_config(config: PreTrainedConfig, dms_config: DMSConfig, width: float, depth: float) -> PreTrainedConfig:
-    """The original's config with the dims enlarged that a request prunes; see `enlarged_config`."""
+    """The original's config with all dims that the request prunes enlarged; see `enlarged_config`."""
     spec = for_config(spec_for(config), config)
     request = for_stages(dms_config, spec)
     wanted = spec.prunable if request.prune is None else request.prune
@@ -68,11 +69,11 @@ def target_in(dms_config: DMSConfig, original: PreTrainedModel, network: PreTrai
     """The target of a request as a share of a larger network's resource.
 
     Args:
-        dms_config: whose target is a share of the original's, or an amount.
+        dms_config: the request; its target is a share of the original's resource, or an amount.
         original, network: both models; the meta device will do.
 
     Raises:
-        ValueError: the larger network has no more than that.
+        ValueError: the larger network does not have more than the target.
     """
     target, whole = dms_config.target, dense_resource(network, dms_config)
     budget = amount(target) if isinstance(target, str) else target * dense_resource(original, dms_config)
@@ -82,24 +83,24 @@ def target_in(dms_config: DMSConfig, original: PreTrainedModel, network: PreTrai
             f"{whole / 1e6:.4g}M: there is nothing to cut. Lower it, or raise model.supernet.width or depth."
         )
     share = budget / whole
-    return share if share * whole >= budget else math.nextafter(share, 1.0)  # the original's own cost still fits
+    return share if share * whole >= budget else math.nextafter(share, 1.0)  # else rounding would exclude the original
 
 
 def dense_resource(model: PreTrainedModel, dms_config: DMSConfig) -> float:
-    """What a whole model has of the resource that a request limits."""
+    """How much a model has, before pruning, of the resource that a request limits."""
     count: dict[str, Any] = dict(target=1.0, prune=None, protect={}, round_to={}, layout="per_layer", strategy="dms")
     bound = bind(spec_for(model.config), model)
     return build_gates(bound, model, replace(dms_config, **count), device=torch.device("cpu")).dense_resource
 
 
 def random_model(cls: Any, config: PreTrainedConfig, seed: int, dtype: torch.dtype) -> PreTrainedModel:
-    """A model with new weights as its class draws them, on the CPU; the state of torch's generator stays.
+    """A model with new weights as its class initialises them, on the CPU. torch's random state does not change.
 
     Args:
         cls: the model class.
         config: its config; the model gets a copy.
-        seed: of the weights.
-        dtype: of the weights.
+        seed: seed of the weights.
+        dtype: precision of the weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -107,11 +108,12 @@ def random_model(cls: Any, config: PreTrainedConfig, seed: int, dtype: torch.dty
 
 
 def fresh_weights_(model: PreTrainedModel, seed: int) -> None:
-    """Give a model new random weights, and batch norms new statistics, in place: the shape alone stays.
+    """Give a model new random weights, and its batch norms new statistics, in place. Only the shape stays.
 
     Args:
-        model: a plain model, such as `prune` returns; not one of layout padded, whose zeros would become weights.
-        seed: of the weights; the same one gives the same weights on every device.
+        model: a plain model, such as `prune` returns. A model of layout padded does not suit: its zeros would become
+            weights.
+        seed: seed of the weights; the same seed gives the same weights on every device.
     """
     fresh = random_model(type(model), model.config, seed, model.dtype)
     model.load_state_dict(fresh.state_dict())

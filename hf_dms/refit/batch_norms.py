@@ -1,11 +1,12 @@
-"""Running statistics of batch norms, taken anew: those of a cut model are not the ones that it was cut with.
+"""Batch norms get new running statistics after a cut and after a repair.
 
-During a search batch norms see units fade; what they remember is a moving average over many models. After a cut, and
-after a repair, their means and variances are those of the smaller model on data.
+During a search, units fade, so the running statistics are a moving average over many different models. After a cut,
+and after a repair, means and variances are measured again on data, with the smaller model.
 
-A repair takes them layer by layer. The norms inside a block come before its least squares, which thus solve for what
-they give. The norm behind a map that is repaired comes after it, and its weight and bias make up for the change: else
-it would scale what least squares found back to the spread that the dense model's output has, and undo a part of it.
+A repair measures them layer by layer. The norms inside a block are measured before its least squares, so that the
+solution fits their output. The norm directly behind a repaired map is measured after it, and its weight and bias
+compensate for the new statistics. Otherwise this norm would scale the repaired output back to its old spread, and undo
+a part of the repair.
 """
 
 from __future__ import annotations
@@ -22,24 +23,24 @@ from ..errors import HfDmsError
 from .layerwise import LayerWalk
 from .stream import StreamModules, batch_norm_slope
 
-BATCHES = 64  # that statistics are taken from, where there is more data
+BATCHES = 64  # statistics are measured on at most this many batches
 
 
 def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """The batch norms of a model that keep running statistics; those that are frozen by their class are none."""
+    """The batch norms of a model that keep running statistics. Frozen classes of batch norms do not count."""
     found = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
     return [module for module in found if module.track_running_stats]
 
 
 @torch.no_grad()
 def estimate_batch_norms_(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> None:
-    """Set the running statistics of a model's batch norms to the mean of those of batches, in place.
+    """Set the running statistics of a model's batch norms to their mean over batches, in place.
 
-    Everything else of the model runs in evaluation mode meanwhile. A model without batch norms is left as it is.
+    Everything else in the model runs in evaluation mode. A model without batch norms is not changed.
 
     Args:
         model: the model.
-        batches: keyword arguments of forward passes; labels are left out. Batches of one size, as in training.
+        batches: keyword arguments of forward passes; labels are ignored. All batches should have the same size.
 
     Raises:
         ValueError: no batches.
@@ -62,18 +63,18 @@ def estimate_batch_norms_(model: nn.Module, batches: Iterable[Mapping[str, Tenso
 
 @contextlib.contextmanager
 def taking_statistics(norms: Sequence[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
-    """Let running statistics become the plain mean over the batches that pass while it lasts."""
+    """Context: running statistics become the plain mean over the batches that pass through the norms."""
     with restoring(norms, "momentum", "training"):
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None
+            norm.momentum = None  # torch then takes the plain mean in place of a moving average
             norm.train()
         yield
 
 
 # ---- in a repair -----------------------------------------------------------------------------------------------------
 def estimate_inner_norms_(student: LayerWalk, places: StreamModules, layer: int) -> None:
-    """Take the statistics of a block's batch norms anew, but those behind maps that write into the stream.
+    """Measure the statistics of a block's batch norms again, except those behind maps that write into the stream.
 
     Args:
         student: the model that is repaired, in front of the layer.
@@ -89,13 +90,15 @@ def estimate_inner_norms_(student: LayerWalk, places: StreamModules, layer: int)
 
 
 def estimate_outer_norm_(student: LayerWalk, places: StreamModules, layer: int, path: str) -> None:
-    """Take the statistics of the batch norm behind a map that writes into the stream anew, its outputs unchanged.
+    """Measure the statistics of the batch norm behind a repaired map again, without changing the norm's outputs.
+
+    Its weight and bias are changed so that the norm in evaluation mode stays the same function.
 
     Args:
         student: the model that is repaired, in front of the layer.
         places: where its layers write.
-        layer: the student's.
-        path: of the map, which has been repaired.
+        layer: the student's layer.
+        path: path of the repaired map inside the layer.
     """
     block = student.layers[layer]
     norm: Any = block.get_submodule(places.behind[path]) if path in places.behind else None

@@ -1,7 +1,8 @@
-"""Second moments of a map that writes into the residual stream: of its inputs, of what it should give, of its gradient.
+"""Second moments for the least squares of a map that writes into the residual stream.
 
-`Sums` add up over any number of batches, in float64; memory does not grow with their number. `stream_factors` gives
-G = E[g gᵀ] of the loss's gradient behind each map: the factor with which a squared error of its output becomes loss.
+`Sums` are the moments of its inputs and of the errors of its output. They add up over any number of batches, in
+float64, and memory does not grow with the number of batches. `stream_factors` gives G = E[g gᵀ], the second moment of
+the loss's gradient at each map's output. It converts a squared error of the output into an increase of the loss.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ Key = tuple[int, str]  # a layer, and the path of a map inside it
 
 @dataclass(frozen=True)
 class Writer:
-    """A map that writes into the stream, by the units that it reads.
+    """A map that writes into the stream, with the units that it reads.
 
     Attributes:
-        path: of the map inside a layer.
-        dim: the dim of its inputs that a request prunes.
-        units: which inputs each unit is, `[units, inputs of a unit]` int64.
+        path: path of the map inside a layer.
+        dim: the pruned dim of its inputs.
+        units: the inputs that belong to each unit, `[units, inputs of a unit]` int64.
     """
 
     path: str
@@ -44,7 +45,7 @@ def writers(bound: BoundSpec, places: StreamModules, dims: Iterable[str]) -> lis
     """The maps that write into the stream and read a pruned dim, in the order in which they run.
 
     Raises:
-        ValueError: another map reads one of the dims, or none does.
+        ValueError: a map that does not write into the stream reads one of the dims, or no map does.
     """
     found, inside = {}, f"{bound.layers_path}.0."
     for name in dims:
@@ -70,11 +71,11 @@ def writers(bound: BoundSpec, places: StreamModules, dims: Iterable[str]) -> lis
 # ---- sums ------------------------------------------------------------------------------------------------------------
 @dataclass
 class Sums:
-    """Second moments of a map over weighted positions; a bias counts as one more input, which is always 1.
+    """Second moments of a map over weighted positions. A bias counts as one more input, which is always 1.
 
     Attributes:
-        gram: AᵀDA of its inputs A `[positions, inputs]`, D the weights, `[inputs, inputs]` float64.
-        moment: AᵀDR of what its output lacks, `[inputs, outputs]` float64.
+        gram: AᵀDA, A the inputs `[positions, inputs]` and D the weights of the positions: `[inputs, inputs]` float64.
+        moment: AᵀDR, R the target minus the output: `[inputs, outputs]` float64.
         missing: the weighted sum of squares of R, a float64 scalar.
         total: the sum of the weights, a float64 scalar.
     """
@@ -86,7 +87,7 @@ class Sums:
 
     @classmethod
     def of(cls, module: Any) -> Sums:
-        """Empty sums for a linear map or a convolution, whose inputs are those of one position (`unfolded`)."""
+        """Empty sums for a linear map or a convolution; the inputs of a convolution are those of one position."""
         outputs, inputs = module.weight.flatten(1).shape
         width = inputs + (module.bias is not None)
         shapes: list[list[int]] = [[width, width], [width, outputs], [], []]
@@ -96,10 +97,12 @@ class Sums:
         """Add positions.
 
         Args:
-            inputs: of the map, `[positions, inputs]`.
-            missing: what its output should have been more, `[positions, outputs]`.
-            weights: of the positions, `[positions]`. Default: 1.
+            inputs: inputs of the map, `[positions, inputs]`.
+            missing: R, the target minus the output, `[positions, outputs]`.
+            weights: weights of the positions, `[positions]`. Default: 1.
         """
+        # Products in float32 (or wider inputs' precision), sums in float64: a float64 product would take twice the time
+        # and memory, and rounding accumulates only in the sum over batches.
         inputs, missing = widened(inputs), widened(missing)
         weights = inputs.new_ones(len(inputs)) if weights is None else weights
         if len(self.gram) > inputs.shape[1]:
@@ -124,12 +127,12 @@ class Sums:
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """At least float32: what a batch's sums are computed in."""
+    """The tensor in float32 at least, the precision in which the products of a batch are computed."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def with_bias(module: Any) -> Tensor:
-    """The weights of a map `[inputs, outputs]` float64, its bias as the last input if it has one."""
+    """The weights of a map, `[inputs, outputs]` float64. A bias is the last input."""
     weight = module.weight.detach().flatten(1).double().T
     return weight if module.bias is None else torch.cat([weight, module.bias.detach().double()[None]])
 
@@ -144,21 +147,23 @@ def collect_(
     targets: Shelf,
     masks: Sequence[Tensor | None],
 ) -> None:
-    """Run every batch up to a map of a layer, and add what its output lacks to the sums, in turn.
+    """Run every batch up to a map of a layer, and add the errors of its output to the sums.
 
-    A position's weight is 1 / mean square of what the stream should be: a norm reads the stream, so an error counts
-    relative to it. Without weights the few positions with a huge stream (the first token of a Llama) decide. Where no
-    norm over units reads it (ResNet), all places of an image weigh the same.
-    Where an output z is scaled or normalised before it is added, as rows · channels · z (`slope`), it lacks
-    R / (rows · channels), weighted by rows² more: to first order for a norm, whose rows follow z.
+    The weight of a position is 1 / mean square of the target stream: a norm reads the stream, so only the error
+    relative to it matters. Without these weights, a few positions with a huge stream (the first token of a Llama) would
+    dominate. Where no norm over units reads the stream (ResNet), all positions weigh the same.
+
+    Where an output z is scaled or normalised before it is added, as rows · channels · z (`slope`), the error R of the
+    stream becomes R / (rows · channels) of the output. Its weight is then multiplied by rows², which leaves the error
+    of the stream as the quantity that is minimised. For a norm this holds to first order, because rows depend on z.
 
     Args:
-        sums: one or more; batch i goes to number i modulo their number.
+        sums: one or more sums; batch i is added to number i modulo their number.
         student: the model that is refitted, in front of the layer.
         places: where its layers write.
-        layer: the student's.
-        path: of the map.
-        targets: per batch, what the stream should be after the map, `[..., hidden]`.
+        layer: the student's layer.
+        path: path of the map inside the layer.
+        targets: per batch, the target stream after the map, `[..., hidden]`.
         masks: per batch its attention mask `[batch, tokens]`, None if every position counts.
     """
     block = student.layers[layer]
@@ -185,13 +190,13 @@ def _no_slope(path: str) -> NoReturn:
 
 
 def position_weights(aim: Tensor, relative: bool = True) -> Tensor:
-    """1 / mean square of each position's stream `[positions, hidden]`, 0 where it is 0; all 1 if not relative."""
+    """1 / mean square of the stream at each position, for `[positions, hidden]`; 0 where it is 0; 1 if not relative."""
     square = aim.square().mean(-1)
     return torch.where(square > 0, 1 / square, 0) if relative else torch.ones_like(square)
 
 
 def positions(mask: Tensor | None, hidden: Tensor) -> Tensor:
-    """Which positions of a batch count, of hidden's shape but for its units, by its attention mask if it has one."""
+    """Which positions of a batch count, by its attention mask if it has one: bool, of hidden's shape without units."""
     if mask is None:
         return torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
     return mask.to(hidden.device).bool()
@@ -201,15 +206,15 @@ def positions(mask: Tensor | None, hidden: Tensor) -> Tensor:
 def stream_factors(
     model: PreTrainedModel, bound: BoundSpec, paths: Iterable[str], batches: Iterable[Mapping[str, Tensor]]
 ) -> dict[Key, Tensor]:
-    """Sum of g gᵀ over positions for each term of the loss, g the gradient of the loss at a map's output.
+    """For each map, the sum of g gᵀ over positions, per term of the loss; g is the gradient at the map's output.
 
-    With these as metric, half the weighted squared error of a map, as a mean over the same positions, is what the mean
-    loss grows by, as far as it is quadratic and the factors are independent (K-FAC). Weights get no gradient.
+    With these as metric, half the weighted mean squared error of a map estimates the increase of the mean loss. The
+    estimate is the quadratic one, with inputs and gradients taken as independent (K-FAC). Weights get no gradient.
 
     Args:
-        model: a model whose outputs have a loss; it runs in evaluation mode and is left as it was.
+        model: a model that returns a loss; it runs in evaluation mode and is not modified.
         bound: its architecture.
-        paths: of maps inside a layer that write into the stream.
+        paths: paths of the maps inside a layer that write into the stream.
         batches: keyword arguments of forward passes, with `labels`.
 
     Returns:
@@ -255,7 +260,7 @@ def _summing(factors: dict[Key, Tensor], key: Key) -> Any:
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Run a model in evaluation mode, its parameters without gradients, with autograd on, for a while."""
+    """Context: a model runs in evaluation mode, its parameters get no gradients, and autograd is on."""
     trains = [parameter for parameter in model.parameters() if parameter.requires_grad]
     training = model.training
     model.eval()
@@ -272,7 +277,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stream_requires_grad(first: nn.Module) -> Iterator[None]:
-    """Let the graph of every forward pass begin in front of the first layer, for a while."""
+    """Context: the hidden state in front of the first layer requires a gradient, since no parameter does."""
 
     def begin(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if args:

@@ -1,12 +1,11 @@
-"""How much of a repair stays: the share of its change with which the task's loss is least.
+"""How much of a repair to keep: the share of its change that gives the lowest task loss.
 
-A repair brings the residual stream close to the dense model's. Where the weights have learned the task's text instead
-(`dms.scales`), that can raise the loss. Between the weights before, W, and after, W + Δ, the loss on a line
+A repair brings the residual stream close to the dense model's. Where the search has adapted the model to the task's
+text (`dms.scales`), that can raise the loss. With W the weights before the repair and W + Δ those after, the loss of
 
     W + share·Δ,  share in `SHARES`
 
-is measured on some of the batches, which the repair has seen too, and the best share stays; the larger one where two
-are equal.
+is measured on some of the batches of the repair. The best share is kept; of two equal ones the larger.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 
 class Interpolation:
-    """The weights of a model as they were, to go back to some of the way.
+    """A copy of a model's weights, to move back part of the way to.
 
     Attributes:
-        share: of what changed since, that the weights have now.
+        share: the share of the change since the copy that the weights have now.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -36,13 +35,13 @@ class Interpolation:
         self._before = {name: weight.detach().cpu().clone() for name, weight in self._named()}
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters and, of batch norms, running statistics, which a repair takes anew."""
+        """Parameters, and the running statistics of batch norms, which a repair measures again."""
         yield from self.model.named_parameters()
         yield from ((name, buffer) for name, buffer in self.model.named_buffers() if buffer.is_floating_point())
 
     @torch.no_grad()
     def keep_best_share_(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
-        """Move the weights to the best share of what changed.
+        """Move the weights to the best share of the change, in place.
 
         Args:
             batches: keyword arguments of forward passes, with labels.
@@ -65,7 +64,7 @@ class Interpolation:
     @staticmethod
     def _move_(changed: Iterable[tuple[Tensor, Tensor, Tensor]], share: float) -> None:
         for weight, before, after in changed:
-            if share in (0.0, 1.0):  # exactly what they were
+            if share in (0.0, 1.0):  # an exact copy, without the rounding of lerp
                 weight.copy_(after if share else before)
             else:
                 weight.copy_(torch.lerp(widened(before), widened(after), share))

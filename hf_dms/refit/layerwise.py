@@ -1,7 +1,8 @@
-"""A model's layers, run one by one: what each is called with, and what its maps write into the residual stream.
+"""A model's layers, run one by one, with their inputs and the outputs that they add to the residual stream.
 
-What repair.py walks a dense and a cut model with. Where a layer writes is derived from the description, and how (is the
-sum normalised or only what a block reads of it?) from running one; nothing here knows a module's name.
+repair.py goes through a dense and a cut model with it. The description tells which maps write into the stream. How they
+write (is the output scaled, is the stream itself normalised?) is found by running a layer. Nothing here knows a
+module's name.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from ..gating.attach import norms
 from .shelf import Shelf
 from .stream import Stop, StreamModules, StreamRecorder, same, slope, stream_axis, stream_dim
 
-SAME_SCALE = 1e-2  # by how much two scales that are one may differ in a run, relative
+SAME_SCALE = 1e-2  # relative difference below which the fitted scales of two maps count as one common scale
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def layers_of(model: PreTrainedModel, bound: BoundSpec, stack: str | None = None) -> list[nn.Module]:
-    """The layers of a model, or of one cut from it: those of its only stack, or of the one with this depth dim."""
+    """The layers of a model, or of a model cut from it: of its only stack, or of the stack with this depth dim."""
     base: Any = model.base_model
     return list(base.get_submodule(bound.spec.stacks[bound.depth if stack is None else stack]).children())
 
@@ -39,12 +40,12 @@ def layers_of(model: PreTrainedModel, bound: BoundSpec, stack: str | None = None
 # ---- where a layer writes, derived from the description and from running one -----------------------------------------
 @dataclasses.dataclass(frozen=True)
 class LayerNames:
-    """What the description says of the stream inside a layer, by paths below it.
+    """The parts of a layer that have to do with the stream, by the description, as paths below the layer.
 
     Attributes:
-        writes: maps whose outputs are the stream's units.
-        vectors: modules with a parameter of a number for each unit.
-        parameters: such parameters of the layer itself.
+        writes: maps with the stream's units as outputs.
+        vectors: modules with a parameter that has one number per unit of the stream.
+        parameters: parameters of the layer itself that have one number per unit.
     """
 
     writes: tuple[str, ...]
@@ -65,22 +66,22 @@ def _names_in(walk: LayerWalk, layer: int) -> LayerNames:
         elif len(param.axes) == 1 and kind != "bias":
             vectors.append(path)
         elif len(param.axes) == 2 or (len(param.axes) == 4 and bound.product(param.axes[1]) > 1):
-            writes.append(path)  # a convolution that reads one unit only writes to others inside the layer
+            writes.append(path)  # but no depthwise convolution: it works on each unit separately, inside the layer
     return LayerNames(tuple(writes), tuple(vectors), tuple(parameters))
 
 
 def find_stream_modules(walk: LayerWalk, layer: int = 0) -> StreamModules:
-    """Run the layer that comes next to see how its maps write into the stream.
+    """Find how the maps of the next layer write into the stream, by running it.
 
-    What was found for a layer holds for all of its stack with the same modules.
+    The result holds for all layers of the same stack with the same modules.
 
     Args:
         walk: a model, in front of the layer.
-        layer: which one.
+        layer: number of the layer.
 
     Raises:
-        ValueError: the stream passes more than norms or a function at the end of a layer, or an output more than a
-            norm without a mean, a batch norm or a scale.
+        ValueError: the layer is of no known kind. Known: the stream passes norms, or a function at the end of a layer;
+            an output passes a norm without a mean, a batch norm or a scale.
     """
     names, stack = _names_in(walk, layer), walk.places[layer][0]
     if (found := walk.found.get((stack, names))) is not None:
@@ -99,7 +100,7 @@ def find_stream_modules(walk: LayerWalk, layer: int = 0) -> StreamModules:
 
 
 def _candidates(walk: LayerWalk, layer: int, names: LayerNames) -> Iterator[StreamModules]:
-    """How a layer may write into the stream, the simplest first."""
+    """The ways in which a layer may write into the stream, the simplest first; `find_stream_modules` tries them."""
     module, writes, vectors = walk.layers[layer], names.writes, names.vectors
     if any(getattr(module.get_submodule(path), "groups", 1) > 1 for path in writes):
         return
@@ -126,7 +127,7 @@ def _candidates(walk: LayerWalk, layer: int, names: LayerNames) -> Iterator[Stre
 
 @contextlib.contextmanager
 def _heard(layer: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Listen to modules of a layer for a while: the input and the output of each, its units where it has them."""
+    """Context: record input and output of modules of a layer, with units on the axis where the module has them."""
     heard: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hook_of(path: str) -> Any:
@@ -145,7 +146,7 @@ def _heard(layer: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, tuple[T
 
 
 def _as_said(layer: nn.Module, places: StreamModules, recorder: StreamRecorder) -> bool:
-    """Whether a run of a layer shows the stream that the recorder followed."""
+    """Whether the stream that the recorder computed equals the one that the layer returned."""
     if not recorder.sums or recorder.stream is None or not same(recorder.before_end, recorder.stream):
         return False
     if not all(same(into, total) for into, total in zip(recorder.normed.values(), recorder.sums.values())):
@@ -155,7 +156,7 @@ def _as_said(layer: nn.Module, places: StreamModules, recorder: StreamRecorder) 
 
 
 def _common_scale(run: StreamRecorder) -> float:
-    """The one factor with which the maps' outputs make what a layer adds to the stream; nan if theirs differ."""
+    """The common factor by which a layer multiplies its maps' outputs before adding them; nan if there is none."""
     assert run.stream is not None
     outputs = torch.stack([output.double().flatten() for output in run.outputs.values()], dim=1)
     added = run.before_end.double().flatten() - (run.stream.double().flatten() - outputs.sum(1))
@@ -167,15 +168,15 @@ def _common_scale(run: StreamRecorder) -> float:
 
 # ---- layer by layer --------------------------------------------------------------------------------------------------
 class LayerWalk:
-    """A model's layers, those of all its stacks one after the other, and every batch on its way through them.
+    """A model's layers (of all its stacks, in order), and the state of every batch on its way through them.
 
     Attributes:
         bound: the architecture.
         layers: the layers.
-        places: of each layer, the depth dim of its stack and its index there.
-        calls: per batch and layer, what the model calls the layer with beside the hidden state.
-        hidden: per batch, the hidden state in front of the layer that comes next, as the layer takes it.
-        found: where layers write into the stream, see `find_stream_modules`.
+        places: for each layer, the depth dim of its stack and its index there.
+        calls: per batch and layer, the arguments of the layer's call without the hidden state.
+        hidden: per batch, the hidden state in front of the next layer, in the layer's own form.
+        found: results of `find_stream_modules`.
 
     Args:
         model: the model.
@@ -200,7 +201,7 @@ class LayerWalk:
         self.calls, self.hidden = Shelf(offload), Shelf(offload)
         self.found: dict[tuple[str, LayerNames], StreamModules] = {}
         self._axis = stream_axis(bound)
-        self._inputs = Shelf(offload)  # of the model, for what lies between two stacks
+        self._inputs = Shelf(offload)  # inputs of the model, to run the modules between two stacks
         self._base = base
         self._in_tuples: bool | None = None  # whether layers return more than their hidden state, once one has run
         self._options = {} if bound.spec.cache is None else {"use_cache": False}
@@ -208,7 +209,7 @@ class LayerWalk:
             self.add_(batch)
 
     def add_(self, batch: Mapping[str, Tensor]) -> None:
-        """Put another batch in front of the first layer; labels are left out."""
+        """Add a batch, in front of the first layer; labels are ignored."""
         device = self._base.device
         inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
         with self._skipped() as calls:
@@ -219,7 +220,7 @@ class LayerWalk:
             self._inputs.append(inputs)
 
     def run(self, layer: int, batch: int, places: StreamModules, until: str | None = None) -> StreamRecorder:
-        """Run a layer on a batch, no further than to what the map `until` writes."""
+        """Run a layer on a batch, if `until` is given only up to the write of that map."""
         args, kwargs = self.calls[batch][layer]
         hidden = self.hidden[batch]
         recorder = StreamRecorder(hidden, until, self._axis)
@@ -229,12 +230,16 @@ class LayerWalk:
         return recorder
 
     def advance(self, layer: int) -> None:
-        """Let every batch pass a layer, see `pass_`."""
+        """Run a layer on every batch, and move the batches behind it."""
         for batch in range(len(self.hidden)):
             self.pass_(layer, batch, self.run(layer, batch, StreamModules()).output)
 
     def pass_(self, layer: int, batch: int, output: Tensor) -> None:
-        """Put a batch behind a layer that gave `output`: in front of the next one, which may be the next stack's."""
+        """Move a batch behind a layer that returned `output`, in front of the next layer.
+
+        If that is the first layer of the next stack, the modules between the two stacks are run too. For that the whole
+        model runs with all layers skipped, and the layers of the finished stack return `output`.
+        """
         stack = self.places[layer][0]
         if layer + 1 < len(self.layers) and self.places[layer + 1][0] != stack:
             outputs = {number: output for number, place in enumerate(self.places) if place[0] == stack}
@@ -269,11 +274,12 @@ class LayerWalk:
 
 
 def targets_of_layers(teacher: LayerWalk, layers: range, units: Tensor) -> tuple[StreamModules, dict[str, Shelf]]:
-    """Let the dense model pass a kept layer and the dropped ones that follow it.
+    """Run the dense model through a kept layer and the dropped layers that follow it.
 
     Returns:
-        Where the kept layer writes; and per map of it, for every batch, what the stream should be after it `[..., kept
-        hidden units]`: the dense one after the same map, for its last map after the last one of these layers.
+        Where the kept layer writes; and for each of its maps and every batch the target stream after the map, `[...,
+        kept hidden units]`. It is the dense stream after the same map. For the last map it is the stream after the last
+        of these layers.
     """
     kept = find_stream_modules(teacher, layers[0])
     targets = {path: Shelf(teacher.offload) for path in kept.writes}

@@ -5,7 +5,7 @@ L_k the leading corner of L: no width needs a factor of its own. A search interp
 
     y = ((1 − f) W_lo + f W_hi) x,   k = (1 − a) N = lo + f (hi − lo),
 
-so that the pruning ratio a gets the gradient of the loss after the refit, not before it.
+so the prune ratio a gets the gradient of the loss after the refit. A mask would give it the gradient before the refit.
 """
 
 from __future__ import annotations
@@ -29,21 +29,24 @@ from .order import Elimination, eliminate
 from .stream import stream_dim
 
 ORDER_RIDGE, REFIT_RIDGE = 0.01, 0.1  # relative to the mean square of a map's inputs
-BLOCK = 8  # single inputs that go together
-LEVELS = 16  # widths between which a search interpolates
+BLOCK = 8  # units of one input each that are removed before costs are computed again
+LEVELS = 16  # a search interpolates between this many widths
 
 
 class RefittedMap:
     """A linear map that writes into the stream, refitted at every width.
 
     Args:
-        module: the map; its weights are what a ridge pulls the refit to.
+        module: the map. The ridge pulls the refit towards its weights.
         writer: its units.
-        sums: over its inputs in the model as it is refitted so far.
+        sums: sums over its inputs, in the model with all earlier maps refitted.
         metric: G of its outputs (curvature.py), None for the identity.
-        ridges: of the order and of the refits.
-        levels: steps between the widths between which `weight_between` goes straight.
+        ridges: the ridge of the order, and that of the refits.
+        levels: number of widths between which `weight_between` interpolates.
         block: see `eliminate`.
+
+    Raises:
+        HfDmsError: the least squares have no solution, because the activations are not finite.
     """
 
     def __init__(
@@ -89,7 +92,7 @@ class RefittedMap:
         return self._weights[width]
 
     def weight_between(self, width: Tensor) -> Tensor:
-        """The weights of a width that need not be whole: straight from one level to the next, differentiable in it.
+        """The weights of a fractional width: interpolated linearly between two levels, differentiable in the width.
 
         Args:
             width: a scalar in [1, units].
@@ -101,15 +104,15 @@ class RefittedMap:
         lowest, highest = self.widths[position - 1], self.widths[position]
         above = self.weight(highest)
         below = F.pad(self.weight(lowest), (0, (highest - lowest) * self.size))
-        for known in set(self._weights) - {lowest, highest}:
+        for known in set(self._weights) - {lowest, highest}:  # keep two levels in memory, not all of them
             del self._weights[known]
         return below + (width - lowest) / (highest - lowest) * (above - below)
 
     def apply(self, inputs: Tensor, width: Tensor | int) -> Tensor:
-        """What the map gives with its first `width` units.
+        """The output of the map with its first `width` units.
 
         Args:
-            inputs: `[..., inputs]`, all of them, in the model's order.
+            inputs: `[..., inputs]`, all inputs, in the model's order.
             width: a whole number, or a scalar tensor for `weight_between`.
         """
         weight = self.weight(width) if isinstance(width, int) else self.weight_between(width)
@@ -132,18 +135,18 @@ def sweep(
     widths: Mapping[str, Tensor],
     **options: Any,
 ) -> dict[Key, RefittedMap]:
-    """Walk through a model's layers, refitting each map that writes, on the activations of the model refitted so far.
+    """Go through a model's layers and refit each map, on the activations of the model with all earlier maps refitted.
 
     Args:
-        model: a dense model; it is left as it was.
+        model: a dense model; it is not modified.
         bound: its architecture.
-        batches: keyword arguments of forward passes; labels are left out.
+        batches: keyword arguments of forward passes; labels are ignored.
         factors: G of every map (`stream_factors`).
-        widths: per dim, the units that each layer keeps, `[layers]`: int64, or float between levels.
-        options: of `RefittedMap`.
+        widths: per dim, the units that each layer keeps, `[layers]`: int64, or float for widths between levels.
+        options: options of `RefittedMap`.
 
     Returns:
-        Per layer and path of a map that reads one of these dims, the map at every width.
+        For each layer and path of a map that reads one of these dims, the map at every width.
     """
     batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
     masks = [batch.get("attention_mask") for batch in batches]
@@ -171,7 +174,7 @@ def sweep(
 
 @contextlib.contextmanager
 def _replaced(module: nn.Module, refitted: RefittedMap, width: Tensor | int) -> Iterator[None]:
-    """Let a map run as it is refitted at a width, for a while."""
+    """Context: a map runs as refitted at one width."""
     before = module.__dict__.get("forward")
     module.forward = lambda inputs: refitted.apply(inputs, width)
     try:

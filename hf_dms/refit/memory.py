@@ -1,10 +1,12 @@
-"""How much memory least squares take, from a model's sizes alone, so that it is known before the weights are loaded.
+"""How much memory least squares take. It follows from a model's sizes, so it is known before the weights are loaded.
 
-- Repair holds one map's sums at a time: AᵀDA `[inputs, inputs]` and AᵀDR `[inputs, outputs]` in float64, once for each
-  of the parts that the ridge is chosen on, and once more while it is solved. Beside them wait the hidden states of all
-  batches, of both models, and one layer's targets, one for each of its maps. `offload` keeps these in files.
-- A search over refitted weights keeps for every map that a pruned dim leads to a Cholesky factor n², the solved
-  n·outputs and two levels of weights, in float32, and a float64 factor of the outputs' curvature, `[outputs, outputs]`.
+- Repair holds one map's sums at a time: AᵀDA `[inputs, inputs]` and AᵀDR `[inputs, outputs]` in float64. There is one
+  copy for each part of the batches (they are split to choose the ridge), and one more while the map is solved. Repair
+  also keeps the hidden states of all batches, for both models, and the targets of one layer. `offload` moves these to
+  files.
+- A search over refitted weights keeps, for every map that reads a pruned dim, in float32: a Cholesky factor
+  `[inputs, inputs]`, the solved right-hand side `[inputs, outputs]` and the weights at two widths; and in float64 a
+  factor of the outputs' curvature, `[outputs, outputs]`.
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ DOUBLE, SINGLE = 8, 4  # bytes
 
 
 def repair_bytes(bound: BoundSpec, positions: int, itemsize: int) -> tuple[int, int]:
-    """What a repair of a model of one stack takes beside both models: (sums, hidden states).
+    """Bytes that a repair takes beside both models, for a model with one stack: (sums, hidden states).
 
     Args:
         bound: the dense model's architecture.
         positions: tokens of all examples together.
-        itemsize: bytes of a number of a hidden state.
+        itemsize: bytes per number of a hidden state.
     """
     maps = [(inputs, outputs) for layer, _, inputs, outputs in _maps(bound) if layer == 0]
     sums = max((inputs + 1) * (inputs + 1 + outputs) for inputs, outputs in maps)
@@ -33,11 +35,11 @@ def repair_bytes(bound: BoundSpec, positions: int, itemsize: int) -> tuple[int, 
 
 
 def refitted_bytes(bound: BoundSpec, dims: frozenset[str]) -> int:
-    """What a search over the refitted weights of some dims keeps beside the model.
+    """Bytes that a search over refitted weights keeps beside the model.
 
     Args:
         bound: the dense model's architecture.
-        dims: which are pruned.
+        dims: the pruned dims.
     """
     return sum(
         SINGLE * (inputs * inputs + 3 * inputs * outputs) + DOUBLE * outputs * outputs
@@ -47,7 +49,7 @@ def refitted_bytes(bound: BoundSpec, dims: frozenset[str]) -> int:
 
 
 def _maps(bound: BoundSpec) -> Iterator[tuple[int, tuple[str, ...], int, int]]:
-    """Linear maps that write into the stream: layer, dims of the inputs, inputs, outputs."""
+    """Linear maps that write into the stream: (layer, dims of the inputs, number of inputs, number of outputs)."""
     stream = (stream_dim(bound),)
     for name, param in bound.params.items():
         if name.endswith(".weight") and param.layer is not None and len(param.axes) == 2 and param.axes[0] == stream:

@@ -1,8 +1,9 @@
-"""Structure in one shot, by what a cut costs after its refit: K-FAC OBS with one threshold for all layers.
+"""Structure in one shot, by the loss that each removal costs after a refit: K-FAC OBS with one threshold for all
+layers.
 
-Costs are in loss units (order.py, curvature.py), so those of all maps compare. Per parameter, the cheapest units of the
-whole model go until the budget is met. A walk refits layer after layer on the activations of the model as it is cut by
-then; since the sizes in front of a layer change them, the walk is made a few times, each with the sizes of the last.
+Costs are in units of the loss (order.py, curvature.py), so the costs of different maps are comparable. Per parameter,
+the cheapest units of the whole model go until the budget is met. A walk goes through the layers and refits each on the
+activations of the cut model in front of it. Those depend on the sizes, so the walk is repeated with the new sizes.
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ Batches = Iterable[Mapping[str, Tensor]]
 
 @torch.no_grad()
 def one_shot_obs_plan(model: PreTrainedModel, dms_config: DMSConfig, batches: Batches, walks: int = 2) -> Plan:
-    """The plan of a cut to the exact budget, chosen by what each unit costs after the others are refitted.
+    """The plan of a cut to the exact budget, by the loss that removing a unit costs after the others are refitted.
 
     Args:
-        model: a dense model without gates, whose outputs have a loss. It is left as it was.
-        dms_config: what to prune, per layer or uniform, how far. Dims of layers only: neither hidden nor layers.
-        batches: keyword arguments of forward passes with `labels`; all are held at once.
-        walks: how often the layers are walked through.
+        model: a dense model without gates; with labels it must return a loss. It is not modified.
+        dms_config: what to prune, and how far. Only widths of layers can be pruned, not hidden or layers.
+        batches: keyword arguments of forward passes with `labels`. All are held in memory at once.
+        walks: number of walks through the layers.
 
     Returns:
         Which units stay, for `hf_dms.cut.slicing.cut` and `hf_dms.repair_`.
 
     Raises:
-        ValueError: the request cannot be served; batches without labels.
+        ValueError: the request is not possible for this model, or batches have no labels.
     """
     if has_gates(model):
         raise HfDmsError("one_shot_obs_plan needs a model without gates. Take them off with hf_dms.detach_(model).")
@@ -73,10 +74,15 @@ def set_sizes_(gates: Gates, sizes: Sizes) -> None:
 
 
 def check_layer_dims(bound: BoundSpec, dims: Iterable[str], name: str) -> None:
-    """Check that dims are widths of layers, whose units least squares can choose.
+    """Check that dims are widths of layers. Only for those can least squares choose units.
+
+    Args:
+        bound: the architecture.
+        dims: names of the pruned dims.
+        name: the caller's name, for the message.
 
     Raises:
-        ValueError: one is not.
+        ValueError: a dim is not the width of a layer.
     """
     others = [dim for dim in dims if bound.spec.dim(dim).scope != "layer"]
     if others:
@@ -96,7 +102,7 @@ def factors_of(model: PreTrainedModel, bound: BoundSpec, batches: Batches) -> di
 
 @torch.no_grad()
 def rank_(gates: Gates, maps: Mapping[Key, RefittedMap]) -> None:
-    """Let the importance of gates be the order of refitted maps, in place."""
+    """Set the importance of gates to the order of refitted maps, in place."""
     for (layer, _), refitted in maps.items():
         order, importance = refitted.elimination.order, gates.raw_importance(refitted.dim)
         ranks = torch.arange(len(order), 0, -1, device=order.device) / len(order)
@@ -104,10 +110,10 @@ def rank_(gates: Gates, maps: Mapping[Key, RefittedMap]) -> None:
 
 
 def removal_costs(gates: Gates, maps: Mapping[Key, RefittedMap]) -> dict[str, Tensor]:
-    """What removing units costs by refitted maps.
+    """The loss that removing units costs, from refitted maps.
 
     Returns:
-        Per dim `[rows, units]` float64: `costs[row, k]` is what the loss grows by when k + 1 units become k.
+        Per dim `[rows, units]` float64: `costs[row, k]` is the increase of the loss when k + 1 units become k.
     """
     costs: dict[str, Tensor] = {}
     for (layer, _), refitted in sorted(maps.items()):
@@ -118,15 +124,14 @@ def removal_costs(gates: Gates, maps: Mapping[Key, RefittedMap]) -> dict[str, Te
 
 
 def sizes_below_one_threshold(gates: Gates, costs: Mapping[str, Tensor]) -> Sizes:
-    """The largest sizes of the cut that drops, of all layers together, the units that cost least per resource.
+    """The largest sizes within the target, if the units of all layers that cost least loss per resource go first.
 
     Args:
-        gates: cost and target; dims that are shared by all rows drop by the mean cost over rows.
+        gates: cost and target. For a ratio that all rows share, the mean cost over the rows counts.
         costs: see `removal_costs`.
 
     Returns:
-        Per dim `[rows]` int64. Only the order of removal inside a row is kept, so a unit goes no sooner than those
-        before it.
+        Per dim `[rows]` int64.
     """
     dense = gates.dense_sizes()
     scores = {}
@@ -135,7 +140,8 @@ def sizes_below_one_threshold(gates: Gates, costs: Mapping[str, Tensor]) -> Size
         one_less = dense | {name: dense[name] - 1}
         per_unit = float(gates.count(dense) - gates.count(one_less)) / dim.rows
         cost = cost.mean(0, keepdim=True).expand_as(cost) if dim.shared else cost
-        scores[name] = (cost / per_unit).flip(-1).cummax(-1).values.flip(-1)  # no unit goes before those behind it
+        # A unit can cost less than the one removed before it. The running maximum, from the end, keeps the order.
+        scores[name] = (cost / per_unit).flip(-1).cummax(-1).values.flip(-1)
     thresholds = torch.cat([score[score.isfinite()] for score in scores.values()]).sort().values
 
     def sizes_above(place: int) -> Sizes:

@@ -1,14 +1,16 @@
-"""In which order the units of a map go, if what stays is refitted each time: optimal brain surgery with K-FAC factors.
+"""The order in which to remove the units of a map, if the rest is refitted after each: optimal brain surgery with
+K-FAC.
 
-A map y = W x whose n inputs come in units (MLP channels, or the inputs of a head) has H = E[x xᵀ] and should give R,
-with M = E[x Rᵀ]. Its refit on all inputs is W = H⁻¹M `[inputs, outputs]`. An error of the outputs is weighted by G
-`[outputs, outputs]`; with G = E[g gᵀ], g the gradient at the output (curvature.py), costs are in units of loss.
-Removing the inputs B of a unit from the refitted set, and refitting, adds to the weighted squared error
+The n inputs of a map y = W x belong to units (MLP channels, or the inputs of a head). Let H = E[x xᵀ]. The map should
+give R; let M = E[x Rᵀ]. Its refit on all inputs is W = H⁻¹M `[inputs, outputs]`. Errors of the outputs are weighted by
+G `[outputs, outputs]`; with G = E[g gᵀ], g the gradient at the output (curvature.py), costs are in units of the loss.
+Removing the inputs B of a unit, and refitting the others, adds to the weighted squared error
 
     tr((H⁻¹_BB)⁻¹ W_B G W_Bᵀ).
 
-Then W ← W − H⁻¹[:,B] (H⁻¹_BB)⁻¹ W_B and H⁻¹ ← H⁻¹ − H⁻¹[:,B] (H⁻¹_BB)⁻¹ H⁻¹[B,:]. The weighting decides who goes, not
-what the refit is. LLM Surgeon does this with G, ZipLM without it (G = I).
+Then W ← W − H⁻¹[:,B] (H⁻¹_BB)⁻¹ W_B and H⁻¹ ← H⁻¹ − H⁻¹[:,B] (H⁻¹_BB)⁻¹ H⁻¹[B,:]. The weighting changes the order of
+removal, but not the refitted weights. LLM Surgeon (arXiv 2312.17244) does this with G, ZipLM (arXiv 2302.04089) without
+(G = I).
 """
 
 from __future__ import annotations
@@ -46,14 +48,14 @@ def eliminate(
         moment: M `[inputs, outputs]` float64.
         units: the inputs of each unit, `[units, inputs of a unit]` int64. Inputs of no unit (a bias) always stay.
         metric: G `[outputs, outputs]`, symmetric and positive semi-definite. Default: the identity.
-        keep: units that are left; those stand first in the order, the later they would have gone the earlier.
-        block: units that go together before costs are computed anew. 1 is the exact greedy order.
+        keep: number of units that are not removed. They come first in the order, the most expensive one first.
+        block: number of units that are removed before costs are computed again. 1 is the exact greedy order.
 
     Returns:
         Order and costs. Costs inside a block are exact for the order in which they are listed.
 
     Examples:
-        Three inputs that are orthogonal, of weights 3, 1 and 2, with G = 1: the second goes first, for 1² = 1.
+        Three orthogonal inputs with weights 3, 1 and 2, and G = 1. The second goes first, at a cost of 1² = 1.
 
         >>> eliminate(torch.eye(3).double(), torch.tensor([[3.0], [1.0], [2.0]]).double(), torch.arange(3)[:, None])
         Elimination(order=tensor([0, 2, 1]), costs=tensor([inf, 4., 1.], dtype=torch.float64))
@@ -69,7 +71,8 @@ def eliminate(
         scores = _removal_costs(inverse, weight, columns[alive])
         chosen = alive[scores.argsort()[: min(block, len(alive) - keep)]]
         removed = columns[chosen].flatten()
-        # Cholesky of H⁻¹ on the block: its rows say what each unit costs after those before it are gone
+        # With H⁻¹_BB = L Lᵀ, the squared row norms of L⁻¹ W_B are the costs of the units of the block one after the
+        # other: each row gives the cost after the units of the rows above are gone.
         root, across = torch.linalg.cholesky(inverse[removed][:, removed]), inverse[:, removed]
         gains = torch.linalg.solve_triangular(root, weight[removed], upper=False)
         spread = torch.linalg.solve_triangular(root, across.T, upper=False).T
@@ -87,13 +90,13 @@ def eliminate(
 
 
 def _root(metric: Tensor) -> Tensor:
-    """C with C Cᵀ = G, for a G that is positive semi-definite up to rounding."""
+    """C with C Cᵀ = G. By eigenvalues, because rounding can make a semi-definite G slightly negative."""
     values, vectors = torch.linalg.eigh(metric.double())
     return vectors * values.clamp(min=0).sqrt()
 
 
 def _removal_costs(inverse: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
-    """tr((H⁻¹_BB)⁻¹ W_B W_Bᵀ) of every unit, `[units]`, for weights that the metric's root has been multiplied into."""
+    """tr((H⁻¹_BB)⁻¹ W_B W_Bᵀ) of every unit, `[units]`. The weights have been multiplied by the metric's root."""
     if columns.shape[1] == 1:
         column = columns[:, 0]
         return weight[column].square().sum(1) / inverse.diagonal()[column]
@@ -105,7 +108,7 @@ def _removal_costs(inverse: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
 def _compact(
     inverse: Tensor, weight: Tensor, columns: Tensor, alive: Tensor, gone: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Leave the rows and columns of removed units out of the matrices, once there are enough of them."""
+    """Drop the rows and columns of removed units from the matrices, once enough units are gone to pay for the copy."""
     used = torch.ones(len(inverse), dtype=torch.bool, device=inverse.device)
     removed = columns[torch.cat(gone)].flatten()
     used[removed[removed >= 0]] = False

@@ -1,15 +1,15 @@
 """Reconstruction of a sub-block: all its maps learn together to bring the stream closest to the dense model's.
 
-Least squares (repair.py) moves the last map of a sub-block for the inputs that it gets. Here the maps in front of it
-(gate and up of an MLP; q, k and v of an attention) learn too, by Adam, on the mean over positions of
+Least squares (repair.py) changes only the last map of a sub-block. Here the maps in front of it (gate and up of an MLP;
+q, k and v of an attention) learn too, by Adam, on the mean over positions of
 
     |S − S_dense|² / |S_dense|²,
 
-S the stream after the sub-block: each position relative to what the dense stream is there, as in repair.py (all alike
-where no norm over units reads the stream). It needs no
-labels, one layer's gradients, and no forward pass of the model. A quarter of the batches is held out: what stays are
-the weights after the pass over the others that is best on them, those of least squares among them. So the sub-block is
-never left worse on held-out batches than least squares made it.
+where S is the stream after the sub-block. As in repair.py, each position counts relative to the dense stream there, or
+all positions count equally where no norm over units reads the stream. Training needs no labels, the gradients of one
+layer, and no forward pass of the whole model. A quarter of the batches is held out. After each pass over the others the
+held-out error is measured, and the best weights are kept, the least-squares solution included. So the held-out error is
+never worse than that of least squares.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from .layerwise import LayerWalk
 from .shelf import Shelf
 from .stream import StreamModules
 
-RATE = 0.01  # Adam's at the beginning, relative to the root mean square of each matrix; it falls to 0
+RATE = 0.01  # Adam's learning rate at the start, relative to the root mean square of each matrix; it falls to 0
 BETAS = (0.9, 0.95)
-HELD_OUT = 4  # one batch of so many, of at least two
+HELD_OUT = 4  # one batch in so many is held out, and at least one
 
 
 def reconstruct_(
@@ -44,9 +44,9 @@ def reconstruct_(
     Args:
         student: the model that is repaired, in front of the layer.
         places: where its layers write.
-        layer: the student's.
-        path: of the map.
-        targets: per batch, what the stream should be after the map, `[..., hidden]`.
+        layer: the student's layer.
+        path: path of the map inside the layer.
+        targets: per batch, the stream that is wanted after the map, `[..., hidden]`.
         masks: per batch its attention mask `[batch, tokens]`, None if every position counts. At least two batches.
         epochs: passes over the batches.
     """
@@ -91,7 +91,10 @@ def reconstruct_(
 
 
 def sub_block(student: LayerWalk, places: StreamModules, layer: int, path: str) -> list[nn.Parameter]:
-    """Matrices and kernels of a layer that what a map writes depends on, and nothing that is written before it."""
+    """The matrices and kernels of a layer that one map's output depends on, and no earlier map's output.
+
+    They are found from gradients: an output has a gradient in exactly the weights that it depends on.
+    """
     matrices = [weight for weight in student.layers[layer].parameters() if weight.dim() in (2, 4)]
     with learning(matrices):
         *before, written = student.run(layer, 0, places, until=path).added.values()
@@ -103,7 +106,7 @@ def sub_block(student: LayerWalk, places: StreamModules, layer: int, path: str) 
 
 @contextlib.contextmanager
 def learning(weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let weights have gradients, with autograd on, for a while."""
+    """Context: weights require gradients, and autograd is on."""
     before = [weight.requires_grad for weight in weights]
     try:
         for weight in weights:

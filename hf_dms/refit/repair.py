@@ -1,32 +1,37 @@
-"""Repair: least squares on the maps that write into the residual stream of a cut model, without training.
+"""Repair (least-squares reconstruction): a cut model's outputs brought back towards the dense model's, without
+training.
 
-A cut leaves the remaining weights as they were. Layer after layer, each map that writes into the stream (`o_proj` and
-`down_proj` of a Llama, the last convolution of a ResNet's block, found from the description) gets the weight that
-brings the stream closest to the dense model's. With A `[positions, inputs]` the map's inputs in the cut model, as
-repaired so far, and R `[positions, hidden]` what the stream lacks after it (the dense one minus the cut one, on the
-kept hidden units), its change is ridge regression:
+A cut does not change the remaining weights. Repair goes through the layers in order. Each map that writes into the
+residual stream (`o_proj` and `down_proj` of a Llama, the last convolution of a ResNet's block, found from the
+description) gets the weights that bring the stream closest to the dense model's.
+
+Let A `[positions, inputs]` be the map's inputs in the cut model, with all earlier maps repaired. Let
+R `[positions, hidden]` be the dense stream minus the cut one after the map, on the kept hidden units. The change of the
+weights is ridge regression:
 
     ΔWᵀ = (AᵀDA + ridge·mean(diag AᵀDA)·I)⁻¹ AᵀDR
 
-where D weighs a position by 1 / mean square of the dense stream, so that an error counts relative to it; all positions
-alike where no norm over units reads the stream (ResNet). So a cut that changes nothing is left as it is. The last map
-of a layer aims past the dropped layers that follow; where the stream itself is normalised (BERT) the layer takes over
-the norm of the last one dropped, which belongs to the sum aimed at. A bias is one more input, always 1. Nothing else of
-the model moves but running statistics of batch norms, with what makes up for that (batch_norms.py).
+D weighs each position by 1 / mean square of the dense stream, so that an error counts relative to the stream. Where no
+norm over units reads the stream (ResNet), all positions count equally. If a cut changes nothing, R and ΔW are 0. A bias
+is one more input, which is always 1. Nothing else in the model changes, except for batch norms (batch_norms.py).
 
-Where what a map writes is scaled or normalised before it is added (Granite, DINOv2, ConvNeXt, ResNet, Gemma 2 and 3), R
-is stated before that; a norm keeps its own size, so a map in front of one can make up for less.
+Special cases:
 
-Positions are tokens, or places of an image. A convolution's inputs are unfolded, one batch at a time. The stream is
-aimed at before the ReLU that a ResNet's block ends in. Where a stage begins with a new stream, the maps that write into
-it (a block's last convolution, then its shortcut) write all of it; what lies between two stages stays as it is.
+- Dropped layers: the last map of a kept layer aims at the stream after the dropped layers that follow. Where the stream
+  itself is normalised (BERT), the kept layer also takes over the norm of the last dropped layer.
+- Some models scale or normalise a map's output before it is added to the stream (Granite, DINOv2, ConvNeXt, ResNet,
+  Gemma 2 and 3). R is then converted to the map's own output. A norm fixes the size of its output, so a map in front of
+  one can correct less.
+- Convolutions: positions are places of an image, and inputs are unfolded, one batch at a time. A ResNet's block ends in
+  a ReLU, and the target is the stream before it. Where a stage begins a new stream, the first maps that write into it
+  (a block's last convolution, then its shortcut) write all of it. Layers between two stages do not change.
 
-The ridge is chosen for each map: the one whose solution on three quarters of the batches leaves the least error on the
-last quarter. The map is then solved on all of them.
+The ridge is chosen for each map: each candidate is solved on three quarters of the batches, and the one with the least
+error on the last quarter is taken. The map is then solved again on all batches.
 
-Both models walk side by side, one layer at a time, and batches stream. Memory: one map's sums (inputs² and inputs times
-hidden, in float64), and the hidden states of all batches, for both models and for one layer's targets, which `offload`
-keeps in files. Never the activations of all layers, never a second copy of a model.
+Both models go through the batches one layer at a time. Memory: the sums of one map (inputs² and inputs times hidden, in
+float64), and the hidden states of all batches, for both models and the targets of one layer; `offload` moves the hidden
+states to files. The activations of all layers, or a second copy of a model, are never held.
 """
 
 from __future__ import annotations
@@ -58,10 +63,10 @@ from .reconstruct import reconstruct_
 from .shelf import Shelf
 from .stream import StreamModules, stream_dim
 
-RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # that one is chosen from
-FIXED_RIDGE = 0.1  # with a single batch, of which none can be held out
-HELD_OUT = 4  # one batch of so many, to choose the ridge on
-MOST_JUDGES = 16  # batches on which the loss says how much of a repair stays
+RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # the candidates, relative to the mean square of a map's inputs
+FIXED_RIDGE = 0.1  # with a single batch, where no batch can be held out to choose the ridge
+HELD_OUT = 4  # one batch in so many is held out to choose the ridge
+MOST_JUDGES = 16  # with `interpolate`, the loss is measured on at most this many batches
 
 
 @torch.no_grad()
@@ -81,26 +86,28 @@ def repair_(
 
     Args:
         pruned: the cut model, on one device.
-        dense: the model it was cut from; it is left as it was. Gates on it are open. After a search that trained the
-            weights: the model before it, since with open masks the trained one is no model to aim at.
+        dense: the model it was cut from; it is not modified. If it has gates, they are open during the repair. After a
+            search that trained the weights, pass the model before the search: the trained weights with open masks were
+            never a good model.
         plan: the units that were kept. None: those that the gates of `dense` keep, as `prune` cut it.
-        batches: keyword arguments of forward passes, read once; more of them repair better. Positions where an
-            `attention_mask` `[batch, tokens]` is 0 do not count; labels are left out.
-        ridge: how strongly a weight is held back, relative to the mean square of its inputs. Default: chosen for each
-            map on held-out batches, one in four; 0.1 for a single batch.
+        batches: keyword arguments of forward passes, read once. More batches repair better. Positions where an
+            `attention_mask` `[batch, tokens]` is 0 do not count; labels are ignored.
+        ridge: how strongly changes of a weight are held back, relative to the mean square of its inputs. Default:
+            chosen for each map on held-out batches, one in four; 0.1 for a single batch.
         offload: a folder for the hidden states of all batches, `[tokens, hidden]` for both models and twice for the
             targets of a layer. Default: the device's memory.
-        progress: called after each layer with the number of layers that are done and that of all.
-        epochs: passes over the batches in which all maps of a sub-block learn together after its least squares
-            (reconstruct.py). With four of them a repair took 3.5 times as long (benchmarks/reconstruct.jsonl).
+        progress: called after each layer with the number of layers that are done and the number of all layers.
+        epochs: passes over the batches in which all maps of a sub-block learn together, after its least squares
+            (reconstruct.py). With four passes a repair took 3.5 times as long (benchmarks/reconstruct.jsonl).
         interpolate: keep only as much of the change as lowers the task's loss (interpolate.py). Batches need labels.
-            The weights before and after wait in the memory of the CPU. A function is called with the share that stays.
+            The weights before and after are kept in CPU memory. If it is a function, it is called with the share that
+            was kept.
 
     Raises:
-        ValueError: no batches, none with labels for `interpolate`, a single one with `epochs`, a pruned model with
-            gates, no plan, a plan of another cut, activations that are not finite, or layers that do not write into the
-            stream as a Llama's, a BERT's, a Granite's, a Gemma 2's, a DINOv2's or a ResNet's do. Layers before the one
-            that an error is about are repaired by then.
+        ValueError: there are no batches, none with labels for `interpolate`, or a single one with `epochs`; the pruned
+            model has gates; there is no plan, or the plan of another cut; activations are not finite; or layers write
+            into the stream in a way that `find_stream_modules` does not know. The layers before the one in the message
+            are repaired by then.
     """
     _check(pruned, dense, plan, ridge)
     plan = plan_of(dense) if plan is None else plan
@@ -149,7 +156,7 @@ def _repair_layer_(
     epochs: int,
     where: str,
 ) -> None:
-    """Repair the maps of a layer in the order in which they run, its batch norms before and behind them."""
+    """Repair the maps of a layer in the order in which they run, and its batch norms before and after them."""
     lacks = _norms_lack(student, places, layer, targets)
     if lacks:
         estimate_inner_norms_(student, places, layer)
@@ -164,7 +171,7 @@ def _repair_layer_(
 
 # ---- both models, layer by layer -------------------------------------------------------------------------------------
 def _kept_ranges(bound: BoundSpec, plan: Plan) -> list[range]:
-    """Each kept layer with the dropped ones behind it, numbered through all stacks of the dense model."""
+    """Each kept layer with the dropped layers that follow it, numbered through all stacks of the dense model."""
     ranges, first = [], 0
     for stack in bound.stacks:
         kept = kept_units(plan, stack, None, bound.sizes[stack]).tolist()
@@ -181,7 +188,7 @@ def _kept_stream(bound: BoundSpec, plan: Plan, stack: str) -> Tensor:
 
 
 def _take_over_norm_(kept: nn.Module, dropped: nn.Module, places: StreamModules, units: Tensor) -> None:
-    """Give a layer the norm behind another one's last write, if the stream passes it."""
+    """Copy the norm after a dropped layer's last write into a kept layer, if the stream itself passes that norm."""
     for path in places.norms[-1:]:
         for name, parameter in kept.get_submodule(path).named_parameters():
             source = dropped.get_submodule(path).get_parameter(name)
@@ -189,9 +196,9 @@ def _take_over_norm_(kept: nn.Module, dropped: nn.Module, places: StreamModules,
 
 
 def _norms_lack(student: LayerWalk, places: StreamModules, layer: int, targets: Mapping[str, Shelf]) -> bool:
-    """Whether the stream of the first batch is not what it should be, to the bit, after a map of a layer.
+    """Whether the stream of the first batch differs from its target, in any bit, after a map of a layer.
 
-    Only batch norms need to know; a layer without them is not run for it.
+    Only then do a layer's batch norms need new statistics. A layer without batch norms is not run.
     """
     if not batch_norms(student.layers[layer]):
         return False
@@ -200,7 +207,7 @@ def _norms_lack(student: LayerWalk, places: StreamModules, layer: int, targets: 
 
 
 def _folder_in(offload: str | os.PathLike | None) -> contextlib.AbstractContextManager[str | None]:
-    """A temporary folder in another one, if there is one."""
+    """A temporary folder inside `offload`, or None without `offload`."""
     if offload is None:
         return contextlib.nullcontext()
     return tempfile.TemporaryDirectory(prefix="hf_dms-", dir=offload)
@@ -210,7 +217,7 @@ def _mask_of(batch: Mapping[str, Tensor]) -> Tensor | None:
     """The attention mask of a batch, if it has one.
 
     Raises:
-        ValueError: the mask is not one of positions.
+        ValueError: the mask does not have one value per position.
     """
     mask = batch.get("attention_mask")
     if mask is not None and mask.dim() != 2:
@@ -231,7 +238,7 @@ def _refit_(
     ridge: float | None,
     name: str,
 ) -> None:
-    """Bring the stream after a map that writes into it closest to its targets, see `collect_`."""
+    """Change a map so that the stream after it comes closest to its targets, see `collect_`."""
     module: Any = student.layers[layer].get_submodule(path)
     parts = [Sums.of(module) for _ in range(min(HELD_OUT, len(masks)))]
     collect_(parts, student, places, layer, path, targets, masks)
@@ -239,7 +246,7 @@ def _refit_(
 
 
 def _update_(module: Any, parts: Sequence[Sums], ridge: float | None, name: str) -> None:
-    """Change a map by the ridge regression of what its output lacks.
+    """Change a map by ridge regression on the error of its output.
 
     Raises:
         ValueError: the sums are not finite, or not positive definite.
@@ -264,21 +271,26 @@ def ridge_change(sums: Sums, width: int, ridge: float) -> Tensor:
     """ΔWᵀ = (AᵀDA + ridge·mean(diag AᵀDA)·I)⁻¹ AᵀDR, `[inputs, outputs]`; not finite where there is no solution.
 
     Args:
-        sums: of a map.
-        width: inputs that are no bias; the mean is theirs.
+        sums: sums of a map.
+        width: number of inputs without the bias. The mean is over these.
         ridge: relative to their mean square.
     """
     gram = sums.gram.clone()
+    # At least the smallest positive number: inputs that are all 0 would make the matrix singular.
     gram.diagonal().add_((ridge * gram.diagonal()[:width].mean()).clamp(min=torch.finfo(gram.dtype).tiny))
     factor, failed = torch.linalg.cholesky_ex(gram)
     return torch.full_like(sums.moment, torch.nan) if failed else torch.cholesky_solve(sums.moment, factor)
 
 
 def best_ridge(fitted: Sums, held_out: Sums, width: int) -> float:
-    """Of `RIDGES`, the one whose change leaves the least squared error |R − A ΔWᵀ|² on held-out sums.
+    """The ridge in `RIDGES` that leaves the least squared error |R − A ΔWᵀ|² on held-out sums.
 
-    The error falls, then rises with the ridge: from the middle one on, only neighbours of the best so far are solved.
-    Of equal ones the larger is taken. Float32 tells them apart, and takes half the time.
+    The error first falls and then rises with the ridge. So the search starts in the middle and solves only the
+    neighbours of the best ridge so far. Of equal ridges the larger is taken. Float32 is precise enough to compare them,
+    and takes half the time.
+
+    The held-out error needs only sums, no data: |R − A ΔWᵀ|² = tr(ΔW (AᵀA) ΔWᵀ) − 2 tr(ΔW AᵀR) + |R|², each weighted
+    by D.
     """
     fitted, held_out = fitted.to(torch.float32), held_out.to(torch.float32)
 
@@ -311,7 +323,7 @@ def _check(pruned: PreTrainedModel, dense: PreTrainedModel, plan: Plan | None, r
 
 
 def _check_layers(student: LayerWalk, plan: Plan) -> None:
-    """Check that the pruned model's layers are those that a plan keeps of the dense one, and their streams as wide."""
+    """Check that the pruned model has as many layers, and streams as wide, as a plan keeps of the dense model."""
     bound = student.bound
     for stack, path in bound.stacks.items():
         units, kept = _kept_stream(bound, plan, stack), kept_units(plan, stack, None, bound.sizes[stack])

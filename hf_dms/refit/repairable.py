@@ -1,6 +1,6 @@
-"""Whether a model can be repaired, known from its config alone: a small model of the same kind is tried.
+"""Whether a model can be repaired, from its config alone: a small random model of the same kind is tried.
 
-What decides is how layers write into the residual stream (`layerwise.find_stream_modules`), which no size changes.
+It depends only on how layers write into the residual stream (`layerwise.find_stream_modules`), not on their sizes.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ def check_repairable(model: PreTrainedModel, bound: BoundSpec) -> None:
         torch.manual_seed(0)
         small = cls._from_config(config, dtype=torch.float32).eval()
         for parameter in small.parameters():
-            parameter.uniform_(0.5, 1.5)  # so that no factor is 1 by accident, as a fresh layer scale is
+            # Fresh scales and norms are exactly 1, and a layer that multiplies by 1 looks like one that does not.
+            parameter.uniform_(0.5, 1.5)
             if parameter.dim() > 1:
-                parameter /= parameter[0].numel()  # nor grows what passes layers without a norm
+                parameter /= parameter[0].numel()  # keeps activations near 1 where no norm bounds them
         walk = LayerWalk(small, bound, [dummy_inputs(small)])
         for layer in range(len(walk.layers)):
             find_stream_modules(walk, layer)
@@ -50,7 +51,7 @@ def check_one_stack(bound: BoundSpec) -> None:
     Raises:
         HfDmsError: it has several.
     """
-    stream_dim(bound)  # that of the only stack
+    stream_dim(bound)  # raises if there is more than one stack
 
 
 def _small(bound: BoundSpec) -> Plan:

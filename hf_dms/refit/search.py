@@ -1,16 +1,16 @@
-"""A search over refitted weights: while ratios train, each map that writes runs as least squares would leave it.
+"""A search over refitted weights: while ratios train, the maps run as least squares would leave them after the cut.
 
-In training mode a map of a refitted dim gives y = W(k) x, with k = (1 − a) N and W(k) between two refits of levels.py,
-in place of the masked y = W (m ∘ x). Ratio, resource loss and rounding are those of every search; the units' order is
-that of order.py, computed anew with the refits by each `refresh_`, and for the cut by `choose_units_`. In evaluation
-mode hard masks and the model's own weights run, as they are cut. Dims that no layer owns (hidden, layers) keep their
-masks, and are open in the walk.
+In training mode, a map that reads a refitted dim computes y = W(k) x in place of the masked y = W (m ∘ x). Here
+k = (1 − a) N, and W(k) lies between two refits of levels.py. Ratio, resource loss and rounding are those of every
+search. The order of the units is that of order.py. Each `refresh_` computes order and refits again; `choose_units_`
+computes the order for the cut. In evaluation mode the model runs on hard masks and its own weights, as it will be cut.
+Dims that no layer owns (hidden, layers) keep their masks, and all their units are open while maps are refitted.
 
-Nothing of this is stored in a checkpoint but the ratios at the last refresh: weights are frozen, and the same examples
-and ratios give the same refits again.
+A checkpoint stores only the ratios at the last refresh. Weights are frozen, so the same examples and ratios give the
+same refits again.
 
-Memory: per map its Cholesky factor n² and n·outputs, and two levels, in float32 on the model's device, and one
-`[hidden, hidden]` factor in float64.
+Memory: per map, in float32 on the model's device, a Cholesky factor `[inputs, inputs]`, `[inputs, outputs]` numbers and
+the weights at two widths; in float64 one factor `[hidden, hidden]`.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from .one_shot import factors_of, rank_
 
 
 class RefittedSearch:
-    """What a search over refitted weights keeps beside the gates.
+    """The state of a search over refitted weights, beside the gates.
 
     Args:
         model: a model with gates, its weights frozen.
-        batches: keyword arguments of forward passes with `labels`: what is refitted on.
-        options: of `RefittedMap`.
+        batches: keyword arguments of forward passes with `labels`, to refit on.
+        options: options of `RefittedMap`.
 
     Raises:
         ValueError: no dim of layers is pruned, or batches without labels.
@@ -60,10 +60,10 @@ class RefittedSearch:
 
     @torch.no_grad()
     def refresh_(self, ratio: Tensor | None = None) -> None:
-        """Refit every map and order its units, on the model as it is cut at these ratios.
+        """Refit every map and rank its units, in the model that a cut at these ratios would give.
 
         Args:
-            ratio: all prune ratios of the gates. Default: as they are now.
+            ratio: all prune ratios of the gates. Default: the current ones.
         """
         gates = self.gates
         gates.refit_ratio = (gates.prune_ratio if ratio is None else ratio).detach().clone()
@@ -80,11 +80,11 @@ class RefittedSearch:
 
     @torch.no_grad()
     def choose_units_(self, sizes: Sizes, batches: Iterable[Mapping[str, Tensor]]) -> None:
-        """Order the units for the cut: by one more walk, on the model cut and refitted at whole sizes.
+        """Rank the units for the cut, by one more walk through the model, cut and refitted at whole sizes.
 
         Args:
             sizes: per dim the units that each row keeps, `[rows]` int64.
-            batches: keyword arguments of forward passes. More of them than of a `refresh_` pay: it happens once.
+            batches: keyword arguments of forward passes. This happens once, so more batches than for a `refresh_` pay.
         """
         gates, sizes = self.gates, {name: sizes[name] for name in self.dims}
         with open_gates(self.model):
@@ -94,7 +94,7 @@ class RefittedSearch:
             rank_(gates, sweep(self.model, self.bound, batches, self.factors, sizes, **self.options))
 
     def _install_(self, maps: Mapping[Key, RefittedMap]) -> None:
-        """Let the maps run refitted in training mode, until the gates are taken off."""
+        """Make the maps run refitted in training mode, until the gates are taken off."""
         first = not self.gates.refitted
         layers = layers_of(self.model, self.bound)
         for (layer, path), refitted in maps.items():
@@ -102,14 +102,14 @@ class RefittedSearch:
             if first:
                 self.gates.attachment.hooks.append(_Replaced(module))
                 masked = module.forward
-            else:  # of a refresh before
+            else:  # replaced by an earlier refresh: keep the original masked forward
                 masked = module.forward.args[0]
             module.forward = functools.partial(_forward, masked, self.gates, refitted, layer)
         self.gates.refitted = frozenset(self.dims)
 
 
 class _Replaced:
-    """A handle, as of a hook, that gives a module the forward back that it had."""
+    """Restores the `forward` of a module. It has the interface of a hook's handle, so `detach_` removes it like one."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.before = module, module.__dict__.get("forward")

@@ -1,7 +1,7 @@
-"""Where what belongs to a batch waits between two layers: in memory, or in files.
+"""Storage for the data of each batch between two layers: in memory, or in files.
 
 A walk through the layers needs the hidden state of every batch in front of the next layer. Nothing else grows with the
-number of batches, so a long calibration text keeps them in files, of which one is read at a time.
+number of batches. For a long calibration text they can be kept in files, and one file is read at a time.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 
 
 class Shelf:
-    """A list of things that are mostly tensors, in memory or in a folder of files.
+    """A list of objects that are mostly tensors, in memory or in a folder of files.
 
     Args:
-        folder: where a folder for the files is made; who owns it removes it. Default: memory.
+        folder: a folder in which a folder for the files is made. The caller removes it. Default: memory.
     """
 
     def __init__(self, folder: str | os.PathLike | None = None) -> None:
@@ -33,7 +33,7 @@ class Shelf:
         self[len(self) - 1] = item
 
     def clear(self) -> None:
-        """Let go of everything."""
+        """Remove all objects, and their files."""
         for place in range(len(self) if self._folder is not None else 0):
             self._file(place).unlink()
         self._items.clear()
@@ -47,7 +47,7 @@ class Shelf:
     def __getitem__(self, place: int) -> Any:
         if not 0 <= place < len(self):
             raise IndexError(place)
-        # what is read was written here, and holds more than tensors: a layer's arguments
+        # The file was written by this process. It holds the arguments of a layer, which are not only tensors.
         return self._items[place] if self._folder is None else torch.load(self._file(place), weights_only=False)
 
     def _file(self, place: int) -> Path:

@@ -1,8 +1,8 @@
-"""The residual stream inside a layer: which maps write into it, what their outputs pass before, what it passes itself.
+"""The residual stream inside a layer: the maps that write into it, and the modules between those maps and the stream.
 
-A `StreamRecorder` follows the stream through one run of a layer. Here the units of the stream are on the last axis
-of every tensor, whatever the layer has them on: `[batch, tokens, hidden]`, or `[batch, height, width, hidden]` of an
-image. Which modules there are follows from the description and from running the layer (layerwise.py).
+A `StreamRecorder` follows the stream through one run of a layer. In all tensors here the units of the stream are on the
+last axis, whichever axis the layer uses: `[batch, tokens, hidden]`, or `[batch, height, width, hidden]` for images.
+layerwise.py finds the modules, from the description and by running the layer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..archs.bind import BoundSpec
 from ..cut.verify import TOLERANCE
 
-ROUNDS = 4  # of finding rows and channels in turns
+ROUNDS = 4  # `slope_of` finds rows and channels in turns, this many times
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,17 @@ class StreamModules:
 
     Attributes:
         writes: the linear maps and convolutions that write into the stream, in the order in which they run.
-        norms: the norms that the stream itself passes, one after each write (BERT); none where a norm is only in front
-            of what reads the stream (Llama, ViT).
-        behind: the module, if there is one, that a map's output passes before it is added: a norm (Gemma 2 and 3,
-            ResNet) or a scale per channel (DINOv2).
-        channels: the parameter of the layer, if there is one, that a map's output is multiplied by before it is added
-            (ConvNeXt).
-        scale: what the outputs of all maps are multiplied by before they are added (Granite).
-        ending: the module that the stream passes at the layer's end (the ReLU of a ResNet), if there is one.
-        fresh: whether a new stream begins in the layer, to which the maps write everything (where a stage of a ResNet
-            begins, with another width).
-        relative: whether a norm over units reads the stream, so that errors count relative to it, position by position.
+        norms: the norms that the stream itself passes, one after each write (BERT). Empty where norms are only in front
+            of the modules that read the stream (Llama, ViT).
+        behind: by map, the module that its output passes before it is added: a norm (Gemma 2 and 3, ResNet) or a scale
+            per channel (DINOv2).
+        channels: by map, the parameter of the layer that multiplies its output before it is added (ConvNeXt).
+        scale: a number that multiplies the outputs of all maps before they are added (Granite).
+        ending: the module that the stream passes at the end of the layer (the ReLU of a ResNet), if there is one.
+        fresh: whether a new stream begins in the layer, and its maps write all of it (the first block of a stage of a
+            ResNet, which has another width).
+        relative: whether a norm over units reads the stream. Errors then count relative to the stream's size at each
+            position.
     """
 
     writes: tuple[str, ...] = ()
@@ -52,11 +52,11 @@ class StreamModules:
 
 
 def stream_dim(bound: BoundSpec, stack: str | None = None) -> str:
-    """The dim of the residual stream of a stack of layers: what a map inside one gives and the layer does not own.
+    """The dim of the residual stream of a stack of layers: maps inside a layer write it, but no layer owns it.
 
     Args:
         bound: the architecture.
-        stack: depth dim of the layers. Default: that of the only stack.
+        stack: depth dim of the layers. Default: the only stack's.
     """
     stack = bound.depth if stack is None else stack
     maps = ((name.endswith(".weight"), param) for name, param in bound.params.items())  # not a table of biases
@@ -66,28 +66,28 @@ def stream_dim(bound: BoundSpec, stack: str | None = None) -> str:
 
 
 def stream_axis(bound: BoundSpec) -> int:
-    """The axis of a layer's hidden state that the units of the stream are on, counted from the end."""
+    """The axis of a layer's hidden state that holds the units of the stream, counted from the end."""
     dims = bound.spec.outputs.get("last_hidden_state", "stream").split()
     return next(place for place, dim in enumerate(dims) if dim != "_") - len(dims)
 
 
 # ---- one run of a layer ----------------------------------------------------------------------------------------------
 class Stop(Exception):
-    """A layer has run far enough."""
+    """Raised inside a layer to end its run once the map in question has written."""
 
 
 class StreamRecorder:
     """Follows the residual stream through one run of a layer.
 
     Attributes:
-        stream: the stream as it is by now; None before the first write into a new one.
-        inputs: per map that has written, its input, as it got it.
-        outputs: per map that has written, its output.
-        added: per map that has written, what was added to the stream.
-        sums: per map that has written, the stream with what it added, before a norm that the stream passes.
-        normed: per norm that the stream is said to pass, its input.
-        output: what the layer returned, once it has run to its end, its units where the layer has them.
-        before_end: the stream in front of the module that it passes at the layer's end; else the output.
+        stream: the current stream; None before the first write into a new one.
+        inputs: by map, its input, with units on the axis where the layer has them.
+        outputs: by map, its output.
+        added: by map, the tensor that was added to the stream.
+        sums: by map, the stream after its write, before a norm that the stream passes.
+        normed: by norm in `StreamModules.norms`, its input.
+        output: the output of the layer, if it has run to its end, with units on the axis where the layer has them.
+        before_end: the stream in front of `StreamModules.ending`, or else the output.
     """
 
     output: Tensor
@@ -112,7 +112,7 @@ class StreamRecorder:
 
     @contextlib.contextmanager
     def on(self, layer: nn.Module, places: StreamModules) -> Iterator[None]:
-        """Listen to a layer for a while."""
+        """Context: record the runs of a layer."""
         if places.fresh:
             self.stream = None
         factors: dict[str, Any] = {path: layer.get_parameter(name) for path, name in places.channels.items()}
@@ -140,7 +140,7 @@ class StreamRecorder:
         self._add(path, _units_last(module, output))
 
     def _add(self, path: str, added: Tensor) -> None:
-        self.added[path] = added.clone()  # the layer may go on to add to it in place
+        self.added[path] = added.clone()  # the layer may add to it in place later
         self.sums[path] = self.stream = self.added[path] if self.stream is None else self.stream + added
         if path == self.until:
             raise Stop
@@ -154,17 +154,17 @@ class StreamRecorder:
 
 
 def _units_last(module: nn.Module, tensor: Tensor) -> Tensor:
-    """What a map or norm gets or gives, with its units on the last axis: convolutions have them on axis 1."""
+    """An input or output of a map or norm with its units on the last axis. Convolutions have them on axis 1."""
     on_axis_1 = isinstance(module, (nn.Conv2d, nn.modules.batchnorm._BatchNorm))
     return tensor.movedim(1, -1) if on_axis_1 else tensor
 
 
 def unfolded(module: Any, inputs: Tensor) -> Tensor:
-    """What each output of a map is a linear map of.
+    """The inputs of a map in a form in which each output position is a plain linear map of one row.
 
     Args:
         module: a linear map or a convolution.
-        inputs: what it gets, `[..., inputs]` or `[batch, inputs, height, width]`.
+        inputs: its input, `[..., inputs]` or `[batch, inputs, height, width]`.
 
     Returns:
         `[..., inputs]` as given, or `[batch, output height, output width, inputs · kernel height · kernel width]` in
@@ -187,17 +187,17 @@ Slope = tuple[Tensor, Tensor]  # rows `[..., 1]` and channels `[hidden]`, float6
 
 
 def slope(layer: nn.Module, places: StreamModules, path: str, output: Tensor, added: Tensor) -> Slope | None:
-    """How what is added to the stream follows a map's output z: added = rows · channels · z + constants.
+    """How a map's output z becomes the tensor that is added to the stream: added = rows · channels · z + constants.
 
     Args:
-        layer: the layer, in evaluation mode, in which a batch norm is such a map.
-        places: where it writes.
-        path: of the map.
+        layer: the layer, in evaluation mode. A batch norm is then a factor and a constant for each channel.
+        places: where the layer writes.
+        path: path of the map inside the layer.
         output: z, `[..., hidden]`.
-        added: of the same shape.
+        added: the added tensor, of the same shape.
 
     Returns:
-        Rows and channels; None if it does not follow it like this.
+        Rows and channels; None if the relation is not of this form.
     """
     norm: Any = layer.get_submodule(places.behind[path]) if path in places.behind else None
     channels: Tensor
@@ -211,21 +211,21 @@ def slope(layer: nn.Module, places: StreamModules, path: str, output: Tensor, ad
 
 
 def batch_norm_slope(norm: Any) -> Tensor:
-    """What a batch norm in evaluation mode multiplies its units by, `[units]` float64."""
+    """The factor by which a batch norm in evaluation mode multiplies each unit, `[units]` float64."""
     return norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
 
 
 def slope_of(output: Tensor, added: Tensor) -> Slope | None:
-    """How what is added to the stream follows a map's output z, from a run: added = rows · channels · z, elementwise.
+    """Rows and channels with added = rows · channels · z, elementwise, from the tensors of one run.
 
-    For a scale, rows are 1; for a norm without a mean (RMSNorm), 1 / root mean square of each position.
+    For a scale, rows are 1. For a norm without a mean (RMSNorm), they are 1 / root mean square of each position.
 
     Args:
-        output: z, `[..., hidden]`.
-        added: of the same shape.
+        output: a map's output z, `[..., hidden]`.
+        added: the tensor that was added to the stream, of the same shape.
 
     Returns:
-        Rows and channels; None if it does not follow it like this.
+        Rows and channels; None if the relation is not of this form.
     """
     z, to = output.double().flatten(0, -2), added.double().flatten(0, -2)
     rows = torch.ones_like(z[:, :1])
@@ -234,12 +234,13 @@ def slope_of(output: Tensor, added: Tensor) -> Slope | None:
         if same(added, (rows * channels * z).view_as(added).to(added.dtype)):
             return rows.view(*output.shape[:-1], 1), channels[0]
         inverse = z.square().mean(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny).rsqrt()
-        rows = inverse if attempt == 0 else _factor(z * channels, to, 1)  # the norm's epsilon makes it a little less
+        # First the formula of an RMS norm; its epsilon makes the true rows slightly smaller, so then they are fitted.
+        rows = inverse if attempt == 0 else _factor(z * channels, to, 1)
     return None
 
 
 def _factor(tensor: Tensor, to: Tensor, dim: int) -> Tensor:
-    """By how much a tensor comes closest to another one, a number along a dim."""
+    """The factor that brings a tensor closest to another one, by least squares along a dim."""
     square = tensor.square().sum(dim, keepdim=True)
     return (tensor * to).sum(dim, keepdim=True) / square.clamp(min=torch.finfo(square.dtype).tiny)
 

@@ -1,14 +1,14 @@
-"""Criteria on the activations that a unit sends to the maps that read it: Wanda-sp and FLAP.
+"""Criteria on activations, at the inputs of the maps that read a unit: Wanda-sp and FLAP.
 
-With x_j the inputs of a reading map that belong to unit j, and W its weight:
+With W the weight of such a map and x_j its inputs that belong to unit j:
 
-- Wanda-sp: Σ_i |W_ij|·‖x_j‖₂, every layer loses the same share (Sun et al., arXiv 2306.11695, structured by
+- Wanda-sp: Σ_i |W_ij|·‖x_j‖₂; every layer loses the same share (Sun et al., arXiv 2306.11695, structured by
   An et al., arXiv 2312.11983).
-- FLAP: Var(x_j)·‖W_:j‖₂², standardised per map, then one threshold for the model (An et al., their WIFV with AL-AM).
-  Its second half, a bias that restores the mean of what went, is left out: most stock classes have no bias there, and
-  least-squares repair takes its place.
+- FLAP: Var(x_j)·‖W_:j‖₂², standardised per map, then one threshold for the model (An et al., WIFV with AL-AM). The
+  paper also adds a bias that restores the mean of the removed units. It is left out: most stock classes have no bias
+  there, and least-squares repair takes its place.
 
-Several inputs of one unit (a head's) count by their sum for Wanda-sp and by their mean for FLAP.
+If a unit has several inputs (a head), Wanda-sp takes the sum over them and FLAP the mean.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Moments:
     def __call__(self, module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
         rows = arguments[0].detach().movedim(self.axis, -1).flatten(0, -2).double()
         self.count += len(rows)
-        self.total += rows.sum(0).cpu()  # what leaves the device is a number per input, not per position
+        self.total += rows.sum(0).cpu()  # sum first, so that only one number per input leaves the device
         self.squares += rows.square().sum(0).cpu()
 
     def norm(self) -> Tensor:
@@ -50,7 +50,7 @@ class _Moments:
 
 @torch.no_grad()
 def _moments(model: PreTrainedModel, batches: Batches) -> dict[str, list[tuple[int, tuple[int, int, int], str, Any]]]:
-    """Per dim, of every map that reads it: (row, (before, units, after) on its inputs, path, moments)."""
+    """Per dim, for every map that reads it: (row, (before, units, after) on its inputs, path, moments)."""
     gates = gates_of(model)
     found: dict[str, list] = {name: [] for name in gates.dims}
     handles = []
@@ -103,20 +103,20 @@ def flap_metric(weight: Tensor, variance: Tensor) -> Tensor:
 def _scores(
     model: PreTrainedModel, batches: Batches, metric: Callable[[Tensor, _Moments], Tensor], pool: Callable[..., Tensor]
 ) -> Scores:
-    """What units are worth by the maps that read them.
+    """Scores of units from the maps that read them.
 
     Args:
         model: a model with gates.
         batches: keyword arguments of forward passes.
-        metric: from a map's weight `[outputs, inputs]` and the moments of its inputs to a number per input.
-        pool: makes one number of those of a unit's inputs, such as `torch.sum`.
+        metric: function of a map's weight `[outputs, inputs]` and the moments of its inputs; a number per input.
+        pool: reduces the numbers of a unit's inputs to one, such as `torch.sum`.
     """
     gates = gates_of(model)
     scores = {name: torch.zeros(dim.rows, dim.units, dtype=torch.float64) for name, dim in gates.dims.items()}
     for name, maps in _moments(model, batches).items():
         for row, shape, path, moments in maps:
             weight = plain_weight(model, f"{path}.weight").double().cpu()
-            per_input = metric(weight.movedim(1, -1).flatten(0, -2), moments)  # a kernel has outputs at every place
+            per_input = metric(weight.movedim(1, -1).flatten(0, -2), moments)  # kernel positions count as outputs
             scores[name][row] += pool(per_input.view(shape).movedim(1, 0).flatten(1), -1)
     return scores
 
@@ -127,7 +127,7 @@ def wanda_sp_scores(model: PreTrainedModel, batches: Batches) -> Scores:
 
 
 def flap_scores(model: PreTrainedModel, batches: Batches) -> Scores:
-    """Var(x_j)·‖W_:j‖₂² of the map that reads a unit, standardised over the map's inputs; the mean of a unit's."""
+    """Var(x_j)·‖W_:j‖₂² of the map that reads a unit, standardised over the map's inputs; mean over a unit's inputs."""
     return _scores(model, batches, lambda weight, moments: flap_metric(weight, moments.variance()), torch.mean)
 
 

@@ -1,7 +1,8 @@
 """From the scores of all units to prune ratios: one threshold for the whole model, or equal ratios.
 
-A one-shot criterion says how much each unit is worth. What it leaves in the gates is what a search would: an importance
-for every unit and a ratio for every row. Rounding, cutting and the exact budget are then the same for all strategies.
+A one-shot criterion gives each unit a score. From the scores, the gates get what a search would leave in them: an
+importance for every unit and a ratio for every row. Rounding, cutting and the exact budget are then the same for all
+strategies.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ..gates import Gates
 from ..resource import Sizes
 
 Batches = Sequence[Mapping[str, Tensor]]
-Scores = dict[str, Tensor]  # per dim `[rows, units]`, larger is worth more
+Scores = dict[str, Tensor]  # per dim `[rows, units]`, larger is more important
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,14 @@ class Criterion:
     """A one-shot way to choose structure.
 
     Attributes:
-        scores: what every unit of a model with gates is worth, on batches (keyword arguments of forward passes, with
-            labels where the criterion needs a loss); per gated dim `[rows, units]`.
-        allocation: how the budget is shared. per_cost: one threshold on score per unit of resource; global: one
+        scores: function of a model with gates and of batches (keyword arguments of forward passes, with labels if the
+            criterion needs a loss). It returns a score for every unit, per gated dim `[rows, units]`.
+        allocation: how the budget is divided. per_cost: one threshold on score per unit of resource; global: one
             threshold on the score itself; equal: the same ratio everywhere.
-        needs_data: whether it looks at batches at all.
+        needs_data: whether it uses batches at all.
         dims: the kinds of dims that it is defined for: layer (widths), model (hidden), depth (layers).
-        passes: how often it sees each batch, for counting what it has seen.
-        changes_weights: whether the model's weights are others afterwards.
+        passes: how often it runs each batch, to count the examples it has seen.
+        changes_weights: whether it changes the model's weights.
     """
 
     scores: Callable[[PreTrainedModel, Batches], Scores]
@@ -45,13 +46,13 @@ class Criterion:
 
 @torch.no_grad()
 def allocate_(gates: Gates, scores: Scores, allocation: str = "per_cost") -> None:
-    """Leave scores as importance and the ratios that they ask for in the gates, in place.
+    """Set importance and prune ratios of gates from scores, in place.
 
-    The least worthy units go until the budget is met; each row keeps one unit at least. A ratio that several rows share
-    goes by the sum of the rows' k-th smallest scores, since they all lose one unit together.
+    The units with the lowest scores go until the budget is met; each row keeps at least one unit. Where several rows
+    share a ratio, they all lose one unit together. So the sum of the rows' k-th smallest scores counts there.
 
     Args:
-        gates: the target is that of their schedule.
+        gates: the gates; the target is that of their schedule.
         scores: per gated dim `[rows, units]`.
         allocation: see `Criterion`.
     """
@@ -68,14 +69,14 @@ def sizes_of_scores(gates: Gates, scores: Scores, allocation: str = "per_cost") 
 
 
 def sizes_within_budget(gates: Gates, allocation: str = "per_cost") -> Sizes:
-    """The largest sizes within the budget that the importance in the gates asks for.
+    """The largest sizes within the budget, with the importance in the gates as scores.
 
     Args:
-        gates: their importance is the units' worth.
+        gates: the gates.
         allocation: see `Criterion`.
 
     Returns:
-        Per dim `[rows]`, those that follow another among them.
+        Per dim `[rows]`, including dims that follow another one.
     """
     if allocation == "equal":
         return largest_fitting(gates, lambda share: _equal_sizes(gates, share))
@@ -84,7 +85,7 @@ def sizes_within_budget(gates: Gates, allocation: str = "per_cost") -> Sizes:
     levels = levels[levels.isfinite()].sort().values
 
     def sizes_above(share: float) -> Sizes:
-        """Sizes that leave about this share of all units, those of most worth."""
+        """Sizes that leave about this share of all units, those with the highest scores."""
         level = levels[min(int((1 - share) * len(levels)), len(levels) - 1)]
         return {name: (worth > level).sum(-1).clamp(min=1) for name, worth in ranked.items()}
 
@@ -92,14 +93,14 @@ def sizes_within_budget(gates: Gates, allocation: str = "per_cost") -> Sizes:
 
 
 def _worth(gates: Gates, name: str, allocation: str) -> Tensor:
-    """Scores in ascending order, one row per ratio `[ratios, units]`, divided by what a unit costs if so asked."""
+    """Scores in ascending order, one row per ratio `[ratios, units]`; for `per_cost` divided by the cost of a unit."""
     dim = gates.dims[name]
     worth = gates.importance(name).double().sort(-1).values
     if dim.num_ratios == 1 and dim.rows > 1:
         worth = worth.sum(0, keepdim=True)
     if allocation == "per_cost":
         dense = gates.dense_sizes()
-        one_less = gates.count(dense | {name: dense[name] - 1})  # of every row
+        one_less = gates.count(dense | {name: dense[name] - 1})  # one unit less in every row
         cost = (gates.count(dense) - one_less) / dim.num_ratios
         worth = worth / cost.clamp(min=1e-12)
     return worth
@@ -125,7 +126,7 @@ def largest_fitting(gates: Gates, sizes_at: Callable[[float], Sizes]) -> Sizes:
 
 
 def of_every_row(gates: Gates, sizes: Sizes) -> Sizes:
-    """Sizes of all gated dims, `[rows]` each, from those of ratios: shared ones expanded, followers added."""
+    """Sizes of all gated dims, `[rows]` each, from one size per ratio: shared ones expanded, following dims added."""
     device = gates.prune_ratio.device
     whole = {name: size.to(device).double().expand(gates.dims[name].rows) for name, size in sizes.items()}
     followers = {name: dim.follows for name, dim in gates.dims.items() if dim.follows is not None}

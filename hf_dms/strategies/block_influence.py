@@ -1,4 +1,4 @@
-"""Block influence: a layer is worth 1 - cos(its input, its output) (ShortGPT, Men et al., arXiv 2403.03853)."""
+"""Block influence: the score of a layer is 1 - cos(its input, its output) (ShortGPT, Men et al., arXiv 2403.03853)."""
 
 from __future__ import annotations
 

@@ -1,19 +1,20 @@
-"""Searches that try whole plans: what the paper of DMS (arXiv 2405.07194) measures its results against.
+"""Searches that try whole plans: the kinds of search to which the DMS paper (arXiv 2405.07194) compares its results.
 
 Units go in the order of one-shot Taylor importance on a quarter of the batches; only sizes are searched. A candidate is
-tried as a hard-masked dense model, all on the same few batches; how many there are follows from how many batches are
-left, each try counting its passes.
+tried as a hard-masked dense model, and all candidates on the same few batches. The number of candidates follows from
+the number of batches that are left, because each try counts its passes.
 
 - zero_shot: the best of random plans by ZiCo's score, Σ over maps of log Σ over weights of E|g| / std(g) over batches,
-  g the loss's gradient (Li et al., arXiv 2301.11300). Faithful: the score, no training. Not: the score is of a
-  pretrained model's weights here, of random ones there, and the plans are random, not evolved.
-- one_shot: evolution by the loss of subnets of one supernet, after ScaleNet (Xie et al., arXiv 2207.07267). Here the
-  dense model with its units in order is the supernet; theirs is trained for it, which a budget of this size cannot.
-- multi_shot: greedy steps of the resource, each taken where it costs least, after Amplification (Liu et al.,
-  "Greedy Network Enlarging"), run backwards: that one enlarges, and trains every candidate for a while. A step shrinks
-  one dim in a quarter of the layers.
-- compound: all dims by the same ratio, as EfficientNet scales (Tan and Le, arXiv 1905.11946), which also fits how much
-  each is worth by a grid of trained models.
+  with g the gradient of the loss (Li et al., arXiv 2301.11300). As in the paper: the score, no training. Different: the
+  weights are pretrained here and random in the paper; plans are random here and evolved in the paper.
+- one_shot: evolution by the loss of subnets of one supernet, after ScaleNet (Xie et al., arXiv 2207.07267). The
+  supernet is the dense model with its units in order. In the paper the supernet is trained for this, which takes more
+  than the budget here.
+- multi_shot: greedy steps of the resource, each where it costs least, after Amplification (Liu et al., "Greedy Network
+  Enlarging"), run backwards. The paper enlarges the network, and trains every candidate for a while. Here a step
+  shrinks one dim in a quarter of the layers.
+- compound: all dims by the same ratio, as EfficientNet scales (Tan and Le, arXiv 1905.11946). The paper also fits the
+  proportions of the dims on a grid of trained models.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from .taylor import TAYLOR, vector_scores
 
 BATCHES_A_TRY = 2
 QUARTERS = 4
-SPREAD = 0.3  # of a mutation: the standard deviation of the logarithm of a share
+SPREAD = 0.3  # size of a mutation: standard deviation of the logarithm of a share
 
-Genes = dict[str, Tensor]  # per dim, the share of units wished for, `[ratios]`, before it is made to fit the budget
+Genes = dict[str, Tensor]  # per dim, the wanted share of units, `[ratios]`, before all are scaled to the budget
 Fitness = Callable[[Masks], float]
 
 
@@ -52,14 +53,14 @@ def sizes_of(gates: Gates, genes: Genes) -> dict[str, Tensor]:
 
 
 def random_genes(gates: Gates) -> Genes:
-    """A wish for every ratio, uniform in (0.1, 1)."""
+    """A wanted share for every ratio, uniform in (0.1, 1)."""
     device = gates.prune_ratio.device
     free = {name: dim.num_ratios for name, dim in gates.dims.items() if dim.follows is None}
     return {name: torch.rand(count, device=device) * 0.9 + 0.1 for name, count in free.items()}
 
 
 def evolve(gates: Gates, fitness: Fitness, tries: int, mutate: bool) -> dict[str, Tensor]:
-    """The sizes of the fittest of some random plans, the second half of them mutants of the best so far if asked."""
+    """The sizes of the fittest of `tries` random plans. With `mutate`, the second half mutates the best so far."""
     best, fittest = random_genes(gates), -torch.inf
     for number in range(tries):
         genes = random_genes(gates)
@@ -72,12 +73,12 @@ def evolve(gates: Gates, fitness: Fitness, tries: int, mutate: bool) -> dict[str
 
 
 def shrink(gates: Gates, fitness: Fitness, steps: int) -> dict[str, Tensor]:
-    """Sizes after greedy steps, each of the one dim and quarter of its ratios that costs least.
+    """Sizes after greedy steps. Each step shrinks the dim, and quarter of its ratios, that costs the least fitness.
 
     Args:
-        gates: their target is where it ends.
-        fitness: of hard masks.
-        steps: how many there are if each saves its share of the resource; more if what is chosen cannot.
+        gates: the gates; the steps end at their target.
+        fitness: fitness of hard masks.
+        steps: number of steps if each saves an equal share of the resource. There are more if a step cannot save that.
     """
     goal, now = gates.schedule.target, {name: torch.ones_like(genes) for name, genes in random_genes(gates).items()}
     step, resource = (1 - goal) / steps, 1.0
@@ -95,7 +96,7 @@ def shrink(gates: Gates, fitness: Fitness, steps: int) -> dict[str, Tensor]:
 
 
 def _shrunk(gates: Gates, now: Genes, name: str, places: Tensor, target: float) -> Genes:
-    """The shares with some of them lowered until the resource meets a target, or to nothing if it cannot."""
+    """The shares with some of them lowered until the resource meets a target, or to 0 if it cannot be met."""
 
     def at(factor: float) -> Genes:
         return now | {name: now[name].index_copy(0, places, now[name][places] * factor)}
@@ -130,10 +131,10 @@ def minus_loss(model: PreTrainedModel, masks: Masks, batches: Batches) -> Fitnes
 
 
 def zico(gradients: Sequence[Tensor]) -> Tensor:
-    """log of the sum over weights of E|g| / std(g); weights whose gradient does not vary are left out.
+    """log of the sum over weights of E|g| / std(g). Weights with a constant gradient do not count.
 
     Args:
-        gradients: one of the same shape for each batch.
+        gradients: one gradient per batch, all of the same shape.
 
     Example:
         >>> zico([torch.tensor([1.0, 4.0]), torch.tensor([3.0, 8.0])])  # of 2 / 1 and 6 / 2
@@ -187,7 +188,7 @@ def candidate_scores(kind: str) -> Callable[[PreTrainedModel, Batches], Scores]:
 
 
 def _above(gates: Gates, name: str, size: Tensor) -> Tensor:
-    """How far above the edge of what sizes keep each unit ranks, as a share of all: one threshold, 0, gives them."""
+    """The rank of each unit minus that of the last kept unit, as a share of all units: units above 0 stay."""
     units = gates.dims[name].units
     return (ranks(gates.importance(name)) + 0.5 - (units - size[:, None])) / units
 

@@ -1,12 +1,12 @@
 """GISP: iterative global Taylor pruning (Wang et al., "From Local to Global", arXiv 2510.18030).
 
-Units are worth Σ |w·dL/dw| over their weights; the least worthy of the whole model go, a few at a time, and what is
-left is scored anew on the masked model. A unit that is gone has no gradient, so it stays gone: the cuts are nested.
+The score of a unit is Σ |w·dL/dw| over its weights. A few units with the lowest scores of the whole model go at a time,
+and the rest is scored again on the masked model. A unit that is gone has no gradient, so it never returns.
 
-Faithful: first-order scores of the model's own loss summed over a structure, one threshold for all layers, an iterative
-schedule, frozen weights. Not: their block-wise normalisation, in place of which scores are divided by what a unit costs
-(as for every criterion here), and their step size; here the target falls by an equal factor in each of STEPS steps, and
-each step sees a share of the batches of its own.
+As in the paper: first-order scores of the model's own loss, summed over a structure; one threshold for all layers; an
+iterative schedule; frozen weights. Different: the paper normalises scores by block, and here they are divided by the
+cost of a unit, as for every criterion. The paper has its own step size, and here the target falls by an equal factor in
+each of STEPS steps. Each step uses its own share of the batches.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ STEPS = 8
 
 
 def gisp_scores(model: PreTrainedModel, batches: Batches) -> Scores:
-    """Σ |w·dL/dw| over a unit's weights in the model as it is masked before the last step, 0 for units that are gone.
+    """Σ |w·dL/dw| over a unit's weights, in the model as masked before the last step; 0 for units that are gone.
 
     Args:
-        model: a model with gates; their importance is that of the step before the last afterwards.
+        model: a model with gates. Afterwards their importance is that of the second last step.
         batches: keyword arguments of forward passes, with labels; split evenly over the steps.
     """
     gates = gates_of(model)

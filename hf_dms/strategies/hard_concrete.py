@@ -1,13 +1,14 @@
-"""Hard-concrete gates under a Lagrangian: how CoFi and Sheared-LLaMA choose structure.
+"""Hard-concrete gates under a Lagrangian, as in CoFi and Sheared-LLaMA.
 
-Each unit has log α. In training z = clamp(s·(ζ − γ) + γ, 0, 1), s = σ((log u − log(1 − u) + log α) / β), u uniform in
-(0, 1); it is open at all with probability σ(log α − β·log(−γ/ζ)) (Louizos et al., arXiv 1712.01312). With r the
-expected share of the resource and t the target, λ₁·(r − t) + λ₂·(r − t)² joins the loss, and both λ ascend (CoFi, Xia
-et al., arXiv 2204.00408; Sheared-LLaMA, arXiv 2310.06694).
+Each unit has log α. In training its mask is z = clamp(s·(ζ − γ) + γ, 0, 1) with s = σ((log u − log(1 − u) + log α) / β)
+and u uniform in (0, 1). The probability of z > 0 is σ(log α − β·log(−γ/ζ)) (Louizos et al., arXiv 1712.01312). With r
+the expected share of the resource and t the target, λ₁·(r − t) + λ₂·(r − t)² is added to the loss, and both λ ascend
+(CoFi, Xia et al., arXiv 2204.00408; Sheared-LLaMA, arXiv 2310.06694).
 
-Faithful: the distribution, β = 2/3, γ = −0.1, ζ = 1.1, the min-max, a target that falls. Not: weights are frozen here
-and train along there; no distillation between layers; Sheared-LLaMA constrains each dim to a shape that is given, here
-as in CoFi one budget holds for all; gates start open (log α = 3), and all rates are 0.1, untuned.
+As in the papers: the distribution, β = 2/3, γ = −0.1, ζ = 1.1, the min-max, a target that falls. Different: weights are
+frozen here, and train in the papers; there is no distillation between layers; as in CoFi one budget holds for the whole
+model, where Sheared-LLaMA prescribes the size of each dim; gates start open (log α = 3); all learning rates are 0.1,
+untuned.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .learned import Masks, PerUnit, kept_resource, learner
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 START = 3.0
-NOISE = 1e-6  # how near u may come to 0 and 1
+NOISE = 1e-6  # u stays this far from 0 and 1, where its logarithms are infinite
 
 
 def hard_concrete(log_alpha: Tensor, u: Tensor) -> Tensor:
@@ -50,14 +51,14 @@ def open_probability(log_alpha: Tensor) -> Tensor:
 
 
 class HardConcrete(PerUnit):
-    """log α of every unit and the two multipliers; see `Relaxation`."""
+    """log α of every unit, and the two multipliers; see `Relaxation`."""
 
     rate = 0.1
 
     def __init__(self, gates: Gates) -> None:
         super().__init__(gates, START)
         self.multipliers = torch.zeros(2, device=gates.prune_ratio.device).requires_grad_()
-        self.multipliers.register_hook(lambda gradient: -gradient)  # they ascend
+        self.multipliers.register_hook(lambda gradient: -gradient)  # gradient ascent with the same optimizer
 
     def parameters(self) -> Iterable[Tensor]:
         return [*super().parameters(), self.multipliers]

@@ -1,13 +1,13 @@
-"""K-FAC optimal brain surgery: a unit is worth what the loss grows by when it goes and the others are refitted.
+"""K-FAC optimal brain surgery: the score of a unit is the increase of the loss when it goes and the rest is refitted.
 
 Removing the inputs B of a unit from a map that writes into the residual stream costs ½·tr((H⁻¹_BB)⁻¹ W_B G W_Bᵀ), with
 H = E[x xᵀ] of its inputs and G = E[g gᵀ] of the loss's gradient at its output (refit/order.py). That is LLM Surgeon's
 cost (van der Ouderaa et al., arXiv 2312.17244) for whole units, with costs anew after each block of eight.
 
-Faithful: the K-FAC curvature, costs that count on the refit, one threshold for all layers. Not: their weight updates,
-which the comparison's own repair makes; their several shots over the whole model, in place of which the layers are
-walked through in order, each on the activations of the model as it is cut in front of it (two walks).
-The same plan comes from `hf_dms.one_shot_obs_plan` for a model without gates.
+As in the paper: the K-FAC curvature, costs that include the refit, one threshold for all layers. Different: the paper
+updates weights itself, and here the repair of the comparison does. The paper cuts the whole model in several shots, and
+here two walks go through the layers in order, each layer on the activations of the cut model in front of it.
+`hf_dms.one_shot_obs_plan` makes the same plan for a model without gates.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WALKS = 2
 
 
 def kfac_obs_scores(model: PreTrainedModel, batches: Batches) -> Scores:
-    """What the loss grows by when a unit goes after the cheaper ones, `[rows, units]`; infinite for the last one."""
+    """Increase of the loss when a unit goes after all cheaper ones, `[rows, units]`; infinite for the last unit."""
     gates = gates_of(model)
     bound = gates.attachment.bound
     check_layer_dims(bound, gates.dims, "kfac_obs")
@@ -44,7 +44,9 @@ def kfac_obs_scores(model: PreTrainedModel, batches: Batches) -> Scores:
 
 
 def rising(costs: Tensor) -> Tensor:
-    """Costs of units in the order in which they go, raised where needed to be above those before: by one float32 step.
+    """Costs in the order of removal, raised where needed to be strictly increasing, by the smallest float32 step.
+
+    One threshold over all units would otherwise remove a cheap unit before the unit that had to go first.
 
     Args:
         costs: `[units]`, not negative.

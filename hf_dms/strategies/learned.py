@@ -1,9 +1,10 @@
-"""What all learned strategies share: masks of their own on a model whose weights are frozen, and their training.
+"""What all learned strategies share: their own masks on a model with frozen weights, and the training of these masks.
 
-A relaxation (the classes in hard_concrete.py, projected.py, scaled.py and selection.py) says what is learned, which
-masks it gives, and how the budget pulls at it. What comes out is a worth of every unit, from which sizes, rounding and
-the cut follow as for every criterion. Masks lie where the search's do: on the inputs of the maps that read a unit, and
-on what a layer adds to the stream. Unlike the search's, they are plain factors, so that a unit at 0 has a gradient too.
+A relaxation (the classes in hard_concrete.py, projected.py, scaled.py, selection.py and topk_variants.py) defines what
+is learned, the masks, and the penalty for the budget. At the end it gives each unit a score; sizes, rounding and the
+cut follow as for every criterion. Masks are where the search has them: on the inputs of the maps that read a unit, and
+on the output that a layer adds to the stream. Unlike those of the search they are plain factors, so that a unit with
+mask 0 has a gradient too.
 """
 
 from __future__ import annotations
@@ -28,25 +29,25 @@ Masks = dict[str, Tensor]  # per dim `[rows, units]`
 
 
 class Relaxation(Protocol):
-    """What a strategy learns in place of the choice of units."""
+    """A differentiable stand-in for the choice of units."""
 
-    rate: float  # of Adam
+    rate: float  # learning rate of Adam
 
     def parameters(self) -> Iterable[Tensor]:
-        """The leaves that are trained."""
+        """The tensors that are trained."""
 
     def masks(self, progress: float) -> Masks:
         """Masks for one forward pass, differentiable in the parameters, at a point of the search in [0, 1)."""
 
     def penalty(self, progress: float) -> Tensor:
-        """What the budget adds to the loss, a scalar; called after `masks`."""
+        """The term that the budget adds to the loss, a scalar; called after `masks`."""
 
     def scores(self) -> Scores:
-        """What every unit is worth at the end."""
+        """The score of every unit at the end."""
 
 
 def learner(make: Callable[[Gates], Relaxation]) -> Callable[[PreTrainedModel, Batches], Scores]:
-    """The `scores` of a criterion that trains a relaxation, a step for each batch, with all weights frozen."""
+    """The `scores` of a criterion that trains a relaxation, one step per batch, with all weights frozen."""
 
     def scores(model: PreTrainedModel, batches: Batches) -> Scores:
         return train_masks(model, make(gates_of(model)), batches)
@@ -55,12 +56,15 @@ def learner(make: Callable[[Gates], Relaxation]) -> Callable[[PreTrainedModel, B
 
 
 def train_masks(model: PreTrainedModel, relaxation: Relaxation, batches: Batches) -> Scores:
-    """Train a relaxation, in place; what every unit is worth at the end.
+    """Train a relaxation, in place.
 
     Args:
-        model: a model with gates, which stay open meanwhile.
+        model: a model with gates; these are open during the training.
         relaxation: see `Relaxation`.
         batches: keyword arguments of forward passes, with labels.
+
+    Returns:
+        The score of every unit at the end.
     """
     optimizer = torch.optim.Adam(list(relaxation.parameters()), lr=relaxation.rate)
     with frozen(model), masked_by(model) as masks:
@@ -76,7 +80,7 @@ def train_masks(model: PreTrainedModel, relaxation: Relaxation, batches: Batches
 
 @contextlib.contextmanager
 def masked_by(model: PreTrainedModel) -> Iterator[Masks]:
-    """Multiply the units of a model with gates by the masks that are put into what this yields, for a while."""
+    """Context: the units of a model with gates are multiplied by masks. The caller puts these into the yielded dict."""
     gates, masks = gates_of(model), Masks()
     bound, handles = gates.attachment.bound, []
     for name in gates.dims:
@@ -117,17 +121,17 @@ def _on_residual(masks: Masks, name: str, layer: int) -> Any:
 
 
 def units(gates: Gates, value: float) -> Masks:
-    """A number for every unit, to be learned: per dim `[rows, units]` float32 with a gradient."""
+    """A trainable number for every unit: per dim `[rows, units]` float32."""
     device = gates.prune_ratio.device
     return {n: torch.full((d.rows, d.units), value, device=device).requires_grad_() for n, d in gates.dims.items()}
 
 
 class PerUnit:
-    """What relaxations that learn a number for every unit begin with.
+    """Base of relaxations that learn one number for every unit.
 
     Args:
-        gates: of the model.
-        value: of every unit at first.
+        gates: the gates of the model.
+        value: start value of every unit.
 
     Attributes:
         learned: the numbers, per dim `[rows, units]`.
@@ -141,7 +145,7 @@ class PerUnit:
 
 
 def hard_masks(gates: Gates, sizes: Sizes) -> Masks:
-    """The most important units of every row, as many as sizes say."""
+    """Masks of the most important units of every row, as many as sizes give."""
     return {name: topk_mask(gates.importance(name), size.long()) for name, size in sizes.items()}
 
 
@@ -151,10 +155,12 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
 
 
 def kept_resource(gates: Gates, kept: Masks) -> Tensor:
-    """Fraction of the dense resource that is kept if each unit is, as far as a number in [0, 1] says; differentiable.
+    """Fraction of the dense resource that is kept, if each unit counts by a number in [0, 1]; differentiable.
 
     Args:
-        kept: per dim `[rows, units]`. Units of the depth are the layers themselves, each with its own widths.
+        gates: the gates of the model.
+        kept: how much each unit counts, per dim `[rows, units]`. Units of a depth dim are the layers, each with its own
+            widths.
     """
     sizes = gates.dense_sizes() | {name: values.sum(-1) for name, values in kept.items()}
     layers = {stack: kept[stack][0] for stack in gates.cost.stacks if stack in kept}

@@ -46,16 +46,16 @@ CRITERIA: dict[str, Criterion] = {
 
 
 def criterion_of(name: str) -> Criterion:
-    """A criterion by its name, or one of your own by where it is, `module:NAME`.
+    """A criterion by its name, or your own criterion by its place, `module:NAME`.
 
     Raises:
-        HfDmsError: there is none.
+        HfDmsError: there is no such criterion.
     """
     module, colon, attribute = name.partition(":")
     if not colon:
         if name not in CRITERIA:
             raise HfDmsError(
-                f"There is no criterion '{name}'. Criteria are {', '.join(CRITERIA)}; one of your own is module:NAME."
+                f"There is no criterion '{name}'. Criteria are {', '.join(CRITERIA)}; write your own as module:NAME."
             )
         return CRITERIA[name]
     try:
@@ -63,23 +63,24 @@ def criterion_of(name: str) -> Criterion:
     except (ImportError, AttributeError, ValueError) as error:
         raise HfDmsError(f"Criterion '{name}' cannot be imported: {error}.") from error
     if not isinstance(found, Criterion):
-        raise HfDmsError(f"'{name}' is no hf_dms.strategies.allocate.Criterion but {type(found).__name__}.")
+        raise HfDmsError(f"'{name}' must be a hf_dms.strategies.allocate.Criterion, got {type(found).__name__}.")
     return found
 
 
 def choose_(model: PreTrainedModel, name: str | Criterion, batches: Batches = ()) -> None:
-    """Leave importance and prune ratios of a strategy in the gates of a model, in place.
+    """Set the importance and prune ratios of a model's gates by a one-shot strategy, in place.
 
-    After it, `prune(model)` cuts the model exactly as it would after a search.
+    Afterwards `prune(model)` cuts the model exactly as after a search.
 
     Args:
-        model: a model with gates (`attach_`); its weights stay as they are, unless the criterion says
-            `changes_weights`. It ends in evaluation mode.
-        name: of the criterion, see `criterion_of`, or the criterion itself.
-        batches: keyword arguments of forward passes, with labels where the criterion needs a loss.
+        model: a model with gates (`attach_`). Its weights do not change, unless the criterion has `changes_weights`. It
+            ends in evaluation mode.
+        name: name of the criterion, see `criterion_of`, or the criterion itself.
+        batches: keyword arguments of forward passes, with labels if the criterion needs a loss.
 
     Raises:
-        HfDmsError: no such criterion, no batches for one that needs data, or a dim that it is not defined for.
+        HfDmsError: there is no such criterion, it needs data and there are no batches, or it is not defined for a
+            pruned dim.
     """
     criterion = name if isinstance(name, Criterion) else criterion_of(name)
     gates = gates_of(model)
@@ -95,13 +96,13 @@ def check_dims(criterion: Criterion, name: str, gates: Gates, bound: BoundSpec |
     """Check that a criterion is defined for the dims that are pruned.
 
     Args:
-        criterion: which.
-        name: its name.
-        gates: of what is pruned.
-        bound: the architecture. Default: that which the gates are attached to.
+        criterion: the criterion.
+        name: its name, for the message.
+        gates: the gates of the pruned dims.
+        bound: the architecture. Default: the one that the gates are attached to.
 
     Raises:
-        HfDmsError: it is not.
+        HfDmsError: it is not defined for a dim.
     """
     spec = (bound or gates.attachment.bound).spec
     wrong = [dim for dim in gates.dims if spec.dim(dim).scope not in criterion.dims]

@@ -1,12 +1,12 @@
-"""Projected straight-through gates: how GRASPrune chooses structure (Wang et al., arXiv 2604.19398).
+"""Projected straight-through gates, as in GRASPrune (Wang et al., arXiv 2604.19398).
 
-Each unit has a score s and p = σ(s / τ). At every step the units of largest p that fit the budget are open and all
-others shut, a hard mask m; the gradient is that of p: z = m + p − p.detach().
+Each unit has a score s and p = σ(s / τ). At every step the units with the largest p that fit the budget are open and
+all others are shut: a hard mask m. The gradient is that of p: z = m + p − p.detach().
 
-Faithful: the projection to the final budget at every step, by p and not by p per cost; τ = 1.5, Adam at 0.01, s from 0,
-frozen weights. Not: equal scores at the start are told apart by noise of 1e-3; the scales 1 + tanh(s')/2 of what stays,
-which are trained afterwards there (least-squares repair takes their place, scaled.py learns scales); a unit that does
-not fit ends the projection, while there smaller ones may follow it.
+As in the paper: the projection to the final budget at every step, by p and not by p per cost; τ = 1.5; Adam at 0.01;
+s starts at 0; frozen weights. Different: noise of 1e-3 separates equal scores at the start. The paper then trains
+scales 1 + tanh(s')/2 of the kept units, and here least-squares repair takes their place (scaled.py learns scales). Here
+the projection ends at the first unit that does not fit; in the paper smaller units may follow it.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Deterministic gates that are scales too, after DDP (Huang et al., arXiv 2603.08065).
 
-Each unit is multiplied by a number s of its own, which starts at 1, may exceed it, and is the mask in training and
-afterwards alike: nothing is sampled. For the budget a unit counts as s²/(s² + ε²), a soft form of 1[s ≠ 0] that is
-sharper the smaller ε, which falls from 1 to 0.1. The units of largest |s| stay, and their s goes into the weights that
-read them.
+Each unit is multiplied by its own number s, which starts at 1 and may exceed 1. It is the mask in training and after
+it; nothing is sampled. For the budget a unit counts as s²/(s² + ε²), a soft form of 1[s ≠ 0]. It becomes sharper as ε
+falls from 1 to 0.1. The units with the largest |s| stay, and their s is multiplied into the weights that read them.
 
-Faithful, as far as the paper's abstract says: masks alone are optimised, deterministic, with a soft surrogate of ℓ0,
-and not bounded by 1. Not, or not known: which surrogate; the KL divergence from the dense model beside the loss.
+As in the paper, as far as its abstract tells: only masks are optimised; they are deterministic, have a soft surrogate
+of ℓ0, and are not bounded by 1. Different or unknown: which surrogate the paper uses. The KL divergence from the dense
+model, which the paper adds to the loss, is left out.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Scaled(PerUnit):
 
     def penalty(self, progress: float) -> Tensor:
         width = WIDEST * (NARROWEST / WIDEST) ** progress
-        dense = 1 + width**2  # so that a model of scales 1 counts as whole
+        dense = 1 + width**2  # a factor that makes a model with all scales 1 count as the dense one
         kept = {name: (dense * soft_count(scale, width)).clamp(max=1) for name, scale in self.learned.items()}
         return pull(self.gates, kept, progress)
 
@@ -60,6 +60,7 @@ def fold_(model: PreTrainedModel, scales: Masks) -> None:
     """Multiply the weights that read units by the units' scales, in place.
 
     Args:
+        model: a model with gates.
         scales: per dim `[rows, units]`.
     """
     bound = gates_of(model).attachment.bound
@@ -70,7 +71,7 @@ def fold_(model: PreTrainedModel, scales: Masks) -> None:
 
 
 def scaled_scores(model: PreTrainedModel, batches: Batches) -> Scores:
-    """|s| of every unit; the scales are in the model's weights afterwards."""
+    """|s| of every unit. The scales are multiplied into the model's weights."""
     relaxation = Scaled(gates_of(model))
     scores = train_masks(model, relaxation, batches)
     fold_(model, relaxation.learned)

@@ -1,15 +1,17 @@
-"""Two ways of modelling structure that the paper of DMS (arXiv 2405.07194, figure 1a) sets its operator against.
+"""Two ways of modelling structure to which the DMS paper (arXiv 2405.07194, figure 1a) compares its operator.
 
-- Multiple-element selection: a decision for each unit. As its authors ablated it: two logits a unit, hard
-  Gumbel-softmax with τ = 0.1 in training and argmax after; the expected cost is in the loss. And PaS (Li et al.,
-  arXiv 2206.01198): a weight a unit, 1[w ≥ ½] with a straight-through gradient, no sampling.
-- Single-number selection: logits over 16 widths a row, y = Σ_i g_i·(M_i ∘ x) with g = Gumbel-softmax and M_i the
+- Multiple-element selection: a decision for each unit. `element_selection` follows the ablation in the paper: two
+  logits per unit, hard Gumbel-softmax with τ = 0.1 in training and argmax afterwards, with the expected cost in the
+  loss. `pas` follows PaS (Li et al., arXiv 2206.01198): one weight per unit, 1[w ≥ ½] with a straight-through gradient,
+  no sampling.
+- Single-number selection: logits over 16 widths per row, y = Σ_i g_i·(M_i ∘ x) with g = Gumbel-softmax and M_i the
   first k_i units, cost Σ g_i·k_i (FBNetV2, Wan et al., arXiv 2004.05565).
 
-The third one, gradient-estimated top-k, is in topk_variants.py.
-All are learned on frozen weights here, with the resource loss and the falling target of the search. Two logits count by
-their difference alone, so one is learned. Single numbers need an order of units: that of one-shot Taylor on a quarter
-of the batches. PaS trains weights along, which is not done here.
+A third way, gradient-estimated top-k, is in topk_variants.py.
+
+All are learned on frozen weights here, with the resource loss and the falling target of the search. (PaS also trains
+the weights.) Only the difference of two logits matters, so one logit is learned. Single-number selection needs an order
+of the units: that of one-shot Taylor on a quarter of the batches.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from .taylor import vector_scores
 
 TAU = 0.1
 WIDTHS = 16
-HOTTEST, COLDEST = 5.0, 0.5  # temperature of single-number selection, first and last
+HOTTEST, COLDEST = 5.0, 0.5  # temperature of single-number selection, at the start and at the end
 
 
 class ElementSelection(PerUnit):
@@ -52,9 +54,10 @@ class ElementSelection(PerUnit):
 
 
 def hard_gumbel(logit: Tensor, u: Tensor) -> Tensor:
-    """Hard Gumbel-softmax of (logit, 0), its first share: 1 where logit + log(u / (1 − u)) > 0, else 0.
+    """First component of a hard Gumbel-softmax of (logit, 0): 1 where logit + log(u / (1 − u)) > 0, else 0.
 
-    The difference of two Gumbel variables is logistic, which u, uniform in (0, 1), makes.
+    The difference of two Gumbel variables has a logistic distribution, and so has log(u / (1 − u)) for u uniform in
+    (0, 1).
 
     Example:
         >>> hard_gumbel(torch.tensor([0.0, 0.0, 2.0]), torch.tensor([0.4, 0.6, 0.2]))
@@ -66,7 +69,7 @@ def hard_gumbel(logit: Tensor, u: Tensor) -> Tensor:
 
 
 class PaS(PerUnit):
-    """A weight for every unit, kept where it is at least ½; see `Relaxation`."""
+    """A weight for every unit; units with a weight of at least ½ are kept; see `Relaxation`."""
 
     rate = 0.02
 
@@ -87,8 +90,8 @@ class NumberSelection:
     """Logits over widths for every ratio; see `Relaxation`.
 
     Args:
-        gates: of the model.
-        importance: which units come first, per dim `[rows, units]`.
+        gates: the gates of the model.
+        importance: the order of the units, per dim `[rows, units]`.
     """
 
     rate = 0.1
@@ -121,12 +124,12 @@ class NumberSelection:
         return pull(self.gates, self.scores(), progress)
 
     def scores(self) -> Scores:
-        """How likely each unit is to be among those that stay."""
+        """The probability of each unit to be kept."""
         return self.mixed({name: logits.softmax(-1) for name, logits in self.logits.items()})
 
 
 def number_selection_scores(model: PreTrainedModel, batches: Batches) -> Scores:
-    """How likely each unit is to be among those that stay, after a quarter of the batches went into the order."""
+    """The probability of each unit to be kept. A quarter of the batches is used to order the units."""
     first = max(len(batches) // 4, 1)
     importance = vector_scores(model, batches[:first])
     scores = train_masks(model, NumberSelection(gates_of(model), importance), batches[first:])

@@ -1,8 +1,9 @@
-"""One-shot Taylor criteria: how much the loss would change, to first order, if a unit went.
+"""One-shot Taylor criteria: how much the loss would change, to first order, if a unit were removed.
 
-Vector-wise: (m·g)² of a mask that multiplies the whole unit, m = 1 and g = dL/dm: the importance of the search without
-its moving average (Molchanov et al., arXiv 1906.10771, with gates). Element-wise: Σ |w·dL/dw| over the unit's weights,
-the first-order element-wise estimate of LLM-Pruner (Ma et al., arXiv 2305.11627); its second-order one is not here.
+Vector-wise: (m·g)² of a mask that multiplies the whole unit, with m = 1 and g = dL/dm. It is the importance of the
+search without its moving average (Molchanov et al., arXiv 1906.10771, with gates). Element-wise: Σ |w·dL/dw| over the
+unit's weights, the first-order element-wise estimate of LLM-Pruner (Ma et al., arXiv 2305.11627). Its second-order
+estimate is not implemented.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def vector_scores(model: PreTrainedModel, batches: Batches) -> Scores:
 
 
 def element_scores(model: PreTrainedModel, batches: Batches) -> Scores:
-    """Σ |w·dL/dw| over the weights that go with a unit; gradients are summed over the batches first."""
+    """Σ |w·dL/dw| over the weights that disappear with a unit; gradients are summed over the batches first."""
     gates = gates_of(model)
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     model.eval()

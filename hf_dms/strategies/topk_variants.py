@@ -1,16 +1,17 @@
-"""Top-k with a learned prune ratio, in variants: ours without one of its parts, and the gradient-estimated one.
+"""Top-k with a learned prune ratio, in variants: DMS without one of its parts, and gradient-estimated top-k.
 
-The search itself is `dms` (training/trainer.py). These are its ablations, on the same frozen weights, resource loss,
-falling target and warm-up, with masks as plain factors, so that any importance can be had of a mask's gradient g:
+The search itself is `dms` (training/trainer.py). These are ablations of it, with the same frozen weights, resource
+loss, falling target and warm-up. Masks are plain factors here, because importance can then be any function of a mask's
+gradient g:
 
-- dms_absolute, dms_gradient, dms_weights: the moving average of |m·g| or of g² in place of (m·g)², or Σ w² of a unit's
-  weights, once, in place of an average.
-- dms_minmax: importance scaled to [0, 1] by its smallest and largest value in place of ranks (equation 2), so that
-  a = 0.5 need not be half of the units: those above a stay, and the soft mask itself counts for the resource.
-- dms_plain: none of these; what the others are to be compared with. Its differences from `dms` are the optimizer's
-  rate, 0.01 whatever the number of steps, and batches in place of a Trainer.
-- estimated_topk: a hard mask, and every unit passes its gradient straight to a (the third way of modelling structure in
-  the paper, arXiv 2405.07194, figure 1a); importance by g², since (m·g)² is 0 wherever the mask is.
+- dms_absolute, dms_gradient, dms_weights: the importance is the moving average of |m·g| or of g² in place of (m·g)², or
+  Σ w² of a unit's weights, computed once.
+- dms_minmax: importance is scaled to [0, 1] by its smallest and largest value in place of ranks (equation 2). Units
+  above a stay, so a = 0.5 need not keep half of the units, and the soft mask itself counts for the resource.
+- dms_plain: no change, as the baseline for the others. It differs from `dms` in the learning rate, which is 0.01 for
+  any number of steps, and in using batches without a Trainer.
+- estimated_topk: a hard mask, and every unit passes its gradient directly to a (the third way of modelling structure in
+  the paper, arXiv 2405.07194, figure 1a). Importance is by g², because (m·g)² is 0 where the mask is 0.
 
 λ and decay are options of every search: `dms: {sharpness: 4, importance_decay: 0.9}`.
 """
@@ -31,7 +32,7 @@ from ..topk import linear_topk_count, normalize_importance, num_kept, soft_topk_
 from .allocate import Batches, Criterion, Scores
 from .learned import Masks, pull, straight_through, train_masks
 
-KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of a mask m and its gradient g
+KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # importance from a mask m and its gradient g
     "taylor": lambda m, g: (m * g).square(),
     "absolute": lambda m, g: (m * g).abs(),
     "gradient": lambda m, g: g.square(),
@@ -50,11 +51,11 @@ def minmax(importance: Tensor) -> Tensor:
 
 
 def estimated_topk(importance: Tensor, ratio: Tensor) -> Tensor:
-    """A hard top-k mask whose every unit has the derivative −1 in the prune ratio.
+    """A hard top-k mask; the derivative of every unit with respect to the prune ratio is taken to be −1.
 
     Args:
         importance: `[rows, units]`.
-        ratio: a `[rows]`.
+        ratio: the prune ratio a, `[rows]`.
 
     Example:
         >>> estimated_topk(torch.tensor([[3.0, 1.0, 2.0, 4.0]]), torch.tensor([0.5]))
@@ -68,9 +69,9 @@ class TopK:
     """One prune ratio for every row and a moving importance; see `Relaxation`.
 
     Args:
-        gates: of the model; their importance is what is averaged.
-        kind: a key of `KINDS`, or weights: importance stays as it is.
-        ranks: whether importance is normalised by ranks, else by `minmax`.
+        gates: the gates of the model; the moving average is kept in their importance.
+        kind: a key of `KINDS`, or weights: importance does not change.
+        ranks: whether importance is normalised by ranks, or else by `minmax`.
         estimated: whether the mask is `estimated_topk`.
     """
 
@@ -106,7 +107,7 @@ class TopK:
         return torch.sigmoid(dim.steepness * (minmax(importance) - ratio.unsqueeze(-1)))
 
     def ratios(self) -> dict[str, Tensor]:
-        """Of every dim, `[rows]`, differentiable."""
+        """The prune ratios of every dim, `[rows]`, differentiable."""
         dims = self.gates.dims
         parts = dict(zip(dims, self.ratio.split([dim.num_ratios for dim in dims.values()])))
         return {name: parts[dim.follows or name][: dim.rows].expand(dim.rows) for name, dim in dims.items()}
@@ -119,7 +120,7 @@ class TopK:
 
     def penalty(self, progress: float) -> Tensor:
         if self.steps <= self.gates.schedule.warmup_steps:
-            return 0 * self.ratio.sum()  # Adam counts these steps too, as in the search
+            return 0 * self.ratio.sum()  # a gradient of 0, so that Adam counts these steps, as in the search
         kept = {}
         for name, ratio in self.ratios().items():
             importance, units = self.gates.importance(name), self.gates.dims[name].units
@@ -127,7 +128,7 @@ class TopK:
         return pull(self.gates, kept, progress)
 
     def scores(self) -> Scores:
-        """How far above its row's ratio the normalised importance of each unit lies: one threshold, 0, gives sizes."""
+        """Normalised importance of each unit minus its row's ratio. Units above the one threshold 0 stay."""
         normalize = normalize_importance if self.ranks else minmax
         return {name: normalize(self.gates.importance(name)) - a[:, None] for name, a in self.ratios().items()}
 

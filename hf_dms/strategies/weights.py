@@ -1,4 +1,4 @@
-"""Criteria that look at no data: weight magnitude, and chance, which every other one must beat."""
+"""Criteria without data: weight magnitude, and chance, which every other criterion must beat."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .allocate import Batches, Criterion, Scores
 
 
 def magnitude_scores(model: PreTrainedModel, batches: Batches) -> Scores:
-    """Sum of squares of all weights that go with a unit (Li et al., "Pruning Filters", arXiv 1608.08710, use |w|)."""
+    """Sum of squares of all weights that disappear with a unit (Li et al., arXiv 1608.08710, use Σ |w|)."""
     gates = gates_of(model)
     return magnitude_importance(gates.attachment.bound, model, gates)
 

@@ -1,7 +1,7 @@
-"""The dense model as the teacher of its own search: logits with open masks, and the divergence from them.
+"""The dense model as teacher of its own search: its logits, computed with open masks, and the divergence from them.
 
-Where weights are frozen (pipeline p-), the model with every mask open is the dense model, so no second one is needed.
-It is for heads that give one distribution per prediction; a token's, an example's, or an object query's.
+With frozen weights (pipeline p-), the model with every mask open is the dense model, so no second copy is needed. It
+works for heads that give one distribution per prediction (of a token, an example or an object query).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def check_divergence(model: nn.Module) -> None:
     """Check that a model's head gives distributions.
 
     Raises:
-        ValueError: it is for regression, or for several labels at once.
+        ValueError: the head is for regression, or for several labels at once.
     """
     base: Any = base_model_of(model)
     kind = base.config.problem_type
     if kind is None and base.config.num_labels == 1 and base.get_output_embeddings() is None:
-        kind = "regression"  # as transformers takes it
+        kind = "regression"  # transformers' own rule for a single label
     if kind in NO_DISTRIBUTION:
         raise HfDmsError(
             f"dms.kl_weight needs a head that gives a distribution over classes, got problem_type {kind}. Leave "
@@ -44,15 +44,18 @@ def check_divergence(model: nn.Module) -> None:
 def logits_with_open_masks(model: PreTrainedModel, prepared: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """Logits of the dense model, from a frozen model in its search.
 
-    Call it before the forward pass that gets a gradient: the gates keep the masks of the last one.
+    Call it before the forward pass that gets a gradient: the gates hold the masks of the last forward pass.
 
     Args:
         model: the model with gates.
-        prepared: the same one, as the Trainer calls it.
-        inputs: keyword arguments of a forward pass; labels are left out.
+        prepared: the same model, wrapped as the Trainer calls it.
+        inputs: keyword arguments of a forward pass; labels are ignored.
+
+    Returns:
+        `[..., classes]`, without a gradient.
 
     Raises:
-        ValueError: the model gives no logits.
+        ValueError: the model returns no logits.
     """
     with open_gates(model), _dense_statistics(model):
         return _logits(prepared(**without_labels(inputs)))
@@ -62,13 +65,13 @@ def kl_to_dense(model: nn.Module, outputs: Any, dense_logits: Tensor, labels: Te
     """KL(dense ‖ searched model) at temperature 1 over all classes, mean over predictions: a float32 scalar.
 
     Args:
-        model: which of its positions predict what.
-        outputs: of the masked forward pass.
-        dense_logits: `[..., classes]`.
-        labels: `[...]`; predictions whose label is -100 do not count. None: all count.
+        model: the model; a causal one predicts the label of the next position.
+        outputs: outputs of the masked forward pass.
+        dense_logits: logits of the dense model, `[..., classes]`.
+        labels: `[...]`; predictions with label -100 do not count. None: all count.
 
     Raises:
-        ValueError: the outputs have no logits, or such as no gradient flows through.
+        ValueError: the outputs have no logits, or logits without a gradient.
     """
     logits = _logits(outputs)
     if torch.is_grad_enabled() and not logits.requires_grad:
@@ -90,7 +93,7 @@ def _logits(outputs: Any) -> Tensor:
 
 @contextlib.contextmanager
 def _dense_statistics(model: nn.Module) -> Iterator[None]:
-    """Give batch norms the dense model's running statistics for a while; those of the search follow its masks."""
+    """Context: batch norms have the dense model's running statistics. During the search these follow the masks."""
     base, dense = base_model_of(model), gates_of(model).attachment.statistics
     moved = {name: tensor_of(base, name).clone() for name in dense}
     for name, tensor in dense.items():

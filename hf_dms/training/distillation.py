@@ -1,4 +1,4 @@
-"""What a teacher does in a training after the cut. It imports no torch: a recipe is checked without waiting for it."""
+"""Options of distillation in the training after the cut. This file imports no torch, so that recipes check quickly."""
 
 from __future__ import annotations
 

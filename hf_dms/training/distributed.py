@@ -1,7 +1,7 @@
-"""Several processes: which launches are refused, how gates stay out of DDP and FSDP, what only the main process does.
+"""Several processes: checks of a launch, gates outside DDP and FSDP, and work for the main process only.
 
-Every process holds all gates. DDP and FSDP know nothing of them: their gradients and Taylor terms are averaged by
-`average_over_processes_`, one collective per step. The rest is accelerate's and the Trainer's.
+Every process holds all gates. DDP and FSDP ignore them: `average_over_processes_` averages their gradients and Taylor
+terms, with one collective operation per step. accelerate and the Trainer do the rest.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ from ..gating.attach import copy_search_, gates_of, has_gates
 
 
 class MainProcessError(HfDmsError):
-    """Raised in the other processes for an error that the main process met, and tells."""
+    """Raised in the other processes when the main process fails. Only the main process prints its error."""
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------
 def check_launch(arguments: TrainingArguments) -> None:
-    """Check that the processes of a launch will work together, and in a way that a search can use.
+    """Check that the processes of a launch will work together, in a way that a search supports.
 
     Raises:
-        ValueError: they would be independent runs; FSDP was asked for and would not be used; DeepSpeed ZeRO-3.
+        ValueError: the processes would run independently; FSDP was asked for and would not be used; or the launch uses
+            DeepSpeed ZeRO-3.
     """
     kind = arguments.distributed_state.distributed_type if arguments.device is not None else None
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -64,13 +65,14 @@ def check_plugin(accelerator: Accelerator, model: nn.Module) -> None:
     """Check the options of accelerate's FSDP.
 
     Raises:
-        ValueError: FSDP 1, loading that would empty the gates, or a model with adapters or packed weights.
+        ValueError: the launch uses FSDP 1, or a kind of loading that would empty the gates, or the model has adapters
+            or packed weights.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         return
     if base_model_of(model) is not model or any(map(is_packed, model.modules())):
         raise HfDmsError(
-            "FSDP with adapters or packed weights is not supported: no process holds what is to be merged. Use DDP "
+            "FSDP with adapters or packed weights is not supported: no process holds whole weights to merge. Use DDP "
             "(recipes/accelerate/ddp.yaml): with LoRA, gradients and optimizer state are small."
         )
     plugin = accelerator.state.fsdp_plugin
@@ -92,10 +94,10 @@ def _fsdp_is_asked_for() -> bool:
 
 # ---- gates in every process ------------------------------------------------------------------------------------------
 def leave_gates_out_(model: nn.Module, gates: Gates, accelerator: Accelerator) -> None:
-    """Tell DDP and FSDP, before they wrap a model, to leave its gates alone, in place.
+    """Tell DDP and FSDP, before they wrap a model, to ignore its gates, in place.
 
-    DDP would otherwise wait for, or count twice, the gradient of ratios that take no part in the forward pass (warm-up)
-    and get one from the resource loss outside of it; FSDP would shard them.
+    DDP expects one gradient from each forward pass. Ratios have none in the warm-up, and get one from the resource loss
+    outside the forward pass, so DDP would wait for it or count it twice. FSDP would shard the ratios.
     """
     mine = {id(tensor) for tensor in (*gates.parameters(), *gates.buffers())}
     named = (*model.named_parameters(), *model.named_buffers())
@@ -107,7 +109,7 @@ def leave_gates_out_(model: nn.Module, gates: Gates, accelerator: Accelerator) -
 
 @contextlib.contextmanager
 def without_ddp_for_frozen(model: nn.Module, gates: Gates, accelerator: Accelerator) -> Iterator[None]:
-    """Let accelerate prepare a model without DDP where the gates alone train: DDP needs a parameter of its own."""
+    """Context: accelerate prepares a model without DDP if only the gates train: DDP needs a trainable parameter."""
     ddp = accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if ddp and not any(p.requires_grad for p in model.parameters() if p is not gates.prune_ratio):
         prepare = functools.partial(accelerator.prepare_model, evaluation_mode=True)
@@ -119,7 +121,7 @@ def without_ddp_for_frozen(model: nn.Module, gates: Gates, accelerator: Accelera
 
 
 def average_over_processes_(tensors: list[Tensor], accelerator: Accelerator) -> None:
-    """Average tensors over processes, in place and in one collective."""
+    """Average tensors over processes, in place, with one collective operation."""
     flat = torch.cat([tensor.detach().float().flatten() for tensor in tensors])
     flat = accelerator.reduce(flat, reduction="mean")
     for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
@@ -128,13 +130,13 @@ def average_over_processes_(tensors: list[Tensor], accelerator: Accelerator) -> 
 
 # ---- whole models ----------------------------------------------------------------------------------------------------
 def unsharded(model: PreTrainedModel) -> PreTrainedModel:
-    """A model that FSDP2 has not sharded: the model itself, or a copy on the CPU of each process, gates included.
+    """The model itself, or if FSDP2 has sharded it a whole copy, with gates, on the CPU of each process.
 
     Every process must call it.
     """
     if not isinstance(model, FSDPModule):
         return model
-    original: Any = type(model).__bases__[1]  # fully_shard derives a class from it
+    original: Any = type(model).__bases__[1]  # fully_shard has replaced the class by one derived from it
     config = config_as_tied(model)
     found = original._from_config(config, dtype=config.dtype, attn_implementation=config._attn_implementation)
     state = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in
@@ -150,7 +152,7 @@ def unsharded(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def unshard_(model: PreTrainedModel, device: torch.device) -> None:
-    """Undo FSDP2's sharding, in place; a trainer of the model cannot go on. Every process must call it."""
+    """Undo FSDP2's sharding, in place. Every process must call it; a trainer of the model cannot continue."""
     if isinstance(model, FSDPModule):
         found: Any = unsharded(model)
         found.to(device)
@@ -159,13 +161,13 @@ def unshard_(model: PreTrainedModel, device: torch.device) -> None:
 
 # ---- what only the main process does ---------------------------------------------------------------------------------
 def run_on_main(function: Callable[[], Any]) -> Any:
-    """Run a function in the main process alone; the others wait for what it returns.
+    """Run a function in the main process only. The other processes wait for its result.
 
     Returns:
-        Its result, in every process.
+        The result, in every process.
 
     Raises:
-        MainProcessError: in the other processes, for whatever the main one raises.
+        MainProcessError: in the other processes, if the function raises.
     """
     state = PartialState()
     if state.num_processes == 1:
@@ -197,7 +199,7 @@ def print_on_main(text: str) -> None:
 
 
 def end_processes() -> None:
-    """Take the processes apart, once all have come to their end; one that leaves earlier would take others with it."""
+    """End the process group, once all processes are done. A process that left earlier would make the others fail."""
     state = PartialState()
     if state.num_processes > 1:
         state.wait_for_everyone()

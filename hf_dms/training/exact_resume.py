@@ -1,4 +1,7 @@
-"""What a search (trainer.py) and an ordinary training (retrain.py) ask of a Trainer alike."""
+"""Exact resuming, for searches (trainer.py) and ordinary training (finetune.py).
+
+A run that is killed at any moment and started again ends with the same weights as an uninterrupted one.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +24,17 @@ from ..checkpoint.search_state import has_other_names, load_weights_
 from .distributed import print_on_main
 from .step_guard import OverTrainer
 
-SAVING = "saving"  # where checkpoints are written, in the folder where they will be
+SAVING = "saving"  # folder for a checkpoint that is being written, inside the output folder
 
 
 class ExactCheckpointsMixin(OverTrainer):
-    """Lets a Trainer resume exactly, whenever it was killed.
+    """Makes a Trainer resume exactly, whenever it was killed.
 
-    A checkpoint gets its name when all of its files are there. Each is preceded by a log, since what a Trainer has
-    summed since the last one is in no checkpoint, and by what happens at the end of an epoch, if it is one: a resumed
-    Trainer would leave that out. And models whose files hold other names than they do, such as ViT, get their weights:
-    `Trainer` passes over names that it does not find with a warning, and goes on as it is.
+    - A checkpoint gets its name only when all of its files are written.
+    - Before each checkpoint a log is forced, and the events of an epoch's end run first: Trainer does not save the
+      running sum of the loss, and a resumed Trainer skips those events.
+    - Files of some architectures (ViT) hold other parameter names than the model. Trainer would skip these names with a
+      warning and resume with the wrong weights, so they are loaded with `from_pretrained`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -45,7 +49,7 @@ class ExactCheckpointsMixin(OverTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder, name = Path(self._get_output_dir(trial)), _name_at(self.state.global_step)
         if self.args.should_save:
-            shutil.rmtree(folder / SAVING, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(folder / SAVING, ignore_errors=True)  # left by a run that was killed
         self.accelerator.wait_for_everyone()
         self._saving = True
         try:
@@ -63,7 +67,7 @@ class ExactCheckpointsMixin(OverTrainer):
         self.accelerator.wait_for_everyone()
 
     def _name_best_checkpoint_(self, folder: Path, saved: str) -> None:
-        """What Trainer writes down of the best checkpoint, with the name that the one in writing will have."""
+        """Record the best checkpoint under its final name. Trainer would record the temporary folder."""
         best = _name_at(self.state.best_global_step)
         if self.state.best_global_step and (best == saved or (folder / best).is_dir()):
             self.state.best_model_checkpoint = str(folder / best)
@@ -87,13 +91,13 @@ class ExactCheckpointsMixin(OverTrainer):
 
 
 def train_or_resume_(trainer: Any, keep: bool = False) -> None:
-    """Run a Trainer, from the last checkpoint in its folder if there is one; a finished run is only loaded.
+    """Run a Trainer, from the last checkpoint in its folder if there is one. A finished run is only loaded.
 
-    `Trainer.train` would add a step to a run that had reached its last one.
+    `Trainer.train` would take one more step after the last one.
 
     Args:
-        trainer: one with `ExactCheckpointsMixin`.
-        keep: whether its end is saved whatever `save_strategy` says (without the optimizer), so that the next call
+        trainer: a Trainer with `ExactCheckpointsMixin`.
+        keep: whether the final state is saved (without the optimizer), whatever `save_strategy` is. The next call then
             only loads it.
     """
     if checkpoints := _checkpoints(trainer):
@@ -115,7 +119,7 @@ def train_or_resume_(trainer: Any, keep: bool = False) -> None:
 def _checkpoints(trainer: Any) -> list[str]:
     """The checkpoints in a Trainer's folder, oldest first.
 
-    One without a state was being removed when the run was killed: at the end, all but the best go if only one may stay.
+    A checkpoint without a state file does not count: it was being removed (`save_total_limit`) when the run was killed.
     """
     folders = sort_checkpoints(str(trainer.args.output_dir))
     return [folder for folder in folders if Path(folder, TRAINER_STATE_NAME).is_file()]
@@ -127,7 +131,7 @@ def _name_at(step: int) -> str:
 
 def loss_is_summed_over_micro_batches(trainer: Any, num_items_in_batch: Any) -> bool:
     """Whether the losses of a step's micro-batches add up to its mean, as Trainer.training_step decides it."""
-    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # older Trainers do not have it
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # older versions of Trainer do not have it
     if scaled is not None:
         return scaled
     normalized_by_model = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
@@ -135,7 +139,7 @@ def loss_is_summed_over_micro_batches(trainer: Any, num_items_in_batch: Any) -> 
 
 
 class _CheckpointsLast(TrainerCallback):
-    """Lets all else that belongs to a step come before its checkpoint: its log, and what happens at an epoch's end."""
+    """Moves a step's checkpoint behind everything else that belongs to the step: its log, and the end of an epoch."""
 
     def __init__(self) -> None:
         self.postponed = False

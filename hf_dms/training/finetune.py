@@ -1,4 +1,4 @@
-"""Ordinary training: of the dense model before a search, of the pruned one after it, with or without a teacher."""
+"""Ordinary training: of the dense model before a search, or of the pruned model after it, with or without a teacher."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ def train_(
     max_nonfinite_steps: int = DMSConfig.max_nonfinite_steps,
     keep: bool = False,
 ) -> None:
-    """Train a model, in place, or go on from the last checkpoint of an earlier run; it ends in evaluation mode.
+    """Train a model, in place, or resume from the last checkpoint of an earlier run. It ends in evaluation mode.
 
     Args:
-        model: what is trained; all of its weights are, unless there are adapters.
-        arguments: the Trainer's.
-        examples: what it is trained on.
-        teacher: the dense model; its logits are learned too.
-        distillation: how much of the teacher.
-        lora: `peft.LoraConfig` of adapters that train in place of the weights, and are merged into them in the end.
-        float32: whether weights of half precision train as float32 ones, and are rounded to their own in the end.
-        stage: what its progress calls it.
-        max_nonfinite_steps: steps in a row whose loss or gradients are not finite, before it stops.
-        keep: whether its end is saved in the Trainer's folder, see `train_or_resume_`.
+        model: the model. All of its weights train, unless `lora` is given.
+        arguments: the Trainer's arguments.
+        examples: the training data.
+        teacher: the dense model, for distillation.
+        distillation: weight and temperature of the teacher.
+        lora: `peft.LoraConfig` of adapters that train in place of the weights. They are merged at the end.
+        float32: whether weights in half precision are trained in float32, and rounded back at the end.
+        stage: name of the training in progress messages.
+        max_nonfinite_steps: number of steps in a row with a loss or gradients that are not finite, which ends it.
+        keep: whether the final state is saved in the Trainer's folder, see `train_or_resume_`.
 
     Raises:
-        NonFiniteError: there were so many.
+        NonFiniteError: there were that many such steps.
     """
     precisions = {name: parameter.dtype for name, parameter in model.named_parameters()} if float32 else {}
     if float32:
@@ -68,7 +68,7 @@ def train_(
     show_progress_(trainer, stage)
     train_or_resume_(trainer, keep)
     if use_cache is not None:
-        model.config.use_cache = use_cache  # the Trainer switches it off for training
+        model.config.use_cache = use_cache  # the Trainer switched it off
     trainer.accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
     if lora is not None:
         trained.merge_and_unload()
@@ -81,9 +81,9 @@ def train_(
 
 
 class DistillationTrainer(FiniteStepsMixin, ExactCheckpointsMixin, Trainer):
-    """A Trainer whose loss is (1 - w)·loss + w·T²·KL(teacher / T ‖ student / T) where there is a teacher.
+    """A Trainer with the loss (1 - w)·loss + w·T²·KL(teacher / T ‖ student / T), if there is a teacher.
 
-    Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, section 2.
+    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, section 2.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class DistillationTrainer(FiniteStepsMixin, ExactCheckpointsMixin, Trainer):
         teacher, distillation = self.teacher, self.distillation
         if not model.training or teacher is None or distillation is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
-        if distillation.weight == 1:  # the loss on the labels is not wanted, nor its memory
+        if distillation.weight == 1:  # the loss on the labels does not count, so its memory is saved
             loss, outputs = torch.zeros((), device=self.args.device), model(**without_labels(inputs))
         else:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)
@@ -110,14 +110,14 @@ class DistillationTrainer(FiniteStepsMixin, ExactCheckpointsMixin, Trainer):
         summed = loss_is_summed_over_micro_batches(self, num_items_in_batch)
         share = 1 / self.current_gradient_accumulation_steps if summed else 1.0
         weight, temperature = distillation.weight, distillation.temperature
-        causal = base_model_of(self.accelerator.unwrap_model(model)).can_generate()  # it predicts the next label
+        causal = base_model_of(self.accelerator.unwrap_model(model)).can_generate()  # position i predicts label i + 1
         divergence = distillation_loss(outputs.logits, taught, temperature, inputs["labels"], shifted=causal)
         loss = (1 - weight) * loss + weight * share * divergence
         return (loss, outputs) if return_outputs else loss
 
 
 def without_labels(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model is called with so that it computes logits alone."""
+    """The inputs of a model without labels, so that it computes logits and no loss."""
     return {name: value for name, value in inputs.items() if name != "labels"}
 
 
@@ -129,8 +129,8 @@ def distillation_loss(
     Args:
         student, teacher: logits `[..., classes]`.
         temperature: T.
-        labels: `[...]`; predictions whose label is -100 do not count. Where no label counts the loss is 0.
-        shifted: whether the prediction at a position is of the next position's label, as in a causal language model.
+        labels: `[...]`; predictions with label -100 do not count. If no label counts, the loss is 0.
+        shifted: whether position i predicts the label of position i + 1, as in a causal language model.
 
     Examples:
         >>> distillation_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0986]]), 1.0)

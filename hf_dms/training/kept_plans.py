@@ -1,7 +1,7 @@
-"""One search, every size: while the target falls, the plan at every 5 % is kept. A callback of DMSTrainer.
+"""One search, many sizes: while the target falls, a plan is kept at every 5 %. A callback of DMSTrainer.
 
-What is kept at a size is what the search had learned when its target was there: the ratios of that moment, rounded to
-it. A search that ends there has more time for it.
+The plan at a size holds the ratios at the moment when the falling target was there, rounded to that size. A search with
+that size as its target has more steps for it, so its result is usually better.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class KeptPlans(TrainerCallback):
         trainer: a DMSTrainer.
 
     Attributes:
-        plans: by level.
+        plans: the kept plans, by the share of the dense resource.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -46,7 +46,7 @@ class KeptPlans(TrainerCallback):
                 self.plans[level] = make_plan(gates, sizes)
 
     def save(self, folder: str | Path) -> None:
-        """Write the plans, if there are any, beside the state of the search."""
+        """Write the plans, if there are any, next to the state of the search."""
         if self.plans and is_main():
             bound, layout = self.trainer.gates.attachment.bound, self.trainer.dms_config.layout
             Path(folder, PLANS_FILE).write_text(plans_to_json(self.plans, bound, layout), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Progress of every stage: a bar in a terminal, lines in a log file. Both name the stage and the time that is left."""
+"""Progress of every stage: a bar in a terminal, lines in a log file. Both show the stage and the remaining time."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from transformers import PrinterCallback, ProgressCallback
 
 from .distributed import is_main, print_on_main
 
-SECONDS_PER_LINE = 5  # of work that is no training and logs nothing
-SHOWN = ("resource", "target", "eval_loss", "eval_resource")  # of what a search or a training logs, beside the loss
+SECONDS_PER_LINE = 5  # between two lines of work that is not training and has no logs of its own
+SHOWN = ("resource", "target", "eval_loss", "eval_resource")  # logged values that are shown beside the loss
 
 
 def show_progress_(trainer: Any, stage: str) -> None:
-    """Let a Trainer show its progress as `ProgressBar` or `ProgressLines` do, in place of its own bar or printer.
+    """Replace a Trainer's own progress bar or printer by `ProgressBar` or `ProgressLines`.
 
     Args:
-        trainer: a Trainer; one without either (as in a notebook) is left as it is.
-        stage: what it is doing, in a word: search, retraining.
+        trainer: a Trainer. One that has neither (as in a notebook) is not changed.
+        stage: its work in one word, such as search.
     """
     if trainer.pop_callback(ProgressCallback) or trainer.pop_callback(PrinterCallback):
         bar = sys.stderr.isatty() and not trainer.args.disable_tqdm
@@ -39,7 +39,7 @@ class ProgressBar(ProgressCallback):
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None:
             self.training_bar.set_description_str(self.stage)
-            self.training_bar.initial = self.training_bar.n = state.global_step  # a resumed run has done these before
+            self.training_bar.initial = self.training_bar.n = state.global_step  # steps of the run before a resume
             self.current_step = state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
@@ -50,7 +50,7 @@ class ProgressBar(ProgressCallback):
 class ProgressLines(PrinterCallback):
     """One line per log, evaluation and checkpoint: stage, step, time left, loss, resource and target.
 
-    The time left is that of the steps to come at the mean pace of this process, evaluations and checkpoints included.
+    The time left assumes the mean pace of this process so far, evaluations and checkpoints included.
     """
 
     def __init__(self, stage: str) -> None:
@@ -81,12 +81,12 @@ class ProgressLines(PrinterCallback):
 
 
 class Countdown:
-    """Progress of work that is no training, such as repair and measuring; it is called after each unit of it.
+    """Progress of work that is not training, such as repair and measuring. Call it after each unit of the work.
 
-    In a log file it prints a line whenever `SECONDS_PER_LINE` have passed, so quick work prints none.
+    In a log file it prints a line every `SECONDS_PER_LINE` seconds, so short work prints nothing.
 
     Args:
-        stage: what it is, in a word or two.
+        stage: the work, in a word or two.
         unit: what is counted, in the plural: layers, batches.
     """
 
@@ -120,6 +120,6 @@ def _at(state) -> str:
 
 
 def _numbers(logs: dict[str, float]) -> str:
-    """Loss (that of the task, if there is one of its own), resource and target of a log."""
+    """The numbers of a log to show: loss (the task's, if it is logged separately), resource and target."""
     shown = {"loss": logs.get("task_loss", logs.get("loss"))} | {name: logs.get(name) for name in SHOWN}
     return ", ".join(f"{name} {value:.3f}" for name, value in shown.items() if value is not None)

@@ -1,4 +1,7 @@
-"""When a search over refitted weights refits, and on which examples: a callback of DMSTrainer. See refit/search.py."""
+"""A callback of DMSTrainer for searches over refitted weights: when to refit, and on which examples.
+
+The refits themselves are in refit/search.py.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,15 @@ from ..errors import HfDmsError
 from ..gating.rounding import round_sizes
 from ..refit.search import RefittedSearch
 
-REFRESHES = 3  # evenly over the search; one costs about a forward pass over its examples, three times
+REFRESHES = 3  # refits, evenly over the search; each costs about three forward passes over its examples
 POSITIONS_PER_INPUT = 4  # tokens or patches to refit on, per input of the widest map
-POSITIONS_TO_CHOOSE = 4 * POSITIONS_PER_INPUT  # those that the units of the cut are chosen on, once
+POSITIONS_TO_CHOOSE = 4 * POSITIONS_PER_INPUT  # the same for choosing the units of the cut, which happens once
 
 
 class RefitCallback(TrainerCallback):
-    """Refits when the warm-up ends, a few times after it, and when a search goes on from a checkpoint.
+    """Refits when the warm-up ends, a few times after it, and when a search resumes from a checkpoint.
 
-    At the end, sizes are those of the cut: the units are chosen once more, for them and on more examples.
+    At the end, the units are chosen once more, for the sizes of the cut and on more examples.
 
     Args:
         trainer: a DMSTrainer; its training data must be map-style, with labels.
@@ -49,20 +52,20 @@ class RefitCallback(TrainerCallback):
 
 
 def refresh_steps(warmup_steps: int, max_steps: int) -> list[int]:
-    """The steps in front of which a search refits."""
+    """The steps before which a search refits."""
     length = max(max_steps - warmup_steps, 0)
     return sorted({warmup_steps + length * number // REFRESHES for number in range(REFRESHES)})
 
 
 def examples_to_refit_on(trainer: Any, positions_per_input: int = POSITIONS_PER_INPUT) -> list[dict[str, Tensor]]:
-    """Batches of the training data, the same ones whenever they are asked for.
+    """Batches of the training data. Every call returns the same ones, so that a resumed search refits to the same.
 
     Args:
-        trainer: whose data.
-        positions_per_input: how many tokens or patches, per input of the widest map; fewer where the data ends.
+        trainer: the trainer with the data.
+        positions_per_input: number of tokens or patches per input of the widest map; fewer if the data ends.
 
     Raises:
-        ValueError: the data is no map-style dataset.
+        ValueError: the data is not a map-style dataset.
     """
     data = trainer.train_dataset
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
@@ -88,7 +91,7 @@ def examples_to_refit_on(trainer: Any, positions_per_input: int = POSITIONS_PER_
 
 
 def examples_beside_the_steps(trainer: Any) -> int:
-    """Examples seen beside the search's steps: at each refresh, once for the gradient, and once to choose the units."""
+    """Examples seen outside the search's steps: for each refit, for the gradients, and to choose the units."""
     if trainer.dms_config.search_over != "refitted":
         return 0
     refit, choose = (

@@ -1,6 +1,6 @@
-"""Steps whose loss or gradients are not finite: passed over, counted, and after too many in a row the end of a run.
+"""Guard against steps with a loss or gradients that are not finite: skip and count them, and stop after too many.
 
-What a search adds to a step (its Taylor terms, its ratios' gradient) it hands in through three hooks.
+A search adds its own tensors to a step (Taylor terms, the gradient of the ratios) through three hooks.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from transformers.utils import logging
 from ..errors import NonFiniteError
 from .distributed import average_over_processes_
 
-OverTrainer: Any = object  # a mixin over a Trainer, whose attributes it uses: Any to a type checker
+OverTrainer: Any = object  # base of mixins over a Trainer; typed Any, because they use a Trainer's attributes
 logger = logging.get_logger(__name__)
 
 
 class FiniteStepsMixin(OverTrainer):
-    """Lets a Trainer take nothing of a step whose loss or gradients are not finite in any process.
+    """Makes a Trainer skip a step completely if its loss or gradients are not finite in any process.
 
     Args:
-        max_nonfinite_steps: so many of them in a row end the run.
+        max_nonfinite_steps: number of such steps in a row that ends the run.
 
     Raises:
-        NonFiniteError: in training, when they do.
+        NonFiniteError: in training, after that many steps in a row.
     """
 
     def __init__(self, *args: Any, max_nonfinite_steps: int, **kwargs: Any) -> None:
@@ -42,7 +42,7 @@ class FiniteStepsMixin(OverTrainer):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that were skipped since the run began, before it was interrupted included."""
+        """Number of steps that were skipped since the run began, also before it was interrupted."""
         return self._skipped().total
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -60,30 +60,30 @@ class FiniteStepsMixin(OverTrainer):
         if "loss" in logs:
             logs["skipped_steps"] = self.skipped_steps
             bad = [name for name, value in logs.items() if isinstance(value, float) and not math.isfinite(value)]
-            logs = {name: value for name, value in logs.items() if name not in bad}  # JSON has no such numbers
+            logs = {name: value for name, value in logs.items() if name not in bad}  # JSON has no nan or infinity
         super().log(logs, *args, **kwargs)
 
     # ---- hooks -------------------------------------------------------------------------------------------------------
     def _step_tensors(self) -> list[Tensor]:
-        """What else of a step must be finite; averaged over processes, in place, in the same collective."""
+        """Further tensors of a step that must be finite. They are averaged over processes, in place."""
         return []
 
     def _take_step_(self) -> None:
-        """Called before the optimizer's step when all is finite."""
+        """Called before the optimizer's step if everything is finite."""
 
     def _forget_step_(self) -> None:
-        """Called when it is not."""
+        """Called if something is not finite, and the step is skipped."""
 
     # ---- the decision ------------------------------------------------------------------------------------------------
     def _skipped(self) -> SkippedSteps:
         return next(each for each in self.callback_handler.callbacks if isinstance(each, SkippedSteps))
 
     def _finish_backward_(self) -> None:
-        """After the backward passes of a step, before the optimizer's: what all processes must agree on."""
+        """Decide, in all processes alike, whether to take a step: after its backward passes, before the optimizer."""
         tensors = [*self._step_tensors(), self._step_loss, self._grad_norm]
         average_over_processes_(tensors, self.accelerator)
         values = torch.cat([tensor.detach().float().flatten() for tensor in tensors])
-        if values.isfinite().all():  # averages, so all processes come to the same answer
+        if values.isfinite().all():  # the values are averages, so all processes decide the same
             self._take_step_()
             self._skipped().in_a_row = 0
         else:
@@ -98,20 +98,20 @@ class FiniteStepsMixin(OverTrainer):
         self._forget_step_()
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
-                parameter.grad = None  # optimizers pass over parameters without a gradient: no decay, no momentum
+                parameter.grad = None  # optimizers skip parameters without a gradient: no decay, no momentum
         if self.is_deepspeed_enabled or skipped.in_a_row >= self.max_nonfinite_steps:
-            kept = "The last checkpoint and the model hold nothing of them."
+            kept = "None of them changed the model or the last checkpoint."
             if self.is_deepspeed_enabled:
-                kept = "DeepSpeed has stepped by itself; the last checkpoint holds nothing of it."
+                kept = "DeepSpeed has taken the step; the last checkpoint is from before it."
             raise NonFiniteError(
                 f"{skipped.in_a_row} steps in a row, up to step {step}, had a loss or gradients that are not finite "
                 f"({found}). {kept} Lower the learning rate, look at the data, or train in float32; "
-                "dms.max_nonfinite_steps says how many are passed over."
+                "dms.max_nonfinite_steps sets how many such steps are skipped."
             )
 
 
 class SkippedSteps(TrainerCallback, ExportableState):
-    """How many steps were skipped: a part of `trainer_state.json`, and so of every checkpoint."""
+    """The number of skipped steps. It is part of `trainer_state.json`, and so of every checkpoint."""
 
     def __init__(self) -> None:
         self.total = self.in_a_row = 0

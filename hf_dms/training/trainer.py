@@ -1,7 +1,7 @@
-"""The search, as a `transformers.Trainer`: it adds the resource loss, moves the gates, and keeps their state.
+"""The search, as a `transformers.Trainer`: it adds the resource loss, trains the gates, and saves their state.
 
-`DMSMixin` goes over any Trainer subclass (`class DMSSFTTrainer(DMSMixin, SFTTrainer)`); `DMSTrainer` is the plain one.
-Nothing here knows about shapes.
+`DMSMixin` works over any subclass of Trainer (`class DMSSFTTrainer(DMSMixin, SFTTrainer)`). `DMSTrainer` is the mixin
+over Trainer itself. Nothing here knows about shapes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..errors import HfDmsError
 from ..files import check_not_source
 from ..gates import Gates
 from ..gating.attach import attach_, freeze_, frozen_mode_, gates_of
-from ..gating.outcome import SearchOutcome, say_outcome, search_outcome
+from ..gating.outcome import SearchOutcome, search_outcome, warn_of_outcome
 from ..refit.batch_norms import BATCHES, estimate_batch_norms_
 from ..tasks.evaluate import evenly_spaced
 from .dense_logits import check_divergence, kl_to_dense, logits_with_open_masks
@@ -43,18 +43,19 @@ from .progress import show_progress_
 from .refitting import RefitCallback
 from .step_guard import FiniteStepsMixin
 
-SCALE_RATE = 1.0  # of the scales at the beginning, in rates of the prune ratios; at the end it is 0
+SCALE_RATE = 1.0  # learning rate of the scales at the start, relative to that of the prune ratios; it falls to 0
 
 
 class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
     """What a DMS search adds to a Trainer.
 
     Args:
-        dms_config: what to prune and how far. The other arguments are the Trainer's.
+        dms_config: what to prune and how far. All other arguments are the Trainer's.
 
     Raises:
-        ValueError: see `hf_dms.attach_`; fp16 loss scaling; a `model_init` instead of a model; loaded weights with
-            pipeline np; a result that would replace the model it is made from, in `output_dir` or on the Hub.
+        ValueError: `hf_dms.attach_` refuses the model or the request; the arguments ask for fp16 loss scaling, or give
+            `model_init` instead of a model; pipeline np gets loaded weights; or `output_dir` or the Hub's repository is
+            that of the dense model.
     """
 
     def __init__(self, *args: Any, dms_config: DMSConfig, **kwargs: Any) -> None:
@@ -71,7 +72,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         _check_places(model, kwargs.get("args", args[1] if len(args) > 1 else None), self._source)
         with packed_weights_may_stay(model if dms_config.pipeline == "p-" else None):
             super().__init__(*args, max_nonfinite_steps=dms_config.max_nonfinite_steps, **kwargs)
-        self._use_cache = use_cache  # the Trainer switches it off for training
+        self._use_cache = use_cache  # the Trainer has switched it off; `prune` restores it
         check_training_arguments(self.args)
         check_plugin(self.accelerator, self.model)
         self.dms_config = dms_config
@@ -80,12 +81,14 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         if dms_config.pipeline == "np":
             check_untrained(self.model)
         attach_(self.model, dms_config)
-        self.dms_config = self.gates.attachment.config  # whose target is a fraction, whatever was asked for
+        self.dms_config = self.gates.attachment.config  # with an amount or a shape converted to a fraction
         leave_gates_out_(self.model, self.gates, self.accelerator)
         if dms_config.pipeline == "p-":
             freeze_(self.model)
         if dms_config.kl_weight:
             check_divergence(self.model)
+        # The gates have their own Adam: with the user's optimizer (SGD, RMSprop, weight decay) the resource would
+        # depend on settings that were chosen for the weights.
         learned = [[self.gates.prune_ratio], [*self.gates.scales.values()]]
         self.gate_optimizer = torch.optim.Adam([{"params": tensors} for tensors in learned if tensors])
         self._step_task_loss = torch.zeros((), device=self.args.device)
@@ -110,7 +113,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         return self.progress_at(self.state.global_step)
 
     def progress_at(self, step: int) -> float:
-        """The same after so many optimizer steps."""
+        """`progress` after that many optimizer steps."""
         warmup = self.dms_config.warmup_steps
         return min(max(step - warmup, 0) / max(self.state.max_steps - warmup, 1), 1.0)
 
@@ -121,20 +124,20 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         return float(self.dms_config.with_defaults_for(steps).gate_learning_rate or 0)
 
     def search_outcome(self) -> SearchOutcome:
-        """How the search ended: what it learned and what the cut keeps, beside the target (`gating/outcome.py`)."""
+        """How the search ended: the shares that were learned and that the cut keeps (gating/outcome.py)."""
         return search_outcome(self._unwrapped())
 
     def soft_and_cut_loss(self) -> tuple[float, float]:
-        """Losses on the evaluation data: on the soft masks as they are, and of the cut, before any repair.
+        """Losses on the evaluation data: with the current soft masks, and of the cut before any repair.
 
-        At the end of a search they are close; a difference is what rounding costs. Every process must call it.
+        At the end of a search they are close. The difference is the cost of rounding. Every process must call it.
         """
         with self.gates.soft_masks():
             soft = self._evaluation_loss()
         return soft, self._evaluation_loss()
 
     def _evaluation_loss(self) -> float:
-        """Mean loss on the evaluation data (the first set, if there are several), not logged."""
+        """Mean loss on the evaluation data (the first set, if there are several). It is not logged."""
         data = self.eval_dataset
         loader = self.get_eval_dataloader(next(iter(data.values())) if isinstance(data, dict) else data)
         metrics = self.evaluation_loop(loader, "Evaluation", prediction_loss_only=True).metrics
@@ -142,16 +145,16 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         return float(metrics["eval_loss"])
 
     def prune(self) -> PreTrainedModel:
-        """Cut the model to the exact budget and prove the result on a batch of the trainer's data.
+        """Cut the model to the exact budget, and check the result on an example of the trainer's data.
 
-        Batch norms then get the running statistics of the smaller model on some of the training data.
+        Batch norms then get new running statistics, measured with the smaller model on some of the training data.
 
         Returns:
-            A plain, smaller `PreTrainedModel`, in evaluation mode; the model in training is left as it was.
+            A plain, smaller `PreTrainedModel`, in evaluation mode. The trainer's model is not modified.
 
         Raises:
             ValueError: the target cannot be reached.
-            VerificationError: the cut model does not compute what the masked one does.
+            VerificationError: the outputs of the cut model differ from those of the masked model.
         """
         with _without_autocast(self._unwrapped(), self.accelerator) as model:
             pruned = prune(unsharded(model), inputs=self.example_inputs())
@@ -172,18 +175,18 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         """Prune, save the result as `pruned` in `args.output_dir`, and push it to `args.hub_model_id`.
 
         Args:
-            commit_message: of the commit.
+            commit_message: message of the commit.
             blocking: whether to wait until everything is sent.
-            token: default: that of the arguments.
-            revision: branch to push to. Default: that of the arguments.
-            private: whether a repository that is made is private. Default: as the arguments say.
-            card: what `Trainer.create_model_card` takes: model_name, finetuned_from, tasks, tags, language, ...
+            token: token of the Hub. Default: `args.hub_token`.
+            revision: branch to push to. Default: `args.hub_revision`.
+            private: whether a new repository is private. Default: `args.hub_private_repo`.
+            card: arguments of `Trainer.create_model_card`: model_name, finetuned_from, tasks, tags, language, ...
 
         Returns:
-            The URL of the model, or where not blocking its future; None in processes that do not push.
+            The URL of the model, or its future if not blocking; None in processes that do not push.
 
         Raises:
-            ValueError: see `prune` and `hf_dms.push`; the repository is that of the dense model.
+            ValueError: see `prune` and `hf_dms.push`; or the repository is that of the dense model.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         repo_id = self.args.hub_model_id or Path(self.args.output_dir).name
@@ -204,10 +207,10 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         return HfApi().run_as_future(push, folder, repo_id, commit_message=commit_message, **options)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Training checkpoints stay local: what is pushed is the pruned model."""
+        """Push nothing: only the pruned model is pushed, never a training checkpoint."""
 
     def _some_batches(self, count: int) -> Iterator[dict[str, Tensor]]:
-        """Up to so many batches of the training data, evenly spaced or, of a stream, the first ones."""
+        """At most `count` batches of the training data: evenly spaced, or the first ones of a stream."""
         size, rows = self.args.train_batch_size, self.train_dataset
         if not isinstance(rows, IterableDataset):
             some = evenly_spaced(rows, count * size)
@@ -236,13 +239,16 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         if self.dms_config.pipeline == "p-":
-            frozen_mode_(self._unwrapped())  # the Trainer has just put all of it into training mode
+            frozen_mode_(self._unwrapped())  # because the Trainer has just put the whole model into training mode
+        # With gradient accumulation, the gradients of all micro-batches add up. If the task loss of each is already its
+        # part of the step's mean (`scaled`), the other terms need the factor `share`, or they would count several
+        # times.
         scaled = loss_is_summed_over_micro_batches(self, num_items_in_batch)
         share = 1 / self.current_gradient_accumulation_steps
         weight = 0.0 if self.gates.is_warming_up else self.dms_config.kl_weight
         dense_logits = logits_with_open_masks(self._unwrapped(), model, inputs) if weight else None
         outputs = None
-        if weight == 1:  # the task's loss is not wanted, nor the memory that it takes
+        if weight == 1:  # the task's loss does not count, so its memory is saved
             loss, outputs = torch.zeros((), device=self.args.device), model(**without_labels(inputs))
         elif dense_logits is not None or return_outputs:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)
@@ -319,7 +325,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
             "target": gates.target(self.progress),
             "gate_grad_norm": float(self._gate_grad_norm) / steps,
         }
-        if self._steps_since_log:  # all of them may have been skipped
+        if self._steps_since_log:  # 0 if all steps were skipped
             logs["task_loss"] = float(self._task_loss) / steps
         self._task_loss.zero_()
         self._gate_grad_norm.zero_()
@@ -327,7 +333,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         return logs | self._dim_logs()
 
     def _dim_logs(self) -> dict[str, float]:
-        """Units kept per dim (mean over layers, smallest and largest if they differ) and how sharp its mask is."""
+        """Units kept per dim (mean over layers; smallest and largest for several ratios), and its soft fraction."""
         gates, logs = self.gates, {}
         for name, dim in gates.dims.items():
             kept = gates.learned_units(name).float()
@@ -339,7 +345,9 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         callbacks = self.callback_handler.callbacks
-        if self.gates.target(self.progress) > self.dms_config.target:  # the search itself is not at what is cut yet
+        # While the target falls, the loss rises. Early stopping would take that for a failure, so it does not see
+        # evaluations before the final target.
+        if self.gates.target(self.progress) > self.dms_config.target:
             seeing = [callback for callback in callbacks if not isinstance(callback, EarlyStoppingCallback)]
             self.callback_handler.callbacks = seeing
         try:
@@ -367,12 +375,12 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         load_search_state_(self._unwrapped(), self.state.best_model_checkpoint)
 
     def _weights_are_fixed(self) -> bool:
-        """Whether weights are packed and nothing but ratios trains: Trainer cannot load such weights, and need not."""
+        """Whether weights are packed and only ratios train. Trainer cannot load packed weights, and need not here."""
         return self.dms_config.pipeline == "p-" and any(map(is_packed, self._unwrapped().modules()))
 
 
 def _model_card(trainer: Any, tags: str | list[str] | None = None, **options: Any) -> str:
-    """The draft of a model card that a Trainer makes."""
+    """The draft of a model card that Trainer writes."""
     given = [tags] if isinstance(tags, str) else tags or []
     known = ["dms", "pruned", *(getattr(trainer.model, "model_tags", None) or [])]
     summary = TrainingSummary.from_trainer(trainer, tags=list(dict.fromkeys([*given, *known])), **options)
@@ -380,7 +388,7 @@ def _model_card(trainer: Any, tags: str | list[str] | None = None, **options: An
 
 
 def _check_places(model: Any, arguments: TrainingArguments | None, source: Path | None) -> None:
-    """Check that neither `save_model`, when the search is done, nor a push would replace the dense model."""
+    """Check that neither `save_model` at the end of the search nor a push would replace the dense model."""
     if arguments is not None:
         check_not_source(str(arguments.output_dir), source)
         if arguments.push_to_hub and arguments.hub_model_id and source is not None:
@@ -389,7 +397,7 @@ def _check_places(model: Any, arguments: TrainingArguments | None, source: Path 
 
 @contextlib.contextmanager
 def _without_autocast(model: PreTrainedModel, accelerator: Any) -> Iterator[PreTrainedModel]:
-    """A model in its own precision for a while: accelerate wraps its forward in autocast for mixed precision."""
+    """Context: the model without autocast. For mixed precision, accelerate wraps its `forward` in autocast."""
     with restoring([model], "forward", "_original_forward"):
         yield accelerator.unwrap_model(model, keep_fp32_wrapper=False)
 
@@ -398,7 +406,7 @@ def check_training_arguments(arguments: TrainingArguments) -> None:
     """Check that a search can run with these arguments.
 
     Raises:
-        ValueError: they ask for something that spoils the importance, or the launch cannot work.
+        ValueError: they ask for loss scaling or reentrant checkpointing, or the launch cannot work.
     """
     check_launch(arguments)
     if arguments.fp16:
@@ -409,10 +417,10 @@ def check_training_arguments(arguments: TrainingArguments) -> None:
 
 
 def check_untrained(model: PreTrainedModel) -> None:
-    """Check that no weight of a model is from a file, which transformers marks when it loads one.
+    """Check that no weight of a model was loaded from a file. transformers marks the weights that it loads.
 
     Raises:
-        ValueError: some are.
+        ValueError: some weights were loaded.
     """
     if any(getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters()):
         raise HfDmsError(
@@ -427,7 +435,7 @@ class DMSTrainer(DMSMixin, Trainer):  # type: ignore[misc]  # push_to_hub return
 
 
 class _GateCallback(TrainerCallback):
-    """Refuses a search without steps to move in, lets it decide late in it, and says how it ended."""
+    """Refuses a search that is all warm-up, calls `decide_` before each step, and warns of the outcome."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -437,7 +445,7 @@ class _GateCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         if self.trainer.is_world_process_zero():
-            say_outcome(self.trainer._unwrapped())
+            warn_of_outcome(self.trainer._unwrapped())
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         self.trainer.gates.decide_(self.trainer.progress)

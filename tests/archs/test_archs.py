@@ -75,7 +75,7 @@ def test_the_hidden_size_never_becomes_that_of_the_embeddings(layout):
 
     assert size(min={dim: excluded}) == excluded + 1
     assert size(1.0, max={dim: excluded}) == excluded - 1
-    message = f"leave {dim} no size but {excluded}, at which the stock electra is another architecture. Loosen them."
+    message = f"leave {dim} no size but {excluded}, and with that size the stock electra class builds a different net"
     with pytest.raises(ValueError, match=message):
         size(min={dim: excluded}, max={dim: excluded})
     for target in torch.linspace(0.4, 0.95, 12).tolist():
