@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all, by one process at a time."""
+"""Folders that are written completely or not at all, by one process at a time."""
 
 from __future__ import annotations
 
@@ -19,16 +19,21 @@ from ..files import replaces
 def new_folder(
     folder: str | os.PathLike, overwrite: bool = False, sources: Iterable[str | os.PathLike] = ()
 ) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends well, and is gone when it does not.
+    """Context: a temporary folder that becomes `folder` if the block succeeds, and is removed if it fails.
+
+    Args:
+        folder: the final folder.
+        overwrite: whether it may exist, and is then replaced.
+        sources: files and folders that the result is made from, see `check_place`.
 
     Raises:
-        ValueError: it may not be written, see `check_writable`; another process writes it.
+        ValueError: `check_writable` refuses the folder, or another process writes it.
     """
     target = Path(folder)
     check_writable(target, overwrite, sources)
     temporary = target.with_name(f".{target.name}.writing")
     with only_writer(target):
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
         temporary.mkdir()
         try:
             yield temporary
@@ -39,10 +44,10 @@ def new_folder(
 
 @contextmanager
 def only_writer(folder: str | os.PathLike) -> Iterator[None]:
-    """Keep other processes from writing to a folder for a while; where a process is killed, the system lets go for it.
+    """Context: no other process may write to a folder. If this process is killed, the system releases the lock.
 
     Raises:
-        ValueError: another one writes it, or no folder can be made there.
+        ValueError: another process writes to it, or no folder can be made there.
     """
     target = Path(folder)
     check_place(target)
@@ -57,15 +62,15 @@ def only_writer(folder: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # Windows does it by itself when it is free
+        with suppress(OSError):  # Windows does not remove a file that is open
             os.remove(lock.lock_file)
         lock.release()
 
 
 def replace_folder(folder: Path, new: Path | None = None) -> None:
-    """Remove a folder, if it is there, and give its name to another one: a kill leaves no part of it under its name."""
+    """Replace a folder, or remove it if there is no new one. Even if killed, no half-written folder has its name."""
     removed = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(removed, ignore_errors=True)  # what an earlier kill left
+    shutil.rmtree(removed, ignore_errors=True)  # left by a run that was killed
     if folder.exists():
         folder.rename(removed)
     if new is not None:
@@ -77,12 +82,12 @@ def check_writable(folder: str | os.PathLike, overwrite: bool, sources: Iterable
     """Check that a result may be written to a folder.
 
     Args:
-        folder: the one.
+        folder: folder of the result.
         overwrite: whether it may be replaced.
-        sources: what the result is made from, see `check_place`.
+        sources: files and folders that the result is made from, see `check_place`.
 
     Raises:
-        ValueError: it exists and is not an empty folder, and `overwrite` is not set; or see `check_place`.
+        ValueError: it exists, is not empty, and `overwrite` is not set; or `check_place` refuses it.
     """
     check_place(folder, sources)
     target = Path(folder)
@@ -91,14 +96,14 @@ def check_writable(folder: str | os.PathLike, overwrite: bool, sources: Iterable
 
 
 def check_place(folder: str | os.PathLike, sources: Iterable[str | os.PathLike] = ()) -> None:
-    """Check that a folder can be made where a result is to be, and that nothing it is made from would go.
+    """Check that the folder of a result can be made, and that it would not replace anything the result is made from.
 
     Args:
-        folder: of the result.
-        sources: files and folders that the result is made from; what does not exist (a Hub id) does not count.
+        folder: folder of the result.
+        sources: files and folders that the result is made from. Paths that do not exist (a Hub id) do not count.
 
     Raises:
-        ValueError: the folder is a source, or one is in it; no folder can be made there.
+        ValueError: the folder is a source, or contains one; or no folder can be made there.
     """
     target = Path(folder).absolute()
     for source in map(Path, sources):

@@ -1,7 +1,7 @@
 """Pushing a pruned model's folder to the Hub: `hf-dms push PATH REPO`, and the `hub` section of a recipe.
 
-huggingface_hub does the work; here are the checks before it and words for what can go wrong. Nothing local is changed,
-and the token is shown nowhere.
+huggingface_hub does the upload. This file checks before it, and explains errors. It never changes local files, and
+never shows the token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..errors import HfDmsError
 from ..files import shards_of
 from .search_state import STATE_JSON
 
-STALE = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "model-*.safetensors"]  # weights of an earlier push
+STALE = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "model-*.safetensors"]  # weights of an earlier push to delete
 
 
 def push(
@@ -33,24 +33,24 @@ def push(
     commit_message: str | None = None,
     token: str | None = None,
 ) -> str:
-    """Push the folder of a pruned model; weights of an earlier push that it does not have are removed.
+    """Push the folder of a pruned model. Weight files of an earlier push that are not in the folder are removed.
 
-    What has arrived already is not sent again, so a push that was cut off goes on when it is repeated.
+    Files that have arrived are not sent again, so an interrupted push continues when it is repeated.
 
     Args:
-        path: a folder that `save_pruned` or `hf-dms prune` wrote.
-        repo_id: `name` or `namespace/name`; made if it is not there.
-        private: whether a repository that is made is private. Default: the account's.
-        revision: branch to push to; made if it is not there. Default: main.
-        commit_message: default `Pruned with hf_dms`.
-        token: default: the one that `hf auth login` or HF_TOKEN has left.
+        path: a folder written by `save_pruned` or `hf-dms prune`.
+        repo_id: `name` or `namespace/name`. The repository is created if it does not exist.
+        private: whether a new repository is private. Default: the account's setting.
+        revision: branch to push to. It is created if it does not exist. Default: main.
+        commit_message: message of the commit. Default: `Pruned with hf_dms`.
+        token: token of the Hub. Default: the one from `hf auth login` or HF_TOKEN.
 
     Returns:
         The URL of the model.
 
     Raises:
-        ValueError: the folder holds no complete pruned model; the id is not valid, or that of the dense model; no
-            token, or one that the Hub refuses or that may not write there; the connection broke.
+        ValueError: the folder does not hold a complete pruned model; the id is invalid, or that of the dense model;
+            there is no token, or the Hub refuses it; or the connection broke.
     """
     check_complete(path)
     check_repo_id(repo_id)
@@ -73,14 +73,14 @@ def push(
         raise
     except (OSError, HTTPError, RuntimeError, ValueError) as error:
         again = push_command(path, repo_id, private, revision, commit_message)
-        message = f"{_reason(error, repo_id)}\n{path} is as it was. To push it again: {again}"
-        # The cause is left out of tracebacks: an error of the HTTP library can show the header that holds the token.
+        message = f"{_reason(error, repo_id)}\n{path} is unchanged. To push it again: {again}"
+        # No chained traceback: an error of the HTTP library can show the header with the token.
         raise HfDmsError(message.replace(token or get_token() or "\0", "<token>")) from None
     return str(url) if revision is None else f"{url}/tree/{revision}"
 
 
 def _reason(error: Exception, repo_id: str) -> str:
-    """Why a push failed, in words; an upload wraps what the server or the connection said."""
+    """Why a push failed, in words. An upload wraps the error of the server or the connection."""
     cause: BaseException = error
     while not isinstance(cause, HTTPError) and cause.__cause__ is not None:
         cause = cause.__cause__
@@ -118,10 +118,10 @@ def push_command(
 
 
 def check_complete(path: str | os.PathLike) -> None:
-    """Check that a folder holds a whole pruned model.
+    """Check that a folder holds a complete pruned model.
 
     Raises:
-        ValueError: it has no config or not all weights, or it is a checkpoint of a search.
+        ValueError: its config or weights are missing, or it is a checkpoint of a search.
     """
     folder = Path(path)
     if (folder / STATE_JSON).is_file():
@@ -140,7 +140,7 @@ def check_repo_id(repo_id: str) -> None:
     """Check the name of a repository.
 
     Raises:
-        ValueError: the Hub has no such names.
+        ValueError: the Hub does not allow this name.
     """
     try:
         validate_repo_id(repo_id)
@@ -149,11 +149,11 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def base_of(path: str | os.PathLike) -> str | None:
-    """The dense model's id on the Hub, by the card in a folder; None if it does not say."""
+    """The dense model's id on the Hub, from the card in a folder; None if the card does not have it."""
     card = Path(path) / "README.md"
     try:
         base = (metadata_load(card) or {}).get("base_model") if card.is_file() else None
-    except (ValueError, yaml.YAMLError):  # of a user's own making; the Hub will say what is wrong with it
+    except (ValueError, yaml.YAMLError):  # the user has edited the card; the Hub will report what is wrong with it
         return None
     return base if isinstance(base, str) else None
 
@@ -162,13 +162,13 @@ def check_not_base(repo_id: str, revision: str | None, base: str | None, base_re
     """Check that a push would not replace the dense model.
 
     Args:
-        repo_id: where the pruned one is to go.
-        revision: branch; None is main.
-        base: the dense model's id, or anything else.
-        base_revision: branch that it was loaded from; None is main.
+        repo_id: repository to push to.
+        revision: branch to push to; None is main.
+        base: the dense model's id, if it is on the Hub.
+        base_revision: branch that the dense model was loaded from; None is main.
 
     Raises:
-        ValueError: it would.
+        ValueError: the push would replace the dense model.
     """
     if base is not None and repo_id.lower() == base.lower() and (revision or "main") == (base_revision or "main"):
         raise HfDmsError(
@@ -181,10 +181,10 @@ def check_token(token: str | None = None) -> None:
     """Check that there is a token to push with.
 
     Raises:
-        ValueError: there is none, or what is given cannot be one.
+        ValueError: there is none, or it cannot be a valid token.
     """
     token = token or get_token()
     if not token:
         raise HfDmsError("Pushing needs a token of the Hub with write access. Run `hf auth login`, or set HF_TOKEN.")
-    if not re.fullmatch("[!-~]+", token):  # the HTTP library would show it in its error
-        raise HfDmsError("The token of the Hub holds a space, a line break or another sign that no token has.")
+    if not re.fullmatch("[!-~]+", token):  # checked here, because the HTTP library would show the token in its error
+        raise HfDmsError("The token of the Hub holds a space, a line break or another character that no token has.")

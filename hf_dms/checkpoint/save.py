@@ -1,6 +1,7 @@
-"""`save_pruned`: the pruned model on disk, with a proof that it reloads.
+"""`save_pruned`: the pruned model on disk, checked by reloading it.
 
-It writes into a temporary folder beside the target, reloads it, compares outputs, and only then renames it.
+It writes into a temporary folder next to the target, reloads the model from there, compares outputs, and only then
+renames the folder.
 """
 
 from __future__ import annotations
@@ -25,23 +26,23 @@ def save_pruned(
     files: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> float:
-    """Save a pruned model, proving that the folder reloads to the same model.
+    """Save a pruned model, and check that the folder reloads to the same model.
 
     Args:
-        pruned: what `prune` returned.
-        folder: where to; it must not exist, or be empty, unless `overwrite`. Never the folder that the model, or the
-            one it was cut from, was loaded from.
+        pruned: the model that `prune` returned.
+        folder: the folder to write. Without `overwrite` it must be empty or not exist. It can never be the folder that
+            the model, or the dense model, was loaded from.
         processor: tokenizer or image processor to save with it.
         inputs: keyword arguments of one forward pass for the comparison. Default: transformers' dummy inputs.
         files: further text files, name → content.
-        overwrite: replace an existing folder, which stays as it is until the new one is complete.
+        overwrite: replace an existing folder. It stays unchanged until the new one is complete.
 
     Returns:
         The largest relative difference of outputs after reloading.
 
     Raises:
-        ValueError: the folder is not empty, or what the model was loaded from.
-        VerificationError: the reloaded model differs; nothing is left behind.
+        ValueError: the folder is not empty, or is a folder that the model was loaded from.
+        VerificationError: the reloaded model gives other outputs; the folder is not written.
     """
     with new_folder(folder, overwrite, filter(None, [pruned.name_or_path])) as temporary:
         pruned.save_pretrained(temporary)

@@ -1,4 +1,4 @@
-"""The state of a search beside a training checkpoint: prune ratios and importance, which no model file holds."""
+"""The state of a search (prune ratios, importance), saved next to the model files of a training checkpoint."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from ..gating.attach import gates_of
 
 STATE_TENSORS = "dms_state.safetensors"
 STATE_JSON = "dms_state.json"
-OPTIMIZER = "optimizer_"  # what the names of its tensors begin with
+OPTIMIZER = "optimizer_"  # prefix of the names of the optimizer's tensors
 
 
 def save_search_state(
     model: PreTrainedModel, folder: str | os.PathLike, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    """Write the state of a search (prune ratios, importance) beside a training checkpoint's model files.
+    """Write the state of a search (prune ratios, importance) next to a training checkpoint's model files.
 
     Args:
         model: a model with gates.
         folder: an existing checkpoint folder.
-        optimizer: that of the prune ratios and scales alone, whose state is written too.
+        optimizer: the optimizer of the prune ratios and scales. Its state is written too.
     """
     gates = gates_of(model)
     folder = Path(folder)
     moments = {} if optimizer is None else optimizer.state_dict()["state"]
     state = gates.search_state()
-    for number, tensors_of in moments.items():  # 0: the ratios
+    for number, tensors_of in moments.items():  # number 0 is the ratios, the others are scales
         state |= {f"{OPTIMIZER}{number}_{name}": tensor for name, tensor in tensors_of.items()}
     tensors = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
     save_file(tensors, folder / STATE_TENSORS)
@@ -52,10 +52,10 @@ def save_search_state(
 def load_search_state_(
     model: PreTrainedModel, folder: str | os.PathLike, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    """Read what `save_search_state` wrote into the gates of a model, and the optimizer of their ratios, in place.
+    """Load a state that `save_search_state` wrote into the gates of a model and their optimizer, in place.
 
     Raises:
-        ValueError: the folder has no such state, or that of another search.
+        ValueError: the folder has no such state, or the state of another search.
     """
     path = Path(folder) / STATE_TENSORS
     if not path.is_file():
@@ -73,14 +73,14 @@ def load_search_state_(
 
 
 def load_weights_(model: PreTrainedModel, folder: str | os.PathLike) -> None:
-    """Read the weights of a training checkpoint, in place, whatever names the architecture's files give them.
+    """Load the weights of a training checkpoint, in place, also if its files use other names than the model.
 
-    `Trainer` compares the names in a checkpoint with those in the model and passes over those that differ with a
-    warning. Files of some architectures (ViT) hold other names than the model; `from_pretrained` renames them.
+    `Trainer` compares the names in a checkpoint with those in the model, and skips unknown names with a warning. Files
+    of some architectures (ViT) hold other names than the model; only `from_pretrained` renames them.
 
     Args:
         model: the model in training.
-        folder: a checkpoint that `save_pretrained` wrote.
+        folder: a checkpoint written by `save_pretrained`.
     """
     loaded: Any = type(model).from_pretrained(folder, dtype=model.dtype)
     model.load_state_dict(loaded.state_dict())

@@ -1,4 +1,4 @@
-"""What the safetensors files of a checkpoint hold, from their headers: names as the model has them, and shapes."""
+"""The tensors in the safetensors files of a checkpoint, from the files' headers: the model's names, and shapes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..archs.plain_view import names_by_tensor, plain_buffers, tensor_of
 from ..errors import HfDmsError
 from ..files import open_weights, shards_of
 
-ROWS_AT_A_TIME = 4096  # of an embedding, when two are compared
+ROWS_AT_A_TIME = 4096  # two embeddings are compared in parts of this many rows, to save memory
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Stored:
 
     Attributes:
         file: the safetensors file.
-        key: its name there.
+        key: name of the tensor in the file.
         shape: its shape.
     """
 
@@ -42,7 +42,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint.
 
     Raises:
-        ValueError: it has none, or not all that its index names.
+        ValueError: there are none, or a file of the index is missing.
     """
     single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
     if single.is_file():
@@ -64,24 +64,24 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def hub_weights(repo_id: str, revision: str | None, download: bool) -> Path | None:
-    """The folder of a Hub model's safetensors files in the local cache, all that its index names and the Hub has.
+    """The folder with all safetensors files of a Hub model in the local cache.
 
     Args:
         repo_id: the model.
         revision: branch, tag or commit; None is main.
-        download: whether weights that the cache lacks are downloaded. The index, a small file, always is.
+        download: whether missing weights are downloaded. The index, a small file, always is.
 
     Returns:
-        None if there are no such files, or the cache lacks one and nothing may be downloaded.
+        The folder; None if the model has no safetensors files, or one is not in the cache and must not be downloaded.
 
     Raises:
-        ValueError: the index is damaged; or it names a file that neither the cache nor the Hub has.
+        ValueError: the index is damaged, or it names a file that neither the cache nor the Hub has.
     """
 
     def cached(name: str, download: bool) -> Path | None:
         try:
             return Path(hf_hub_download(repo_id, name, revision=revision, local_files_only=not download))
-        except EntryNotFoundError:  # it is not on the Hub, or not in the cache and the Hub is out of reach
+        except EntryNotFoundError:  # not on the Hub; or not in the cache, and the Hub cannot be reached
             return None
 
     if (single := cached(SAFE_WEIGHTS_NAME, download)) is not None:
@@ -92,14 +92,14 @@ def hub_weights(repo_id: str, revision: str | None, download: bool) -> Path | No
     there = _names_on_hub(repo_id, revision) if absent else None
     if there is not None and (lacking := [name for name in absent if name not in there]):
         raise HfDmsError(
-            f"the Hub's '{repo_id}' lacks {lacking[0]}, which {SAFE_WEIGHTS_INDEX_NAME} names. Take another revision "
-            "or model, or tell its owner."
+            f"the Hub's '{repo_id}' lacks {lacking[0]}, which {SAFE_WEIGHTS_INDEX_NAME} names. Use another revision "
+            "or model, or ask its owner to upload the file."
         )
     return index.parent if download or not absent else None
 
 
 def _names_on_hub(repo_id: str, revision: str | None) -> set[str] | None:
-    """Names of the files of a Hub model, or None if the Hub is out of reach or does not say."""
+    """Names of the files of a Hub model, or None if the Hub cannot be reached or does not list them."""
     try:
         return set(HfApi().list_repo_files(repo_id, revision=revision))
     except (HTTPError, OSError):
@@ -107,15 +107,15 @@ def _names_on_hub(repo_id: str, revision: str | None) -> set[str] | None:
 
 
 def stored_tensors(files: Iterable[Path], model: PreTrainedModel) -> tuple[dict[str, Stored], list[str]]:
-    """What safetensors files hold for a model, by the model's names, from their headers.
+    """The tensors of safetensors files by the model's names, from the files' headers.
 
     Files of some architectures (ViT) have other names than the model; transformers' own mapping renames them.
 
     Returns:
-        The tensors, and names of those that the model has no parameters for.
+        The tensors, and the names of those for which the model has no parameter.
 
     Raises:
-        ValueError: transformers would make a parameter of several tensors, or several of one.
+        ValueError: transformers would merge several tensors into a parameter, or split one.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(plain_buffers(model))
     mapping: Any = get_model_conversion_mapping(model)
@@ -128,7 +128,7 @@ def stored_tensors(files: Iterable[Path], model: PreTrainedModel) -> tuple[dict[
                 name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
                 if converter is not None:
                     raise HfDmsError(
-                        f"{file} holds '{key}', which transformers puts together or takes apart when it loads it. "
+                        f"{file} holds '{key}', which transformers merges or splits when it loads it. "
                         "This cannot be cut from files: load the model and use hf_dms.prune."
                     )
                 if name in parameters:
@@ -139,13 +139,13 @@ def stored_tensors(files: Iterable[Path], model: PreTrainedModel) -> tuple[dict[
 
 
 def missing_weights(folder: Path, model: PreTrainedModel) -> list[str]:
-    """Names of a model's tensors that a checkpoint does not hold, from the headers of its safetensors files.
+    """Names of a model's tensors that are missing from a checkpoint, from the headers of its safetensors files.
 
-    They are what `from_pretrained` calls missing: parameters, tied ones once, and buffers of the state dict.
+    The definition is that of `from_pretrained`: parameters, tied ones once, and buffers of the state dict.
 
     Args:
-        folder: of the checkpoint; one with files of other kinds only is not looked into, and lacks nothing.
-        model: what would be loaded, on the meta device or any other.
+        folder: folder of the checkpoint. If it has only other kinds of files, the result is empty.
+        model: the model to load, on the meta device or any other.
 
     Raises:
         ValueError: a file is missing or cut short, or a tensor has another shape than the model's.
@@ -160,7 +160,7 @@ def missing_weights(folder: Path, model: PreTrainedModel) -> list[str]:
 
 
 def first_mismatch(tensors: dict[str, Stored], model: PreTrainedModel) -> str | None:
-    """What is wrong first with the tensors of a model: one of another shape, or one that is not there."""
+    """The first mismatch between stored tensors and a model, in words: another shape, or a missing tensor."""
     if wrong := _first_other_shape(tensors, model):
         return wrong
     absent = _absent(tensors, model)
@@ -186,7 +186,7 @@ def _first_other_shape(tensors: dict[str, Stored], model: PreTrainedModel) -> st
 
 
 def read(stored: Stored) -> Tensor:
-    """A tensor, on a mapping of the file that is its own: pages of the file leave memory with it."""
+    """Read a tensor, on its own memory map of the file, so that the file's pages leave memory with the tensor."""
     with open_weights(stored.file) as content:
         return content.get_tensor(stored.key)
 

@@ -1,8 +1,8 @@
-"""A cut that never holds the model: from a checkpoint's safetensors files to new ones, tensor by tensor, by a plan.
+"""A cut by a plan, from safetensors files to safetensors files, tensor by tensor. The model is never in memory.
 
-Memory is that of one output shard, one tensor and its slices: each tensor is read by a mapping of its file of its own,
-which goes with it. The proof is one of tensors: the written files are read back, their names and shapes are those of
-the class that will load them, and every tensor equals the slice of its source. No forward pass is run.
+Memory holds one output shard, one tensor and its slices. Each tensor is read on its own memory map, which is released
+with it. The check needs no forward pass: the written files are read back, names and shapes must be those of the class
+that will load them, and every tensor must equal the slice of its source.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from .stored import Stored, equal, first_mismatch, read, stored_tensors, weight_
 
 @dataclass(frozen=True)
 class StreamedCut:
-    """A cut of files, ready to be made.
+    """Everything that a cut of files needs.
 
     Attributes:
         dense: the dense model on the meta device.
-        pruned: the cut one on the meta device.
+        pruned: the cut model on the meta device.
         bound: the dense model's architecture.
         plan: which units stay.
         layout: uniform, per_layer or padded.
-        tensors: the dense model's tensors by the name that the model has for them.
-        left_out: names in the files that the model has no parameters for, as `from_pretrained` would leave them out.
-        factors: what dense tensors are multiplied by, by name: the plan's scales.
+        tensors: the dense model's tensors, by the model's names.
+        left_out: names in the files for which the model has no parameter. `from_pretrained` ignores them too.
+        factors: factors for dense tensors, by name, from the plan's scales.
     """
 
     dense: PreTrainedModel
@@ -62,15 +62,15 @@ class StreamedCut:
 
 
 def prepare_cut(folder: Path, plan_path: str | Path, share: float | None = None) -> StreamedCut:
-    """Find out what a cut would be, from a checkpoint's config and the headers of its files.
+    """Prepare a cut from a checkpoint's config and the headers of its files.
 
     Args:
-        folder: of the dense checkpoint.
-        plan_path: `dms_plan.json`, or the folder that it is in; with `share` `dms_plans.json`, or its folder.
-        share: which of the plans that the search passed, by the share of the dense resource that it keeps.
+        folder: folder of the dense checkpoint.
+        plan_path: `dms_plan.json` or its folder; with `share`, `dms_plans.json` or its folder.
+        share: for a plan that the search passed: the share of the dense resource that it keeps.
 
     Raises:
-        ValueError: the checkpoint is not one that can be cut from its files, or the plan is another model's.
+        ValueError: the checkpoint cannot be cut from its files, or the plan belongs to another model.
     """
     files = weight_files(folder)
     dense = _dense_on_meta(folder, files[0])
@@ -95,16 +95,16 @@ def write_cut(job: StreamedCut, folder: Path, target: Path) -> dict[str, int]:
     """Write the cut model: weights, config, generation config, plan, and the model file of a per-layer one.
 
     Args:
-        job: what `prepare_cut` found.
-        folder: of the dense checkpoint.
-        target: an empty folder, which is no result before this ends well (`checkpoint.new_folder`).
+        job: the result of `prepare_cut`.
+        folder: folder of the dense checkpoint.
+        target: an empty folder. The caller renames it if this succeeds (`folders.new_folder`).
 
     Returns:
-        Parameters, tied ones once, of the dense files, the written ones, and of what is in these without padding:
-        `{"dense": ..., "pruned": ..., "kept": ...}`.
+        Numbers of parameters, tied ones once, `{"dense": ..., "pruned": ..., "kept": ...}`: of the dense files, of the
+        written files, and of the written files without padding.
 
     Raises:
-        VerificationError: what was written is not what it should be.
+        VerificationError: the written files are not those that the plan describes.
     """
     _write_all_but_weights(job, folder, target)
     written, unknown = stored_tensors(_write_weights(job, target), job.pruned)
@@ -119,21 +119,21 @@ def _dense_on_meta(folder: Path, file: Path) -> PreTrainedModel:
     config = load_saved(AutoConfig, folder)
     spec_for(config)
     if getattr(config, "quantization_config", None) is not None:
-        raise HfDmsError(f"{folder} is quantised: packed weights cannot be cut. Take the checkpoint before that.")
+        raise HfDmsError(f"{folder} is quantised: packed weights cannot be cut. Use the unquantised checkpoint.")
     cls: Any = getattr(transformers, class_name(config) or "no class", None)
     if cls is None:
         raise HfDmsError(
             f"{folder}/config.json: architectures is {config.architectures}, expected the name of a model class of "
             "transformers first, such as LlamaForCausalLM. Save the model with save_pretrained, which writes it."
         )
-    if config.dtype is None:  # from_pretrained goes by the first tensor too
+    if config.dtype is None:  # from_pretrained takes the first tensor's dtype too
         with open_weights(file) as content:
             config.dtype = content.get_tensor(next(iter(content.keys()))).dtype
     return skeleton(cls, config, config.dtype)
 
 
 def _tied_but_different(tensors: dict[str, Stored], model: PreTrainedModel) -> str | None:
-    """The first name of a tensor in files that differs from the one that it is tied to, if any has its shape."""
+    """The name of a tensor that the config ties, but that differs in the files from the tensor it is tied to."""
     for names in names_by_tensor(model).values():
         first, *others = [name for name in names if name in tensors] or names[:1]
         for name in others:
@@ -143,9 +143,9 @@ def _tied_but_different(tensors: dict[str, Stored], model: PreTrainedModel) -> s
 
 
 def _untied(model: PreTrainedModel, tensors: dict[str, Stored]) -> tuple[PreTrainedModel, dict[str, Stored]]:
-    """A model on the meta device whose config ties no embeddings, and the tensors of all of its names.
+    """The same model on the meta device with untied embeddings, and the tensors for all of its names.
 
-    A name that files lack, since it was tied, gets the tensor that it was tied to.
+    A name that is missing in the files, because it was tied, gets the tensor that it was tied to.
     """
     shared = dict(tensors)
     for names in names_by_tensor(model).values():
@@ -176,7 +176,7 @@ def _cut(job: StreamedCut, source: str, name: str) -> Tensor:
 
 
 def _write_shard(job: StreamedCut, names: dict[str, str], file: Path) -> None:
-    """Cut tensors (name in the dense model → in the cut one) into a file, and prove it.
+    """Cut tensors (name in the dense model → name in the cut model) into a file, and check the file.
 
     Raises:
         VerificationError: a tensor that is read back is not the slice of its source.
@@ -204,7 +204,7 @@ def _write_all_but_weights(job: StreamedCut, folder: Path, target: Path) -> None
 
 
 def _write_weights(job: StreamedCut, target: Path) -> list[Path]:
-    """One file for each of the dense model's of which something stays."""
+    """Write one file for each file of the dense model that holds kept tensors."""
     pruned_names = {source: name for name, source in source_names(job.pruned, job.bound, job.plan).items()}
     by_file: dict[Path, dict[str, str]] = {}
     for source, stored in job.tensors.items():
@@ -217,7 +217,7 @@ def _write_weights(job: StreamedCut, target: Path) -> list[Path]:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.flatten().view(torch.uint8)  # a NaN equals itself too
+    return tensor.flatten().view(torch.uint8)  # compared as bytes, because a NaN does not equal itself
 
 
 def _name_shards(shards: list[Path]) -> list[Path]:

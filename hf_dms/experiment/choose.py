@@ -21,13 +21,13 @@ from .recipe import Recipe
 
 
 class Batches(Sequence):
-    """The first examples of some, batch by batch, each collated when it is asked for.
+    """Batches of the first training examples. Each batch is collated only when it is accessed.
 
     Args:
-        examples: which.
-        count: examples, at most.
-        size: examples of a batch.
-        device: where the tensors go.
+        examples: the examples.
+        count: largest number of examples.
+        size: examples per batch.
+        device: device of the tensors.
     """
 
     def __init__(self, examples: Examples, count: int, size: int, device: torch.device | str = "cpu") -> None:
@@ -48,13 +48,13 @@ class Batches(Sequence):
 
 
 def shuffled(examples: Examples, seed: int) -> Examples:
-    """The same examples, those to train on in an order that a seed says."""
+    """The same examples, with the training examples shuffled by a seed."""
     order = torch.randperm(len(examples.train), generator=torch.Generator().manual_seed(seed)).tolist()
     return dataclasses.replace(examples, train=Subset(examples.train, order))
 
 
 def examples_of(arguments: Any, examples: Examples) -> int:
-    """Examples that a training by these arguments sees, or a strategy in its place."""
+    """Number of examples that a training with these arguments sees."""
     if arguments.max_steps > 0:
         return arguments.max_steps * arguments.train_batch_size * arguments.gradient_accumulation_steps
     return math.ceil(arguments.num_train_epochs * len(examples.train))
@@ -63,18 +63,18 @@ def examples_of(arguments: Any, examples: Examples) -> int:
 def cut_by_criterion(
     model: PreTrainedModel, recipe: Recipe, name: str, examples: Examples, count: int, size: int
 ) -> tuple[PreTrainedModel, int]:
-    """Put gates on a model, in place, let a criterion choose, and cut.
+    """Put gates on a model, in place, let a criterion choose its structure, and cut.
 
     Args:
-        model: a dense model; its gates hold the choice afterwards.
-        recipe: the budget.
-        name: of the criterion.
-        examples: what it looks at, the first ones first.
-        count: how many it may see, all its passes together.
-        size: examples of a batch.
+        model: a dense model. Afterwards its gates hold the choice.
+        recipe: the recipe, with the budget.
+        name: name of the criterion.
+        examples: its data; the first examples are used.
+        count: number of examples that it may see, over all its passes.
+        size: examples per batch.
 
     Returns:
-        The pruned model, and how many examples were seen.
+        The pruned model, and the number of examples that were seen.
     """
     criterion = criterion_of(name)
     used = min(max(count // criterion.passes, 1), len(examples.train)) if criterion.needs_data else 0

@@ -1,8 +1,9 @@
 """`hf-dms compare RECIPE`: several ways to choose structure on the same work, a row for each finished cell.
 
-A cell is a strategy, a target and a seed. All cells share the dense model, the examples and their order, the way the
-budget is counted, rounding, repair and recovery. What each of them sees is counted, and equalised by `compare.tokens`.
-Rows are appended to `rows.jsonl` in output.path at once; a table that was stopped goes on where it stopped.
+A cell is a strategy, a target and a seed. All cells share the dense model, the examples and their order, the count of
+the budget, rounding, repair and the training after it. The examples that each cell sees are counted, and
+`compare.tokens` makes them equal. Each row is appended to `rows.jsonl` in output.path when it is finished, so an
+interrupted comparison continues where it stopped.
 """
 
 from __future__ import annotations
@@ -51,13 +52,13 @@ ROWS = "rows.jsonl"
 
 @dataclass(frozen=True)
 class Cell:
-    """One row to be made.
+    """One row of the table, to be made.
 
     Attributes:
-        strategy: its name in the table.
-        settings: `criterion` for a strategy that is no search; values of `dms`, of `train` and of the retraining in
-            `recover` that replace the recipe's.
-        target, seed: of this cell.
+        strategy: name in the table.
+        settings: `criterion` for a one-shot strategy; and values of the sections `dms`, `train` and `recover` that
+            replace the recipe's.
+        target, seed: target and seed of this cell.
     """
 
     strategy: str
@@ -75,10 +76,10 @@ class Setup:
     """What all cells share.
 
     Attributes:
-        prepared: the recipe (model, data, recovery, budget) and what is searched, repaired and recovered on.
-        texts: what is measured on, by name; held-out examples.
-        folder: where rows and checkpoints of recoveries go.
-        dense_scores: of the dense model, by text; the first cell fills it.
+        prepared: the recipe (model, data, recover section, budget) and its data.
+        texts: held-out examples to measure on, by name.
+        folder: folder for rows, and for checkpoints of the training after the cut.
+        dense_scores: scores of the dense model, by text; the first cell fills it.
     """
 
     prepared: Prepared
@@ -91,13 +92,14 @@ def compare(recipe: Recipe) -> str:
     """Make the rows of a recipe's `compare` section that are not there yet.
 
     Args:
-        recipe: one with a `compare` section.
+        recipe: a recipe with a `compare` section.
 
     Returns:
-        The table of all rows, as Markdown; `table.md` has it too, `table.json` its numbers, `quality.png` a plot.
+        The table of all rows, as Markdown. It is also in `table.md`, its numbers in `table.json`, a plot in
+        `quality.png`.
 
     Raises:
-        HfDmsError: there is no such section, or a strategy that cannot be; another process makes its rows.
+        HfDmsError: there is no such section, a strategy is not possible, or another process makes the rows.
     """
     cells = cells_of(recipe)
     folder = Path(recipe.output.path)
@@ -108,7 +110,7 @@ def compare(recipe: Recipe) -> str:
 
 def _compare(recipe: Recipe, cells: list[Cell], folder: Path) -> str:
     setup = _setup(recipe, folder)
-    cells = cells_of(dataclasses.replace(recipe, dms=setup.prepared.recipe.dms))  # whose target is a fraction
+    cells = cells_of(dataclasses.replace(recipe, dms=setup.prepared.recipe.dms))  # with its target as a fraction
     for cell in cells:
         _check(setup, cell)
     about = fingerprint(recipe)
@@ -134,8 +136,8 @@ def cells_of(recipe: Recipe) -> list[Cell]:
     config = recipe.compare
     if recipe.model.supernet is not None:
         raise HfDmsError(
-            "hf-dms compare cuts one dense model, whose share is the target, and with model.supernet the target is of "
-            "another one. Run a recipe for each way with hf-dms prune, or leave model.supernet out."
+            "hf-dms compare cuts one dense model, and its target is a share of that model. With model.supernet the "
+            "target is a share of another model. Run hf-dms prune for each strategy, or leave model.supernet out."
         )
     if not config.strategies:
         raise HfDmsError("compare.strategies is required: names of strategies, such as {dms: {}, taylor: {}}.")
@@ -145,7 +147,7 @@ def cells_of(recipe: Recipe) -> list[Cell]:
 
 
 def _strategy(name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a strategy; its name is that of a criterion unless it says otherwise or is a search."""
+    """The settings of a strategy. Without `criterion`, its name is that of a criterion, or begins with dms."""
     known = ("criterion", "dms", "train", "recover")
     if unknown := set(settings) - set(known):
         raise HfDmsError(f"compare.strategies.{name} has no key '{min(unknown)}'; keys are {', '.join(known)}.")
@@ -193,13 +195,13 @@ def _check(setup: Setup, cell: Cell) -> None:
 
 # ---- one cell --------------------------------------------------------------------------------------------------------
 def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
-    """Choose, cut, repair and recover; what it came to.
+    """Choose, cut, repair and recover, and measure after each step.
 
     Returns:
         `scores`: per stage (dense, cut, repaired, recovered) and text the metric, its standard error and the scores of
-        the single examples; `seen`: examples that each stage saw, and the `tokens` of all of them for a language model;
-        `seconds` of each; `resource`: what is kept of the dense one, `sizes`; `peak_bytes`, the most resident memory,
-        and on an accelerator `peak_device_bytes`, the most that torch allocated there.
+        the single examples. `seen`: examples that each stage saw, and for a language model `tokens`, those of all
+        stages. `seconds` per stage. `resource`: share kept of the dense model's. `sizes`. `peak_bytes`: peak resident
+        memory, and on an accelerator `peak_device_bytes`, the peak that torch allocated there.
     """
     recipe = _recipe_of(setup.prepared.recipe, cell)
     _reset_peaks(_device(setup))
@@ -214,18 +216,18 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
     if not setup.dense_scores:
         setup.dense_scores.update(_measured(dense, setup))
     row["scores"]["dense"] = setup.dense_scores
-    set_seed(cell.seed)  # after what only the first cell does
+    set_seed(cell.seed)  # after the work that only the first cell does, so that all cells have the same random state
     started = time.time()
     pruned, plan, resource, seen = _choose(dense, recipe, examples, cell)
     row |= {"resource": resource, "sizes": plan.sizes}
     finish_("cut", pruned, started, seen)
     if choice_changes_weights(recipe):
-        dense = _dense(setup)  # the one before the choice can be nobody's teacher
+        dense = _dense(setup)  # load it again: the choice has changed its weights, so it is no target for repair
     if (repair := recipe.recover.repair) is not None:
         started = time.time()
         batches = Batches(examples, repair.examples, recipe.eval.batch_size)
-        told = functools.partial(row.__setitem__, "kept_of_repair") if repair.interpolate else False
-        repair_(pruned, dense, plan, batches, ridge=repair.ridge, epochs=repair.epochs, interpolate=told)
+        keep = functools.partial(row.__setitem__, "kept_of_repair") if repair.interpolate else False
+        repair_(pruned, dense, plan, batches, ridge=repair.ridge, epochs=repair.epochs, interpolate=keep)
         finish_("repaired", pruned, started, min(repair.examples, len(examples.train)))
     if recipe.recover.train is not None:
         started = time.time()
@@ -246,7 +248,7 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
 
 
 def _recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
-    """The recipe with what a cell sets."""
+    """The recipe with the settings of a cell."""
     strategy, values = cell.settings.get("criterion", SEARCH), cell.settings.get("dms") or {}
     dms = dataclasses.replace(recipe.dms, **values, target=cell.target, strategy=strategy)
     train = recipe.train | (cell.settings.get("train") or {}) | {"seed": cell.seed, "save_strategy": "no"}
@@ -260,7 +262,7 @@ def _recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
 def _choose(
     model: PreTrainedModel, recipe: Recipe, examples: Examples, cell: Cell
 ) -> tuple[PreTrainedModel, Plan, float, int]:
-    """The cut model of a strategy, its plan, what is kept of the resource, and how many examples it saw."""
+    """The cut model of a strategy, its plan, the share of the resource that it keeps, and the examples that it saw."""
     arguments = training_arguments(recipe, "train", Path(recipe.output.path, "search"))
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps
     count = _examples_to_see(recipe, examples_of(arguments, examples))
@@ -287,26 +289,26 @@ def _choose(
 
 
 def _dense(setup: Setup) -> PreTrainedModel:
-    """The dense model of all cells: loaded, and fine-tuned once if the recipe says so, whatever the cell's seed."""
+    """The dense model of all cells: loaded, and fine-tuned once if the recipe asks for it, with the recipe's seed."""
     model = dense_model(setup.prepared).eval()
     model.to(_device(setup))
     return model
 
 
 def _device(setup: Setup) -> torch.device:
-    """Where a search would run, whatever chooses."""
+    """The device of the search; one-shot strategies use the same."""
     return setup.prepared.arguments["search"].device
 
 
 def _examples_to_see(recipe: Recipe, asked: int) -> int:
-    """Examples that a strategy may see: what the search would, or what `compare.tokens` leaves beside the repair."""
+    """Examples that a strategy may see: as many as the search, or what `compare.tokens` leaves after the repair."""
     tokens, repair = recipe.compare.tokens, recipe.recover.repair
     if tokens is None:
         return asked
     left = tokens // recipe.data.sequence_length - (repair.examples if repair is not None else 0)
     if left < 1:
         raise HfDmsError(
-            f"compare.tokens = {tokens} is less than what repair sees ({repair.examples if repair else 0} sequences of "
+            f"compare.tokens = {tokens} is less than the repair needs ({repair.examples if repair else 0} sequences of "
             f"{recipe.data.sequence_length} tokens). Raise it, or lower recover.repair.examples."
         )
     return left
@@ -326,7 +328,7 @@ def _name(cell: Cell) -> str:
 
 
 def _reset_peaks(device: torch.device) -> None:
-    """Let the most memory that is in use begin anew: a device's, and this process's (Linux alone, see `man proc`)."""
+    """Reset the peaks of memory in use: of a device, and of this process (only on Linux, see `man proc`)."""
     if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats(device)
     file = Path("/proc/self/clear_refs")

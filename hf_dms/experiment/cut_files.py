@@ -1,6 +1,6 @@
 """`hf-dms prune --plan`: a dense checkpoint cut from its files by the plan of a finished search.
 
-Nothing is trained or measured here; the report says what was cut and how that was proved.
+Nothing is trained or measured here. The report tells what was cut and how it was checked.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ def cut_by_plan(plan: str, model: ModelConfig, output: OutputConfig, share: floa
     """Cut the files of a dense checkpoint by a plan, tensor by tensor, on the CPU.
 
     Args:
-        plan: `dms_plan.json`, or the folder that it is in; with `share` `dms_plans.json`, or its folder.
+        plan: `dms_plan.json` or its folder; with `share`, `dms_plans.json` or its folder.
         model: the dense model, `path` and `revision`.
-        output: where the result goes.
-        share: which of the plans that the search passed, by the share of the dense resource that it keeps.
+        output: the folder of the result.
+        share: for a plan that the search passed: the share of the dense resource that it keeps.
 
     Returns:
         The content of `dms_report.json`.
 
     Raises:
-        ValueError: something is wrong with the plan, the model or the output; nothing has been written.
+        ValueError: the plan, the model or the output folder is not usable. Nothing has been written.
     """
     check_writable(output.path, output.overwrite, [model.path])
     started = time.time()
@@ -90,7 +90,7 @@ def _report(job: StreamedCut, counts: dict[str, int], model: ModelConfig, second
         layout=job.layout,
         model={"path": model.path, "revision": model.revision},
         model_class=type(job.pruned).__name__,
-        proof="tensors",  # read back, each equals the slice of its source; no forward pass was run
+        proof="tensors",  # each tensor was read back and equals the slice of its source; no forward pass was run
         left_out=job.left_out,
         versions=versions(),
         seconds=seconds,

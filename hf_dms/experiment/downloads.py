@@ -1,4 +1,4 @@
-"""Packages from the registries that pip and apt-get are set up for, or an error that says what to do."""
+"""Downloads of packages, from the registries that pip and apt-get are configured for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import HfDmsError
 
-ERROR_LINES = 5  # of a failed command, its last ones
+ERROR_LINES = 5  # number of last lines of a failed command to show
 
 
 def pip_download(package: str, folder: Path, *options: str) -> Path:
@@ -19,7 +19,7 @@ def pip_download(package: str, folder: Path, *options: str) -> Path:
 
     Args:
         package: `name==version`.
-        folder: where the file goes; it holds no other wheel or source archive.
+        folder: folder for the file; it must not hold another wheel or source archive.
         options: further options of `pip download`.
 
     Returns:
@@ -28,10 +28,10 @@ def pip_download(package: str, folder: Path, *options: str) -> Path:
     Raises:
         HfDmsError: this Python has no pip, or the download failed.
     """
-    # Not importlib.util.find_spec: setuptools answers that for pip, and warns where distutils is loaded already.
+    # PathFinder, because importlib.util.find_spec("pip") goes through setuptools, which may warn about distutils.
     if importlib.machinery.PathFinder.find_spec("pip") is None:
         raise HfDmsError(
-            f"{package} is downloaded with pip, which {sys.executable} has not. Install it: python -m ensurepip."
+            f"{package} is downloaded with pip, which {sys.executable} does not have. Run: python -m ensurepip."
         )
     run(
         f"{package} could not be downloaded. Is the package registry that pip uses in reach?",
@@ -50,7 +50,7 @@ def deb_download(package: str, folder: Path) -> Path:
         folder: where the package and its files go.
 
     Returns:
-        The folder that stands for `/` of the package.
+        The folder that corresponds to `/` in the package.
 
     Raises:
         HfDmsError: the machine has no apt-get or dpkg-deb, or one of them failed.
@@ -70,20 +70,24 @@ def deb_download(package: str, folder: Path) -> Path:
 
 
 def check_installed(module: str, package: str) -> None:
-    """Check that a package which turns a download into files of ours is installed.
+    """Check that a Python package which is needed to convert a download is installed.
+
+    Args:
+        module: module to import.
+        package: name of its package, for the message.
 
     Raises:
-        HfDmsError: it is not.
+        HfDmsError: it is not installed.
     """
     if importlib.util.find_spec(module) is None:
         raise HfDmsError(f"This needs {package}: pip install 'hf_dms[quickstart]'.")
 
 
 def run(failed: str, *command: str, cwd: Path | None = None) -> None:
-    """Run a command to its end.
+    """Run a command.
 
     Args:
-        failed: what to say when it fails, before the end of its own messages.
+        failed: message if it fails. The command's last lines of output follow it.
         command: a program and its arguments.
         cwd: the folder it runs in.
 

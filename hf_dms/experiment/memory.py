@@ -1,4 +1,4 @@
-"""What least squares of a recipe take beside the models, for `hf-dms validate`."""
+"""The memory that a recipe's least squares take beside the models, for `hf-dms validate`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GIB = 2**30
 
 
 def memory_in_words(prepared: Prepared) -> list[str]:
-    """A line for the repair and one for the search, where they solve least squares of a model of tokens.
+    """A line for the repair and a line for a search over refitted weights, for language models and text classifiers.
 
     Args:
         prepared: the recipe.

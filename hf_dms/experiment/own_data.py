@@ -1,7 +1,7 @@
-"""`data.path: self`, or `self` in `data.mix`: the dense model's own texts, written once and kept in a cache.
+"""`data.path: self`, or `self` in `data.mix`: texts that the dense model writes. They are cached.
 
-The cache is `hf_dms/own-texts` in the folder of the Hub's cache (`HF_HOME`); a file belongs to the weights, the number
-and the length of its texts.
+The cache is `hf_dms/own-texts` in the folder of the Hub's cache (`HF_HOME`). A file's name depends on the weights, and
+on the number and length of the texts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SEED = 0
 
 
 def with_own_texts(prepared: Prepared) -> Prepared:
-    """A prepared recipe whose examples have the dense model's own texts, if its data names them.
+    """A prepared recipe with the dense model's own texts among its examples, if its data asks for them.
 
     Raises:
         HfDmsError: the tokenizer has no token to begin a text with.
@@ -42,7 +42,7 @@ def with_own_texts(prepared: Prepared) -> Prepared:
 
 
 def own_texts_file(prepared: Prepared) -> Path:
-    """Where the texts of a recipe's model are kept, whether they are there or not."""
+    """The file for the texts of a recipe's model; it may not exist yet."""
     data = prepared.recipe.data
     about = [_weights(prepared), data.own_sequences, data.sequence_length, SEED]
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
@@ -50,7 +50,7 @@ def own_texts_file(prepared: Prepared) -> Path:
 
 
 def _weights(prepared: Prepared) -> list[Any]:
-    """What changes when the weights at model.path do: the files' sizes and times, or the commit on the Hub."""
+    """Values that change when the weights at model.path change: sizes and times of files, or the commit on the Hub."""
     model = prepared.recipe.model
     folder = Path(model.path)
     if not folder.is_dir():

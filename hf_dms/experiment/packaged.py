@@ -1,4 +1,4 @@
-"""Recipes and launch configs that come with hf_dms: where they are, and what there is."""
+"""The recipes and launch configs that come with hf_dms."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def packaged_recipes() -> Path:
 
 
 def list_of_recipes() -> str:
-    """The folder, and a line for each recipe: its name and the first line of its own header."""
+    """The folder, and a line for each recipe: its name and the first line of its header."""
     names = recipe_names()
     width = max(map(len, names))
     lines = [str(packaged_recipes())]
@@ -25,7 +25,7 @@ def list_of_recipes() -> str:
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with hf_dms, as `load_recipe` finds them: those of searches, then those of comparisons."""
+    """Names of the recipes that come with hf_dms, for `load_recipe`: first those of searches, then of comparisons."""
     folder = packaged_recipes()
     searches, comparisons = (sorted(folder.glob(pattern)) for pattern in ("*.yaml", "compare/*.yaml"))
     return [file.relative_to(folder).as_posix() for file in (*searches, *comparisons)]

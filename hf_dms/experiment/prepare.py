@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a recipe before any weight is loaded, and what its stages need, built once."""
+"""Checks of a recipe against its model and data, before any weight is loaded; and the objects that its stages share."""
 
 from __future__ import annotations
 
@@ -46,19 +46,18 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe that was checked, and what its stages need.
+    """A checked recipe, and the objects that its stages need.
 
     Attributes:
-        recipe: as it was read, with the values of its recovery (recovery.py) and a target that is a fraction.
-        config: the dense model's, or the supernet's, with what the examples need of it.
+        recipe: the recipe, with all values of its `recover` section (recovery.py) and its target as a fraction.
+        config: the config of the dense model or supernet, with the changes that the examples need (labels).
         processor: the tokenizer or image processor.
-        examples: what is searched, repaired and measured on, without what the dense model writes (own_data.py).
+        examples: the data of search, repair and measuring. Texts that the dense model writes are added in own_data.py.
         texts: further examples to measure on, by name (eval.texts).
-        retraining: what is retrained on.
-        arguments: `TrainingArguments` of the stages that the recipe has: finetune, search, recover.
-        original: with a supernet, the costs of the model whose config is at model.path, and the `target` that was asked
-            for as a share of them.
-        lora: `peft.LoraConfig` of the search ("lora") and the retraining ("recover.lora"), None where there is none.
+        retraining: the data of the training after the cut.
+        arguments: `TrainingArguments` of the recipe's stages: finetune, search, recover.
+        original: with a supernet, the costs of the model at model.path, and the requested `target` as a share of them.
+        lora: `peft.LoraConfig` of the search ("lora") and of the training after the cut ("recover.lora"), or None.
     """
 
     recipe: Recipe
@@ -78,7 +77,7 @@ class Prepared:
 
 
 def unfinished_folder(recipe: Recipe) -> Path:
-    """Where a run of a recipe works until its result is written: `OUTPUT.unfinished`."""
+    """The working folder of a run until its result is written: `OUTPUT.unfinished`."""
     output = Path(recipe.output.path)
     return output.with_name(output.name + ".unfinished")
 
@@ -87,11 +86,11 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
     """Check a recipe against the model and the data, without loading weights.
 
     Args:
-        recipe: the one.
-        folder: where checkpoints of its stages go. Default: `unfinished_folder`.
+        recipe: the recipe.
+        folder: folder for the checkpoints of its stages. Default: `unfinished_folder`.
 
     Raises:
-        ValueError: the first thing that is wrong.
+        ValueError: the recipe has a mistake; the message is about the first one.
     """
     folder = unfinished_folder(recipe) if folder is None else folder
     if recipe.hub.repo_id is not None:
@@ -149,14 +148,14 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
 def load_texts(
     recipe: Recipe, files: Mapping[str, str], processor: Any, config: Any, examples: Examples
 ) -> dict[str, Any]:
-    """Examples of further files to measure on, by name: as many as of the held-out data.
+    """Examples of further files to measure on, by name; as many as of the held-out data.
 
     Args:
-        recipe: how a file is read.
+        recipe: the recipe; its data section says how files are read.
         files: path by name.
         processor: the tokenizer or image processor.
-        config: the model's.
-        examples: those of the recipe's own data.
+        config: the model's config.
+        examples: the examples of the recipe's own data.
 
     Raises:
         ValueError: a file cannot be read, or does not fit the model.
@@ -173,7 +172,7 @@ def load_texts(
 
 
 def sources_of(recipe: Recipe) -> list[str]:
-    """What a recipe reads: the model and the data, local or on the Hub."""
+    """The paths or Hub ids of everything that a recipe reads: the model and the data."""
     data = [recipe.data] if recipe.recover.data is None else [recipe.data, recipe.recover.data]
     held_out = [each.held_out for each in data if isinstance(each.held_out, str)]
     return [recipe.model.path, *(each.path for each in data), *held_out, *recipe.data.mix, *recipe.eval.texts.values()]
@@ -190,7 +189,7 @@ def _asking_for_bfloat16(recipe: Recipe, config: Any, arguments: Mapping[str, An
 
 
 def _without_bfloat16(recipe: Recipe) -> Recipe:
-    """A recipe whose trainings compute in the precision of their weights."""
+    """A recipe without bf16, so that training computes in the precision of the weights."""
     given: tuple[Any, ...] = (recipe.train, recipe.finetune, recipe.recover.train)
     train, finetune, retraining = (each | {"bf16": False} if each and "bf16" in each else each for each in given)
     return dataclasses.replace(
@@ -209,7 +208,7 @@ def _check_task(recipe: Recipe, config: Any) -> None:
 
 
 def _check_model(recipe: Recipe, config: Any) -> None:
-    """Check what is asked for against the model without its weights, and the weights against the model."""
+    """Check the request against the model without its weights, and the weight files against the model."""
     model = empty_model(recipe, config)
     bound = bind(spec_for(config), model)
     gates = build_gates(bound, model, recipe.dms, device=torch.device("cpu"))
@@ -235,13 +234,13 @@ def _check_model(recipe: Recipe, config: Any) -> None:
 
 
 def check_weights(recipe: Recipe, model: Any, download: bool = False) -> None:
-    """Check that the weight files are whole, those of a model, and hold all that is not trained before the search.
+    """Check that the weight files are complete, belong to the model, and hold all weights that are not trained first.
 
     Args:
-        recipe: the one.
-        model: what is loaded, on the meta device.
-        download: whether weights of a Hub id are downloaded; otherwise they are checked if the cache has them all, and
-            if not, whether the Hub has them.
+        recipe: the recipe.
+        model: the model to load, on the meta device.
+        download: whether weights of a Hub id are downloaded. If not, they are checked only if the cache has all of
+            them, and otherwise it is checked that the Hub has them.
 
     Raises:
         ValueError: they are not.
@@ -262,20 +261,20 @@ def check_weights(recipe: Recipe, model: Any, download: bool = False) -> None:
             raise
         cache = folder.parents[1]
         raise HfDmsError(
-            f"model.path: {error} If the Hub's '{path}' is whole, delete {cache}, and it is downloaded anew."
+            f"model.path: {error} If '{path}' is complete on the Hub, delete {cache}, and it is downloaded again."
         ) from error
     check_trained(recipe, missing)
 
 
 def check_trained(recipe: Recipe, missing: Iterable[str]) -> None:
-    """Check that what the files lack is trained before the search.
+    """Check that weights which are missing in the files are trained before the search.
 
     Args:
-        recipe: the one.
+        recipe: the recipe.
         missing: names of parameters that are not in the files.
 
     Raises:
-        ValueError: they would be random in the search.
+        ValueError: they would have random values in the search.
     """
     if (names := sorted(missing)) and not recipe.finetune:
         raise HfDmsError(
@@ -285,14 +284,14 @@ def check_trained(recipe: Recipe, missing: Iterable[str]) -> None:
 
 
 def _check_sizes(recipe: Recipe) -> None:
-    """Check that the search passes the sizes that are asked for beside its target."""
+    """Check that the search passes the sizes in `output.sizes`."""
     if not recipe.output.sizes:
         return
     dms = recipe.dms
     if dms.strategy != SEARCH or dms.pipeline != "p-" or dms.target_schedule == "constant":
         raise HfDmsError(
-            "output.sizes needs a search whose weights are frozen (pipeline p-) and whose target falls: the plans of "
-            "larger sizes are for the dense model's weights. Leave it out, or run a recipe a size."
+            "output.sizes needs a search with frozen weights (pipeline p-) and a falling target: the plans of "
+            "larger sizes are for the dense model's weights. Leave it out, or run one recipe per size."
         )
     there = levels_above(dms.target)
     for size in recipe.output.sizes:
@@ -320,13 +319,14 @@ def empty_model(recipe: Recipe, config: Any) -> Any:
         return model_class(recipe).from_config(config)
 
 
-# ---- what the sections mean ------------------------------------------------------------------------------------------
+# ---- objects from sections -------------------------------------------------------------------------------------------
 def training_arguments(recipe: Recipe, section: str, output_dir: Path) -> Any:
     """The `TrainingArguments` of the search, or of the training before or after it.
 
     Args:
-        section: train, finetune or recover (which take over the values of train, but for its length and evaluations).
-        output_dir: where checkpoints go.
+        recipe: the recipe.
+        section: train, finetune or recover. The last two inherit the values of train, except length and evaluations.
+        output_dir: folder for checkpoints.
 
     Raises:
         ValueError: unknown keys or bad values.
@@ -338,19 +338,19 @@ def training_arguments(recipe: Recipe, section: str, output_dir: Path) -> Any:
         if own.get("eval_strategy") not in (None, False, "no") or own.get("load_best_model_at_end"):
             raise HfDmsError(
                 f"{section}.eval_strategy, {section}.load_best_model_at_end: there is no evaluation during this "
-                "training, the model is measured after it. Leave them out; the search evaluates by train.eval_strategy."
+                "training; the model is measured after it. Leave them out. In the search, train.eval_strategy works."
             )
     if "output_dir" in given:
         raise HfDmsError(f"{section}.output_dir: the output folder is output.path.")
     for key in ("push_to_hub", "hub_token"):
-        if key in given:  # a recipe is written into what is pushed, and a training checkpoint is not the result
+        if key in given:  # the recipe is part of what is pushed, token included; and checkpoints are not the result
             raise HfDmsError(f"{section}.{key}: give hub.repo_id, and the token by `hf auth login` or HF_TOKEN.")
     defaults: dict[str, Any] = {"logging_steps": 10, "report_to": "none", "save_total_limit": 1}
     accelerated = torch.accelerator.is_available()
-    defaults |= {"dataloader_pin_memory": accelerated, "use_cpu": not accelerated}  # without use_cpu bf16 needs a GPU
+    defaults |= {"dataloader_pin_memory": accelerated, "use_cpu": not accelerated}  # bf16 on a CPU needs use_cpu
     values = defaults | coerce_fields(TrainingArguments, given, section)
     if values.get("max_steps", -1) <= 0 and "num_train_epochs" not in values:
-        raise HfDmsError(f"{section}.max_steps is required (or {section}.num_train_epochs): how long it runs.")
+        raise HfDmsError(f"{section}.max_steps is required (or {section}.num_train_epochs): its length.")
     for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if values.get(key, 1) < 1:
             raise HfDmsError(f"{section}.{key} must be at least 1, got {values[key]}.")
@@ -361,7 +361,7 @@ def training_arguments(recipe: Recipe, section: str, output_dir: Path) -> Any:
 
 
 def _steps_of(arguments: Any, num_examples: int) -> int:
-    """Optimizer steps of a training by these arguments."""
+    """Optimizer steps of a training with these arguments."""
     if arguments.max_steps > 0:
         return arguments.max_steps
     per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
@@ -369,19 +369,19 @@ def _steps_of(arguments: Any, num_examples: int) -> int:
 
 
 def _is_of_a_search(key: str, value: Any) -> bool:
-    """Whether a key of `train` is not meant for the trainings before and after the search: its length, evaluations."""
+    """Whether a key of `train` is only for the search: its length, evaluations."""
     evaluation = ("do_eval", "load_best_model_at_end", "metric_for_best_model", "greater_is_better")
     best = key == "save_strategy" and value == "best"
     return key in ("max_steps", "num_train_epochs") or key.startswith("eval_") or key in evaluation or best
 
 
 def lora_config(recipe: Recipe, section: str) -> Any:
-    """The `peft.LoraConfig` of the search ("lora") or of the retraining ("recover.lora"), None without such a section.
+    """The `peft.LoraConfig` of a section ("lora" or "recover.lora"); None if the recipe does not have the section.
 
-    All linear maps but the head are adapted unless target_modules says otherwise.
+    Default of target_modules: all linear maps except the head.
 
     Raises:
-        ValueError: unknown keys or bad values, or PEFT is missing.
+        ValueError: there are unknown keys or bad values, or PEFT is not installed.
     """
     given = recipe.lora if section == "lora" else recipe.recover.lora
     if given is None:
@@ -401,10 +401,11 @@ def packing(recipe: Recipe, dtype: torch.dtype) -> Any:
     """The `BitsAndBytesConfig` of model.quantization.
 
     Args:
-        dtype: what packed maps compute in.
+        recipe: the recipe.
+        dtype: precision in which packed maps compute.
 
     Raises:
-        ValueError: bitsandbytes is missing.
+        ValueError: bitsandbytes is not installed.
     """
     if not is_bitsandbytes_available():
         raise HfDmsError("model.quantization needs bitsandbytes: pip install 'hf_dms[quantization]'.")

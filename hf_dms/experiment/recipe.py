@@ -1,8 +1,8 @@
-"""A recipe: one YAML, one experiment. Reading it, checking it, and saying what is wrong with it.
+"""A recipe: one YAML file, one experiment. This file reads it, and checks keys, types and ranges.
 
-Sections: model, data, finetune, dms (`DMSConfig`), train, lora, recover, eval, output, hub; finetune, train and recover
-take `TrainingArguments` by their own names, lora and recover.lora `peft.LoraConfig`.
-prepare.py checks it against the model and the data.
+Sections: model, data, finetune, dms (`DMSConfig`), train, lora, recover, eval, output, hub, compare. The sections
+finetune, train and recover take keys of `TrainingArguments`; lora and recover.lora take keys of `peft.LoraConfig`.
+prepare.py checks a recipe against the model and the data.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class Recipe:
         return dataclasses.asdict(self) | {"dms": self.dms.to_dict()}
 
 
-CONFIG = "config.json"  # of a folder that holds a model
-LENGTHS = ("max_steps", "num_train_epochs")  # of a training
+CONFIG = "config.json"  # its presence marks the folder of a model
+LENGTHS = ("max_steps", "num_train_epochs")  # keys for the length of a training
 SECTIONS = {
     "model": ModelConfig,
     "data": DataConfig,
@@ -88,11 +88,11 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
 
     Args:
         path: a YAML file, or the name of a recipe that comes with hf_dms.
-        overrides: `section.key=value` strings, values in YAML. Files in them are relative to the working folder, those
-            in the recipe to the recipe's own folder if they are there.
+        overrides: `section.key=value` strings, with values in YAML. Paths in overrides are relative to the working
+            folder. Paths in the recipe are relative to the recipe's folder, if the file exists there.
 
     Raises:
-        ValueError: anything that is wrong with it; the message says where and what to write instead.
+        ValueError: the recipe has a mistake; the message says where, and what to write instead.
     """
     file = Path(path)
     if not file.is_file() and (packaged_recipes() / path).is_file():
@@ -112,13 +112,13 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
 
 
 def cut_options(overrides: list[str]) -> tuple[ModelConfig, OutputConfig]:
-    """What a cut by a finished plan needs to know: sections model and output of a recipe, without a recipe.
+    """The sections model and output for a cut by a finished plan, from the command line without a recipe.
 
     Args:
         overrides: `section.key=value` strings: model.path, model.revision, output.path, output.overwrite.
 
     Raises:
-        ValueError: other keys, values of the wrong type, or no model.path or output.path.
+        ValueError: there are other keys or values of the wrong type, or model.path or output.path is missing.
     """
     values: dict[str, Any] = {}
     for override in overrides:
@@ -146,7 +146,7 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     _check_trained_weights(recipe)
     if recipe.dms.pipeline == "np" and (recipe.recover.repair or recipe.recover.distillation):
         raise HfDmsError(
-            "recover.repair and recover.distillation need a dense model that is trained, which pipeline np has not. "
+            "recover.repair and recover.distillation need a trained dense model, and with pipeline np there is none. "
             "Leave them out, or use pipeline p."
         )
     _check_random_weights(recipe)
@@ -157,7 +157,7 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
 
 
 def _check_random_weights(recipe: Recipe) -> None:
-    """Check that a supernet, and fresh weights for the shape that was found, go with the rest."""
+    """Check that a supernet, and fresh weights after the search, are compatible with the other options."""
     if recipe.model.supernet is not None and recipe.dms.pipeline != "np":
         raise HfDmsError(
             f"model.supernet has random weights, and dms.pipeline is {recipe.dms.pipeline}, which begins with "
@@ -179,7 +179,7 @@ def _check_random_weights(recipe: Recipe) -> None:
 
 
 def _check_mix(recipe: Recipe) -> None:
-    """Check that what is mixed can be: texts of a language model, its own only where it is one already."""
+    """Check that data is mixed only for language models, and with own texts only if the dense model is trained."""
     if (recipe.data.mix or recipe.data.uses_own_texts) and not recipe.task.generates:
         raise HfDmsError(f"data.mix and the path {OWN} are for text-generation, and model.task is {recipe.model.task}.")
     if recipe.data.uses_own_texts and recipe.dms.pipeline == "np":
@@ -218,7 +218,7 @@ def _build_recover(given: dict[str, Any] | None) -> RecoverConfig:
 
 @contextlib.contextmanager
 def saying_where(prefix: str) -> Iterator[None]:
-    """Let errors that begin with `data.` say whose data: put a prefix before them."""
+    """Context: errors that begin with `data.` get a prefix with the section that the data belongs to."""
     try:
         yield
     except HfDmsError as error:
@@ -234,7 +234,7 @@ def _subsection(given: dict[str, Any], name: str, prefix: str) -> dict[str, Any]
 
 
 def _check_trained_weights(recipe: Recipe) -> None:
-    """Check that what trains in a search can train."""
+    """Check that lora, quantization, finetune and pipeline are compatible."""
     pipeline, quantization = recipe.dms.pipeline, recipe.model.quantization
     if recipe.lora is not None and pipeline != "p":
         raise HfDmsError(
@@ -261,13 +261,13 @@ def _check_trained_weights(recipe: Recipe) -> None:
 
 
 def coerce_fields(cls: type, given: dict[str, Any], section: str) -> dict[str, Any]:
-    """The values of a section, in the types that its dataclass declares.
+    """The values of a section, converted to the types in its dataclass.
 
-    PyYAML reads `1e-4` as a string; a value that the field's type can hold is converted. A key whose value is null is
-    as if it were left out, unless null is a value of its own.
+    Conversion is needed because PyYAML reads `1e-4` as a string. A null value counts as left out, unless the field's
+    type allows None.
 
     Raises:
-        ValueError: a key that the dataclass lacks, or a value of the wrong type.
+        ValueError: the dataclass has no such key, or the value has the wrong type.
     """
     hints = typing.get_type_hints(cls)
     _check_keys(given, [field.name for field in dataclasses.fields(cls) if field.init], f"{section}.")
@@ -286,7 +286,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     if value is None or not kinds or (isinstance(value, bool) and bool in kinds):
         return value
     if value is False and any(issubclass(kind, Enum) and "no" in [each.value for each in kind] for kind in kinds):
-        return "no"  # save_strategy: no, which YAML reads as false
+        return "no"  # YAML reads `save_strategy: no` as false
     if any(isinstance(value, kind) for kind in kinds) and not isinstance(value, bool):
         return value
     if float in kinds and not isinstance(value, bool):
@@ -335,7 +335,7 @@ def _override_(values: dict[str, Any], override: str) -> None:
 
 
 def _use_files_beside_the_recipe_(values: dict[str, Any], folder: Path) -> None:
-    """Relative data files, and a model's folder, that stand beside the recipe are meant relative to it."""
+    """Make relative paths of data files and the model's folder relative to the recipe's folder, if they exist there."""
     recover, model = values.get("recover"), values.get("model")
     if isinstance(model, dict) and isinstance(path := model.get("path"), str) and (folder / path / CONFIG).is_file():
         model["path"] = str(folder / path)
@@ -351,6 +351,6 @@ def _use_files_beside_the_recipe_(values: dict[str, Any], folder: Path) -> None:
 
 
 def _beside(path: Any, folder: Path) -> Any:
-    """A data file by its place beside the recipe, if it stands there."""
+    """The path of a data file in the recipe's folder, if it exists there; else the path unchanged."""
     is_there = isinstance(path, str) and is_data_file(path) and (folder / path).is_file()
     return str(folder / path) if is_there else path

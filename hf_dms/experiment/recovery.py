@@ -1,19 +1,21 @@
-"""What a `recover` section without a length means: a retraining whose every value follows from the recipe.
+"""Defaults of a `recover` section without a length: every value of the training follows from the recipe.
 
-The dense model teaches by its logits alone, at temperature 1, which beat labels, and labels beside it, in Minitron
-(arXiv 2407.14679). The rest are rules of thumb; a value that the section gives takes the place of its rule.
+The dense model teaches with its logits only, at temperature 1. In Minitron (arXiv 2407.14679) that was better than
+labels, and than labels and logits together. The other values are rules of thumb. A value in the section replaces its
+rule.
 
-- Repair comes first where weights were frozen and the architecture can be repaired.
-- Length: what was cut away has to be learned again. Language models take 2,000 steps times the share that was cut, from
-  100 steps on and at most three times through the data; classifiers one epoch, and 2.5 times that share. Where weights
-  trained in the search, language models take half of it; where they were frozen, classifiers take twice as much.
-- A step has at least 4,096 tokens, or 16 examples, by accumulation.
-- Rate: 3e-4 at 0.1 billion parameters, falling with their square root, about a fifth of what such models are pretrained
-  with; 5e-5 for a classifier; 2e-4 for adapters. If weights trained in the search, they keep that rate.
-- Fresh weights (pipeline np) have no teacher. They train for ten times as long as the search, in batches like its own:
-  the paper's search takes a tenth of the training that follows, or less.
-- Adapters train in place of the weights from 3 billion parameters on, and where the search ran on packed weights.
-- Weights of half precision train as float32 ones, since their steps would be rounded away.
+- Repair runs first, if weights were frozen and the architecture can be repaired.
+- Length: the more was cut, the longer. Language models train for 2,000 steps times the share that was cut, at least 100
+  steps and at most three epochs. Classifiers train for one epoch, plus 2.5 epochs times that share. If weights trained
+  in the search, language models train half as long. If they were frozen, classifiers train twice as long.
+- A step has at least 4,096 tokens, or 16 examples; gradients are accumulated for it.
+- Learning rate: 3e-4 at 0.1 billion parameters, falling with the square root of their number, about a fifth of the
+  rates of pretraining; 5e-5 for a classifier; 2e-4 for adapters. If weights trained in the search, that rate is kept.
+- Fresh weights (pipeline np) have no teacher. They train for ten times as long as the search, in batches of the same
+  size: the paper's search takes a tenth of the training that follows, or less.
+- Adapters train in place of the weights for models of at least 3 billion parameters, and after a search on packed
+  weights.
+- Weights in half precision train in float32, because rounding to half precision would lose small steps.
 """
 
 from __future__ import annotations
@@ -34,25 +36,25 @@ from ..training.distillation import DistillationConfig
 from .recipe import LENGTHS, Recipe
 from .sections import RepairConfig
 
-STEPS, FEWEST_STEPS, MOST_EPOCHS = 2000, 100, 3  # of a language model
-EPOCHS, EPOCHS_OF_WHAT_IS_CUT = 1.0, 2.5  # of a classifier
+STEPS, FEWEST_STEPS, MOST_EPOCHS = 2000, 100, 3  # language models
+EPOCHS, EPOCHS_OF_WHAT_IS_CUT = 1.0, 2.5  # classifiers
 TOKENS_PER_STEP, EXAMPLES_PER_STEP = 4096, 16
 RATE, AT_PARAMETERS, LOWEST_RATE, HIGHEST_RATE = 3e-4, 1e8, 2e-5, 5e-4
 RATE_OF_CLASSIFIERS, RATE_OF_ADAPTERS = 5e-5, 2e-4
 ADAPTERS_FROM = 3e9  # parameters
 ADAPTERS = {"r": 16, "lora_alpha": 32}
 WARMUP = 0.05  # share of the steps
-AFRESH = 10  # lengths of the search
+AFRESH = 10  # length of training fresh weights, in lengths of the search
 
 
 def with_recovery(recipe: Recipe, model: Any, retraining: Examples, processes: int) -> Recipe:
-    """A recipe whose `recover` section says all of its retraining, if it asks for one without a length.
+    """A recipe with all values of its `recover` section, if that asks for a training without a length.
 
     Args:
-        recipe: the one.
+        recipe: the recipe.
         model: the dense model on the meta device.
-        retraining: what it is retrained on.
-        processes: how many train together.
+        retraining: the data of the training after the cut.
+        processes: number of processes that train together.
     """
     given = recipe.recover
     if given.train is None or any(key in given.train for key in LENGTHS):
@@ -107,7 +109,7 @@ def _rate(recipe: Recipe, parameters: int, frozen: bool, adapters: bool) -> floa
 
 
 def _batches(recipe: Recipe, examples: Examples, frozen: bool, processes: int) -> dict[str, Any]:
-    """Accumulation and length."""
+    """Keys for gradient accumulation and length."""
     train = recipe.train | (recipe.recover.train or {})
     generates = recipe.task.generates
     wanted = math.ceil(TOKENS_PER_STEP / recipe.data.sequence_length) if generates else EXAMPLES_PER_STEP
@@ -125,7 +127,7 @@ def _batches(recipe: Recipe, examples: Examples, frozen: bool, processes: int) -
 
 
 def _ten_searches(recipe: Recipe) -> dict[str, Any]:
-    """Ten times the length of the search, in batches like those of the search."""
+    """Keys for ten times the length of the search, in batches of the same size."""
     steps = int(recipe.train.get("max_steps", -1))
     return (
         {"max_steps": AFRESH * steps}
@@ -149,7 +151,7 @@ def _dtype(recipe: Recipe, model: Any) -> torch.dtype | None:
 
 
 def recovery_in_words(recipe: Recipe) -> list[str]:
-    """The values of a recipe's recovery, a line each, as one would write them."""
+    """The values of a recipe's `recover` section, a line each, as one would write them in the recipe."""
     recover = recipe.recover
     values: dict[str, Any] = {}
     for name, section in (("repair", recover.repair), ("distillation", recover.distillation)):

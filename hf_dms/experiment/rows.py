@@ -1,4 +1,4 @@
-"""Rows of a comparison: `rows.jsonl`, which work they belong to, and what produced them."""
+"""Rows of a comparison (`rows.jsonl`): reading, appending, and recording what produced them."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from .recipe import Recipe
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Rows of an earlier run; a line that was cut off, which does not end with the brace of a row, is left out."""
+    """Rows of earlier runs. A line that a killed run wrote in part, without a row's last braces, is skipped."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("}}")]
 
 
 def append_row(file: Path, row: dict[str, Any]) -> None:
-    """Write a row behind the others, on a line of its own even where an earlier one was cut off."""
+    """Append a row, on its own line even if the last line is incomplete."""
     cut_off = file.is_file() and not file.read_bytes().endswith(b"\n")
     with file.open("a", encoding="utf-8") as rows:
         rows.write(("\n" if cut_off else "") + json.dumps(row) + "\n")
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """What must be the same for rows to stand in one table: all of the recipe but which cells there are."""
-    values = _said(recipe)
+    """A hash of everything that must be equal for rows to be in one table: the recipe without its list of cells."""
+    values = _not_default(recipe)
     values.pop("output"), values.pop("hub", None)
     values["compare"] = {key: values["compare"][key] for key in ("tokens", "texts") if key in values["compare"]}
     values["dms"].pop("target")
-    for key in ("path", "held_out"):  # the same files may lie in another folder
+    for key in ("path", "held_out"):  # only the name counts: the same files may be in another folder
         values["data"] |= {key: Path(str(values["data"][key])).name} if key in values["data"] else {}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def _said(value: Any) -> Any:
-    """What a section says other than its defaults: an option that a later version adds does not change it."""
+def _not_default(value: Any) -> Any:
+    """The values of a section that differ from their defaults. New options in later versions do not change the hash."""
     if not dataclasses.is_dataclass(value):
         return value
     factories = {f.name: f.default_factory for f in dataclasses.fields(value) if callable(f.default_factory)}
@@ -51,14 +51,14 @@ def _said(value: Any) -> Any:
         if f.default is not dataclasses.MISSING or f.name in factories
     }
     found = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    return {name: _said(each) for name, each in found.items() if name not in defaults or each != defaults[name]}
+    return {name: _not_default(each) for name, each in found.items() if name not in defaults or each != defaults[name]}
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """What produced a row: commit of the source, if it is a checkout, versions, machine, threads.
+    """What produced a row: commit of the source if it is a git checkout, versions, machine, threads.
 
     Args:
-        device: what computed; `accelerator` names it, unless it is the CPU.
+        device: the device of the computation; unless it is the CPU, its name goes into `accelerator`.
     """
     folder = Path(__file__).parent
     asked = subprocess.run(

@@ -1,4 +1,4 @@
-"""One command: fine-tune if asked, search, cut, verify, retrain if asked, save, measure. What `hf-dms prune` runs."""
+"""The stages of `hf-dms prune` in order: fine-tune if asked, search, cut, verify, recover if asked, save, measure."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ from .unfinished import CLAIM, claim, is_finished, remove_unfinished
 
 
 def run(recipe: Recipe) -> dict[str, Any] | None:
-    """Run a recipe to its end, or from where an earlier run of it stopped.
+    """Run a recipe, or continue where an earlier run of it stopped.
 
     Args:
-        recipe: what to do.
+        recipe: the recipe.
 
     Returns:
-        The content of `dms_report.json`; None if the result was there already.
+        The content of `dms_report.json`; None if the result exists already.
 
     Raises:
-        ValueError: something is wrong with the recipe, and nothing has been written; or the finished result, which is
-            in output.path, could not be pushed; another process runs it.
+        ValueError: the recipe has a mistake (then nothing has been written), another process runs it, or the finished
+            result in output.path could not be pushed.
     """
     output, unfinished = Path(recipe.output.path), unfinished_folder(recipe)
     started = time.time()
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()  # in a log file a bar is a line per movement
+        logging.disable_progress_bar()  # in a log file, every update of a bar would be a line
     check_launch(training_arguments(recipe, "train", unfinished / "search"))
     with contextlib.ExitStack() as stack:
         run_on_main(lambda: stack.enter_context(only_writer(unfinished)))
@@ -74,7 +74,7 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def _start(recipe: Recipe, output: Path, unfinished: Path) -> Prepared | None:
-    """Check a recipe, first in the main process, which claims the folder of the run; None if the result is there."""
+    """Check a recipe, first in the main process, which takes over the working folder; None if the result exists."""
     built: list[Prepared] = []
 
     def start() -> bool:
@@ -93,10 +93,10 @@ def _start(recipe: Recipe, output: Path, unfinished: Path) -> Prepared | None:
 
 
 def _experiment(prepared: Prepared) -> tuple[Report, PreTrainedModel, dict[str, str]]:
-    """All stages, the model measured after each.
+    """Run all stages, and measure the model after each.
 
     Returns:
-        The report, without the time that it took; the pruned model; the files of plans, name → content.
+        The report, without its time; the pruned model; the files of the plans, name → content.
     """
     recipe, examples = prepared.recipe, prepared.examples
     network = network_of(recipe.to_dict())
@@ -114,7 +114,7 @@ def _experiment(prepared: Prepared) -> tuple[Report, PreTrainedModel, dict[str, 
     def answered(name: str, model: PreTrainedModel) -> list[Any]:
         return run_on_main(lambda: recipe.task.answers(samples, name, model, prepared.processor, examples, recipe.eval))
 
-    scores: dict[str | None, dict[str, Tensor]] = {}  # by text, None is the held-out data, and model
+    scores: dict[str | None, dict[str, Tensor]] = {}  # by text (None is the held-out data) and model
     dense = dense_model(prepared).to(prepared.arguments["search"].device).eval()
     measure_("dense", dense)
     samples = answered("dense", dense)
@@ -127,7 +127,7 @@ def _experiment(prepared: Prepared) -> tuple[Report, PreTrainedModel, dict[str, 
     plans = {PLAN_FILE: plan_to_json(searched.plan, bound, recipe.dms.layout)}
     plans |= {PLANS_FILE: plans_to_json(searched.plans, bound, recipe.dms.layout)} if searched.plans else {}
     detach_(searched.model)
-    dense = searched.model if recipe.lora is None else searched.model.unload()  # as FSDP or bitsandbytes left it
+    dense = searched.model if recipe.lora is None else searched.model.unload()  # FSDP or bitsandbytes replace it
     pruned = searched.pruned
     measure_("pruned", pruned)
     for step in recovery_steps(pruned, dense, searched.plan, prepared):

@@ -1,4 +1,4 @@
-"""The sections of a recipe, their keys, defaults and ranges; but `data` is data.py's, and `dms` config.py's."""
+"""The sections of a recipe: keys, defaults and ranges. `data` is in tasks/data.py, and `dms` in config.py."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..training.distillation import DistillationConfig
 
 @dataclass
 class SupernetConfig:
-    """The `model.supernet` section: how much larger the network is that pipeline np searches in."""
+    """The `model.supernet` section: the size of the larger network in which pipeline np searches."""
 
     width: float = field(
         default=1.0,
-        metadata={"help": "Factor of all widths that are pruned (heads, MLPs, residual streams), at least 1."},
+        metadata={"help": "Factor for all widths that are pruned (heads, MLPs, residual streams), at least 1."},
     )
-    depth: float = field(default=1.0, metadata={"help": "Factor of the numbers of layers, of every stage, at least 1."})
+    depth: float = field(default=1.0, metadata={"help": "Factor for the number of layers in every stage, at least 1."})
 
     def __post_init__(self) -> None:
         for name, factor in vars(self).items():
@@ -38,23 +38,25 @@ class ModelConfig:
     path: str = field(  # type: ignore[assignment]  # None is refused below
         default=None, metadata={"help": "Folder or Hub id of the dense model. Required."}
     )
-    task: str = field(default="text-generation", metadata={"help": f"What the model is for: {', '.join(TASKS)}."})
-    dtype: str = field(default="auto", metadata={"help": "auto (the checkpoint's), float32, bfloat16 or float16."})
+    task: str = field(default="text-generation", metadata={"help": f"Task of the model: {', '.join(TASKS)}."})
+    dtype: str = field(
+        default="auto", metadata={"help": "Precision: auto (the checkpoint's), float32, bfloat16 or float16."}
+    )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2, ..."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "transformers' attention implementation: sdpa, eager, flash_attention_2, ..."}
+    )
     quantization: str | None = field(
         default=None,
-        metadata={
-            "help": "8bit or 4bit (bitsandbytes): the search runs on packed weights, the cut takes the unpacked ones."
-        },
+        metadata={"help": "8bit or 4bit (bitsandbytes): the search runs on packed weights, and the cut unpacks them."},
     )
 
     supernet: SupernetConfig | None = None
     base: str | None = field(
-        default=None, metadata={"help": "Hub id of the dense model for the card, where path is a folder."}
+        default=None, metadata={"help": "Hub id of the dense model for the model card, if path is a folder."}
     )
     license: str | None = field(
-        default=None, metadata={"help": "Its license for the card, if its own card is missing."}
+        default=None, metadata={"help": "License of the dense model for the model card, if its own card is missing."}
     )
 
     def __post_init__(self) -> None:
@@ -75,26 +77,26 @@ class EvalConfig:
     examples: int | None = field(
         default=None,
         metadata={
-            "help": "At most so many held-out examples are measured. Default: 64 for text-generation, otherwise all."
+            "help": "Largest number of held-out examples to measure on. Default: 64 for text-generation, otherwise all."
         },
     )
     batch_size: int = field(default=4, metadata={"help": "Examples per forward pass."})
     texts: dict[str, str] = field(
         default_factory=dict,
         metadata={
-            "help": "Further files to measure on, {name: file}, read as data.path is. One that nothing was calibrated "
-            "on shows what the cut costs outside the calibration's domain."
+            "help": "Further files to measure on, {name: file}, in the format of data.path. A text of another domain "
+            "shows what the cut costs outside the domain of the calibration text."
         },
     )
     prompt: str | list[str] = field(
-        default="", metadata={"help": "Text, or a list of texts, that both models continue for the report."}
+        default="", metadata={"help": "A text, or a list of texts, that both models continue for the report."}
     )
     new_tokens: int = field(default=40, metadata={"help": "Tokens of each continuation of a prompt."})
     samples: int = field(
         default=4,
         metadata={
-            "help": "Held-out examples of a classifier that the report shows with both models' predictions. 0 keeps "
-            "the data out of the report."
+            "help": "Number of held-out examples of a classifier that the report shows with both models' predictions. "
+            "0 keeps the data out of the report."
         },
     )
 
@@ -109,25 +111,26 @@ class EvalConfig:
 
 @dataclass
 class CompareConfig:
-    """The `compare` section: which cells `hf-dms compare` makes of a recipe."""
+    """The `compare` section: the strategies, budgets and seeds that `hf-dms compare` runs."""
 
     strategies: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "Name in the table to settings: {criterion: NAME} for a one-shot one, {dms: {...}, train: {...}, "
-            "recover: {...}} for other values of these sections; {} for a criterion's own name, or for dms as it is."
+            "help": "Settings by name in the table. {criterion: NAME}: a one-shot strategy. {dms: {...}, train: {...}, "
+            "recover: {...}}: a search with other values in these sections. {}: the criterion of that name, or for dms "
+            "the search of the recipe."
         },
     )
     targets: list[float] = field(default_factory=list, metadata={"help": "Budgets. Default: dms.target."})
     seeds: list[int] = field(
         default_factory=lambda: [0],
-        metadata={"help": "Seeds of the order of the examples and of everything else that is random."},
+        metadata={"help": "Seeds for the order of the examples and everything else that is random."},
     )
     tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens that every strategy may see, those of repair among them. Default: as many as the search "
-            "of the recipe sees, and repair beside it."
+            "help": "Number of tokens that every strategy may see, including those of repair. Default: as many as the "
+            "search of the recipe sees, plus those of repair."
         },
     )
     texts: dict[str, str] = field(
@@ -153,8 +156,8 @@ class OutputConfig:
     sizes: list[float] = field(
         default_factory=list,
         metadata={
-            "help": "Larger sizes that the same search passes, multiples of 0.05 above dms.target. Each is cut, "
-            "recovered, measured and saved too, as PATH-SIZE. For frozen weights (pipeline p-)."
+            "help": "Larger sizes that the same search passes, multiples of 0.05 above dms.target. Each is also cut, "
+            "recovered, measured and saved, as PATH-SIZE. Only for frozen weights (pipeline p-)."
         },
     )
 
@@ -167,7 +170,7 @@ class OutputConfig:
 
 @dataclass
 class HubConfig:
-    """The `hub` section of a recipe: where the result is pushed to when it is saved."""
+    """The `hub` section of a recipe: the repository to which the saved result is pushed."""
 
     repo_id: str | None = field(
         default=None, metadata={"help": "Repository on the Hub, namespace/name. Default: no push."}
@@ -179,12 +182,12 @@ class HubConfig:
 
     def __post_init__(self) -> None:
         if self.repo_id is None and (self.private is not None or self.revision is not None):
-            raise HfDmsError("hub.repo_id is required in a hub section: where to push to, namespace/name.")
+            raise HfDmsError("hub.repo_id is required in a hub section: the repository to push to, namespace/name.")
 
 
 @dataclass
 class RepairConfig:
-    """The `recover.repair` section: least squares on the maps that write into the residual stream, see repair.py."""
+    """The `recover.repair` section: least-squares reconstruction of the residual stream (refit/repair.py)."""
 
     examples: int = field(
         default=64, metadata={"help": "Number of examples of the training data to repair on, evenly spaced."}
@@ -192,7 +195,7 @@ class RepairConfig:
     ridge: float | None = field(
         default=None,
         metadata={
-            "help": "How strongly a weight is held at its old value, relative to the mean square of its inputs. "
+            "help": "How strongly changes of a weight are held back, relative to the mean square of its inputs. "
             "Default: chosen for each map on held-out examples."
         },
     )
@@ -207,8 +210,8 @@ class RepairConfig:
     interpolate: bool = field(
         default=True,
         metadata={
-            "help": "Keep only as much of the repair's change of the weights as lowers the loss on some of these "
-            "examples: all, three quarters, half, a quarter, or nothing."
+            "help": "Keep the share of the repair's change that gives the lowest loss on some of these examples: all, "
+            "three quarters, half, a quarter, or nothing."
         },
     )
 
@@ -223,16 +226,16 @@ class RepairConfig:
 
 @dataclass
 class RecoverConfig:
-    """The `recover` section: what is done to the pruned model after the cut, first repair, then retraining.
+    """The `recover` section: the work on the pruned model after the cut, first repair, then training.
 
-    An empty section, or one without a length, is completed by recovery.py. Without a section nothing is done.
+    recovery.py fills in the values of an empty section, or of one without a length. Without a section nothing is done.
     """
 
     repair: RepairConfig | None = None
     distillation: DistillationConfig | None = None
     data: DataConfig | None = field(
         default=None,
-        metadata={"help": "Data to train on after the cut, such as instructions. Default: the data of the search."},
+        metadata={"help": "Data of the training after the cut, such as instructions. Default: the data of the search."},
     )
     lora: dict[str, Any] | None = field(
         default=None, metadata={"help": "peft.LoraConfig for the training after the cut. Default: all weights train."}
@@ -240,19 +243,20 @@ class RecoverConfig:
     float32: bool = field(
         default=False,
         metadata={
-            "help": "Retrain a model of bfloat16 or float16 in float32 weights, which are rounded at the end: small "
-            "steps of its own weights would be rounded away."
+            "help": "Train a model in bfloat16 or float16 with float32 weights, and round them at the end. In half "
+            "precision, rounding would lose small steps."
         },
     )
     weights: str | None = field(
         default=None,
         metadata={
-            "help": "What the training after the cut begins with: searched, the weights of the search, or fresh, new "
-            "random ones of the shape that was found. Default: fresh with pipeline np, otherwise searched."
+            "help": "Weights at the start of the training after the cut. searched: those of the search. fresh: new "
+            "random weights in the shape that was found. Default: fresh with pipeline np, otherwise searched."
         },
     )
     train: dict[str, Any] | None = field(
-        default=None, metadata={"help": "All other keys: TrainingArguments of a retraining. None: there is none."}
+        default=None,
+        metadata={"help": "All other keys: TrainingArguments of the training after the cut. None: no training."},
     )
 
     def __post_init__(self) -> None:

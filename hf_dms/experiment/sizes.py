@@ -1,4 +1,4 @@
-"""`output.sizes`: larger sizes that a search passed, each cut, recovered, measured and saved as the result is."""
+"""`output.sizes`: larger sizes that a search passed. Each is cut, recovered, measured and saved too."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Measured = Callable[[str, PreTrainedModel, str | None], Tensor]
 
 
 def folder_of(recipe: Recipe, size: float) -> Path:
-    """Where a size of `output.sizes` is saved."""
+    """The folder of a size of `output.sizes`."""
     output = Path(recipe.output.path)
     return output.with_name(f"{output.name}-{size:g}")
 
@@ -44,18 +44,18 @@ def save_sizes(
     measured: Measured,
     save: Callable[..., Any],
 ) -> None:
-    """Make and save every size that the recipe asks for; one that an interrupted run has saved stays as it is.
+    """Make and save every size that the recipe asks for. Sizes that an interrupted run has saved are not made again.
 
     Args:
         dense: the dense model without gates.
         prepared: the recipe.
-        plans: those that the search passed.
-        scores: of the dense model, by text.
-        measured: how a model is measured, under a name and on a text.
-        save: what writes a folder: of a model, what was prepared, its report and the files of its plan.
+        plans: the plans that the search passed.
+        scores: scores of the dense model, by text.
+        measured: function that measures a model, with its name in messages and the name of a text.
+        save: function that writes a folder, from a model, the prepared recipe, the report and the files of the plan.
 
     Raises:
-        HfDmsError: the search went on from a checkpoint that does not have them.
+        HfDmsError: the search resumed from a checkpoint without these plans.
     """
     recipe = prepared.recipe
     for size in recipe.output.sizes:

@@ -1,4 +1,4 @@
-"""The stages of an experiment: the dense model, search and cut, repair and retraining; and how each is scored."""
+"""The stages of an experiment: dense model, search and cut, repair, training after the cut; and how each is scored."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ from .recipe import Recipe
 def dense_model(prepared: Prepared) -> PreTrainedModel:
     """The dense model of a recipe: loaded (or randomly initialised for pipeline np), and fine-tuned if asked.
 
-    A fine-tuning goes on from its last checkpoint; one that is finished is only loaded.
+    An interrupted fine-tuning resumes from its last checkpoint. A finished one is only loaded.
 
     Raises:
-        ValueError: the checkpoint lacks weights of the model, and the recipe does not train them.
+        ValueError: weights of the model are missing in the checkpoint, and the recipe does not train them.
     """
     model = load_model(prepared)
     if prepared.recipe.finetune:
@@ -58,16 +58,16 @@ def dense_model(prepared: Prepared) -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class Searched:
-    """What a search ended in.
+    """The result of a search.
 
     Attributes:
-        model: the dense model with the gates of the search, and its adapters if the recipe has some.
+        model: the dense model with the gates of the search, and with its adapters if the recipe has a lora section.
         pruned: the cut model.
-        plan: which units of the dense one it holds.
+        plan: which units of the dense model it keeps.
         costs: exact sizes and costs of both, see `sizes_and_costs`.
-        outcome: what was learned and what the cut keeps.
+        outcome: the shares that were learned and that the cut keeps.
         logs: the course of the search.
-        plans: those at the larger sizes that the search passed.
+        plans: plans at the larger sizes that the search passed.
     """
 
     model: Any
@@ -80,7 +80,7 @@ class Searched:
 
 
 def search_and_cut(dense: PreTrainedModel, prepared: Prepared) -> Searched:
-    """Search and cut, or choose and cut where `dms.strategy` says so."""
+    """Search and cut, or, with another `dms.strategy`, choose without a search and cut."""
     if prepared.recipe.dms.strategy != SEARCH:
         return _choose(dense, prepared)
     recipe, examples, arguments = prepared.recipe, prepared.examples, _arguments(prepared, "search")
@@ -114,7 +114,7 @@ def search_and_cut(dense: PreTrainedModel, prepared: Prepared) -> Searched:
 
 
 def _choose(dense: PreTrainedModel, prepared: Prepared) -> Searched:
-    """What takes the place of a search: a strategy looks at what the search would train on, and the model is cut."""
+    """In place of a search: a one-shot strategy sees the search's data once, and the model is cut."""
     recipe, arguments, name = prepared.recipe, _arguments(prepared, "search"), prepared.recipe.dms.strategy
     print_on_main(f"Choosing structure by {name} ...")
     dense.to(arguments.device)
@@ -132,20 +132,20 @@ def _ended_in(model: Any, pruned: PreTrainedModel, logs: list[Any]) -> Searched:
 
 
 def recovery_steps(pruned: PreTrainedModel, searched: PreTrainedModel, plan: Plan, prepared: Prepared) -> Iterator[str]:
-    """Repair and retrain the pruned model, in place, as far as the recipe asks for it.
+    """Repair and train the pruned model, in place, as the recipe asks.
 
     Args:
-        pruned: what the search ended in.
+        pruned: the cut model.
         searched: the model of the search, without gates and adapters.
-        plan: which units of it the pruned one holds.
-        prepared: how, and on what.
+        plan: which of its units the cut model keeps.
+        prepared: the recipe and its data.
 
     Yields:
-        What the model is after each step: repaired, recovered.
+        The name of the state after each step: repaired, recovered.
     """
     recipe, examples = prepared.recipe, prepared.examples
     repair, distillation = recipe.recover.repair, recipe.recover.distillation
-    dense: Any = searched  # as long as its weights did not train
+    dense: Any = searched  # still the dense model, if its weights did not train
     if choice_changes_weights(recipe) and recipe.lora is None and (repair or distillation):
         dense = dense_model(prepared).eval()
         dense.to(pruned.device)
@@ -161,7 +161,7 @@ def recovery_steps(pruned: PreTrainedModel, searched: PreTrainedModel, plan: Pla
             ridge=repair.ridge,
             progress=Countdown("repair", "layers"),
             epochs=repair.epochs,
-            interpolate=_say_share if repair.interpolate else False,
+            interpolate=_print_share if repair.interpolate else False,
         )
         yield "repaired"
     if recipe.recover.train is not None:
@@ -185,19 +185,19 @@ def recovery_steps(pruned: PreTrainedModel, searched: PreTrainedModel, plan: Pla
         yield "recovered"
 
 
-def _say_share(share: float) -> None:
-    print_on_main(f"{share:.0%} of the repair's change was kept: with that the loss is least.")
+def _print_share(share: float) -> None:
+    print_on_main(f"{share:.0%} of the repair's change was kept, which gives the lowest loss.")
 
 
 def choice_changes_weights(recipe: Recipe) -> bool:
-    """Whether the dense model's weights are others after the search, or what takes its place."""
+    """Whether the search, or the strategy in its place, changes the dense model's weights."""
     if recipe.dms.strategy == SEARCH:
         return recipe.dms.pipeline != "p-"
     return criterion_of(recipe.dms.strategy).changes_weights
 
 
 def summaries(recipe: Recipe, scores: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The metric of each model, and for all but the dense one its difference from that."""
+    """The metric of each model, and its difference from the dense model's."""
     dense = scores["dense"]
     return {name: summary(recipe.task, each, None if name == "dense" else dense) for name, each in scores.items()}
 
@@ -210,13 +210,13 @@ def report_of(
     scores: Mapping[str | None, Mapping[str, Tensor]],
     **more: Any,
 ) -> Report:
-    """The report of a result, without the time that it took.
+    """The report of a result, without its time.
 
     Args:
-        prepared: its recipe.
-        dense, pruned: both models, whose speed is measured.
-        costs: of both, see `sizes_and_costs`.
-        scores: by text (None is the held-out data) and model.
+        prepared: the recipe.
+        dense, pruned: both models; their speed is measured here.
+        costs: sizes and costs of both, see `sizes_and_costs`.
+        scores: scores by text (None is the held-out data) and model.
         more: further fields of the report.
     """
     recipe, numbers = prepared.recipe, dict(costs)
@@ -239,13 +239,13 @@ def report_of(
 
 
 def protocol_of(prepared: Prepared) -> str:
-    """What quality is measured on, in words."""
+    """The data that quality is measured on, in words."""
     return f"{len(prepared.held_out)} held-out {prepared.examples.unit}"
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
 def score(model: PreTrainedModel, prepared: Prepared, text: str | None = None) -> Tensor:
-    """What each held-out example, or each of a further text, adds to the metric of the recipe's task, `[examples]`."""
+    """Scores of the held-out examples, or of a further text, in the metric of the recipe's task, `[examples]`."""
     recipe, collate = prepared.recipe, prepared.examples.collate
     rows = prepared.held_out if text is None else prepared.texts[text]
     progress = Countdown("measuring", "batches")
@@ -253,7 +253,7 @@ def score(model: PreTrainedModel, prepared: Prepared, text: str | None = None) -
 
 
 def scores_on_soft_masks(model: PreTrainedModel, measure: Any) -> Tensor:
-    """Scores on the soft masks that the search ended with; what hard masks differ by is the cost of rounding."""
+    """Scores on the soft masks at the end of the search. The difference from hard masks is the cost of rounding."""
     model.eval()
     gates_of(model).train()
     try:
@@ -263,7 +263,7 @@ def scores_on_soft_masks(model: PreTrainedModel, measure: Any) -> Tensor:
 
 
 def speeds(model: PreTrainedModel, pruned: PreTrainedModel, prepared: Prepared) -> dict[str, dict[str, float]]:
-    """Speeds of both models for the report: tokens, texts or images per second of one batch."""
+    """Speeds of both models for the report: tokens, texts or images per second, for one batch."""
     task, examples = prepared.recipe.task, prepared.examples
     count = min(prepared.recipe.eval.batch_size, len(examples.held_out))
     batch = examples.collate([examples.held_out[i] for i in range(count)])
@@ -274,20 +274,20 @@ def speeds(model: PreTrainedModel, pruned: PreTrainedModel, prepared: Prepared) 
 
 
 def _arguments(prepared: Prepared, stage: str) -> Any:
-    """The `TrainingArguments` of a stage that begins: accelerate forgets the precision of the one before."""
+    """The `TrainingArguments` of the next stage. accelerate's global state still has the previous stage's precision."""
     AcceleratorState._reset_state()
     return prepared.arguments[stage]
 
 
 def load_model(prepared: Prepared, **packed: Any) -> PreTrainedModel:
-    """The model of `model.path`, or for pipeline np one with random weights, as the recipe says.
+    """The model at `model.path`, or for pipeline np a model with random weights.
 
     Args:
         prepared: the recipe.
         packed: arguments of `from_pretrained` that pack its weights.
 
     Raises:
-        ValueError: a weight file is damaged or missing, or the checkpoint lacks weights that the recipe does not train.
+        ValueError: a weight file is damaged or missing, or weights are missing in it that the recipe does not train.
     """
     recipe, config = prepared.recipe, copy.deepcopy(prepared.config)
     dtype = recipe.model.dtype if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)

@@ -1,4 +1,4 @@
-"""`model.supernet` of a recipe: the larger config, the target in it, and how long its search may be."""
+"""`model.supernet` of a recipe: the larger config, the target in it, and a check of the length of its search."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from ..tasks.task import Examples
 from .choose import examples_of
 from .recipe import Recipe
 
-SEARCH_SHARE = 0.1  # of the retraining, at most: the paper's pipelines np and p
+SEARCH_SHARE = 0.1  # longest search, as a share of the training after it: the paper's pipelines np and p
 
 
 def in_supernet(recipe: Recipe, original: PreTrainedModel) -> tuple[Recipe, PreTrainedConfig, Original]:
     """A recipe that searches in a larger network than the model at model.path.
 
     Args:
-        recipe: one with a `model.supernet`.
-        original: that model on the meta device.
+        recipe: a recipe with `model.supernet`.
+        original: the model at model.path, on the meta device.
 
     Returns:
-        The recipe, its target a share of the supernet's resource; the supernet's config; the original's costs by their
-        keys in a report, and its `target`, the share of these that was asked for.
+        The recipe with its target as a share of the supernet's resource; the supernet's config; and the original's
+        costs by their keys in a report, with the requested `target` as a share of the original's resource.
 
     Raises:
-        ValueError: the architecture has no such sizes, or the target is above the supernet's resource.
+        ValueError: the architecture cannot have these sizes, or the target is above the supernet's resource.
     """
     dms, larger = recipe.dms, recipe.model.supernet
     assert larger is not None
@@ -59,13 +59,13 @@ def in_supernet(recipe: Recipe, original: PreTrainedModel) -> tuple[Recipe, PreT
 def search_is_long(
     recipe: Recipe, arguments: Mapping[str, Any], examples: Examples, retraining: Examples
 ) -> str | None:
-    """What is said of a search of pipeline np that takes more than a tenth of the training after it; None otherwise.
+    """A warning if a search of pipeline np takes more than a tenth of the training after it; None otherwise.
 
     Args:
-        recipe: the one.
+        recipe: the recipe.
         arguments: `TrainingArguments` of its stages.
-        examples: what is searched on.
-        retraining: what is retrained on.
+        examples: the data of the search.
+        retraining: the data of the training after the cut.
     """
     if recipe.dms.pipeline != "np":
         return None

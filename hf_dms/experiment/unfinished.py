@@ -1,7 +1,7 @@
-"""The working folder of a run that has not ended, `OUTPUT.unfinished`: which of its stages a recipe may go on from.
+"""The working folder of an unfinished run, `OUTPUT.unfinished`: which of its stages a recipe may continue.
 
-It holds a folder of checkpoints per stage, and the recipe that made them. A stage is done again only where what
-influences it has changed. Nothing is left of the folder when a run has ended.
+It holds a folder of checkpoints for each stage, and the recipe that made them. A stage is repeated only if a value that
+influences it has changed. The folder is removed when a run ends.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .recipe import LENGTHS, Recipe
 
 CLAIM = "recipe.json"
 STAGES = {"finetune": "fine-tuned model", "search": "search", "recover": "retraining"}  # folder: what it holds
-IDLE = (  # how keys of TrainingArguments begin that change no weight and no ratio
+IDLE = (  # prefixes of keys of TrainingArguments that do not influence weights or ratios
     "logging_", "save_", "log_", "report_to", "run_name", "disable_tqdm", "dataloader_num_workers",
     "dataloader_prefetch", "dataloader_pin", "dataloader_persistent",
 )  # fmt: skip
 
 
 def is_finished(recipe: Recipe, output: Path, unfinished: Path) -> bool:
-    """Whether the result is there already; what a run that was killed after writing it left behind is removed."""
+    """Whether the result exists already. If a run was killed right after writing it, its working folder is removed."""
     if not (output / REPORT).is_file() or recipe.output.overwrite:
         return False
     if not unfinished.exists() or _read_claim(unfinished) == _plain(recipe):
@@ -38,17 +38,17 @@ def is_finished(recipe: Recipe, output: Path, unfinished: Path) -> bool:
 
 
 def remove_unfinished(unfinished: Path, output: Path) -> None:
-    """Remove the folder of a run that is finished, but for what TensorBoard reads, which goes into the result."""
+    """Remove the working folder of a finished run. Logs of TensorBoard move into the result."""
     for logs in unfinished.glob("*/runs"):
         shutil.copytree(logs, output / "runs" / logs.parent.name, dirs_exist_ok=True)
     replace_folder(unfinished)
 
 
 def claim(unfinished: Path, recipe: Recipe) -> None:
-    """Make the folder of an unfinished run this recipe's, with those of its stages that the recipe would make alike.
+    """Take over the working folder for a recipe, with those of its stages that this recipe would make in the same way.
 
     Raises:
-        HfDmsError: there is work of a search, or of a fine-tuning before it, that the recipe would make otherwise.
+        HfDmsError: the folder holds a search, or a fine-tuning before it, that this recipe would make differently.
     """
     now, before = _plain(recipe), _read_claim(unfinished)
     for stage in STAGES if before is not None else ():
@@ -57,15 +57,15 @@ def claim(unfinished: Path, recipe: Recipe) -> None:
             changed = _changes(influences(before, stage), influences(now, stage))
         except (LookupError, TypeError, AttributeError):
             raise HfDmsError(
-                f"{unfinished / CLAIM} is not the recipe of a run of this hf_dms, so nothing says what made the "
-                f"folder. Choose another output.path, or delete {unfinished}."
+                f"{unfinished / CLAIM} is not a recipe that this version of hf_dms wrote, so it is unknown what made "
+                f"the folder. Choose another output.path, or delete {unfinished}."
             ) from None
         if changed and sort_checkpoints(str(folder)):
             if stage != "recover":
                 raise HfDmsError(
-                    f"{folder} holds the {STAGES[stage]} of another recipe: {changed}. Set it back to go on with that, "
-                    f"or choose another output.path, or delete {unfinished if stage == 'finetune' else folder} to do "
-                    "it again."
+                    f"{folder} holds the {STAGES[stage]} of another recipe: {changed}. Change it back to continue that "
+                    f"run, or choose another output.path, or delete {unfinished if stage == 'finetune' else folder} to "
+                    "do it again."
                 )
             print_on_main(f"Retraining begins anew: {changed}.")
         if changed:
@@ -77,10 +77,10 @@ def claim(unfinished: Path, recipe: Recipe) -> None:
 
 
 def influences(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
-    """The part of a recipe that the result of a stage depends on, by section; that of the stages before it included.
+    """The part of a recipe that the result of a stage depends on, by section, including the stages before it.
 
     Args:
-        recipe: its plain values.
+        recipe: the recipe as plain values.
         stage: finetune, search or recover.
     """
     model, dms, train = recipe["model"], recipe["dms"], recipe["train"]
@@ -91,7 +91,7 @@ def influences(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
         "train": {key: value for key, value in _lasting(train).items() if key not in LENGTHS},
         "dms": {"pipeline": "np" if dms["pipeline"] == "np" else "p or p-"},
     }
-    if model["supernet"] is not None:  # which dims of it are larger
+    if model["supernet"] is not None:  # these decide which of its dims are larger
         found["dms"] |= {"prune": dms["prune"], "protect": dms["protect"]}
     if stage == "finetune":
         return found
@@ -108,19 +108,19 @@ def influences(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
 
 
 def _lasting(given: dict[str, Any]) -> dict[str, Any]:
-    """Keys of `TrainingArguments` that influence what is trained; of the best checkpoint, when it is saved does too."""
+    """Keys of `TrainingArguments` that influence the result. If the best checkpoint is kept, the saving keys do too."""
     if given.get("load_best_model_at_end"):
         return given
     return {key: value for key, value in given.items() if not key.startswith(IDLE)}
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as JSON has it."""
+    """The recipe as plain values of JSON."""
     return json.loads(json.dumps(recipe.to_dict()))
 
 
 def _read_claim(unfinished: Path) -> Any:
-    """The recipe that made what is in the folder; None if there is no such file, no recipe if it cannot be read."""
+    """The recipe in the folder; None if there is no file, and a text (which is no recipe) if it cannot be read."""
     file = unfinished / CLAIM
     try:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
@@ -129,7 +129,7 @@ def _read_claim(unfinished: Path) -> Any:
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Which keys differ, in words; empty if none does."""
+    """The keys that differ, in words; empty if none differs."""
     old, new = _flat(before), _flat(now)
     keys = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
     return ", ".join(f"{key} was {old.get(key, 'left out')}, is {new.get(key, 'left out')}" for key in keys)

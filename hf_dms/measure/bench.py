@@ -1,9 +1,9 @@
-"""`hf-dms bench PATH [--baseline DENSE]`: how fast a saved model is, beside what its multiply-accumulates promise.
+"""`hf-dms bench PATH [--baseline DENSE]`: how fast a saved model is, compared with what its multiply-accumulates
+promise.
 
-Both models run in turns in one process, after one turn that does not count; a ratio is the median of the ratios of the
-turns, and its spread their quartiles. Where a ratio is clearly below the promise the run is profiled, and what was
-measured and counted says why. What runs and how it is timed, counted and profiled is in `speed.py`, the
-reasons in `reasons.py`.
+Both models run in turns in one process, after one turn that does not count. A speed ratio is the median of the ratios
+of the turns, with their quartiles as spread. If a ratio is clearly below the promise, the run is profiled, and reasons
+are given from the measurements. speed.py runs, times, counts and profiles; reasons.py explains.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def bench(
     dtype: str = "auto",
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Measure a saved model, beside another if there is one.
+    """Measure a saved model, and compare it with another one if given.
 
     Args:
         path: folder or Hub id of a model of any layout.
-        baseline: another one of the same task, such as the dense model.
+        baseline: another model of the same task, such as the dense one.
         batch_sizes: sequences or images at a time.
         sequence_length: tokens per sequence, the prompt; unused for images.
         new_tokens: tokens that a causal language model decodes after the prompt.
@@ -54,7 +54,7 @@ def bench(
         with a baseline, `ratio`, `promised` and `reasons`. Times, speeds and ratios are `[quartile, median, quartile]`.
 
     Raises:
-        ValueError: options out of range, models of other tasks, sequences longer than a model takes.
+        ValueError: an option is out of range, the models have different tasks, or sequences are too long for a model.
     """
     device = device or (torch.accelerator.current_accelerator() or torch.device("cpu")).type
     paths = [each for each in (baseline, path) if each is not None]
@@ -122,7 +122,7 @@ def measure(loaded: list[Any], configs: list[Any], auto: str, run: Run, repeats:
     """Time and count the phases of a run of one or two models (the baseline first).
 
     Returns:
-        A measurement for each phase, as `bench` has it, without reasons.
+        A measurement for each phase, as `bench` returns it, without reasons.
     """
     inputs = inputs_for(loaded[0], run)
     times = in_turns(lambda model: run_with(timed, model, inputs, run.new_tokens), loaded, repeats)
@@ -142,7 +142,7 @@ def measure(loaded: list[Any], configs: list[Any], auto: str, run: Run, repeats:
 
 
 def _units(model: Any, run: Run) -> int:
-    """What is counted per second of prefilling, per item of a batch: tokens of a prompt, or the item itself."""
+    """Units that are counted in a prefill, per item of a batch: the tokens of a prompt, or 1 for the item itself."""
     return run.sequence_length if model.can_generate() else 1
 
 
@@ -152,7 +152,7 @@ def quartiles(values: list[float]) -> list[float]:
 
 
 def machine(device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What the numbers hold for."""
+    """The machine and versions that the numbers hold for."""
     busy = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     return {
         "device": device,
@@ -164,7 +164,7 @@ def machine(device: str, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-# ---- telling ---------------------------------------------------------------------------------------------------------
+# ---- explaining ------------------------------------------------------------------------------------------------------
 def explain_(measurements: list[dict[str, Any]], loaded: list[Any], runs: list[Run]) -> None:
     """Give every measurement its `reasons`, in place, and a `profile` where one of its run falls short."""
     shapes = [shape_of(model) for model in loaded]
@@ -192,7 +192,7 @@ def _medians(profiles: list[dict[str, float]]) -> dict[str, float]:
 
 
 def shape_of(model: Any) -> Shape:
-    """What of a model's shape a reason may name."""
+    """The parts of a model's shape that a reason may mention."""
     multiple = ALIGNED_BYTES.get(model.device.type, 64) // model.dtype.itemsize
     spec = for_config(dense_spec(model.config.model_type), model.config)
     num_layers = sum(dim_size(spec.dim(stack), model.config) for stack in spec.stacks)
@@ -200,7 +200,7 @@ def shape_of(model: Any) -> Shape:
 
 
 def bench_table(result: dict[str, Any]) -> str:
-    """What `bench` returned, as a Markdown table and a line for each warning."""
+    """The result of `bench` as a Markdown table, with a line for each warning."""
     compared = len(result["models"]) == 2
     names = [Path(entry["path"]).name or entry["path"] for entry in result["models"]]
     header = ["", *names, *(["times as fast", "MACs promise"] if compared else [])]

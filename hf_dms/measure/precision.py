@@ -1,4 +1,4 @@
-"""Whether bfloat16 is worth its loss of precision on this CPU: one without instructions for it emulates them."""
+"""Whether bfloat16 is slow on this CPU. CPUs without bfloat16 instructions emulate them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import time
 
 import torch
 
-SIZE = 256  # of the square matrices whose product is timed
-SLOW = 3  # times float32: beyond noise; a CPU without bfloat16 was seen at 60
+SIZE = 256  # rows and columns of the matrices in the timed product
+SLOW = 3  # times as slow as float32, well beyond noise; a CPU without bfloat16 was 60 times as slow
 
 
 def slowdown_of_bfloat16() -> float:
-    """How many times as long as in float32 a product of two matrices takes in bfloat16 on the CPU: best of three."""
+    """Time of a matrix product in bfloat16, divided by the time in float32, on the CPU; best of three."""
     return _seconds(torch.bfloat16) / _seconds(torch.float32)
 
 
@@ -27,12 +27,12 @@ def _seconds(dtype: torch.dtype) -> float:
 
 
 def slow_bfloat16(asked_by: list[str]) -> str:
-    """What to tell a user who computes in bfloat16 on a CPU; empty if it is not slow, or nothing asks for it.
+    """A warning for a user who computes in bfloat16 on a CPU where that is slow; empty otherwise.
 
-    A training computes in float32 then; the model's own dtype is left as the user says.
+    Training then computes in float32. The model's own dtype does not change.
 
     Args:
-        asked_by: keys of a recipe that ask for it.
+        asked_by: keys of a recipe that ask for bfloat16.
     """
     if not asked_by or (times := slowdown_of_bfloat16()) < SLOW:
         return ""

@@ -1,6 +1,6 @@
-"""Why a cut is slower than its multiply-accumulates promise: what was measured, counted and profiled, in words.
+"""Why a cut model is slower than its multiply-accumulates promise, in words, from measurements, counts and profiles.
 
-Nothing is guessed: where no part of a run falls short of the promise, that is what is said.
+Nothing is guessed: if no part of a run is slower than promised, the text says so.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 CLEARLY = 0.85  # a ratio below this part of its promise falls short of it
-SHARE = 0.1  # a part of a run that takes less of its time is not worth a word
-HEAD_SHARE = 0.25  # of a cut model's MACs in the output embedding
-# Rows of a matrix should begin at whole cache lines on a CPU; on CUDA, NVIDIA's guide to matrix multiplication asks for
-# multiples of 128 bytes.
+SHARE = 0.1  # parts of a run that take less than this share of its time are not mentioned
+HEAD_SHARE = 0.25  # the output embedding is mentioned if it has at least this share of the cut model's MACs
+# On a CPU, rows of a matrix should begin at cache lines (64 bytes). On CUDA, NVIDIA's guide to matrix multiplication
+# asks for multiples of 128 bytes.
 ALIGNED_BYTES = {"cpu": 64, "cuda": 128}
-WORDS = {  # filled with what `_facts` returns; pairs are of the baseline and of the cut
+WORDS = {  # formatted with the result of `_facts`; pairs are (baseline, cut)
     "no_gain": "it does no fewer MACs than the baseline ({macs[1]:.3g} against {macs[0]:.3g})",
     "memory": "memory bound: {rate:.3g} GMAC/s, {prefill_rate:.3g} when it prefills; each step reads "
     "{megabytes[1]:.3g} MB of weights and cache, the baseline {megabytes[0]:.3g} MB, {read:.2f} times as much",
@@ -33,12 +33,12 @@ WORDS = {  # filled with what `_facts` returns; pairs are of the baseline and of
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model's shape a reason may name.
+    """The parts of a model's shape that a reason may mention.
 
     Attributes:
-        num_layers: its layers.
-        widths: every width of a linear map in them, and the modules that have it.
-        multiple: what widths should be multiples of, by dtype and device.
+        num_layers: number of layers.
+        widths: every width of a linear map in the layers, and the modules that have it.
+        multiple: widths should be multiples of this number, which depends on dtype and device.
     """
 
     num_layers: int
@@ -47,7 +47,7 @@ class Shape:
 
 
 def falls_short(measurement: dict[str, Any]) -> bool:
-    """Whether a cut is clearly slower than promised, or than the baseline: three quarters of its turns say so."""
+    """Whether a cut is clearly slower than promised, or than the baseline, in at least three quarters of the turns."""
     return measurement["ratio"][2] < max(1.0, CLEARLY * measurement["promised"])
 
 
@@ -55,10 +55,10 @@ def reasons(measurement: dict[str, Any], prefill: dict[str, Any], dense: Shape, 
     """Why a measurement falls short.
 
     Args:
-        measurement: one of `bench`, with its `profile`: seconds by kind of operator, of the baseline and of the cut.
-        prefill: that of the prefill of the same run, with its profile (the same one for a prefill).
-        dense: the baseline.
-        cut: the model.
+        measurement: a measurement of `bench` with its `profile`: seconds by kind of operator, for baseline and cut.
+        prefill: the measurement of the prefill of the same run, with its profile.
+        dense: shape of the baseline.
+        cut: shape of the cut model.
     """
     if measurement["promised"] <= 1:
         return [WORDS["no_gain"].format(**measurement)]
@@ -80,7 +80,7 @@ def reasons(measurement: dict[str, Any], prefill: dict[str, Any], dense: Shape, 
 
 
 def _facts(measurement: dict[str, Any], prefill: dict[str, Any], dense: Shape, cut: Shape) -> dict[str, Any]:
-    """What `WORDS` may tell of a measurement."""
+    """The values with which `WORDS` is formatted."""
     before, after = measurement["profile"]
     read = [number / 1e6 for number in measurement.get("bytes", (0, 1))]
     odd = (f"{width} of {', '.join(sorted(modules))}" for width, modules in odd_widths(dense, cut).items())
@@ -100,13 +100,13 @@ def _facts(measurement: dict[str, Any], prefill: dict[str, Any], dense: Shape, c
 
 
 def _rate(measurement: dict[str, Any]) -> float:
-    """GMACs per second of the cut while it multiplies."""
+    """GMACs per second of the cut model during its matrix products."""
     seconds = measurement["profile"][1]
     return measurement["macs"][1] / (seconds["matmuls"] + seconds["attention"]) / 1e9
 
 
 def odd_widths(dense: Shape, cut: Shape) -> dict[int, set[str]]:
-    """Widths of the cut that are no whole multiple, unless the same modules' were none in the baseline."""
+    """Widths of the cut that are not multiples, except in modules where the baseline's width was not one either."""
     odd_before = {module for width, modules in dense.widths.items() if width % dense.multiple for module in modules}
     odd = {width: modules - odd_before for width, modules in sorted(cut.widths.items()) if width % cut.multiple}
     return {width: modules for width, modules in odd.items() if modules}

@@ -1,8 +1,8 @@
-"""How long a model takes for a run, and what the run costs by its shapes: what `bench.py` reports.
+"""Time and cost of running a model: the measurements behind `bench.py`.
 
-A run is a prefill, which is one forward pass, and for a language model the decoding of new tokens after it, with a
-cache. A language model computes the logits of the last position only, as in generation: the head, which no cut makes
-shorter, would cap every ratio.
+A run is a prefill (one forward pass), and for a language model the decoding of new tokens after it, with a cache. A
+language model computes the logits of the last position only, as in generation. The logits of all positions would hide
+the effect of a cut, because no cut makes the output embedding smaller in rows.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from ..files import load_saved
 
 Subject = TypeVar("Subject")
 Work = Callable[[], Any]
-# Operators of aten that do the work; what calls them (linear, matmul, conv2d) has no time of its own to speak of.
+# Operators of aten that do the work. Those that call them (linear, matmul, conv2d) take almost no time themselves.
 MATMULS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "mkldnn_convolution", "cudnn_convolution")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is run.
+    """The shape of a run.
 
     Attributes:
         batch_size: sequences or images.
@@ -64,7 +64,7 @@ def load_model(path: str, auto: str, dtype: str, device: str) -> PreTrainedModel
 
 
 def inputs_for(model: PreTrainedModel, run: Run) -> dict[str, Tensor]:
-    """Random inputs of the prefill: speed depends on shapes alone."""
+    """Random inputs of the prefill; only their shapes matter for speed."""
     if model.main_input_name == "pixel_values":
         pixels = dummy_inputs(model)["pixel_values"][:1]
         return {"pixel_values": pixels.repeat(run.batch_size, 1, 1, 1)}
@@ -83,13 +83,13 @@ def run_with(
     """Run a model, each phase under a measure.
 
     Args:
-        measure: does the work it is given, and returns its result and what it measured.
-        model: what is run.
+        measure: function that runs the given work, and returns its result and the measurement.
+        model: the model.
         inputs: keyword arguments of the prefill.
         new_tokens: tokens to decode after it; more than 0 needs a causal language model.
 
     Returns:
-        What was measured of `prefill`, and of `decode` if there are new tokens.
+        The measurement of `prefill`, and of `decode` if there are new tokens.
     """
     options = {"logits_to_keep": 1, "use_cache": True} if model.can_generate() else {}
     output, measured = measure(lambda: model(**inputs, **options))
@@ -109,8 +109,8 @@ def _decode(model: PreTrainedModel, output: Any, options: dict[str, Any], new_to
 def timed(work: Work) -> tuple[Any, float]:
     """The output of a model, and the seconds that it took.
 
-    torch's clock, which waits for the device, but not its `Timer`: that one runs the work at least twice before each
-    measurement and drops its output, which decoding goes on from, and it sets the number of threads.
+    It uses torch's clock, which waits for the device, but not torch's `Timer`. `Timer` runs the work at least twice
+    before each measurement, drops its output (decoding needs it), and sets the number of threads.
     """
     start = timer()
     output = work()
@@ -121,12 +121,12 @@ def in_turns(measure: Callable[[Subject], Mapping[str, Any]], subjects: list[Sub
     """Measure several things in turns, so that a noisy machine treats them alike.
 
     Args:
-        measure: what is measured of one of them.
+        measure: function that measures one subject, and returns measurements by name.
         subjects: models, or paths.
         repeats: measurements of each, after one that does not count.
 
     Returns:
-        For each of them, under the names that `measure` gives, a list of `repeats` measurements.
+        For each subject and name, a list of `repeats` measurements.
     """
     found: list[dict[str, list[Any]]] = [{} for _ in subjects]
     for turn in range(repeats + 1):
@@ -141,8 +141,8 @@ def seconds_per_batch(models: list[PreTrainedModel], inputs: Mapping[str, Tensor
     """Median time of a forward pass of each model, measured in turns.
 
     Args:
-        models: what is run; a language model computes the logits of the last position only.
-        inputs: keyword arguments of a forward pass; labels are left out.
+        models: the models. A language model computes the logits of the last position only.
+        inputs: keyword arguments of a forward pass; labels are ignored.
         repeats: timed passes of each, after one that is not timed.
     """
 
@@ -153,20 +153,20 @@ def seconds_per_batch(models: list[PreTrainedModel], inputs: Mapping[str, Tensor
     return [sorted(times["prefill"])[repeats // 2] for times in in_turns(measure, models, repeats)]
 
 
-# ---- what a run costs by its shapes ----------------------------------------------------------------------------------
+# ---- the cost of a run, from shapes ----------------------------------------------------------------------------------
 def costs_of(config: Any, auto: str, dtype: torch.dtype, run: Run) -> dict[str, dict[str, float]]:
     """Multiply-accumulates and bytes of the phases of a run, of any layout, counted on the meta device.
 
     Args:
-        config: the model's.
+        config: the model's config.
         auto: name of its Auto class.
-        dtype: what it runs in.
-        run: what is run.
+        dtype: precision that it runs in.
+        run: shape of the run.
 
     Returns:
-        Per phase `macs`, those of all matmuls, convolutions and attention scores (over the full square) of the phase;
-        for decode also `bytes`, the weights of linear maps and the cache that its last step reads, and `head_macs`,
-        the part of `macs` in the output embedding, which keeps its rows whatever is cut.
+        Per phase `macs`: of all matrix products, convolutions and attention scores (over the full square). For decode
+        also `bytes`: the weights of linear maps and the cache that its last step reads; and `head_macs`: the part of
+        `macs` in the output embedding, whose rows no cut removes.
     """
     with torch.device("meta"):
         model = getattr(transformers, auto).from_config(config, dtype=dtype, attn_implementation="eager").eval()
@@ -210,7 +210,7 @@ def profiled(work: Work) -> tuple[Any, dict[str, float]]:
     seconds = {"matmuls": 0.0, "attention": 0.0, "rest": 0.0}
     on_device = output.logits.is_cuda
     for event in profile.key_averages():
-        if event.device_type != torch.autograd.DeviceType.CPU:  # a kernel, whose time its operator has too
+        if event.device_type != torch.autograd.DeviceType.CPU:  # a kernel; its time is in its operator's time already
             continue
         name = event.key.removeprefix("aten::")
         kind = "matmuls" if name in MATMULS else "attention" if "attention" in name else "rest"
@@ -219,14 +219,14 @@ def profiled(work: Work) -> tuple[Any, dict[str, float]]:
 
 
 def peak_bytes(path: str, auto: str, dtype: str, device: str, run: Run) -> int | None:
-    """Peak memory of loading a model and running it once, in a process of its own.
+    """Peak memory of loading a model and running it once, in a separate process.
 
     Returns:
-        On a CPU the most resident memory of the process, Python, libraries and mapped files included; on CUDA the most
-        memory allocated there. None where the system does not tell.
+        On a CPU, the peak resident memory of the process, including Python, libraries and mapped files. On CUDA, the
+        peak of allocated memory there. None if the system does not report it.
 
     Raises:
-        ValueError: the process failed, or was ended for want of memory.
+        ValueError: the process failed, or the system ended it because memory ran out.
     """
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -239,8 +239,8 @@ def peak_bytes(path: str, auto: str, dtype: str, device: str, run: Run) -> int |
         process.join()
         raise HfDmsError(
             f"The process that loaded {path} and ran it at batch size {run.batch_size} ended with exit code "
-            f"{process.exitcode}. Its error is above; if there is none, the system ended it, most likely for want of "
-            "memory. Give smaller --batch-sizes or a smaller --sequence-length."
+            f"{process.exitcode}. Its error is above. If there is none, the system ended it, most likely because "
+            "memory ran out. Give smaller --batch-sizes or a smaller --sequence-length."
         ) from None
 
 
@@ -253,9 +253,9 @@ def _load_and_run(sender: Connection, path: str, auto: str, dtype: str, device: 
 
 
 def peak_resident_bytes() -> int | None:
-    """The most resident memory of this process so far; None where the system does not tell."""
+    """The peak resident memory of this process so far, in bytes; None if the system does not report it."""
     status = Path("/proc/self/status")
-    if status.is_file():  # of this program alone; ru_maxrss begins with that of the process it was started from
+    if status.is_file():  # better than ru_maxrss, which includes the peak of the parent process before exec
         return next(
             int(line.split()[1]) * 1024
             for line in status.read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""What a result was made with: versions, and the device."""
+"""The versions and the device that a result was made with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .. import __version__
 
 def versions() -> dict[str, str]:
     """Versions of hf_dms, of Python and of the packages that a result depends on most."""
-    modules = (torch, transformers, accelerate, datasets)  # torch's own word says more than its metadata: 2.13.0+cpu
+    modules = (torch, transformers, accelerate, datasets)  # torch.__version__ has the build too: 2.13.0+cpu
     named = {module.__name__: str(module.__version__) for module in modules}
     return {"hf_dms": __version__, "python": platform.python_version()} | named
 

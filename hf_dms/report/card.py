@@ -1,6 +1,6 @@
-"""The README.md of a pruned model: a model card that the Hub reads, made from the content of `dms_report.json`.
+"""The README.md of a pruned model: a model card for the Hub, made from the content of `dms_report.json`.
 
-Its metadata are huggingface_hub's own. Like the report it shows local paths by their last part alone, `.../name`.
+Its metadata follow huggingface_hub's schema. Like the report, it shows only the last part of local paths, `.../name`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ..config import SEARCH, DMSConfig
 from ..tasks.registry import TASKS, task_of_class
 from .numbers import columns_of, heading, loading_lines, network_of, notes, report_table, sizes_table
 
-LOCAL = ".../"  # what a report puts before the last part of a local path
-INHERITED = ("language", "license", "license_name", "license_link")  # of the base model's card, as they are there
+LOCAL = ".../"  # replaces all but the last part of a local path in a report
+INHERITED = ("language", "license", "license_name", "license_link")  # copied from the base model's card
 DMS = "[hf_dms](https://arxiv.org/abs/2405.07194) (Differentiable Model Scaling)"
 
 
 def model_card(report: dict[str, Any], name: str, base: dict[str, Any] | None = None) -> str:
-    """The README.md of a model that a recipe pruned, or that a plan cut from files.
+    """The README.md of a model pruned by a recipe, or cut from files by a plan.
 
     Args:
         report: the content of `dms_report.json`.
@@ -82,7 +82,7 @@ def _origin(report: dict[str, Any]) -> str:
 
 
 def _found(report: dict[str, Any], config: DMSConfig) -> str:
-    """Where a network that was found in a supernet comes from."""
+    """The first paragraph for a network that was found in a supernet."""
     larger = report["recipe"]["model"]["supernet"]
     trained = {"fresh": "fresh weights", "searched": "the weights of the search"}
     state = "that was trained first" if report["recipe"]["finetune"] else "of random weights"
@@ -97,7 +97,7 @@ def _found(report: dict[str, Any], config: DMSConfig) -> str:
 
 
 def _protocol(report: dict[str, Any]) -> str:
-    """What quality was measured on; empty for a cut by a plan, which measures nothing."""
+    """The line that tells what quality was measured on; empty for a cut by a plan, which measures nothing."""
     if "recipe" not in report:
         return ""
     task = TASKS[report["recipe"]["model"]["task"]]
@@ -106,7 +106,7 @@ def _protocol(report: dict[str, Any]) -> str:
 
 # ---- metadata --------------------------------------------------------------------------------------------------------
 def card_data(report: dict[str, Any], name: str, base: dict[str, Any]) -> ModelCardData:
-    """The metadata of the card; its evaluation results become the Hub's model-index.
+    """The metadata of the card. The Hub shows its evaluation results as model-index.
 
     Args:
         report: the content of `dms_report.json`.
@@ -131,7 +131,7 @@ def card_data(report: dict[str, Any], name: str, base: dict[str, Any]) -> ModelC
 
 
 def _base_model(report: dict[str, Any], base: dict[str, Any]) -> str | list[str] | None:
-    """The dense model's id on the Hub: as the recipe says, its path, or what the card or config of a folder says."""
+    """The dense model's id on the Hub: from the recipe, its path, or the card or config in its folder."""
     path = _model(report)["path"]
     if "recipe" in report and report["recipe"]["dms"]["pipeline"] == "np":
         return None  # nothing of its weights is in the result
@@ -146,7 +146,7 @@ def _datasets(base: dict[str, Any], path: str | None) -> list[str]:
 
 
 def _evaluation(report: dict[str, Any]) -> list[EvalResult]:
-    """What the last model of a recipe scored; nothing if that is no finite number."""
+    """The score of the last model of a recipe; empty if it is not a finite number."""
     data, task = report["recipe"]["data"], TASKS[report["recipe"]["model"]["task"]]
     value = report[columns_of(report)[-1]][task.metric]
     if value is None:
@@ -180,25 +180,25 @@ def source_of(report: dict[str, Any]) -> str:
 
 
 def base_metadata(path: str, revision: str | None = None) -> dict[str, Any]:
-    """The metadata of the dense model's own card; empty where there is none that can be read now.
+    """The metadata of the dense model's own card; empty if there is no card that can be read.
 
-    Of a folder whose config says which model on the Hub it is a copy of, `base_model` is that one.
+    If the config in a local folder names the Hub model that it is a copy of, that becomes `base_model`.
 
     Args:
-        path: its folder or Hub id.
+        path: folder or Hub id of the dense model.
         revision: branch, tag or commit on the Hub.
     """
     try:
         card = hf_hub_download(path, "README.md", revision=revision) if is_hub_id(path) else Path(path) / "README.md"
         found = metadata_load(card) or {}
-    except (OSError, ValueError, yaml.YAMLError):  # no card, no network, or not valid: none of them stops a run
+    except (OSError, ValueError, yaml.YAMLError):  # no card, no network or invalid: a card is not worth failing for
         found = {}
     copied = _copy_of(Path(path))
     return found if copied is None else found | {"base_model": copied}
 
 
 def _copy_of(folder: Path) -> str | None:
-    """The Hub id that the config of a folder has kept from where it was loaded, if it has."""
+    """The Hub id in the config of a folder, which transformers writes there when a Hub model is saved; or None."""
     try:
         name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
     except (OSError, ValueError, AttributeError):
@@ -207,7 +207,7 @@ def _copy_of(folder: Path) -> str | None:
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether a model or dataset is meant on the Hub: a valid id, and nothing here has that name."""
+    """Whether a path means a model or dataset on the Hub: it is a valid id, and no local file has that name."""
     try:
         validate_repo_id(path)
     except HFValidationError:

@@ -1,6 +1,6 @@
-"""What a comparison came to: quality of every strategy at every budget, with paired differences from the first one.
+"""The results of a comparison: quality of every strategy at every budget, and paired differences from the first one.
 
-As numbers for `table.json`, as a Markdown table, and as a plot of quality over budget.
+They are written as numbers (`table.json`), as a Markdown table, and as a plot of quality over budget.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ LINES_OF_PLOT = 8
 
 
 def comparison_numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What a comparison came to, an entry for each target and strategy; several seeds are averaged.
+    """The results of a comparison, an entry for each target and strategy. Several seeds are averaged.
 
     Args:
-        rows: those of `rows.jsonl`.
+        rows: the rows of `rows.jsonl`.
 
     Returns:
-        Per entry: `target`, `strategy`, `seeds` (their number), `seen` (examples, all stages together), `tokens` and
-        `resource` (share kept) where rows have them, `texts`: per text the metric of the dense model and of each stage
-        that all rows have, and `difference` from the first strategy at this target after the last of these stages, on
-        the same examples and seeds, with `difference_stderr` (nats per token for perplexity, a share for accuracy);
-        neither for the first strategy itself. Largest target first; behind the first strategy the others, the best
-        one after the last stage on the first text first.
+        Entries with `target`, `strategy`, `seeds` (their number), `seen` (examples of all stages), and, where rows have
+        them, `tokens` and `resource` (share kept). `texts` has, per text, the metric of the dense model and of each
+        stage that all rows have. Except for the first strategy, it also has the `difference` from the first strategy
+        at the same target after the last of these stages, on the same examples and seeds, with `difference_stderr` (in
+        nats per token for perplexity, as a share for accuracy). Entries are sorted by target, largest first. At each
+        target the first strategy comes first, then the others by quality after the last stage on the first text.
     """
     groups: dict[tuple[float, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -68,14 +68,14 @@ def _of_text(group: list[dict], first: list[dict] | None, text: str) -> dict[str
 
 
 def metric_of(rows: list[dict[str, Any]]) -> str:
-    """The metric that rows have: perplexity or accuracy."""
+    """The metric in the rows: perplexity or accuracy."""
     return next(key for key in METRICS if key in next(iter(rows[0]["scores"]["dense"].values())))
 
 
 def comparison_table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table of `comparison_numbers`, a line for each target and strategy.
 
-    Differences are behind the last stage: nats per token for perplexity, points for accuracy.
+    The difference from the first strategy follows the last stage: nats per token for perplexity, points for accuracy.
     """
     if not rows:
         return "No rows yet."
@@ -104,7 +104,7 @@ def _cell(values: dict[str, float], metric: str) -> str:
 def comparison_panels(rows: list[dict[str, Any]]) -> list[Panel]:
     """Quality after the last stage over the budget, a panel for each text and a line for each of the best strategies.
 
-    These are the first one and those that are best at the smallest target; the table has all.
+    Lines are drawn for the first strategy and for those that are best at the smallest target. The table has all.
     """
     numbers, metric = comparison_numbers(rows), metric_of(rows)
     best = [entry["strategy"] for entry in numbers if entry["target"] == numbers[-1]["target"]][:LINES_OF_PLOT]
@@ -123,7 +123,7 @@ def comparison_panels(rows: list[dict[str, Any]]) -> list[Panel]:
 
 
 def write_comparison(rows: list[dict[str, Any]], folder: Path) -> str:
-    """Write `table.md`, `table.json` and, once there is a row, `quality.png` into a folder; returns the table."""
+    """Write `table.md`, `table.json` and, if there are rows, `quality.png` into a folder; returns the table."""
     table = comparison_table(rows)
     (folder / "table.md").write_text(table + "\n", encoding="utf-8")
     (folder / "table.json").write_text(to_json(finite(comparison_numbers(rows))), encoding="utf-8")
@@ -138,9 +138,12 @@ def paired_difference(group: list[dict], first: list[dict], stage: str, text: st
 
     Args:
         group: rows of one strategy.
-        first: rows of the other.
+        first: rows of the other strategy.
         stage: cut, repaired or recovered.
-        text: name of what was measured on.
+        text: name of the text.
+
+    Returns:
+        Mean and standard error over the examples; nan if the strategies have no seed in common.
     """
     others = {row["cell"]["seed"]: row for row in first}
     pairs = [(row, others[row["cell"]["seed"]]) for row in group if row["cell"]["seed"] in others]
@@ -152,7 +155,7 @@ def paired_difference(group: list[dict], first: list[dict], stage: str, text: st
             for a, b in pairs
         ]
     ).double()
-    examples = per_example.mean(0)  # seeds share their examples, so they are no independent draws of these
+    examples = per_example.mean(0)  # average over seeds first: seeds share their examples, so they are not independent
     return float(examples.mean()), float(examples.std() / math.sqrt(len(examples)))
 
 

@@ -1,7 +1,7 @@
 """The pictures of a report, drawn once by matplotlib: SVG for `report.html`, PNG files for a paper.
 
-A panel is one picture. The page shows each by itself, as wide as a phone; a PNG file may hold several. `lines_panel`
-draws any named lines, so a new plot is another call of it.
+A panel is one picture. The page shows each panel separately, as wide as a phone. A PNG file may hold several panels.
+`lines_panel` draws any named lines, so a new plot needs only another call.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from .svg import TITLE, inline
 Points = list[tuple[float, float]]
 Bands = dict[str, list[tuple[float, float, float]]]
 
-COLOURS = {  # light values of the page's CSS variables; the page has dark ones
+COLOURS = {  # values of the page's CSS variables in light mode; the page defines the dark ones
     **{"c0": "#1f5fbf", "c1": "#b4520a", "c2": "#1a7f4b", "c3": "#8a3fa8", "c4": "#7a6a00", "c5": "#b0244a"},
     **{"soft": "#565d66", "rule": "#d5d9de", "cut": "#dfe3e8"},
 }
 SERIES = [COLOURS[f"c{number}"] for number in range(6)]
-LINES = ("-", "--", ":", "-.")  # so that lines differ without colour too
-FEW = 12  # points of a line that are marked one by one
+LINES = ("-", "--", ":", "-.")  # lines must differ without colour too
+FEW = 12  # lines with fewer points get a marker at each point
 SOFT, RULE = COLOURS["soft"], COLOURS["rule"]
 STYLE = {
     **{f"axes.spines.{side}": False for side in ("top", "left", "right")},
@@ -51,8 +51,8 @@ class Panel:
     Attributes:
         name: letters and hyphens, unique among the panels of a page.
         title: a few words.
-        summary: what it shows, in a sentence, for readers who cannot see it.
-        draw: puts it on axes.
+        summary: its content in a sentence, for readers who cannot see it.
+        draw: draws it on axes.
     """
 
     name: str
@@ -70,7 +70,7 @@ def write_figures(report: dict[str, Any], folder: str | Path) -> list[Path]:
         folder: where the files go; it is made if it is not there.
 
     Returns:
-        The files; none for what the report does not have, such as the search of a cut by a plan.
+        The files. There is none for parts that the report lacks, such as the search for a cut by a plan.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     cut, search = cut_panels(report), search_panels(report)
@@ -93,14 +93,14 @@ def svg(panel: Panel) -> str:
 def save(
     file: Any, panels: list[Panel], columns: int, size: tuple[float, float], font_size: float, **options: Any
 ) -> None:
-    """Draw panels side by side, whatever the user's own matplotlibrc says.
+    """Draw panels side by side. The user's own matplotlibrc has no effect.
 
     Args:
         file: path or file object.
         panels: what to draw.
         columns: panels in a row.
         size: width and height of a panel in inches.
-        font_size: of every word, in points.
+        font_size: size of all text, in points.
         options: for `Figure.savefig`.
     """
     rows = math.ceil(len(panels) / columns)
@@ -125,8 +125,8 @@ def lines_panel(
 
     Args:
         name, title: see `Panel`.
-        labels: of the x and the y axis.
-        series: name → points (x, y) in order of x; where y is nan the line has a gap.
+        labels: labels of the x and the y axis.
+        series: name → points (x, y) in order of x. The line has a gap where y is nan.
         bands: name → (x, lowest y, highest y), drawn behind the series of that name.
         from_zero: whether the y axis begins at 0.
         log: whether the y axis is logarithmic.
@@ -161,13 +161,13 @@ def lines_panel(
 
 
 def bars_panel(dim: str, kept: list[int], units: int, network: str = "dense model") -> Panel:
-    """Units kept of a dim, a bar for each layer that was searched; a dropped layer is hatched over its whole height.
+    """Units kept of a dim, a bar for each layer of the searched network. Dropped layers are hatched bars.
 
     Args:
-        dim: its name.
-        kept: units kept per layer, 0 where the layer is gone.
-        units: units of each layer that was searched.
-        network: whose layers these are, in words.
+        dim: name of the dim.
+        kept: units kept per layer, 0 for a dropped layer.
+        units: units of each layer before the cut.
+        network: name of the searched network, in words.
     """
     stay = [layer for layer, count in enumerate(kept) if count > 0]
     gone = [layer for layer, count in enumerate(kept) if count == 0]
@@ -194,7 +194,7 @@ def bars_panel(dim: str, kept: list[int], units: int, network: str = "dense mode
 
 
 def _finish(axes: Axes, labels: tuple[str, str], legend: bool) -> None:
-    """Labels, and a legend above; in a column of panels the outer ones alone have them."""
+    """Labels, and a legend above. In a column of panels only the outer panels have them."""
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:,.6g}")
     place: Any = axes.get_subplotspec()

@@ -1,7 +1,7 @@
 """`report.html`: one file that opens offline and shows a prune, made from the content of `dms_report.json`.
 
-Jinja2 fills `report.html.jinja` and escapes every value but the pictures, which `figures.py` escapes. The page has no
-script and fetches nothing, and its own content policy forbids both.
+Jinja2 fills `report.html.jinja` and escapes every value except the pictures, which `figures.py` escapes. The page has
+no script and loads nothing, and its content security policy forbids both.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ TEMPLATES.globals.update(svg=svg, colours=COLOURS)
 
 
 def render(report: dict[str, Any], config: dict[str, Any], name: str) -> str:
-    """The page.
+    """The page as HTML.
 
     Args:
         report: the content of `dms_report.json`.
         config: the content of the pruned model's `config.json`.
-        name: of the model.
+        name: name of the model.
     """
     recipe = report.get("recipe")
     return TEMPLATES.get_template("report.html.jinja").render(
@@ -81,14 +81,14 @@ def render(report: dict[str, Any], config: dict[str, Any], name: str) -> str:
 
 
 def tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """The result in a few words and numbers: (what, how much)."""
+    """The main results as pairs of (label, value)."""
     dense, pruned, last = report["dense"], report["pruned"], report[columns_of(report)[-1]]
     shares = {
         "num_params": "of the parameters",
         "macs_per_token": "of the MACs",
         "kv_bytes_per_token": "of the KV cache",
     }
-    if (original := report.get("original")) is not None:  # nobody compares with the supernet
+    if (original := report.get("original")) is not None:  # shares of the original; the supernet is no baseline
         own = {key: f"of the original's {words.removeprefix('of the ')}" for key, words in shares.items()}
         found = [(words, f"{pruned[key] / original[key]:.1%}") for key, words in own.items() if original.get(key)]
         task = TASKS[report["recipe"]["model"]["task"]]
@@ -105,7 +105,7 @@ def tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def standard_errors(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """(Model, its metric with standard error and the paired difference from the dense model with its own)."""
+    """Per model its metric and its paired difference from the dense model, both with standard errors."""
     lines = []
     for name, measured in measured_columns(report).items():
         metric = next((metric for metric in METRICS if measured.get(metric) is not None), None)
@@ -125,16 +125,16 @@ def _plus_minus(error: float | None) -> str:
 
 # ---- `hf-dms report` -------------------------------------------------------------------------------------------------
 def as_data(path: str) -> dict[str, Any]:
-    """What `show` says, for programs: the report, None if there is none, and what the runtimes do with the model."""
+    """The content of `show` for programs: the report (None if there is none), and the verdicts of the runtimes."""
     report, config = read(path)
     return {"report": report, "runtimes": [asdict(verdict) for verdict in verdicts(config)]}
 
 
 def show(path: str, page: str | None = None, figures: str | None = None) -> str:
-    """Write a report's page anew, and its figures if asked; what they say in words.
+    """Write a report's page again, and its figures if asked, and return the report as text.
 
     Args:
-        path: folder of a model; of one without a report only the runtimes are told.
+        path: folder of a model. Without a report in it, only the runtimes are shown.
         page: file to write the page to. Default: `report.html` in the folder.
         figures: folder for PNG files. Default: none are made.
 
@@ -142,7 +142,7 @@ def show(path: str, page: str | None = None, figures: str | None = None) -> str:
         The text for the terminal.
 
     Raises:
-        ValueError: there is no model, or no report to make a page or figures of.
+        ValueError: there is no model; or a page or figures are asked for, and there is no report.
     """
     report, config = read(path)
     name = Path(path).resolve().name
@@ -156,7 +156,7 @@ def show(path: str, page: str | None = None, figures: str | None = None) -> str:
     except (jinja2.UndefinedError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise HfDmsError(
             f"{Path(path, REPORT)} lacks what the page shows, or has it in another form: {error}. If it was changed by "
-            "hand, set it back."
+            "hand, undo the change."
         ) from error
     target.write_text(content, encoding="utf-8")
     written = [str(target), *(str(file) for file in (write_figures(report, figures) if figures else []))]

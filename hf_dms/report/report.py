@@ -1,4 +1,5 @@
-"""`Report`: what a prune came to. `dms_report.json`, all that is shown of it, and its JSON Schema are made of this.
+"""`Report`: the results of a prune. `dms_report.json`, everything that is shown of it, and its JSON Schema follow from
+it.
 
 `python -m hf_dms.report.report` prints the schema, `dms_report.schema.json`.
 """
@@ -21,7 +22,7 @@ OF_A_CUT_BY_A_PLAN = ("model", "proof", "left_out")
 
 
 class Measured(TypedDict, total=False):
-    """Numbers of one model. A float that may be None is one that may be not finite."""
+    """Numbers of one model. None stands for a float that is not finite."""
 
     num_params: Annotated[int, "Parameters, tied ones once."]
     macs_per_token: Annotated[
@@ -29,13 +30,13 @@ class Measured(TypedDict, total=False):
         "Multiply-accumulates of a forward pass of one sequence of dms.sequence_length tokens, per token; for images a "
         "patch counts as one.",
     ]
-    kv_bytes_per_token: Annotated[int, "Of the cache, in the model's own precision."]
-    kept_num_params: Annotated[int, "Of a padded model: without the zeros. The target limits this."]
+    kv_bytes_per_token: Annotated[int, "Bytes of the key-value cache, in the model's own precision."]
+    kept_num_params: Annotated[int, "For a padded model: parameters without the zeros. The target limits this number."]
     kept_macs_per_token: int
     kept_kv_bytes_per_token: int
-    perplexity: Annotated[float | None, "Of held-out sequences, each scored by itself."]
-    accuracy: Annotated[float, "Of held-out examples."]
-    stderr: Annotated[float | None, "Standard error of the metric over the examples; null of one example."]
+    perplexity: Annotated[float | None, "On held-out sequences, each scored separately."]
+    accuracy: Annotated[float, "On held-out examples."]
+    stderr: Annotated[float | None, "Standard error of the metric over the examples; null for a single example."]
     difference: Annotated[float | None, "Mean paired difference from the dense model: accuracy, or nats per token."]
     difference_stderr: float | None
     tokens_per_second: Annotated[float, "Prefilling one batch, median of three."]
@@ -44,62 +45,65 @@ class Measured(TypedDict, total=False):
 
 
 class Masks(TypedDict):
-    """Quality before the cut, which a choice without a search does not have."""
+    """Quality on the masks of a search, before the cut. One-shot strategies have no such masks."""
 
     soft: Annotated[
         Measured,
-        "Quality on the soft masks that the search ended with; what `pruned` differs by is the cost of rounding.",
+        "Quality on the soft masks at the end of the search. The difference from `pruned` is the cost of rounding.",
     ]
 
 
 class _Step(TypedDict):
     step: int
-    resource: Annotated[float, "Of the soft masks, as a share of the dense model's."]
-    target: Annotated[float, "What the resource is driven to at this step."]
-    task_loss: Annotated[float | None, "Mean over the interval, on soft masks."]
+    resource: Annotated[float, "Resource of the soft masks, as a share of the dense model's."]
+    target: Annotated[float, "The falling target of the resource at this step."]
+    task_loss: Annotated[float | None, "Mean over the logging interval, on soft masks."]
 
 
 class Step(_Step, total=False):
     """One log of a search."""
 
     epoch: float
-    loss: Annotated[float | None, "Task loss and resource loss, as the Trainer adds them up."]
+    loss: Annotated[float | None, "Sum of task loss and resource loss, as the Trainer logs it."]
     resource_loss: float
     learning_rate: float
-    grad_norm: Annotated[float | None, "Of the weights."]
-    gate_grad_norm: Annotated[float | None, "Of the prune ratios."]
-    skipped_steps: Annotated[int, "Whose loss or gradients were not finite, so far."]
+    grad_norm: Annotated[float | None, "Norm of the gradients of the weights."]
+    gate_grad_norm: Annotated[float | None, "Norm of the gradients of the prune ratios."]
+    skipped_steps: Annotated[int, "Steps so far that were skipped, because loss or gradients were not finite."]
 
 
 DIMS = Annotated[
     float | None,
-    "kept/DIM, kept_min/DIM, kept_max/DIM: whole units nearest to the learned sizes, mean, smallest and largest over "
-    "the layers; soft_fraction/DIM: share of the units whose mask is neither open nor closed.",
+    "kept/DIM, kept_min/DIM, kept_max/DIM: learned sizes rounded to whole units; mean, smallest and largest over the "
+    "layers. soft_fraction/DIM: share of the units with a mask that is neither open nor closed.",
 ]
 
 
 class _Sample(TypedDict):
     input: Annotated[str, "A text, or a small PNG as a data URI."]
-    outputs: Annotated[dict[str, str], "Model of this report to its continuation, prompt included, or its class."]
+    outputs: Annotated[
+        dict[str, str],
+        "By model of this report: its continuation, including the prompt, or the class that it predicts.",
+    ]
 
 
 class Sample(_Sample, total=False):
-    """An input, and what models make of it."""
+    """An input, and the models' outputs for it."""
 
     label: str
-    probabilities: Annotated[dict[str, float | None], "Model of this report to its probability of that class."]
+    probabilities: Annotated[dict[str, float | None], "By model of this report: the probability of that class."]
 
 
 class _Original(TypedDict):
     num_params: int
     macs_per_token: int
     target: Annotated[
-        float, "The share of its resource that was asked for; recipe.dms.target is that of the supernet's."
+        float, "The requested share of its resource. recipe.dms.target is the share of the supernet's resource."
     ]
 
 
 class Original(_Original, total=False):
-    """The model whose config is at model.path, beside a supernet."""
+    """The model at model.path, for a search in a supernet."""
 
     kv_bytes_per_token: int
 
@@ -113,71 +117,69 @@ class Source(TypedDict):
 
 @dataclass
 class Report:
-    """What a prune came to. Numbers that are not finite are null. Keys may be added without a new format.
+    """The results of a prune. Numbers that are not finite are null. Keys may be added without a new format.
 
     A key that is None is left out of the file.
     """
 
     dense: Annotated[
         Measured,
-        "The dense model, fine-tuned if the recipe says so; with pipeline np, and no fine-tuning, one with random "
-        "weights; with model.supernet the supernet.",
+        "The dense model, fine-tuned if the recipe has a finetune section. With pipeline np and no fine-tuning it has "
+        "random weights. With model.supernet it is the supernet.",
     ]
     pruned: Annotated[
-        Measured, "The pruned model right after the cut; its sizes, costs and speed are those of the folder."
+        Measured, "The pruned model right after the cut. Its sizes, costs and speed are those of the saved model."
     ]
     sizes: Annotated[
         dict[str, list[Annotated[int, {"minimum": 0}]]],
-        "Units kept: dim to one number per layer of the dense model, 0 where the layer is gone, or one number for a "
+        "Units kept, by dim: one number per layer of the dense model, 0 for a dropped layer; or a single number for a "
         "dim of the whole model.",
     ]
     units: Annotated[
         dict[str, Annotated[int, {"minimum": 1}]],
-        "Units of the dense model: dim to the number per layer, or of the whole model.",
+        "Units of the dense model, by dim: the number per layer, or of the whole model.",
     ]
     kept_layers: Annotated[list[Annotated[int, {"minimum": 0}]], "Indices of the dense model's layers that stay."]
-    layout: Annotated[str, {"enum": list(LAYOUTS)}, "What was asked for."]
-    model_class: Annotated[str, "What is written; that of a per-layer model begins with Dms."]
-    versions: Annotated[dict[str, str], "Of hf_dms, Python and the packages it ran with."]
-    seconds: Annotated[int, "From the start to the save, of the last run if it was resumed."]
-    repaired: Annotated[Measured | None, "After recover.repair, if the recipe has it: quality alone."] = None
-    recovered: Annotated[Measured | None, "After the retraining of recover, if the recipe has it: quality alone."] = (
-        None
-    )
+    layout: Annotated[str, {"enum": list(LAYOUTS)}, "The requested checkpoint format, dms.layout."]
+    model_class: Annotated[str, "Class of the saved model. Names of per-layer classes begin with Dms."]
+    versions: Annotated[dict[str, str], "Versions of hf_dms, Python and the packages that were used."]
+    seconds: Annotated[int, "Time from the start to the save; if the run was resumed, of its last part."]
+    repaired: Annotated[Measured | None, "Quality after recover.repair, if the recipe has it."] = None
+    recovered: Annotated[Measured | None, "Quality after the training in recover, if the recipe has one."] = None
     original: Annotated[
-        Original | None, "With model.supernet: the costs of the model that the supernet is larger than. Never trained."
+        Original | None, "With model.supernet: the costs of the model at model.path, which is never trained."
     ] = None
     masks: Masks | None = None
     texts: Annotated[
         dict[str, dict[str, Measured]] | None,
-        "Of eval.texts: name to what each model of this report measured there, by the model's key here: quality alone.",
+        "Quality on eval.texts: by name of the text, and by the model's key in this report.",
     ] = None
     outcome: Annotated[
         SearchOutcome | None,
-        "How the search ended: the shares that its ratios and the cut's whole sizes keep, beside the target; in words "
-        "if it ended off that.",
+        "How the search ended: the target, and the shares that the learned ratios and the cut keep. message warns if "
+        "the search missed the target.",
     ] = None
-    protocol: Annotated[str | None, "What quality was measured on, in words."] = None
+    protocol: Annotated[str | None, "The data that quality was measured on, in words."] = None
     search: Annotated[
         list[Annotated[Step, {"additionalProperties": DIMS}]] | None,
-        "The course of the search: the Trainer's logs, of each logging interval.",
+        "The course of the search: the Trainer's log of each logging interval.",
     ] = None
     samples: Annotated[
         list[Sample] | None,
-        "Inputs with what the dense and the last model of this report make of each: a recipe's prompts, or some "
-        "held-out examples of a classifier.",
+        "Inputs with the outputs of the dense and the last model of this report: a recipe's prompts, or some held-out "
+        "examples of a classifier.",
     ] = None
     recipe: Annotated[
-        dict[str, Any] | None, "As it ran, with every default; local paths by their last part, .../name."
+        dict[str, Any] | None, "The recipe as it ran, with every default. Local paths are shortened to .../name."
     ] = None
     seed: int | None = None
-    model: Annotated[Source | None, "Of a cut by a plan: the dense model."] = None
+    model: Annotated[Source | None, "For a cut by a plan: the dense model."] = None
     proof: Annotated[
         Literal["tensors"] | None,
-        "Of a cut by a plan: every written tensor was read back and equals the slice of its source.",
+        "For a cut by a plan: every written tensor was read back, and equals the slice of its source.",
     ] = None
     left_out: Annotated[
-        list[str] | None, "Of a cut by a plan: tensors of the files that the model has no parameters for."
+        list[str] | None, "For a cut by a plan: tensors in the files for which the model has no parameter."
     ] = None
 
     def values(self) -> dict[str, Any]:
@@ -199,7 +201,7 @@ def schema() -> dict[str, Any]:
         "required": [key for key in OF_A_SEARCH if key != "masks"],
         "properties": {"masks": False, "search": {"maxItems": 0}},
     }
-    form = {"const": FORMAT, "description": "Of this file; a change of what a key means raises it."}
+    form = {"const": FORMAT, "description": "Format of this file. It increases when the meaning of a key changes."}
     keys = {name: _schema_of(_without_none(hint) if name in optional else hint) for name, hint in hints.items()}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -215,7 +217,7 @@ def schema() -> dict[str, Any]:
 
 
 def _schema_of(hint: Any) -> dict[str, Any]:
-    """The schema of a type; what annotates it is its description, or keys of the schema that are given as types."""
+    """The schema of a type. Annotations are its description, or further keys of the schema."""
     if typing.get_origin(hint) is Annotated:
         inner, *notes = typing.get_args(hint)
         found = _schema_of(inner)

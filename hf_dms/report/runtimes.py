@@ -1,7 +1,7 @@
-"""Who can load a checkpoint: `runtimes.yaml`, and what the sizes in a config.json change about it.
+"""Which runtimes can load a checkpoint: the table in `runtimes.yaml`, and conditions on the sizes in a config.json.
 
-`python -m hf_dms.report.runtimes docs/runtimes.md` renews the table there; `hf-dms report PATH` prints what applies to
-a checkpoint.
+`python -m hf_dms.report.runtimes docs/runtimes.md` renews the table in the docs. `hf-dms report PATH` prints the rows
+that apply to a checkpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STATUSES: dict[str, str] = TABLE["statuses"]  # status → what it means
 
 @dataclass(frozen=True)
 class Row:
-    """What one runtime does with models of some types; `runtimes.yaml` says more of each field."""
+    """What one runtime does with models of some types. `runtimes.yaml` explains each field."""
 
     runtime: str
     version: str
@@ -34,7 +34,7 @@ class Row:
     order: dict[str, tuple[str, Any, int]] = field(default_factory=dict)
 
     def model_types(self) -> list[str]:
-        """The model types that this row is about."""
+        """The model types to which this row applies."""
         return [name for name in _in_groups(self.models) if name not in self.but]
 
 
@@ -49,7 +49,7 @@ class Verdict:
 
 
 def _in_groups(names: list[str]) -> list[str]:
-    """Model types, in place of the groups among some names."""
+    """Names with each group replaced by its model types."""
     groups = TABLE["groups"]
     return [inner for name in names for inner in (_in_groups(groups[name]) if name in groups else [name])]
 
@@ -59,18 +59,18 @@ ROWS = [Row(one["name"], one["version"], **row) for one in TABLE["runtimes"] for
 
 # ---- one checkpoint --------------------------------------------------------------------------------------------------
 def layout_of(config: dict[str, Any]) -> str:
-    """How a folder is written, by its config.json: per_layer, or stock (which padded ones are too)."""
+    """The checkpoint format of a folder, by its config.json: per_layer, or stock (which includes padded)."""
     return "per_layer" if config.get("model_type", "").startswith("dms_") else "stock"
 
 
 def verdicts(config: dict[str, Any]) -> list[Verdict]:
-    """The rows of the table that apply to a checkpoint, with what its sizes change about them.
+    """The rows of the table that apply to a checkpoint, adapted to its sizes.
 
     Args:
         config: the content of its config.json.
 
     Returns:
-        One for each runtime; none for a model type that hf_dms does not know.
+        One verdict for each runtime; none for a model type that hf_dms does not know.
     """
     model_type = config.get("model_type", "").removeprefix("dms_")
     found = []
@@ -83,7 +83,7 @@ def verdicts(config: dict[str, Any]) -> list[Verdict]:
 
 
 def _for_sizes(verdict: Verdict, row: Row, config: dict[str, Any]) -> Verdict:
-    """A verdict, changed where the sizes of a checkpoint decide."""
+    """A verdict, changed if it depends on the sizes of a checkpoint."""
     if layout_of(config) == "per_layer":
         if row.runtime == "SGLang" and verdict.status == "no" and not _heads_differ(config):
             words = "only MLP widths differ here, which its Transformers backend may take: `--model-impl transformers`"
@@ -91,14 +91,14 @@ def _for_sizes(verdict: Verdict, row: Row, config: dict[str, Any]) -> Verdict:
         return verdict
     heads, head_dim, hidden = (config.get(key) for key in TABLE["sizes"]["heads"])
     if row.ignores_head_dim and heads and head_dim and heads * head_dim != hidden:
-        words = f"it takes the hidden size / heads for the head size, {hidden} / {heads} instead of {head_dim}"
+        words = f"it assumes hidden size / heads as the head size, {hidden} / {heads} instead of {head_dim}"
         return replace(verdict, status="no", words=f"{words}: {row.ignores_head_dim}")
     if _out_of_order(row, config):
-        words = "layers were dropped, and it takes their order for granted instead of reading it"
+        words = "layers were dropped, and it assumes a fixed order of layers instead of reading the order"
         return replace(verdict, status="no", words=f"{words}: wrong outputs, no error")
     odd = [f"{key} {config[key]}" for key in TABLE["sizes"]["rows"] if config.get(key, 0) % 256]
     if row.runtime == "llama.cpp" and verdict.status != "no" and odd:
-        more = f"K-quants fall back to larger types where rows are no multiple of 256 ({', '.join(odd)})"
+        more = f"K-quants fall back to larger types where rows are not a multiple of 256 ({', '.join(odd)})"
         return replace(verdict, words=f"{verdict.words}; {more}")
     return verdict
 
@@ -109,7 +109,7 @@ def _heads_differ(config: dict[str, Any]) -> bool:
 
 
 def _out_of_order(row: Row, config: dict[str, Any]) -> bool:
-    """Whether the kinds of a model's layers do not follow the order that a runtime takes for granted."""
+    """Whether the kinds of a model's layers do not follow the order that a runtime assumes."""
     key, entry, period = row.order.get(config["model_type"], ("", None, 1))
     return any((kind == entry) != ((layer + 1) % period == 0) for layer, kind in enumerate(config.get(key) or []))
 
@@ -134,7 +134,7 @@ def _mark(status: str) -> str:
 
 
 def renewed(text: str) -> str:
-    """A text whose table of runtimes, between `BEGIN` and `END`, is this one."""
+    """A text with its table of runtimes, between `BEGIN` and `END`, replaced by the current one."""
     before, _, rest = text.partition(BEGIN)
     return f"{before}{BEGIN}\n\n{runtimes_table()}\n\n{END}{rest.partition(END)[2]}"
 

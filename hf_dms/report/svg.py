@@ -1,4 +1,4 @@
-"""matplotlib's SVG as an element of a page: coloured by CSS variables, readable by a screen reader, small."""
+"""matplotlib's SVG as an element of a page: small, coloured by CSS variables, and readable by screen readers."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import re
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-TITLE = "title:"  # an artist whose gid begins so gets the rest as its title, which browsers show under the mouse
-NUMBERS = ("d", "x", "y", "width", "height", "transform")  # attributes that hold numbers: a tenth of a unit is enough
+TITLE = "title:"  # prefix of an artist's gid; the rest becomes its title, which browsers show under the mouse
+NUMBERS = ("d", "x", "y", "width", "height", "transform")  # attributes with numbers; they are rounded to a tenth
 
 
 def inline(text: str, name: str, title: str, summary: str, colours: dict[str, str]) -> str:
     """An `<svg>` element, as HTML has it.
 
     Args:
-        text: a file of matplotlib, its words as text (`svg.fonttype: none`).
-        name: unique on the page.
-        title, summary: what it shows, for readers who cannot see it.
+        text: an SVG file of matplotlib with text as text (`svg.fonttype: none`).
+        name: a name that is unique on the page.
+        title, summary: its content, for readers who cannot see it.
         colours: CSS variable → the colour that it replaces.
 
     Returns:
-        The same picture, as wide as there is room; size and family of its words are left to the page.
+        The same picture, scaled to the available width. The page sets the size and family of its fonts.
     """
     root = ElementTree.fromstring(text)
     _tidy_(root, set(re.findall(r"#(\w+)", text)), {colour: f"var(--{key})" for key, colour in colours.items()})
@@ -33,7 +33,7 @@ def inline(text: str, name: str, title: str, summary: str, colours: dict[str, st
 
 
 def _tidy_(element: Element, referred: set[str], colours: dict[str, str]) -> None:
-    """Remove what draws nothing, and put CSS variables for colours, in an element and in all inside it."""
+    """Remove elements that draw nothing, and replace colours by CSS variables, in an element and all inside."""
     for child in list(element):
         _tidy_(child, referred, colours)
         if child.tag in ("metadata", "style") or (child.tag in ("g", "defs") and not len(child)):
@@ -51,7 +51,7 @@ def _tidy_(element: Element, referred: set[str], colours: dict[str, str]) -> Non
 
 
 def _short(key: str, value: str, colours: dict[str, str]) -> str:
-    """The value of an attribute, in fewer letters."""
+    """The value of an attribute, shortened."""
     if key in NUMBERS:
         value = re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), value)
         return " ".join(value.replace("rotate(-0 ", "rotate(0 ").split())

@@ -125,7 +125,7 @@ def test_weights_of_an_earlier_push_are_replaced(hub, folder):
         ("no namespace", "The Hub has no 'nobody/vain' (404), or the token may not see it"),
         ("no branch", "The Hub refuses the push to 'tester/stock' (400): Invalid reference for a branch"),
         ("dropped", "The connection to the Hub broke while pushing to 'tester/dropped'"),
-        ("broken token", "The token of the Hub holds a space, a line break or another sign that no token has"),
+        ("broken token", "The token of the Hub holds a space, a line break or another character that no token has"),
         ("recipe in vain", "The token may not write to 'somebody/smaller' (403)"),
         ("recipe without token", "Pushing needs a token"),
     ],

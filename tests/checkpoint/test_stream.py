@@ -317,7 +317,7 @@ def test_tensors_that_transformers_puts_together_are_refused(made, tmp_path, mon
     made(tiny_llama())
     together = WeightConverter("gate_proj.weight", "gate_up_proj.weight", operations=[Concatenate(0)])
     monkeypatch.setattr(hf_dms.checkpoint.stored, "get_model_conversion_mapping", lambda model: [together])
-    with pytest.raises(ValueError, match=r"gate_proj.weight', which transformers puts together .* use hf_dms.prune"):
+    with pytest.raises(ValueError, match=r"gate_proj.weight', which transformers merges or splits .* use hf_dms.prune"):
         stream(tmp_path)
 
 

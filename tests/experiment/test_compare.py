@@ -177,7 +177,7 @@ def test_a_search_with_other_values_is_a_strategy_of_its_own(table):
         ("compare.strategies={x: {criterion: tailor}}", "There is no criterion 'tailor'"),
         ("compare.targets=[60]", "compare.targets must be in"),
         ("compare.seeds=[]", "compare.seeds is empty"),
-        ("compare.tokens=16", "less than what repair sees"),
+        ("compare.tokens=16", "less than the repair needs"),
     ],
 )
 def test_mistakes_are_one_line(table, override, message):

@@ -312,7 +312,7 @@ def test_repair_alone_trains_nothing(recipe, monkeypatch):
 
 def test_a_random_model_is_nothing_to_repair_towards(recipe, capsys):
     assert recipe("recover={repair: {}}", "dms.pipeline=np")[0] == 2
-    assert_matches("need a dense model that is trained, which pipeline np has not", capsys.readouterr().err)
+    assert_matches("need a trained dense model, and with pipeline np there is none", capsys.readouterr().err)
 
 
 def test_the_plan_of_the_cut_is_written_beside_it(recipe, dense):
