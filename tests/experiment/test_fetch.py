@@ -105,7 +105,7 @@ def test_a_missing_reader_is_asked_for_before_the_download(name, module, package
 def test_a_missing_pip_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.machinery.PathFinder, "find_spec", lambda name, *rest: None)
     with pytest.raises(
-        HfDmsError, match=r"downloaded with pip, which .*python.* has not\. Install it: python -m ensurepip"
+        HfDmsError, match=r"downloaded with pip, which .*python.* does not have\. Run: python -m ensurepip"
     ):
         downloads.pip_download("package==1", tmp_path)
 

@@ -70,8 +70,8 @@ def test_a_run_that_was_stopped_between_two_sizes_goes_on_there(recipe, tmp_path
     [
         (["output.sizes=[0.6]"], "has 0.6, which the search does not pass. On its way to 0.7 it passes 0.95"),
         (["output.sizes=[0.83]"], "output.sizes has 0.83, which the search does not pass"),
-        (["output.sizes=[0.9]", "dms.pipeline=p", "recover=null"], "a search whose weights are frozen"),
-        (["output.sizes=[0.9]", "dms.target_schedule=constant"], "whose target falls"),
+        (["output.sizes=[0.9]", "dms.pipeline=p", "recover=null"], "a search with frozen weights"),
+        (["output.sizes=[0.9]", "dms.target_schedule=constant"], "a falling target"),
         (["output.sizes=[0.9]", "dms.strategy=taylor"], "output.sizes needs a search"),
         (["output.sizes=[half]"], "output.sizes must be numbers such as [0.9, 0.8], got ['half']"),
     ],

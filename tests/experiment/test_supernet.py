@@ -139,7 +139,7 @@ def test_what_is_wrong_is_said_by_validate(recipe, changed, message, capsys):
 
 def test_compare_has_no_supernet(recipe, capsys):
     assert recipe(*TRAINED, "compare.strategies={dms: {}}", command="compare")[0] == 2
-    assert "with model.supernet the target is of another one" in capsys.readouterr().err
+    assert "With model.supernet the target is a share of another model" in capsys.readouterr().err
 
 
 def test_a_search_of_more_than_a_tenth_of_the_retraining_is_warned_of(recipe, caplog):

@@ -156,7 +156,7 @@ def test_a_folder_whose_recipe_is_not_there_is_left_alone(recipe, tmp_path, caps
     claim = tmp_path / "out.unfinished" / "recipe.json"
     claim.write_text(content)
     assert recipe(*OPTIONS)[0] == 2
-    assert "is not the recipe of a run of this hf_dms" in capsys.readouterr().err
+    assert "is not a recipe that this version of hf_dms wrote" in capsys.readouterr().err
     assert claim.read_text() == content
 
 
