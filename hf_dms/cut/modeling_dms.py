@@ -157,9 +157,9 @@ def resize_(model, within, axes: dict[str, str], attributes: dict[str, str], siz
 
     Args:
         model: a freshly built stock model.
-        within: the part of it that names begin at.
-        axes: what the axes of parameters and buffers are products of.
-        attributes: what modules remember.
+        within: the part of the model that the names below are relative to.
+        axes: by name of a parameter or buffer, the dims that its axes are products of.
+        attributes: by name of a module's attribute, the dims that its value is a product of.
         sizes: units of every dim.
     """
     for pattern, product in attributes.items():

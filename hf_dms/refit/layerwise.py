@@ -250,10 +250,10 @@ class LayerWalk:
 
     @contextlib.contextmanager
     def _skipped(self, outputs: Mapping[int, Tensor] | None = None) -> Iterator[list[tuple[Tensor, Call]]]:
-        """Let layers return their hidden state as it is for a while, and list what they are called with.
+        """Context: layers return their hidden state unchanged, and the arguments of their calls are listed.
 
         Args:
-            outputs: by a layer's number, what it returns instead.
+            outputs: outputs, by a layer's number, to return in place of the hidden state.
         """
         calls: list[tuple[Tensor, Call]] = []
         first = self.layers[0].forward
