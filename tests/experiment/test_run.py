@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -557,6 +558,26 @@ def test_llama_7b_recipes_run_at_a_twentieth_of_the_size(pruned, tmp_path, capsy
     assert sum(p.numel() for n, p in cut.named_parameters() if ".layers." in n) <= (1 - pruned / 100) * layers
     assert report["model_class"] == "DmsLlamaForCausalLM"
     assert {"repaired", "recovered"} <= set(report)
+
+
+@pytest.mark.slow
+def test_the_recipe_for_imagenet_runs_at_its_size_on_a_few_images(tmp_path):
+    generator = np.random.default_rng(0)
+    for place in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / place).mkdir(parents=True)
+        for i in range(6):
+            Picture.fromarray(generator.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(
+                tmp_path / place / f"{i}.png"
+            )
+    overrides = [f"data.path={tmp_path / 'train'}", f"data.held_out={tmp_path / 'val'}", "eval.batch_size=4"]
+    overrides += ["train.max_steps=3", "train.per_device_train_batch_size=2", "train.dataloader_num_workers=0"]
+    overrides += ["train.save_strategy=no", "dms.warmup_steps=1", "recover.max_steps=30"]
+    assert main(["prune", "deit-tiny-np.yaml", *overrides, f"output.path={tmp_path / 'out'}"]) == 0
+    report = json.loads((tmp_path / "out" / "dms_report.json").read_text())
+    original, found = report["original"]["macs_per_token"], report["pruned"]["macs_per_token"]
+    assert original * 197 == pytest.approx(1.25e9, rel=0.01)
+    assert 0.99 < found / original <= 1
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.image_size == 224
 
 
 # ---- adapters and packed weights ----

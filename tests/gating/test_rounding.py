@@ -274,11 +274,11 @@ def test_a_coarse_size_that_is_not_close_to_a_half_is_rounded_to_the_nearest(lea
     assert int(rounded(float(gates.resource().detach()), *request_)["kv"][0]) == kv
 
 
-@pytest.mark.parametrize(("importance", "layers"), [(1e-3, 2), (1e3, 3)])
-def test_half_a_layer_stays_if_it_is_worth_more_than_the_channels_that_it_costs(importance, layers):
+@pytest.mark.parametrize(("channel", "importance", "layers"), [(1.0, 1e-3, 2), (1.0, 1e3, 3), (0.0, 0.0, 3)])
+def test_half_a_layer_stays_unless_it_is_worth_less_than_the_channels_that_it_costs(channel, importance, layers):
     request_ = gates, *_ = gated(0, dict(intermediate_size=100), prune=("layers", "mlp"))
     learn_(gates, {"layers": torch.tensor([2.5]), "mlp": torch.tensor([50.0])})
-    gates.raw_importance("mlp").fill_(1.0)
+    gates.raw_importance("mlp").fill_(channel)
     gates.raw_importance("layers").fill_(importance)
     assert int(rounded(float(gates.resource().detach()), *request_)["layers"]) == layers
 
