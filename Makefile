@@ -48,7 +48,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet uv
 	.venv-lowest/bin/uv pip compile --quiet --no-deps --resolution lowest-direct --extra quickstart --extra peft \
-		--extra quantization --extra eval --output-file .venv-lowest/lowest.txt pyproject.toml
+		--extra quantization --extra eval --extra detection --output-file .venv-lowest/lowest.txt pyproject.toml
 	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/lowest.txt torch
 	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/lowest.txt --editable '.[test]'
 	touch $@

@@ -127,7 +127,8 @@ def _add_measuring(commands: Any) -> None:
         "--tasks", nargs="+", help="tasks of lm-evaluation-harness; further options go to `lm_eval run`"
     )
     evaluate.add_argument(
-        "--data", help="a file, folder or Hub id: measure perplexity, or accuracy if there are labels"
+        "--data",
+        help="a file, folder or Hub id: measure perplexity; accuracy if there are labels; mAP if there are boxes",
     )
     evaluate.add_argument(
         "--lengths",
@@ -138,6 +139,7 @@ def _add_measuring(commands: Any) -> None:
     evaluate.add_argument("--text-column", default="text")
     evaluate.add_argument("--image-column", default="image")
     evaluate.add_argument("--label-column", default="label")
+    evaluate.add_argument("--objects-column", default="objects")
     evaluate.add_argument("--examples", type=int, help="measure at most so many examples, evenly spaced; default: all")
     evaluate.add_argument("--batch-size", type=int, default=8)
     evaluate.set_defaults(run=_eval)
@@ -273,7 +275,9 @@ def _eval(options: argparse.Namespace) -> int:
         print(f"{path}:", flush=True)
         run_lm_eval(path, ["--tasks", *options.tasks, "--batch_size", str(options.batch_size), *options.rest])
     if options.data:
-        columns = {name: getattr(options, name) for name in ("text_column", "image_column", "label_column")}
+        columns = {
+            name: getattr(options, name) for name in ("text_column", "image_column", "label_column", "objects_column")
+        }
         data = whole_data(options.data, **columns)
         rows = []
         for row in measure_files(paths, data, options.lengths, options.examples, options.batch_size):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate.utils import send_to_device
 from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
@@ -44,7 +44,7 @@ class Batches(Sequence):
             part.places = self.places[index]
             return part
         batch = self.examples.collate([self.examples.train[place] for place in self.places[index]])
-        return {name: value.to(self.device) for name, value in batch.items() if isinstance(value, Tensor)}
+        return send_to_device(batch, self.device)
 
 
 def shuffled(examples: Examples, seed: int) -> Examples:

@@ -99,8 +99,14 @@ def compare(recipe: Recipe) -> str:
         `quality.png`.
 
     Raises:
-        HfDmsError: there is no such section, a strategy is not possible, or another process makes the rows.
+        HfDmsError: there is no such section, a strategy is not possible, the task's metric is not a mean over
+            examples, or another process makes the rows.
     """
+    if recipe.task.of_all is not None:
+        raise HfDmsError(
+            f"model.task: compare pairs the scores of single examples, and the metric of {recipe.task.name} is one of "
+            "all examples together. Run a recipe per strategy (dms.strategy), and compare their reports."
+        )
     cells = cells_of(recipe)
     folder = Path(recipe.output.path)
     folder.mkdir(parents=True, exist_ok=True)

@@ -95,8 +95,8 @@ class EvalConfig:
     samples: int = field(
         default=4,
         metadata={
-            "help": "Number of held-out examples of a classifier that the report shows with both models' predictions. "
-            "0 keeps the data out of the report."
+            "help": "Number of held-out examples of a classifier or detector that the report shows with both models' "
+            "predictions. 0 keeps the data out of the report."
         },
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
@@ -152,7 +153,7 @@ def recovery_steps(pruned: PreTrainedModel, searched: PreTrainedModel, plan: Pla
     if repair is not None:
         print_on_main("Repairing the pruned model ...")
         rows = DataLoader(evenly_spaced(examples.train, repair.examples), 4, collate_fn=examples.collate)
-        batches = [{name: tensor.to(pruned.device) for name, tensor in batch.items()} for batch in rows]
+        batches = [send_to_device(batch, pruned.device) for batch in rows]
         repair_(
             pruned,
             dense,

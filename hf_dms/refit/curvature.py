@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -234,15 +235,26 @@ def stream_factors(
                 hook = module.get_submodule(path).register_forward_hook(_summing(factors, (layer, path)))
                 stack.callback(hook.remove)
         for batch in batches:
-            batch = {name: value.to(model.device) for name, value in batch.items()}
+            batch = send_to_device(batch, model.device)
             if "labels" not in batch:
                 raise HfDmsError("The gradient of the loss needs batches with labels, got " + ", ".join(batch) + ".")
-            here = int((batch["labels"] != -100).sum())
+            here = num_targets(batch["labels"])
             (model(**batch).loss * here).backward()
             terms += here
     if not terms:
         raise HfDmsError("The gradient of the loss needs at least one batch with labels, got none.")
     return {key: factor / terms for key, factor in factors.items()}
+
+
+def num_targets(labels: Any) -> int:
+    """How many targets a loss is the mean over.
+
+    Args:
+        labels: numbers of classes, -100 where there is none; or of a detector, per image its boxes.
+    """
+    if isinstance(labels, Tensor):
+        return int((labels != -100).sum())
+    return sum(len(each["boxes"]) for each in labels)
 
 
 def _summing(factors: dict[Key, Tensor], key: Key) -> Any:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -72,8 +73,7 @@ class Interpolation:
     def _loss(self, batches: Sequence[Mapping[str, Tensor]]) -> float:
         total = 0.0
         for batch in batches:
-            there = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-            loss = getattr(self.model(**there), "loss", None)
+            loss = getattr(self.model(**send_to_device(batch, self.model.device)), "loss", None)
             if loss is None:
                 raise HfDmsError(
                     "repair: with interpolate the batches need labels, from which the model computes its loss. "

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -49,7 +50,7 @@ class RefittedSearch:
     def __init__(self, model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], **options: Any) -> None:
         self.model, self.gates, self.options = model, gates_of(model), options
         self.bound = self.gates.attachment.bound
-        self.batches = [{name: value.to(model.device) for name, value in batch.items()} for batch in batches]
+        self.batches = [send_to_device(batch, model.device) for batch in batches]
         self.dims = [name for name in self.gates.dims if self.bound.spec.dim(name).scope == "layer"]
         if not self.dims:
             raise HfDmsError(
@@ -90,7 +91,7 @@ class RefittedSearch:
         with open_gates(self.model):
             if self.factors is None:
                 self.factors = factors_of(self.model, self.bound, self.batches)
-            batches = [{name: value.to(self.model.device) for name, value in batch.items()} for batch in batches]
+            batches = [send_to_device(batch, self.model.device) for batch in batches]
             rank_(gates, sweep(self.model, self.bound, batches, self.factors, sizes, **self.options))
 
     def _install_(self, maps: Mapping[Key, RefittedMap]) -> None:

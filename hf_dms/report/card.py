@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..config import SEARCH, DMSConfig
 from ..tasks.registry import TASKS, task_of_class
-from .numbers import columns_of, heading, loading_lines, network_of, notes, report_table, sizes_table
+from .numbers import METRICS, columns_of, heading, loading_lines, network_of, notes, report_table, sizes_table
 
 LOCAL = ".../"  # replaces all but the last part of a local path in a report
 INHERITED = ("language", "license", "license_name", "license_link")  # copied from the base model's card
@@ -101,7 +101,8 @@ def _protocol(report: dict[str, Any]) -> str:
     if "recipe" not in report:
         return ""
     task = TASKS[report["recipe"]["model"]["task"]]
-    return f"\n{task.metric.capitalize()}: {report['protocol']} of `{evaluated_on(report['recipe']['data'])}`.\n"
+    words = METRICS[task.metric][0]
+    return f"\n{words[0].upper()}{words[1:]}: {report['protocol']} of `{evaluated_on(report['recipe']['data'])}`.\n"
 
 
 # ---- metadata --------------------------------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ def _evaluation(report: dict[str, Any]) -> list[EvalResult]:
         dataset_name=f"{evaluated_on(data)}, {report['protocol']}",
         dataset_config=data["name"],
         metric_type=task.metric,
-        metric_name=f"held-out {task.metric}",
+        metric_name=f"held-out {METRICS[task.metric][0]}",
         metric_value=value,
     )
     return [result]

@@ -24,20 +24,26 @@ from ..tasks.registry import TASKS, task_of_class
 from .report import FORMAT, Report
 
 REPORT = "dms_report.json"
-METRICS = ("perplexity", "accuracy")
+METRICS = {  # of a task: (words, format in a table, format in a sentence, unit of a difference)
+    "perplexity": ("perplexity", ".2f", ".2f", "nats per token"),
+    "accuracy": ("accuracy", ".4f", ".1%", "of the accuracy"),
+    "mean_average_precision": ("mAP", ".4f", ".1%", "of the mAP"),
+}
 COSTS = {"params": "num_params", "macs": "macs_per_token", "kv_bytes": "kv_bytes_per_token"}  # by resource
 PARTED = 1.5  # by how much more perplexity may grow on another text before a run warns
 BARS = "▁▂▃▄▅▆▇█"
-ROWS = {  # key of dms_report.json: (words of the table, format)
-    "num_params": ("parameters", ",.0f"),
-    "macs_per_token": ("MACs per token", ",.0f"),
-    "kv_bytes_per_token": ("KV bytes per token", ",.0f"),
-    "kept_num_params": ("parameters without padding", ",.0f"),
-    "kept_macs_per_token": ("MACs per token without padding", ",.0f"),
-    "kept_kv_bytes_per_token": ("KV bytes per token without padding", ",.0f"),
-    "perplexity": ("held-out perplexity", ".2f"),
-    "accuracy": ("held-out accuracy", ".4f"),
-} | {key: (words, ",.0f") for key, words in (task.speed for task in TASKS.values())}
+ROWS = (
+    {  # key of dms_report.json: (words of the table, format)
+        "num_params": ("parameters", ",.0f"),
+        "macs_per_token": ("MACs per token", ",.0f"),
+        "kv_bytes_per_token": ("KV bytes per token", ",.0f"),
+        "kept_num_params": ("parameters without padding", ",.0f"),
+        "kept_macs_per_token": ("MACs per token without padding", ",.0f"),
+        "kept_kv_bytes_per_token": ("KV bytes per token without padding", ",.0f"),
+    }
+    | {metric: (f"held-out {words}", number) for metric, (words, number, *_) in METRICS.items()}
+    | {key: (words, ",.0f") for key, words in (task.speed for task in TASKS.values())}
+)
 
 
 def sizes_by_layer(plan: Plan, bound: BoundSpec) -> dict[str, list[int]]:
@@ -213,7 +219,7 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, list[str], str]]:
         cells = [format(value, number) for value in values]
         if "masks" in report:
             cells.insert(1, "" if soft is None else format(soft, number))
-        change = _points(measured) if key == "accuracy" else f"{values[-1] / values[0]:.3f}"
+        change = _points(measured) if key in METRICS and key != "perplexity" else f"{values[-1] / values[0]:.3f}"
         rows.append((words, cells, change))
 
     for key, (words, number) in ROWS.items():
@@ -224,7 +230,7 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, list[str], str]]:
         add_row(words, key, number, values, report[columns[-1]], soft)
         for text, measured in report.get("texts", {}).items() if key in METRICS else ():
             there = [measured[name][key] for name in columns]
-            add_row(f"{key} on {text}", key, number, there, measured[columns[-1]], None)
+            add_row(f"{METRICS[key][0]} on {text}", key, number, there, measured[columns[-1]], None)
     return rows
 
 

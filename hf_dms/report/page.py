@@ -92,13 +92,13 @@ def tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
         own = {key: f"of the original's {words.removeprefix('of the ')}" for key, words in shares.items()}
         found = [(words, f"{pruned[key] / original[key]:.1%}") for key, words in own.items() if original.get(key)]
         task = TASKS[report["recipe"]["model"]["task"]]
-        number = ".2f" if task.metric == "perplexity" else ".1%"
-        return found + ([] if last.get(task.metric) is None else [(task.metric, f"{last[task.metric]:{number}}")])
+        metric, _, number, _ = METRICS[task.metric]
+        return found + ([] if last.get(task.metric) is None else [(metric, f"{last[task.metric]:{number}}")])
     found = [(words, f"{pruned[key] / dense[key]:.1%}") for key, words in shares.items() if pruned.get(key)]
-    for metric, number in (("perplexity", ".2f"), ("accuracy", ".1%")):
+    for metric, (words, _, number, _) in METRICS.items():
         if last.get(metric) is not None and dense.get(metric) is not None:
-            found.append((metric, f"{dense[metric]:{number}} → {last[metric]:{number}}"))
-    for key, words in (task.speed for task in TASKS.values()):
+            found.append((words, f"{dense[metric]:{number}} → {last[metric]:{number}}"))
+    for key, words in dict(task.speed for task in TASKS.values()).items():
         if pruned.get(key) and dense.get(key):
             found.append((words, f"× {pruned[key] / dense[key]:.2f}"))
     return found
@@ -111,9 +111,9 @@ def standard_errors(report: dict[str, Any]) -> list[tuple[str, str]]:
         metric = next((metric for metric in METRICS if measured.get(metric) is not None), None)
         if metric is None:
             continue
-        words = f"{metric} {measured[metric]:.4g}{_plus_minus(measured.get('stderr'))}"
+        named, _, _, unit = METRICS[metric]
+        words = f"{named} {measured[metric]:.4g}{_plus_minus(measured.get('stderr'))}"
         if measured.get("difference") is not None:
-            unit = "nats per token" if metric == "perplexity" else "of the accuracy"
             words += f"; difference {measured['difference']:+.4f}{_plus_minus(measured['difference_stderr'])} {unit}"
         lines.append((name, words))
     return lines

@@ -36,8 +36,16 @@ class Measured(TypedDict, total=False):
     kept_kv_bytes_per_token: int
     perplexity: Annotated[float | None, "On held-out sequences, each scored separately."]
     accuracy: Annotated[float, "On held-out examples."]
-    stderr: Annotated[float | None, "Standard error of the metric over the examples; null for a single example."]
-    difference: Annotated[float | None, "Mean paired difference from the dense model: accuracy, or nats per token."]
+    mean_average_precision: Annotated[
+        float | None, "COCO's, of the boxes in held-out images; null if there is no true box."
+    ]
+    stderr: Annotated[
+        float | None,
+        "Standard error of the metric over the examples (for mAP by the jackknife); null for a single example.",
+    ]
+    difference: Annotated[
+        float | None, "Mean paired difference from the dense model: accuracy, mAP, or nats per token."
+    ]
     difference_stderr: float | None
     tokens_per_second: Annotated[float, "Prefilling one batch, median of three."]
     texts_per_second: float
@@ -83,14 +91,18 @@ class _Sample(TypedDict):
     input: Annotated[str, "A text, or a small PNG as a data URI."]
     outputs: Annotated[
         dict[str, str],
-        "By model of this report: its continuation, including the prompt, or the class that it predicts.",
+        "By model of this report: its continuation, including the prompt, the class that it predicts, or the objects "
+        "that it finds.",
     ]
 
 
 class Sample(_Sample, total=False):
     """An input, and the models' outputs for it."""
 
-    label: str
+    label: Annotated[str, "The true class, or the true objects."]
+    pictures: Annotated[
+        dict[str, str], "For a detector, by model of this report: the image with the boxes it finds, as a data URI."
+    ]
     probabilities: Annotated[dict[str, float | None], "By model of this report: the probability of that class."]
 
 
@@ -167,7 +179,7 @@ class Report:
     samples: Annotated[
         list[Sample] | None,
         "Inputs with the outputs of the dense and the last model of this report: a recipe's prompts, or some held-out "
-        "examples of a classifier.",
+        "examples of a classifier or detector.",
     ] = None
     recipe: Annotated[
         dict[str, Any] | None, "The recipe as it ran, with every default. Local paths are shortened to .../name."

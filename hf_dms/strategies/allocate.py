@@ -129,8 +129,12 @@ def of_every_row(gates: Gates, sizes: Sizes) -> Sizes:
     """Sizes of all gated dims, `[rows]` each, from one size per ratio: shared ones expanded, following dims added."""
     device = gates.prune_ratio.device
     whole = {name: size.to(device).double().expand(gates.dims[name].rows) for name, size in sizes.items()}
-    followers = {name: dim.follows for name, dim in gates.dims.items() if dim.follows is not None}
-    return whole | {name: gates.following_units(name, whole[leader]) for name, leader in followers.items()}
+
+    def rows(name: str) -> Tensor:
+        leader = gates.dims[name].follows
+        return whole[name] if leader is None else gates.following_units(name, rows(leader))
+
+    return {name: rows(name) for name in gates.dims}
 
 
 def _set_ratios_(gates: Gates, sizes: Sizes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+from accelerate.utils import send_to_device
 from transformers import PreTrainedModel
 
 from ..archs.bind import BoundSpec
@@ -87,7 +88,7 @@ def choose_(model: PreTrainedModel, name: str | Criterion, batches: Batches = ()
     check_dims(criterion, str(name), gates)
     if criterion.needs_data and not batches:
         raise HfDmsError(f"Criterion {name} needs batches of data, got none.")
-    batches = [{key: value.to(model.device) for key, value in batch.items()} for batch in batches]
+    batches = [send_to_device(batch, model.device) for batch in batches]
     allocate_(gates, criterion.scores(model, batches), criterion.allocation)
     model.eval()
 

@@ -12,7 +12,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel
 from ..errors import HfDmsError
 from .data import DataConfig
 from .evaluate import evenly_spaced
-from .labels import Head, number_labels, read_labels
+from .labels import Head, LabelColumn, number_labels, read_labels
 from .sources import Source, load_sources
 from .task import Examples, Sample, SampleOptions, Task
 from .texts import check_ids, check_length, map_texts, padding_of
@@ -26,6 +26,7 @@ def load_labelled(
     config: DataConfig,
     head: Head,
     prepare: Callable[[Source, list[int]], Any],
+    read: Callable[[Source, DataConfig], LabelColumn] = read_labels,
 ) -> tuple[Any, Any, tuple[str, ...]]:
     """Examples to train on, those held out, and the names of the classes.
 
@@ -33,14 +34,15 @@ def load_labelled(
         sources: the rows to train on, and those held out.
         config: which column holds the label, which share is held out if there are no rows for that.
         head: the classes of the model.
-        prepare: a `datasets.Dataset` of examples, from rows and the number of each one's class.
+        prepare: a `datasets.Dataset` of examples, from rows and the number of each label's class.
+        read: the labels of the rows.
 
     Raises:
         HfDmsError: a label is no class of the head.
     """
     train, held_out = sources
-    labels = read_labels(train, config)
-    held_out_labels = labels if held_out is None or held_out is train else read_labels(held_out, config)
+    labels = read(train, config)
+    held_out_labels = labels if held_out is None or held_out is train else read(held_out, config)
     names, numbers = number_labels(labels, held_out_labels, head)
     examples = prepare(train, [numbers[label] for label in labels.labels])
     if held_out is None:
@@ -86,7 +88,7 @@ def samples_shown_as(show: Callable[[Any, Any], str]) -> Callable[[Examples, Any
     """
 
     def samples(examples: Examples, processor: Any, options: SampleOptions) -> list[Sample]:
-        rows = _sample_rows(examples, options)
+        rows = sample_rows(examples, options)
         labels = [examples.labels[int(row["labels"])] for row in rows]
         return [
             {"input": show(row, processor), "label": label, "outputs": {}, "probabilities": {}}
@@ -103,7 +105,7 @@ def predicted(
     """Each sample with the class that a model predicts, and its probability; see `Task.answers`."""
     if not samples:
         return samples
-    batch = examples.collate(_sample_rows(examples, options))
+    batch = examples.collate(sample_rows(examples, options))
     inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
     probabilities, classes = model(**inputs).logits.float().softmax(-1).max(-1)
     return [
@@ -116,7 +118,7 @@ def predicted(
     ]
 
 
-def _sample_rows(examples: Examples, options: SampleOptions) -> list[Any]:
+def sample_rows(examples: Examples, options: SampleOptions) -> list[Any]:
     if not options.samples:
         return []
     rows = evenly_spaced(examples.held_out, options.samples)
@@ -170,6 +172,7 @@ TEXT_CLASSIFICATION = Task(
     generates=False,
     metric="accuracy",
     log_scores=False,
+    fewest_classes=2,
     num_held_out=None,
     speed=("texts_per_second", "texts/s"),
     amount=lambda batch: len(batch["labels"]),

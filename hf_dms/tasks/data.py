@@ -55,12 +55,21 @@ class DataConfig:
             "without a value (null) is an empty text."
         },
     )
-    image_column: str = field(default="image", metadata={"help": "Column with the image, for image-classification."})
+    image_column: str = field(
+        default="image", metadata={"help": "Column with the image, for image-classification and object-detection."}
+    )
     label_column: str = field(
         default="label",
         metadata={
             "help": "Column with the label: the name of a class (case does not matter), or its number. A trained head "
             "keeps its classes; a new head gets those of the data."
+        },
+    )
+    objects_column: str = field(
+        default="objects",
+        metadata={
+            "help": "Column with the objects of an image, for object-detection: {bbox: [[x, y, width, height], ...] in "
+            "pixels, category: [label, ...]}; a category is what a label is."
         },
     )
     sequence_length: int = field(

@@ -271,6 +271,7 @@ TEXT_GENERATION = Task(
     generates=True,
     metric="perplexity",
     log_scores=True,
+    fewest_classes=0,
     num_held_out=64,
     speed=("tokens_per_second", "prefill tokens/s"),
     amount=lambda batch: batch["input_ids"].numel(),

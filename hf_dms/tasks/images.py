@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from .task import Examples
 
 MODES = {1: "L", 3: "RGB"}  # PIL's name of the colours, by number of channels
 CHECKED = 20_000  # images of a source that are decoded before anything else; at 3 ms each that is a minute
+Preparation = Callable[..., Mapping[str, Any]]
 THUMBNAIL = 64  # pixels, the longer side of a picture that is shown
 
 
@@ -35,10 +36,10 @@ class Pictures(Dataset):
             the source.
         source: where they are from, for errors.
         column: that of the image.
-        prepare: `[images, channels, height, width]` of PIL images.
+        prepare: see `preparation`.
     """
 
-    def __init__(self, rows: Any, source: Source, column: str, prepare: Callable[[list[Any]], Tensor]) -> None:
+    def __init__(self, rows: Any, source: Source, column: str, prepare: Preparation) -> None:
         self.rows, self.source, self.column, self.prepare = rows, source, column, prepare
 
     def __len__(self) -> int:
@@ -49,7 +50,8 @@ class Pictures(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """A batch, which a DataLoader asks for at once."""
-        pixels = self.prepare([decoded(self.rows, index, self.source, self.column) for index in indices])
+        images = [decoded(self.rows, index, self.source, self.column) for index in indices]
+        pixels = self.prepare(images)["pixel_values"]
         rest = self.rows.select_columns(["labels"])
         return [{"pixel_values": each, "labels": rest[index]["labels"]} for each, index in zip(pixels, indices)]
 
@@ -77,16 +79,11 @@ def decoded(rows: Any, index: int, source: Source, column: str) -> Any:
 
 def load_examples(config: DataConfig, processor: Any, model_config: Any, head: Head) -> Examples:
     """Images with the numbers of their classes; see `Task.load`."""
-    import datasets
-
     prepare = preparation(processor, model_config)
     sources = load_sources(config)
 
     def rows_of(source: Source, numbers: list[int]) -> Any:
-        _check_images(source, config)
-        rows = source.rows.select_columns([config.image_column])
-        rows = rows.cast_column(config.image_column, datasets.Image(decode=False))
-        rows = rows.add_column("labels", numbers).add_column("place", range(len(rows)))
+        rows = undecoded(source, config).add_column("labels", numbers)
         for index in evenly_spaced(range(len(rows)), CHECKED):
             decoded(rows, index, source, config.image_column)
         return rows
@@ -98,7 +95,12 @@ def load_examples(config: DataConfig, processor: Any, model_config: Any, head: H
     return Examples(train, held_out, default_data_collator, names, "images", config_values(names))
 
 
-def _check_images(source: Source, config: DataConfig) -> None:
+def undecoded(source: Source, config: DataConfig) -> Any:
+    """The images of a source as `decoded` takes them, a `datasets.Dataset`: with the `place` of each in the source.
+
+    Raises:
+        HfDmsError: there is no such column, or it holds no images.
+    """
     import datasets
 
     source.check_column(config, "image_column")
@@ -108,14 +110,20 @@ def _check_images(source: Source, config: DataConfig) -> None:
             f"data.image_column: column '{config.image_column}' of {source.path} holds {feature}, not images. Give a "
             "folder of images, or a dataset whose column is of the type datasets.Image."
         )
+    rows = source.rows.select_columns([config.image_column])
+    return rows.cast_column(config.image_column, datasets.Image(decode=False)).add_column("place", range(len(rows)))
 
 
-def preparation(processor: Any, config: Any) -> Callable[[list[Any]], Tensor]:
-    """A function that makes a batch of pixels that a model takes of PIL images in any colours.
+def preparation(processor: Any, config: Any, **sizes: Any) -> Preparation:
+    """A function that makes what a model takes of PIL images in any colours: `pixel_values`, and what goes with them.
 
     Args:
         processor: the model's image processor; for a grey model three equal means and deviations count as one.
         config: the model's.
+        sizes: further arguments of the processor.
+
+    Returns:
+        `prepare(images, **more)`; `more` are further arguments of the processor, such as boxes in the images.
 
     Raises:
         HfDmsError: the model takes neither one nor three channels; or, from the function, the processor makes images
@@ -124,16 +132,17 @@ def preparation(processor: Any, config: Any) -> Callable[[list[Any]], Tensor]:
     channels, height, width = image_shape(config)
     if channels not in MODES:
         raise HfDmsError(f"model.path: the model takes images of {channels} channels; hf_dms reads those of 1 or 3.")
-    options = {}
+    options = dict(sizes)
     for name in ("image_mean", "image_std"):
         values = getattr(processor, name, None)
         if channels == 1 and isinstance(values, list | tuple) and len(values) == 3 and len(set(values)) == 1:
             options[name] = list(values[:1])
 
-    def prepare(images: list[Any]) -> Tensor:
+    def prepare(images: list[Any], **more: Any) -> Mapping[str, Any]:
         try:
-            pixels = processor([image.convert(MODES[channels]) for image in images], return_tensors="pt", **options)
-            found = tuple(pixels["pixel_values"].shape[1:])
+            images = [image.convert(MODES[channels]) for image in images]
+            made = processor(images, return_tensors="pt", **options, **more)
+            found = tuple(made["pixel_values"].shape[1:])
         except ValueError as error:
             raise HfDmsError(
                 f"model.path: the image processor takes no images of {channels} channels ({error})."
@@ -144,14 +153,21 @@ def preparation(processor: Any, config: Any) -> Callable[[list[Any]], Tensor]:
                 f"model.path: the image processor makes {found} of an image (channels, height, width), and the model "
                 f"takes {expected}. Set size, image_mean and image_std in preprocessor_config.json to what it takes."
             )
-        return pixels["pixel_values"]
+        return made
 
     return prepare
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
 def picture(pixels: Tensor) -> str:
-    """What a model sees of an image, as a small PNG in a data URI; its colours are stretched over the whole range.
+    """What a model sees of an image, as a small PNG in a data URI; see `as_image`."""
+    image = as_image(pixels)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return data_uri(image)
+
+
+def as_image(pixels: Tensor) -> Any:
+    """What a model sees of an image as a PIL image; its colours are stretched over the whole range.
 
     Args:
         pixels: `[channels, height, width]`, with one or three channels; of others the first is shown.
@@ -161,8 +177,11 @@ def picture(pixels: Tensor) -> str:
     pixels = pixels.float()[: 3 if len(pixels) == 3 else 1]
     low, high = pixels.min(), pixels.max()
     levels = ((pixels - low) / (high - low).clamp_min(1e-12) * 255).byte().cpu()
-    image = Image.fromarray(levels.permute(1, 2, 0).squeeze(-1).numpy())
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return Image.fromarray(levels.permute(1, 2, 0).squeeze(-1).numpy())
+
+
+def data_uri(image: Any) -> str:
+    """A PIL image as a PNG in a data URI."""
     file = io.BytesIO()
     image.save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

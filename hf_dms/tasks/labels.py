@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +47,17 @@ class Label:
 
 @dataclass(frozen=True)
 class LabelColumn:
-    """The label of every row, and the names of a `ClassLabel`, those of classes that do not occur among them."""
+    """The label of every row, or of every object in the rows.
+
+    Attributes:
+        labels: of all rows, in order.
+        names: those of a `ClassLabel`, of classes that do not occur among them; None where there is none.
+        option: which key of the `data` section names the column.
+    """
 
     labels: list[Label]
     names: tuple[str, ...] | None
+    option: str = "label_column"
 
 
 @dataclass(frozen=True)
@@ -59,24 +67,27 @@ class Head:
     Attributes:
         names: in the order of their numbers.
         is_fixed: whether the head is trained, so that they must stay.
+        fewest: how many classes such a head has at least.
     """
 
     names: tuple[str, ...]
     is_fixed: bool
+    fewest: int = 2
 
     @property
     def has_own_names(self) -> bool:
         return not all(re.fullmatch(r"LABEL_\d+", name) for name in self.names)
 
 
-def head_of(config: Any, ending: str, is_new: bool = False) -> Head:
-    """The classes of a model, for one class per example.
+def head_of(config: Any, ending: str, is_new: bool = False, fewest: int = 2) -> Head:
+    """The classes of a model, for one class per example or object.
 
     Args:
         config: the model's.
         ending: what ends the name of a model class with such a head. The config has the name of the class that was
             saved; a config without a name may be of a trained head, and is taken so.
         is_new: whether the head is randomly initialised whatever the config says.
+        fewest: how many classes such a head has at least.
 
     Raises:
         HfDmsError: the head is for regression or for several labels at once.
@@ -84,7 +95,7 @@ def head_of(config: Any, ending: str, is_new: bool = False) -> Head:
     saved_as = config.architectures or ["?" + ending]
     is_fixed = not is_new and any(name.endswith(ending) for name in saved_as)
     kind = config.problem_type
-    if kind in (None, "single_label_classification") and is_fixed and config.num_labels == 1:
+    if kind in (None, "single_label_classification") and is_fixed and config.num_labels < fewest:
         kind = "regression"
     if kind not in (None, "single_label_classification"):
         raise HfDmsError(
@@ -95,7 +106,7 @@ def head_of(config: Any, ending: str, is_new: bool = False) -> Head:
         raise HfDmsError(
             f"model.path: id2label in config.json has the numbers {sorted(config.id2label)}, not 0, 1, ..."
         )
-    return Head(tuple(str(config.id2label[number]) for number in range(config.num_labels)), is_fixed)
+    return Head(tuple(str(config.id2label[number]) for number in range(config.num_labels)), is_fixed, fewest)
 
 
 # ---- reading a column ------------------------------------------------------------------------------------------------
@@ -108,9 +119,25 @@ def read_labels(source: Source, config: DataConfig) -> LabelColumn:
     column = config.label_column
     source.check_column(config, "label_column")
     names = getattr(source.rows.features[column], "names", None)
+    values = enumerate(source.rows.select_columns([column])[:][column])
+    return LabelColumn(labels_of(values, names, source, column), None if names is None else tuple(names))
+
+
+def labels_of(values: Iterable[tuple[int, Any]], names: list[str] | None, source: Source, column: str) -> list[Label]:
+    """Labels of values.
+
+    Args:
+        values: the row, and what it says.
+        names: those of a `ClassLabel`, whose numbers the values are.
+        source: of the rows, for errors.
+        column: of the values, for errors.
+
+    Raises:
+        HfDmsError: a row has no label, or one that is no class.
+    """
     known: dict[tuple[type, Any], Label] = {}
     labels = []
-    for row, value in enumerate(source.rows.select_columns([column])[:][column]):
+    for row, value in values:
         if isinstance(value, list | tuple | dict):
             raise HfDmsError(
                 f"{source.cell(row, column)} holds several labels, {value!r:.60}. hf_dms takes one class per example."
@@ -118,7 +145,7 @@ def read_labels(source: Source, config: DataConfig) -> LabelColumn:
         if (type(value), value) not in known:
             known[type(value), value] = _label(value, names, source, row, column)
         labels.append(known[type(value), value])
-    return LabelColumn(labels, None if names is None else tuple(names))
+    return labels
 
 
 def _label(value: Any, names: list[str] | None, source: Source, row: int, column: str) -> Label:
@@ -156,19 +183,19 @@ def number_labels(train: LabelColumn, held_out: LabelColumn, head: Head) -> tupl
         head: the model's classes.
 
     Raises:
-        HfDmsError: the labels are not classes of the head, or could be in two ways; there are less than two classes.
+        HfDmsError: the labels are not classes of the head, or could be in two ways; there are too few classes.
     """
-    labels = {*train.labels, *held_out.labels}
+    labels, option = {*train.labels, *held_out.labels}, train.option
     if head.is_fixed:
-        numbers = _read_as_classes(labels, head)
+        numbers = _read_as_classes(labels, head, option)
         if numbers is None:
-            raise HfDmsError(_unlike(labels, head))
+            raise HfDmsError(_unlike(labels, head, option))
         return head.names, numbers
-    numbers = _read_as_classes(labels, head) if head.has_own_names else _by_name(labels, head.names)
-    return _own_classes(train, held_out) if numbers is None else (head.names, numbers)
+    numbers = _read_as_classes(labels, head, option) if head.has_own_names else _by_name(labels, head.names)
+    return _own_classes(train, held_out, head.fewest) if numbers is None else (head.names, numbers)
 
 
-def _read_as_classes(labels: set[Label], head: Head) -> dict[Label, int] | None:
+def _read_as_classes(labels: set[Label], head: Head, option: str) -> dict[Label, int] | None:
     """The class of each label in the only way that reads them all, None if none does."""
     by_name, count = _by_name(labels, head.names), len(head.names)
     if by_name is not None and all(label.is_class_name for label in labels):
@@ -178,22 +205,31 @@ def _read_as_classes(labels: set[Label], head: Head) -> dict[Label, int] | None:
     readings = [reading for reading in (by_name, by_number, by_index) if reading is not None]
     if any(reading != readings[0] for reading in readings):
         raise HfDmsError(
-            f"data.label_column: the labels {_listed(labels)} can be read as names and as numbers of different classes "
+            f"data.{option}: the labels {_listed(labels)} can be read as names and as numbers of different classes "
             f"of the model, {', '.join(head.names[:SHOWN])}. Write the names, in a ClassLabel column."
         )
     return readings[0] if readings else None
 
 
 def _by_name(labels: set[Label], names: tuple[str, ...]) -> dict[Label, int] | None:
-    """Classes by name: all of them exactly, else all regardless of case and blanks, which is said."""
-    exact = {name: number for number, name in enumerate(names)}
-    if len(exact) == len(names) and all(label.name in exact for label in labels):
+    """Classes by name: all of them exactly, else all regardless of case and blanks, which is said.
+
+    A name that several classes have is the name of none: models of COCO have ten classes `N/A` that never occur.
+    """
+    exact = _numbers_by_name(names)
+    if all(label.name in exact for label in labels):
         return {label: exact[label.name] for label in labels}
-    plain = {_plain(name): number for number, name in enumerate(names)}
-    if len(plain) < len(names) or not all(_plain(label.name) in plain for label in labels):
+    plain = _numbers_by_name([_plain(name) for name in names])
+    if not all(_plain(label.name) in plain for label in labels):
         return None
     logger.warning(f"The labels {_listed(labels)} are taken as {', '.join(names[:SHOWN])}, regardless of case.")
     return {label: plain[_plain(label.name)] for label in labels}
+
+
+def _numbers_by_name(names: Sequence[str]) -> dict[str, int]:
+    """The numbers of the classes whose name no other class has."""
+    times = Counter(names)
+    return {name: number for number, name in enumerate(names) if times[name] == 1}
 
 
 def _plain(name: str) -> str:
@@ -206,11 +242,13 @@ def _in_range(numbers: dict[Label, int | None], count: int) -> dict[Label, int] 
     return found if len(found) == len(numbers) else None
 
 
-def _own_classes(train: LabelColumn, held_out: LabelColumn) -> tuple[tuple[str, ...], dict[Label, int]]:
+def _own_classes(train: LabelColumn, held_out: LabelColumn, fewest: int) -> tuple[tuple[str, ...], dict[Label, int]]:
     """The classes that the data itself has, for a new head."""
     names = train.names or tuple(_in_order(train.labels))
-    if len(names) < 2:
-        raise HfDmsError(f"data.label_column: all labels are {names[0]!r}. A classifier needs two classes at least.")
+    if not names:
+        raise HfDmsError(f"data.{train.option}: no row of data.path has an object, so there are no classes to learn.")
+    if len(names) < fewest:
+        raise HfDmsError(f"data.{train.option}: all labels are {names[0]!r}. A classifier needs two classes at least.")
     places = {name: place for place, name in enumerate(names)}
     for name in _in_order(held_out.labels):
         if name not in places:
@@ -236,10 +274,10 @@ def _listed(labels: Iterable[Label]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
-def _unlike(labels: set[Label], head: Head) -> str:
+def _unlike(labels: set[Label], head: Head, option: str) -> str:
     classes = ", ".join(f"{name} ({number})" for number, name in enumerate(head.names[:SHOWN]))
     return (
-        f"data.label_column: the labels are {_listed(labels)}; the model has the classes {classes}"
+        f"data.{option}: the labels are {_listed(labels)}; the model has the classes {classes}"
         f"{', ...' if len(head.names) > SHOWN else ''}. A label must be the name or the number of one of them, since a "
         "trained head is never relabelled. Rename them in the data or in the model's config.json (id2label), or give a "
         "model without a head (architectures in its config.json names none), which gets the classes of the data."

@@ -11,12 +11,13 @@ from ..errors import HfDmsError
 from ..files import load_saved
 from .classification import TEXT_CLASSIFICATION
 from .data import DataConfig
+from .detection import OBJECT_DETECTION
 from .generation import TEXT_GENERATION
 from .images import IMAGE_CLASSIFICATION
 from .labels import Head, head_of
 from .task import Examples, Task
 
-TASKS = {task.name: task for task in (TEXT_GENERATION, TEXT_CLASSIFICATION, IMAGE_CLASSIFICATION)}
+TASKS = {task.name: task for task in (TEXT_GENERATION, TEXT_CLASSIFICATION, IMAGE_CLASSIFICATION, OBJECT_DETECTION)}
 
 
 def task_of_class(name: str) -> Task | None:
@@ -53,7 +54,7 @@ def load_examples(
     Raises:
         HfDmsError: something cannot be read, does not fit the model, or a label is no class of its head.
     """
-    head = None if task.generates else head_of(model_config, task.ending, new_head)
+    head = None if task.generates else head_of(model_config, task.ending, new_head, task.fewest_classes)
     return task.load(config, processor, model_config, head)
 
 

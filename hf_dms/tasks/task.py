@@ -29,7 +29,7 @@ class Examples:
 
     train: Any
     held_out: Any
-    collate: Callable[[list], dict[str, Tensor]]
+    collate: Callable[[list], dict[str, Any]]
     labels: tuple[str, ...]
     unit: str
     config: dict[str, Any] = field(default_factory=dict)
@@ -57,15 +57,19 @@ class Task:
         ending: what ends the name of its model classes.
         peft: PEFT's name of the task; it decides whether a fresh head trains whole beside adapters.
         generates: whether its models write text; they need a cache then.
-        metric: perplexity or accuracy, of held-out examples.
+        metric: perplexity, accuracy or mean_average_precision, of held-out examples.
         log_scores: whether the metric is exp of the mean score; else it is the mean itself.
+        fewest_classes: how many classes a head has at least; one with fewer is none of this task. 0 without classes.
         num_held_out: how many held-out examples are measured on, unless the recipe says otherwise; None for all.
         speed: what is counted per second, a key of `dms_report.json` and its words.
         amount: how much of that a batch is.
         load: examples from the `data` section, a processor, the model's config and, for classifiers, its classes.
-        score: what each example of a batch adds to the metric, `[batch]` float64.
+        score: what each example of a batch adds to the metric, `[batch]` float64; or what is found in it,
+            `[batch, rows, columns]`, where the metric is no mean.
         samples: a few inputs for the report, each with empty `outputs`.
         answers: those samples with what a model, under a name, makes of each.
+        of_all: the metric where it is no mean over examples: of all examples, and without each of some parts of them,
+            from what `score` returned for all; None where it is a mean.
     """
 
     name: str
@@ -76,10 +80,12 @@ class Task:
     generates: bool
     metric: str
     log_scores: bool
+    fewest_classes: int
     num_held_out: int | None
     speed: tuple[str, str]
-    amount: Callable[[Mapping[str, Tensor]], int]
+    amount: Callable[[Mapping[str, Any]], int]
     load: Callable[[DataConfig, Any, Any, Any], Examples]
-    score: Callable[[PreTrainedModel, Mapping[str, Tensor]], Tensor]
+    score: Callable[[PreTrainedModel, Mapping[str, Any]], Tensor]
     samples: Callable[[Examples, Any, SampleOptions], list[Sample]]
     answers: Callable[[list[Sample], str, PreTrainedModel, Any, Examples, SampleOptions], list[Sample]]
+    of_all: Callable[[Tensor], tuple[float, Tensor]] | None = None

@@ -1,7 +1,8 @@
-"""The dense model as teacher of its own search: its logits, computed with open masks, and the divergence from them.
+"""The dense model as teacher of its own search: its outputs, computed with open masks, and the divergence from them.
 
 With frozen weights (pipeline p-), the model with every mask open is the dense model, so no second copy is needed. It
-works for heads that give one distribution per prediction (of a token, an example or an object query).
+works for heads that give one distribution per prediction (of a token, an example or an object query, whose box is
+taught too).
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from ..archs.plain_view import base_model_of, tensor_of
 from ..cut.verify import open_gates
 from ..errors import HfDmsError
 from ..gating.attach import gates_of
-from .finetune import distillation_loss, without_labels
+from ..tasks.registry import task_of_class
+from .finetune import box_distance, distillation_loss, without_labels
 
 NO_DISTRIBUTION = ("regression", "multi_label_classification")  # values of a config's problem_type
 
@@ -31,7 +33,9 @@ def check_divergence(model: nn.Module) -> None:
     """
     base: Any = base_model_of(model)
     kind = base.config.problem_type
-    if kind is None and base.config.num_labels == 1 and base.get_output_embeddings() is None:
+    task = task_of_class(type(base).__name__)
+    fewest = 2 if task is None else task.fewest_classes
+    if kind is None and base.config.num_labels < fewest and base.get_output_embeddings() is None:
         kind = "regression"  # transformers' own rule for a single label
     if kind in NO_DISTRIBUTION:
         raise HfDmsError(
@@ -41,8 +45,8 @@ def check_divergence(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def logits_with_open_masks(model: PreTrainedModel, prepared: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """Logits of the dense model, from a frozen model in its search.
+def outputs_with_open_masks(model: PreTrainedModel, prepared: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """Outputs of the dense model, from a frozen model in its search.
 
     Call it before the forward pass that gets a gradient: the gates hold the masks of the last forward pass.
 
@@ -52,23 +56,27 @@ def logits_with_open_masks(model: PreTrainedModel, prepared: nn.Module, inputs: 
         inputs: keyword arguments of a forward pass; labels are ignored.
 
     Returns:
-        `[..., classes]`, without a gradient.
+        The dense model's outputs, without a gradient.
 
     Raises:
         ValueError: the model returns no logits.
     """
     with open_gates(model), _dense_statistics(model):
-        return _logits(prepared(**without_labels(inputs)))
+        outputs = prepared(**without_labels(inputs))
+    _logits(outputs)
+    return outputs
 
 
-def kl_to_dense(model: nn.Module, outputs: Any, dense_logits: Tensor, labels: Tensor | None) -> Tensor:
+def kl_to_dense(model: nn.Module, outputs: Any, dense: Any, labels: Any) -> Tensor:
     """KL(dense ‖ searched model) at temperature 1 over all classes, mean over predictions: a float32 scalar.
+
+    For a detector plus the distance of its boxes, see `box_distance`.
 
     Args:
         model: the model; a causal one predicts the label of the next position.
         outputs: outputs of the masked forward pass.
-        dense_logits: logits of the dense model, `[..., classes]`.
-        labels: `[...]`; predictions with label -100 do not count. None: all count.
+        dense: outputs of the dense model.
+        labels: `[...]`; predictions with label -100 do not count. None, or boxes: all count.
 
     Raises:
         ValueError: the outputs have no logits, or logits without a gradient.
@@ -80,7 +88,7 @@ def kl_to_dense(model: nn.Module, outputs: Any, dense_logits: Tensor, labels: Te
             "SFTTrainer does). Write kl_weight: 1, which leaves that loss out, or 0."
         )
     causal = base_model_of(model).can_generate()  # it predicts the next label
-    return distillation_loss(logits, dense_logits, 1.0, labels, shifted=causal)
+    return distillation_loss(logits, _logits(dense), 1.0, labels, shifted=causal) + box_distance(outputs, dense)
 
 
 def _logits(outputs: Any) -> Tensor:

@@ -83,7 +83,9 @@ def examples_to_refit_on(trainer: Any, positions_per_input: int = POSITIONS_PER_
         torch.manual_seed(0)
         for start in range(0, len(order), size):
             batch = collate([data[i] for i in order[start : start + size]])
-            batches.append({name: value for name, value in batch.items() if isinstance(value, Tensor)})
+            batches.append(
+                {name: value for name, value in batch.items() if isinstance(value, Tensor) or name == "labels"}
+            )
             missing -= _positions(batch, bound)
             if missing <= 0:
                 break

@@ -34,7 +34,7 @@ from ..gating.attach import attach_, freeze_, frozen_mode_, gates_of
 from ..gating.outcome import SearchOutcome, search_outcome, warn_of_outcome
 from ..refit.batch_norms import BATCHES, estimate_batch_norms_
 from ..tasks.evaluate import evenly_spaced
-from .dense_logits import check_divergence, kl_to_dense, logits_with_open_masks
+from .dense_logits import check_divergence, kl_to_dense, outputs_with_open_masks
 from .distributed import check_launch, check_plugin, leave_gates_out_, unsharded, without_ddp_for_frozen
 from .exact_resume import ExactCheckpointsMixin, loss_is_summed_over_micro_batches
 from .finetune import without_labels
@@ -246,16 +246,16 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         scaled = loss_is_summed_over_micro_batches(self, num_items_in_batch)
         share = 1 / self.current_gradient_accumulation_steps
         weight = 0.0 if self.gates.is_warming_up else self.dms_config.kl_weight
-        dense_logits = logits_with_open_masks(self._unwrapped(), model, inputs) if weight else None
+        dense = outputs_with_open_masks(self._unwrapped(), model, inputs) if weight else None
         outputs = None
         if weight == 1:  # the task's loss does not count, so its memory is saved
             loss, outputs = torch.zeros((), device=self.args.device), model(**without_labels(inputs))
-        elif dense_logits is not None or return_outputs:
+        elif dense is not None or return_outputs:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)
         else:
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        if dense_logits is not None:
-            divergence = kl_to_dense(self._unwrapped(), outputs, dense_logits, inputs.get("labels"))
+        if dense is not None:
+            divergence = kl_to_dense(self._unwrapped(), outputs, dense, inputs.get("labels"))
             loss = (1 - weight) * loss + weight * divergence * (share if scaled else 1.0)
         self._step_task_loss += loss.detach() * (1.0 if scaled else share)
         loss = loss + self.gates.resource_loss(self.progress).to(loss.device) * (share if scaled else 1.0)

@@ -8,7 +8,7 @@ import torch
 from helpers.laws import batch_for, tiny
 from helpers.marks import ordinary_if
 from helpers.tiny import relative_difference, tiny_llama, token_batch
-from transformers import ResNetForImageClassification
+from transformers import BertForSequenceClassification, ResNetForImageClassification
 
 from hf_dms import DMSConfig, HfDmsError, attach_, one_shot_obs_plan, prune
 from hf_dms.archs.plain_view import submodule
@@ -167,6 +167,16 @@ def test_a_global_threshold_drops_the_least_worthy_units_of_all_layers():
     assert units[2] == 20
     assert units[0] == 1
     assert units[0] < units[1]
+
+
+def test_dims_that_follow_one_that_follows_another_get_its_share():
+    """In BERT's stock format the pooler follows the residual stream, and that follows the heads."""
+    model = tiny(BertForSequenceClassification)
+    gates = attach_(model, DMSConfig(target=0.6, layout="uniform")) or gates_of(model)
+    chained = [name for name, dim in gates.dims.items() if dim.follows and gates.dims[dim.follows].follows]
+    assert chained
+    allocate_(gates, {name: torch.rand(dim.rows, dim.units) for name, dim in gates.dims.items()})
+    prune(model)
 
 
 def test_equal_allocation_gives_every_layer_the_same_share():

@@ -19,7 +19,7 @@ from transformers import (
 from hf_dms import DMSConfig, DMSTrainer, attach_
 from hf_dms.cut.verify import outputs_of
 from hf_dms.gating.attach import freeze_, gates_of
-from hf_dms.training.dense_logits import logits_with_open_masks
+from hf_dms.training.dense_logits import outputs_with_open_masks
 
 KL = dict(pipeline="p-", kl_weight=1.0)
 
@@ -48,7 +48,7 @@ def test_open_masks_give_the_logits_of_the_dense_model(cls, tmp_path):
     trainer = in_search(cls, tmp_path)
     model, batch = trainer.model, batches_for(trainer.model)[0]
     modes = [module.training for module in model.modules()]
-    found = logits_with_open_masks(model, model, batch)
+    found = outputs_with_open_masks(model, model, batch).logits
     assert relative_difference(found, outputs_of(tiny(cls), batch)) < 1e-5
     assert not found.requires_grad
     assert [module.training for module in model.modules()] == modes
@@ -65,7 +65,7 @@ def test_batch_norms_that_the_search_has_moved_are_those_of_the_dense_model():
     for _ in range(3):
         model(**batch)
     moved = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    found = logits_with_open_masks(model, model, batch)
+    found = outputs_with_open_masks(model, model, batch).logits
     assert relative_difference(found, outputs_of(tiny(ResNetForImageClassification), batch)) < 1e-5
     assert bit_equal(dict(model.named_buffers()), moved)
 
@@ -170,7 +170,7 @@ def test_over_refitted_weights_the_dense_model_is_still_the_dense_one(tmp_path):
     gates, batch = gates_of(trainer.model), token_batch(2, 6)
     assert gates.refitted == {"kv", "mlp"}
     trainer.model.train()
-    found = logits_with_open_masks(trainer.model, trainer.model, batch)
+    found = outputs_with_open_masks(trainer.model, trainer.model, batch).logits
     assert relative_difference(found, outputs_of(tiny_llama(), batch)) < 1e-5
     assert relative_difference(found, trainer.model(**batch).logits) > 1e-3
     losses = logged(trainer, "task_loss")

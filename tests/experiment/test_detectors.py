@@ -1,0 +1,121 @@
+"""A detector from a recipe to the folder that is written: searched, cut, repaired, retrained, measured and shown."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from helpers.scenes import NAMES, SIDE, detector, pictures, save, write_scenes
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+from hf_dms.cli import main
+from hf_dms.training.finetune import box_distance
+
+RANDOM = torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    boxes = [[[i % 5, i % 7, 6, 5]] * (i % 3) for i in range(12)]
+    categories = [[i % 3] * (i % 3) for i in range(12)]
+    return write_scenes(tmp_path_factory.mktemp("data") / "a.parquet", boxes, categories)
+
+
+@pytest.fixture
+def prune(tmp_path, data):
+    """A function that writes a recipe for a tiny detector, and runs it; returns (exit code, output folder)."""
+    save(tmp_path / "yolos")
+
+    def run(*overrides, command="prune", **sections):
+        values = {
+            "model": {"path": str(tmp_path / "yolos"), "task": "object-detection", "dtype": "float32"},
+            "data": {"path": data, "held_out": data},
+            "dms": {"target": 0.7, "warmup_steps": 2, "resource_scope": "layers"},
+            "train": {"max_steps": 4, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True},
+            "eval": {"samples": 2},
+            "output": {"path": str(tmp_path / "out")},
+        }
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values | sections))
+        return main([command, str(tmp_path / "recipe.yaml"), *overrides]), tmp_path / "out"
+
+    return run
+
+
+def test_a_detector_is_pruned_recovered_measured_and_shown(prune, data, capsys):
+    recover = {"repair": {"examples": 4}, "distillation": {"weight": 0.5}, "max_steps": 2}
+    code, out = prune(finetune={"max_steps": 2}, recover=recover)
+    assert code == 0, capsys.readouterr().err
+    report = json.loads((out / "dms_report.json").read_text())
+    for name in ("dense", "pruned", "repaired", "recovered"):
+        assert 0 <= report[name]["mean_average_precision"] <= 1
+    assert report["pruned"]["num_params"] < report["dense"]["num_params"]
+    assert report["dense"]["images_per_second"] > 0
+    sample = report["samples"][1]
+    assert sorted(sample["pictures"]) == sorted(sample["outputs"]) == ["dense", "recovered"]
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 6
+    assert "held-out mAP" in page
+    card = (out / "README.md").read_text()
+    assert "pipeline_tag: object-detection" in card
+    assert "MAP: 12 held-out images of `a.parquet`" in card
+    pruned = AutoModelForObjectDetection.from_pretrained(out, trust_remote_code=True)
+    assert pruned.config.id2label == dict(enumerate(NAMES))
+    inputs = AutoImageProcessor.from_pretrained(out)(pictures(1), return_tensors="pt")
+    assert pruned(pixel_values=inputs["pixel_values"]).pred_boxes.shape == (1, 4, 4)
+    capsys.readouterr()
+    assert main(["eval", str(out), "--data", data]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["mean_average_precision"] == pytest.approx(report["recovered"]["mean_average_precision"])
+    assert row["examples"] == "12 images"
+
+
+@pytest.mark.parametrize(
+    "dms",
+    [
+        {"pipeline": "p-", "kl_weight": 1.0},
+        {"pipeline": "p-", "search_over": "refitted", "prune": ["mlp"]},
+        {"pipeline": "np"},
+        {"strategy": "taylor"},
+        {"strategy": "block_influence", "prune": ["layers"]},
+    ],
+    ids=lambda dms: "-".join(map(str, dms.values())),
+)
+def test_other_ways_to_choose_take_boxes_too(dms, prune, capsys):
+    warmup = {} if "strategy" in dms else {"warmup_steps": 2}
+    code, out = prune(dms={"target": 0.8, "resource_scope": "layers"} | warmup | dms, eval={"samples": 0})
+    assert code == 0, capsys.readouterr().err
+    report = json.loads((out / "dms_report.json").read_text())
+    assert report["pruned"]["num_params"] < report["dense"]["num_params"]
+
+
+def test_a_bad_box_ends_validate_in_one_line(prune, tmp_path, capsys):
+    path = write_scenes(tmp_path / "b.parquet", [[[1, 1, 40, 4]]], [[0]])
+    assert prune(f"data.path={path}", f"data.held_out={path}", command="validate")[0] == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "row 1 of" in line
+    assert "Correct it, or leave it out." in line
+
+
+def test_a_comparison_of_detectors_is_refused(prune, capsys):
+    assert prune(command="compare", compare={"strategies": {"taylor": {}}})[0] == 2
+    assert "compare pairs the scores of single examples" in capsys.readouterr().err
+
+
+def test_the_boxes_of_a_teacher_count_where_it_sees_an_object():
+    boxes = torch.rand(1, 2, 4, generator=RANDOM)
+    logits = torch.tensor([[[9.0, 0.0, 0.0], [0.0, 0.0, 30.0]]])  # an object, and none
+    teacher = {"logits": logits, "pred_boxes": boxes}
+    moved = boxes.clone()
+    moved[0, 1] += 0.5
+    assert float(box_distance({"pred_boxes": moved}, teacher)) == pytest.approx(0, abs=1e-6)
+    moved[0, 0] += 0.1
+    assert float(box_distance({"pred_boxes": moved}, teacher)) == pytest.approx(5 * 0.4, rel=1e-5)
+    assert box_distance({"logits": logits}, {"logits": logits}) == 0
+
+
+def test_the_teacher_of_a_search_is_the_dense_detector():
+    """Without a cut nothing is to be learned: the divergence of a model from itself is 0."""
+    model = detector()
+    with torch.no_grad():
+        outputs = model(pixel_values=torch.randn(2, 3, SIDE, SIDE, generator=RANDOM))
+    assert float(box_distance(outputs, outputs)) == 0
