@@ -1,5 +1,6 @@
 """Numbers of the tables in README and docs that name a comparison are those of its rows."""
 
+import json
 import re
 
 import pytest
@@ -38,3 +39,49 @@ def test_the_table_of_supernets_is_made_of_the_rows(monkeypatch):
 
     made = supernet.table(supernet.read_rows(ROOT / "benchmarks" / "supernet.jsonl"))
     assert made in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+
+
+def readme_section(title):
+    return (ROOT / "README.md").read_text(encoding="utf-8").split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_every_quality_below_the_readme_s_table_is_in_a_row():
+    """Accuracies have four decimals, perplexities one; a speed is in benchmarks/README.md."""
+    text = "\n".join(line for line in readme_section("What you lose").splitlines() if not line.startswith("|"))
+    numbers = set(re.findall(r"\b\d+\.\d+\b", text.replace("](docs/", "](")))
+    results = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    measured = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert len(numbers) > 8
+    missing = {number for number in numbers if number not in results and f"**{number}0**" not in measured}
+    assert missing == set()
+
+
+def test_the_readme_counts_the_strategies_with_rows_and_names_the_accelerator():
+    results = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    strategies = set(re.findall(r"^\| [\d.]+ \| ([\w-]+) \|", results, re.MULTILINE))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"[{len(strategies)} strategies](benchmarks/RESULTS.md)" in readme
+    rows = (line for file in (ROOT / "benchmarks").rglob("*.jsonl") for line in file.read_text("utf-8").splitlines())
+    accelerators = {
+        machine["accelerator"] for row in rows if "accelerator" in (machine := json.loads(row).get("machine", {}))
+    }
+    assert accelerators
+    assert all(name in readme for name in accelerators)
+
+
+def test_the_table_of_the_start_page_is_a_row_of_the_quickstart():
+    page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in (ROOT / "benchmarks/quickstart.jsonl").read_text("utf-8").splitlines()]
+    table = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("|")}
+    found = [row for row in rows if f"{row['dense']['num_params']:,}" in table["parameters"] and says(row, table)]
+    assert found, "no row of benchmarks/quickstart.jsonl has these numbers"
+    assert f"{found[-1]['seconds']} s of them in the report" in page
+
+
+def says(row, table):
+    perplexities = [row["dense"]["perplexity"], row["soft"], row["pruned"]["perplexity"]]
+    perplexities += [row.get("repaired", {}).get("perplexity", 0)]
+    sizes = [row["dense"]["num_params"], row["pruned"]["num_params"]]
+    return all(f"| {value:.2f} |" in table["held-out perplexity"] for value in perplexities) and all(
+        f"| {value:,} |" in table["parameters"] for value in sizes
+    )
