@@ -85,3 +85,19 @@ def says(row, table):
     return all(f"| {value:.2f} |" in table["held-out perplexity"] for value in perplexities) and all(
         f"| {value:,} |" in table["parameters"] for value in sizes
     )
+
+
+@pytest.mark.parametrize("page", ["docs/tutorial_bert.md", "docs/tutorial_vit.md", "docs/targets.md"])
+def test_accuracies_of_a_recipe_are_those_of_its_rows(page):
+    """Three decimals without a zero in front, behind or before a link to the recipe in the same line or sentence."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = text.splitlines() if page.endswith("targets.md") else text.split("\n\n")
+    rows = [json.loads(line) for line in (ROOT / "benchmarks/recipe.jsonl").read_text("utf-8").splitlines()]
+    found = 0
+    for block in blocks:
+        link = re.search(r"recipes/([\w-]+\.yaml)", block)
+        for number in re.findall(r"(?<=\s)\.\d{3}\b", block):
+            known = {f"{row['accuracy']:.3f}".lstrip("0") for row in rows if link and row["recipe"] == link[1]}
+            assert number in known, (page, block)
+            found += 1
+    assert found >= 2
