@@ -1,9 +1,9 @@
-"""A recipe beside its rival: one-shot Taylor importance at the same budget, with the same recovery.
+"""A recipe beside its rival: one-shot Taylor importance at the same budget, with the same `recover` section.
 
     python benchmarks/recipe.py RECIPE [section.key=value ...] [--strategies dms taylor] [--taylor-batches 100]
 
-Both cut the same dense model (fine-tuned first, if the recipe says so) and retrain with the recipe's recovery. The
-search of DMS trains weights with pipeline p, so `taylor-longer` gives the rival these steps too, in its recovery.
+Both cut the same dense model (fine-tuned first, if the recipe says so), and both are recovered as the recipe says. The
+search of DMS trains weights with pipeline p, so `taylor-longer` gives the rival these steps too, after its cut.
 Taylor importance is the mean over batches of the recipe's size at open masks, ranked over all layers together, per
 parameter. Needs layout per_layer and no dim but those of each layer. Each finished row is appended to the results at
 once with its differences from the dense model and, paired, from the row of DMS; a stopped run goes on.
@@ -26,7 +26,7 @@ from hf_dms.archs.registry import spec_for
 from hf_dms.cut.plan import PLAN_FILE, load_plan, plan_to_json
 from hf_dms.experiment.prepare import empty_model, model_class, prepare, training_arguments
 from hf_dms.experiment.recipe import load_recipe
-from hf_dms.experiment.stages import dense_model, recovery_steps, score, search_and_cut
+from hf_dms.experiment.stages import dense_model, recover_steps, score, search_and_cut
 from hf_dms.tasks.evaluate import summary
 
 HERE = Path(__file__).parent
@@ -101,20 +101,20 @@ def main():
         return list(DataLoader(chosen, batch_size=size, collate_fn=examples.collate))
 
     def recover(strategy):
-        """Measure a cut after each step of the recipe's recovery."""
+        """Measure a cut after each step of the recipe's `recover` section."""
         plan, pruned = plan_and_cut(strategy)
         if strategy == "taylor-longer":
             for key in ("num_train_epochs", "max_steps"):
                 if key in (recipe.recover.train or {}):
                     recipe.recover.train[key] += recipe.train[key]
-        folder = work / f"{strategy}-recovery"
+        folder = work / f"{strategy}-recover"
         folder.mkdir(exist_ok=True)
         if recipe.finetune and not (folder / "finetune").exists():
             (folder / "finetune").symlink_to((work / "finetune").resolve())
         searched = dense() if recipe.dms.pipeline == "p-" else None
         own = {name: training_arguments(recipe, name, folder / name) for name in prepared.arguments if name != "search"}
         here = dataclasses.replace(prepared, arguments=own)
-        for step in recovery_steps(pruned, searched, plan, here):
+        for step in recover_steps(pruned, searched, plan, here):
             measured(f"{strategy}-{step}", lambda: pruned)
 
     measured("dense", dense)

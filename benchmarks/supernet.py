@@ -5,18 +5,18 @@
     python benchmarks/supernet.py --table
 
 Every way ends with a network of at most the MACs of the hand-made one, on 28 × 28 grey pixels, and trains for the same
-number of epochs in all, counted in full: what pretrains, searches and retrains shares them.
+number of epochs in all, counted in full: pretraining, search and the training after it share them.
 
     hand         the original: three stages, each twice as wide as the one before, of equal depths but the last
     width        a smaller network with all widths multiplied until it has as many MACs
     compound     the same with widths 1.1^φ and depths 1.2^φ, EfficientNet's factors at one resolution
     np           pipeline np, layout per_layer: a supernet twice as wide and 1.5 times as deep, random; the search takes
-                 a tenth of the retraining, which begins with fresh weights
-    np-searched  the same retrained from the weights of the search
+                 a tenth of the training after it, which begins with fresh weights
+    np-searched  the same trained from the weights of the search
     np-uniform   the same as np with layout uniform: a stock network
     np-8, np-32  the same as np with all widths in multiples of 8 or 32 (of what the stage has, if that is less)
-    p            pipeline p: the supernet trained for half of the epochs, then a search and a retraining of the rest
-    taylor       the same trained supernet cut by one-shot Taylor, then retrained for the rest
+    p            pipeline p: the supernet trained for half of the epochs, then a search and a training of the rest
+    taylor       the same trained supernet cut by one-shot Taylor, then trained for the rest
 
 Images are shifted by up to two pixels and mirrored at random in every training. Each finished row is appended at once.
 Several processes, started by `--processes` or by hand, share one folder: each takes what no other one works on. A
@@ -50,7 +50,7 @@ from hf_dms import DMSConfig
 from hf_dms.experiment.prepare import prepare
 from hf_dms.experiment.recipe import build_recipe
 from hf_dms.experiment.rows import append_row, provenance, read_rows
-from hf_dms.experiment.stages import dense_model, recovery_steps, score, search_and_cut
+from hf_dms.experiment.stages import dense_model, recover_steps, score, search_and_cut
 from hf_dms.gating.supernet import dense_resource
 
 HERE = Path(__file__).parent
@@ -58,7 +58,7 @@ SIDE, CLASSES, BATCH, SHIFT = 28, 10, 64, 2
 SUPERNET = {"width": 2, "depth": 1.5}
 PLAIN = ("hand", "width", "compound")  # nothing is searched
 WAYS = ("hand", "np", "width", "compound", "p", "taylor", "np-searched", "np-uniform", "np-8", "np-32")
-SEARCHED = ("np-searched", "p", "taylor")  # retrained from the weights of the search
+SEARCHED = ("np-searched", "p", "taylor")  # trained on from the weights of the search
 PRETRAINED = ("p", "taylor")  # one job, since they share the trained supernet
 STEPS = (0.5, 0.05, 0.005)  # of φ
 COMPOUND = {"width": 1.1, "depth": 1.2}  # per φ: Tan and Le, arXiv 1905.11946, section 5
@@ -165,7 +165,7 @@ def in_memory(prepared, folder):
     held_out = [{"pixel_values": image, "labels": label} for image, label in zip(pixels, labels)]
     train = Moved(images["train"]["pixel_values"], images["train"]["labels"])
     examples = dataclasses.replace(prepared.examples, train=train, held_out=held_out)
-    return dataclasses.replace(prepared, examples=examples, retraining=examples)
+    return dataclasses.replace(prepared, examples=examples, recover_examples=examples)
 
 
 # ---- jobs ------------------------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def run_job(options, family, seed, ways, write):
         assert kept <= budget, f"{way} has {kept} MACs, more than {budget}"
         found = {"macs": kept, "sizes": searched.costs["sizes"], "outcome": searched.outcome}
         cut = float(score(searched.pruned, prepared).mean())
-        for _ in recovery_steps(searched.pruned, searched.model, searched.plan, prepared):
+        for _ in recover_steps(searched.pruned, searched.model, searched.plan, prepared):
             pass
         write(way, row_of(prepared, searched.pruned, started) | {"steps": steps, "cut": cut} | found)
     shutil.rmtree(folder)

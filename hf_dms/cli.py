@@ -109,7 +109,7 @@ def _add_running(commands: Any) -> None:
     validate.add_argument("recipes", nargs="+", metavar="recipe", help="YAML files, and section.key=value overrides")
     validate.set_defaults(run=_validate)
     compare = commands.add_parser(
-        "compare", help="compare ways to choose structure: same model, data, budget and recovery"
+        "compare", help="compare ways to choose structure, with the same model, data, budget and recover section"
     )
     compare.add_argument("recipe", help="a YAML file with a compare section")
     compare.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
@@ -236,7 +236,7 @@ def _validate(options: argparse.Namespace) -> int:
     from .experiment.memory import memory_in_words
     from .experiment.prepare import prepare
     from .experiment.recipe import load_recipe
-    from .experiment.recovery import recovery_in_words
+    from .experiment.recover import recover_in_words
 
     overrides = [word for word in options.recipes if "=" in word]
     found: list[dict[str, Any]] = []
@@ -247,7 +247,7 @@ def _validate(options: argparse.Namespace) -> int:
             recipe = load_recipe(path, overrides)
             whole = prepare(recipe)
             prepared, memory = whole.recipe, memory_in_words(whole)
-            chosen = recovery_in_words(prepared) if prepared.recover != recipe.recover else []
+            chosen = recover_in_words(prepared) if prepared.recover != recipe.recover else []
             if prepared.dms.target != recipe.dms.target:
                 of = (" of the supernet", " of the original") if recipe.model.supernet is not None else ("", "")
                 asked = recipe.dms.target or ", ".join(f"{name} {size}" for name, size in recipe.dms.sizes.items())

@@ -22,7 +22,7 @@ Made by `python tools/results.py` of the rows in `benchmarks/compare` and `bench
 No number here is typed by hand.
 
 Each strategy chose structure on the same model, examples and order, at the same budget, and saw as many tokens (or, in
-`seen`, examples) as it says: choice, repair and recovery together. Arrows lead from the dense model to the cut and
+`seen`, examples) as it says: choice, repair and training together. Arrows lead from the dense model to the cut and
 what was done to it. In brackets: the paired difference from the first strategy at that target, over the same held-out
 examples and seeds, with its standard error (nats per token for perplexity, points for accuracy). Rows that a recipe
 names and the table lacks have not been run.

@@ -241,7 +241,7 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
         arguments.save_strategy = "no"
         distillation, lora = recipe.recover.distillation, lora_config(recipe, "recover.lora")
         teacher, float32 = dense if distillation else None, recipe.recover.float32
-        if recipe.retrains_afresh:
+        if recipe.recovers_afresh:
             fresh_weights_(pruned, arguments.seed)
         train_(pruned, arguments, examples, teacher, distillation, lora=lora, float32=float32)
         finish_("recovered", pruned, started, examples_of(arguments, examples))
@@ -258,10 +258,10 @@ def _recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
     strategy, values = cell.settings.get("criterion", SEARCH), cell.settings.get("dms") or {}
     dms = dataclasses.replace(recipe.dms, **values, target=cell.target, strategy=strategy)
     train = recipe.train | (cell.settings.get("train") or {}) | {"seed": cell.seed, "save_strategy": "no"}
-    retraining, own = recipe.recover.train, cell.settings.get("recover")
-    retraining = (retraining or {}) | own if own else retraining
+    train_after, own = recipe.recover.train, cell.settings.get("recover")
+    train_after = (train_after or {}) | own if own else train_after
     return dataclasses.replace(
-        recipe, dms=dms, train=train, recover=dataclasses.replace(recipe.recover, train=retraining)
+        recipe, dms=dms, train=train, recover=dataclasses.replace(recipe.recover, train=train_after)
     )
 
 

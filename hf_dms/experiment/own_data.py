@@ -37,8 +37,8 @@ def with_own_texts(prepared: Prepared) -> Prepared:
     run_on_main(lambda: None if path.exists() else _write(prepared, path))
     data = recipe.data.with_own_texts(str(path))
     examples = load_examples(data, recipe.task, prepared.processor, prepared.config)
-    retraining = examples if prepared.retraining is prepared.examples else prepared.retraining
-    return dataclasses.replace(prepared, examples=examples, retraining=retraining)
+    recover_examples = examples if prepared.recover_examples is prepared.examples else prepared.recover_examples
+    return dataclasses.replace(prepared, examples=examples, recover_examples=recover_examples)
 
 
 def own_texts_file(prepared: Prepared) -> Path:

@@ -38,7 +38,7 @@ from ..tasks.registry import TASKS, load_examples, load_more_examples
 from ..tasks.task import Examples
 from ..training.trainer import check_training_arguments
 from .recipe import Recipe, coerce_fields, saying_where
-from .recovery import with_recovery
+from .recover import with_recover_defaults
 from .supernets import in_supernet, search_is_long
 
 logger = logging.get_logger(__name__)
@@ -49,12 +49,12 @@ class Prepared:
     """A checked recipe, and the objects that its stages need.
 
     Attributes:
-        recipe: the recipe, with all values of its `recover` section (recovery.py) and its target as a fraction.
+        recipe: the recipe, with all values of its `recover` section (recover.py) and its target as a fraction.
         config: the config of the dense model or supernet, with the changes that the examples need (labels).
         processor: the tokenizer or image processor.
         examples: the data of search, repair and measuring. Texts that the dense model writes are added in own_data.py.
         texts: further examples to measure on, by name (eval.texts).
-        retraining: the data of the training after the cut.
+        recover_examples: the data of the training after the cut.
         arguments: `TrainingArguments` of the recipe's stages: finetune, search, recover.
         original: with a supernet, the costs of the model at model.path, and the requested `target` as a share of them.
         lora: `peft.LoraConfig` of the search ("lora") and of the training after the cut ("recover.lora"), or None.
@@ -65,7 +65,7 @@ class Prepared:
     processor: Any
     examples: Examples
     texts: Mapping[str, Any]
-    retraining: Examples
+    recover_examples: Examples
     arguments: Mapping[str, Any]
     lora: Mapping[str, Any]
     original: Original | None = None
@@ -115,10 +115,10 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
     examples = load_examples(data, recipe.task, processor, config, new_head=new_head)
     if recipe.dms.strategy == SEARCH:
         recipe.dms.check_length(_steps_of(arguments["search"], len(examples.train)))
-    retraining = examples
+    recover_examples = examples
     if recipe.recover.data is not None:
         with saying_where("recover."):
-            retraining = load_more_examples(recipe.recover.data, recipe.task, processor, config, examples)
+            recover_examples = load_more_examples(recipe.recover.data, recipe.task, processor, config, examples)
     texts = load_texts(recipe, recipe.eval.texts, processor, config, examples)
     config.update(examples.config)
     original = None
@@ -128,7 +128,7 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
     bound = bind(spec_for(config), empty)
     recipe = dataclasses.replace(recipe, dms=with_share(recipe.dms, bound, empty))
     _check_sizes(recipe)
-    recipe = with_recovery(recipe, empty, retraining, arguments["search"].world_size)
+    recipe = with_recover_defaults(recipe, empty, recover_examples, arguments["search"].world_size)
     if recipe.recover.train is not None:
         arguments["recover"] = training_arguments(recipe, "recover", folder / "recover")
     _check_model(recipe, config)
@@ -138,11 +138,11 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
         for stage, made in arguments.items():
             section = "train" if stage == "search" else stage
             arguments[stage] = training_arguments(recipe, section, Path(made.output_dir))
-    if long := search_is_long(recipe, arguments, examples, retraining):
+    if long := search_is_long(recipe, arguments, examples, recover_examples):
         logger.warning(long)
     lora = {section: lora_config(recipe, section) for section in ("lora", "recover.lora")}
     _check_adapters(recipe, config, lora)
-    return Prepared(recipe, config, processor, examples, texts, retraining, arguments, lora, original)
+    return Prepared(recipe, config, processor, examples, texts, recover_examples, arguments, lora, original)
 
 
 def load_texts(
@@ -191,9 +191,9 @@ def _asking_for_bfloat16(recipe: Recipe, config: Any, arguments: Mapping[str, An
 def _without_bfloat16(recipe: Recipe) -> Recipe:
     """A recipe without bf16, so that training computes in the precision of the weights."""
     given: tuple[Any, ...] = (recipe.train, recipe.finetune, recipe.recover.train)
-    train, finetune, retraining = (each | {"bf16": False} if each and "bf16" in each else each for each in given)
+    train, finetune, recover = (each | {"bf16": False} if each and "bf16" in each else each for each in given)
     return dataclasses.replace(
-        recipe, train=train, finetune=finetune, recover=dataclasses.replace(recipe.recover, train=retraining)
+        recipe, train=train, finetune=finetune, recover=dataclasses.replace(recipe.recover, train=recover)
     )
 
 

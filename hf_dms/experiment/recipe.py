@@ -60,7 +60,7 @@ class Recipe:
         return TASKS[self.model.task]
 
     @property
-    def retrains_afresh(self) -> bool:
+    def recovers_afresh(self) -> bool:
         """Whether the training after the cut begins with new random weights."""
         default = "fresh" if self.dms.pipeline == "np" else "searched"
         return self.recover.train is not None and (self.recover.weights or default) == "fresh"
@@ -163,7 +163,7 @@ def _check_random_weights(recipe: Recipe) -> None:
             f"model.supernet has random weights, and dms.pipeline is {recipe.dms.pipeline}, which begins with "
             "pretrained ones. Write dms.pipeline: np, or leave model.supernet out."
         )
-    if not recipe.retrains_afresh:
+    if not recipe.recovers_afresh:
         return
     otherwise = "Write recover.weights: searched"
     if recipe.dms.layout == "padded":

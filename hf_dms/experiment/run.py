@@ -30,9 +30,9 @@ from ..training.distributed import check_launch, print_on_main, run_on_main
 from .own_data import with_own_texts
 from .prepare import Prepared, prepare, training_arguments, unfinished_folder
 from .recipe import Recipe
-from .recovery import recovery_in_words
+from .recover import recover_in_words
 from .sizes import folder_of, save_sizes
-from .stages import dense_model, protocol_of, recovery_steps, report_of, score, scores_on_soft_masks, search_and_cut
+from .stages import dense_model, protocol_of, recover_steps, report_of, score, scores_on_soft_masks, search_and_cut
 from .unfinished import CLAIM, claim, is_finished, remove_unfinished
 
 
@@ -60,7 +60,7 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
         if prepared is None:
             return None
         if prepared.recipe.recover != recipe.recover:
-            print_on_main("\n  ".join(["Recovery after the cut:", *recovery_in_words(prepared.recipe)]))
+            print_on_main("\n  ".join(["After the cut (recover):", *recover_in_words(prepared.recipe)]))
         set_seed(prepared.arguments["search"].seed)
         report, pruned, plans = _experiment(with_own_texts(prepared))
         print_on_main(f"Saving to {output} ...")
@@ -130,7 +130,7 @@ def _experiment(prepared: Prepared) -> tuple[Report, PreTrainedModel, dict[str, 
     dense = searched.model if recipe.lora is None else searched.model.unload()  # FSDP or bitsandbytes replace it
     pruned = searched.pruned
     measure_("pruned", pruned)
-    for step in recovery_steps(pruned, dense, searched.plan, prepared):
+    for step in recover_steps(pruned, dense, searched.plan, prepared):
         measure_(step, pruned)
     save_sizes(dense, prepared, searched.plans, scores, measured, _save)
     samples = answered(list(scores[None])[-1], pruned)

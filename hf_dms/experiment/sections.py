@@ -228,7 +228,7 @@ class RepairConfig:
 class RecoverConfig:
     """The `recover` section: the work on the pruned model after the cut, first repair, then training.
 
-    recovery.py fills in the values of an empty section, or of one without a length. Without a section nothing is done.
+    recover.py fills in the values of an empty section, or of one without a length. Without a section nothing is done.
     """
 
     repair: RepairConfig | None = None

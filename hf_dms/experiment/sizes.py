@@ -24,7 +24,7 @@ from ..training.distributed import print_on_main, run_on_main
 from .prepare import Prepared, training_arguments, unfinished_folder
 from .recipe import Recipe
 from .sections import HubConfig
-from .stages import recovery_steps, report_of
+from .stages import recover_steps, report_of
 
 Scores = Mapping[str | None, Mapping[str, Tensor]]  # by text, None is the held-out data, and model
 Measured = Callable[[str, PreTrainedModel, str | None], Tensor]
@@ -93,7 +93,7 @@ def _made(
     finally:
         detach_(dense)
     found = {text: {"dense": each["dense"]} for text, each in scores.items()}
-    for step in itertools.chain(["pruned"], recovery_steps(pruned, dense, plan, prepared)):
+    for step in itertools.chain(["pruned"], recover_steps(pruned, dense, plan, prepared)):
         for text, each in found.items():
             each[step] = measured(step, pruned, text)
     report = report_of(prepared, dense, pruned, numbers, found)

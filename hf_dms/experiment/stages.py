@@ -132,7 +132,7 @@ def _ended_in(model: Any, pruned: PreTrainedModel, logs: list[Any]) -> Searched:
     return Searched(model, pruned, plan, costs, search_outcome(model), logs)
 
 
-def recovery_steps(pruned: PreTrainedModel, searched: PreTrainedModel, plan: Plan, prepared: Prepared) -> Iterator[str]:
+def recover_steps(pruned: PreTrainedModel, searched: PreTrainedModel, plan: Plan, prepared: Prepared) -> Iterator[str]:
     """Repair and train the pruned model, in place, as the recipe asks.
 
     Args:
@@ -167,19 +167,19 @@ def recovery_steps(pruned: PreTrainedModel, searched: PreTrainedModel, plan: Pla
         yield "repaired"
     if recipe.recover.train is not None:
         arguments = _arguments(prepared, "recover")
-        afresh = " from fresh weights" if recipe.retrains_afresh else ""
-        print_on_main(f"Retraining the pruned model{afresh} ...")
-        if recipe.retrains_afresh:
+        afresh = " from fresh weights" if recipe.recovers_afresh else ""
+        print_on_main(f"Recovering the pruned model{afresh} ...")
+        if recipe.recovers_afresh:
             fresh_weights_(pruned, arguments.seed)
         train_(
             pruned,
             arguments,
-            prepared.retraining,
+            prepared.recover_examples,
             dense if distillation else None,
             distillation,
             lora=prepared.lora["recover.lora"],
             float32=recipe.recover.float32,
-            stage="retraining",
+            stage="recover",
             max_nonfinite_steps=recipe.dms.max_nonfinite_steps,
             keep=True,
         )

@@ -57,7 +57,7 @@ def in_supernet(recipe: Recipe, original: PreTrainedModel) -> tuple[Recipe, PreT
 
 
 def search_is_long(
-    recipe: Recipe, arguments: Mapping[str, Any], examples: Examples, retraining: Examples
+    recipe: Recipe, arguments: Mapping[str, Any], examples: Examples, recover_examples: Examples
 ) -> str | None:
     """A warning if a search of pipeline np takes more than a tenth of the training after it; None otherwise.
 
@@ -65,19 +65,19 @@ def search_is_long(
         recipe: the recipe.
         arguments: `TrainingArguments` of its stages.
         examples: the data of the search.
-        retraining: the data of the training after the cut.
+        recover_examples: the data of the training after the cut.
     """
     if recipe.dms.pipeline != "np":
         return None
     if "recover" not in arguments:
         return (
-            "Pipeline np without a retraining ends with the weights of a short search. Add recover: {}, which trains "
-            "the shape that is found from fresh weights for ten times as long as the search."
+            "Pipeline np without a recover section ends with the weights of a short search. Add recover: {}, which "
+            "trains the shape that was found from fresh weights, for ten times as long as the search."
         )
-    seen, trained = examples_of(arguments["search"], examples), examples_of(arguments["recover"], retraining)
+    seen, trained = examples_of(arguments["search"], examples), examples_of(arguments["recover"], recover_examples)
     if seen <= SEARCH_SHARE * trained * (1 + 1e-6):
         return None
     return (
-        f"The search sees {seen:,} examples and the retraining {trained:,}. In the paper a search takes a tenth of the "
-        "retraining or less: lower train.max_steps or train.num_train_epochs, or raise that of recover."
+        f"The search sees {seen:,} examples and the training after the cut {trained:,}. In the paper a search takes at "
+        "most a tenth of that: lower train.max_steps or train.num_train_epochs, or raise that of recover."
     )

@@ -21,7 +21,11 @@ from ..training.distributed import print_on_main
 from .recipe import LENGTHS, Recipe
 
 CLAIM = "recipe.json"
-STAGES = {"finetune": "fine-tuned model", "search": "search", "recover": "retraining"}  # folder: what it holds
+STAGES = {
+    "finetune": "fine-tuned model",
+    "search": "search",
+    "recover": "training after the cut",
+}  # folder: its content in words
 IDLE = (  # prefixes of keys of TrainingArguments that do not influence weights or ratios
     "logging_", "save_", "log_", "report_to", "run_name", "disable_tqdm", "dataloader_num_workers",
     "dataloader_prefetch", "dataloader_pin", "dataloader_persistent",
@@ -67,7 +71,7 @@ def claim(unfinished: Path, recipe: Recipe) -> None:
                     f"run, or choose another output.path, or delete {unfinished if stage == 'finetune' else folder} to "
                     "do it again."
                 )
-            print_on_main(f"Retraining begins anew: {changed}.")
+            print_on_main(f"The training after the cut begins again: {changed}.")
         if changed:
             replace_folder(folder)
     unfinished.mkdir(parents=True, exist_ok=True)

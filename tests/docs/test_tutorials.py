@@ -16,7 +16,7 @@ NEEDED = {
 }
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)\n```)?", re.DOTALL)
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
-PROGRESS = re.compile(r"^(search|training|retraining): |^\{'")  # lines of a Trainer, which the pages leave out
+PROGRESS = re.compile(r"^(search|training|recover): |^\{'")  # lines of a Trainer, which the pages leave out
 
 
 def blocks(page):

@@ -94,7 +94,7 @@ def test_a_target_may_be_an_amount(table, recipe, tmp_path, capsys):
     assert 0.9 * 8000 < report["pruned"]["num_params"] <= 8000
 
 
-def test_a_strategy_may_be_retrained_for_longer(table):
+def test_a_strategy_may_be_trained_for_longer(table):
     strategies = "compare.strategies={random: {}, longer: {criterion: random, recover: {max_steps: 3}}}"
     *_, rows = table(strategies, "recover={max_steps: 2}", "compare.tokens=1600")
     assert [row["seen"]["recovered"] for row in rows] == [4, 6]

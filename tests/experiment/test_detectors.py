@@ -1,4 +1,4 @@
-"""A detector from a recipe to the folder that is written: searched, cut, repaired, retrained, measured and shown."""
+"""A detector from a recipe to the folder that is written: searched, cut, repaired, trained, measured and shown."""
 
 import json
 

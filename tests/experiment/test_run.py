@@ -162,11 +162,11 @@ def test_a_head_that_nothing_has_trained_is_refused(classifiers, model, capsys):
     assert_matches("no weights for classifier.bias, classifier.weight", capsys.readouterr().err)
 
 
-def test_a_classifier_killed_in_its_recovery_ends_the_same(classifiers, monkeypatch):
+def test_a_classifier_killed_in_its_recover_stage_ends_the_same(classifiers, monkeypatch):
     _, out = classifiers("vit")
     whole = AutoModelForImageClassification.from_pretrained(out).state_dict()
     shutil.rmtree(out)
-    with killed_in(monkeypatch, hf_dms.experiment.run, "recovery_steps"):
+    with killed_in(monkeypatch, hf_dms.experiment.run, "recover_steps"):
         classifiers("vit")
     assert classifiers("vit")[0] == 0
     resumed = AutoModelForImageClassification.from_pretrained(out).state_dict()
@@ -279,7 +279,7 @@ def test_a_random_network_is_not_called_dense(recipe, capsys):
     assert "Its weights were random when the search began." in card
 
 
-def test_recovery_trains_the_cut_model(recipe):
+def test_recover_trains_the_cut_model(recipe):
     code, out = recipe("recover.max_steps=5", "recover.learning_rate=1e-3")
     report = json.loads((out / "dms_report.json").read_text())
     assert code == 0
@@ -287,7 +287,7 @@ def test_recovery_trains_the_cut_model(recipe):
 
 
 @pytest.mark.parametrize("pipeline", ["p", "p-"])
-def test_repair_comes_before_retraining_and_each_is_measured(recipe, pipeline):
+def test_repair_comes_before_training_and_each_is_measured(recipe, pipeline):
     options = [
         "recover.repair={examples: 6, interpolate: false}",
         "recover.max_steps=2",
@@ -586,7 +586,7 @@ LORA = "lora={r: 2, lora_dropout: 0.1}"
 
 
 @peft_warns
-def test_a_search_and_a_retraining_with_adapters_end_in_a_plain_model(recipe, dense):
+def test_a_search_and_a_training_after_the_cut_with_adapters_end_in_a_plain_model(recipe, dense):
     options = ["recover={repair: {examples: 2}, lora: {r: 2}, max_steps: 3, distillation: {}}", "dms.layout=per_layer"]
     code, output = recipe(LORA, *options)
     assert code == 0
@@ -601,7 +601,7 @@ def test_a_search_and_a_retraining_with_adapters_end_in_a_plain_model(recipe, de
     assert torch.equal(model.model.embed_tokens.weight, embedding)  # all-linear adapts no embedding
 
 
-def test_a_model_is_retrained_on_other_data_by_a_template(recipe, tmp_path):
+def test_a_model_is_trained_after_the_cut_on_other_data_by_a_template(recipe, tmp_path):
     rows = [{"question": f"w{i % 9}", "answer": f"w{i % 7} w1"} for i in range(60)]
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     template = "template: '{question} w2 {answer}'"
@@ -671,7 +671,7 @@ def test_adapters_and_packed_weights_that_cannot_be_had_are_refused(recipe, tmp_
     assert not output.exists()
 
 
-def test_data_of_a_retraining_has_the_labels_of_the_model(classifiers, tmp_path, capsys):
+def test_data_of_a_training_after_the_cut_has_the_labels_of_the_model(classifiers, tmp_path, capsys):
     rows = [{"text": f"w{i}", "label": ["no", "maybe"][i % 2]} for i in range(20)]
     (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, output = classifiers("bert", f"recover.data={{path: {tmp_path}/others.jsonl, held_out: 0.25}}")

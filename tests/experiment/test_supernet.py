@@ -60,12 +60,12 @@ def test_an_amount_counts_the_original_s_way(recipe, dense):
 
 
 def weights_at_the_start(recipe, monkeypatch, *options):
-    """What a retraining begins with, beside the weights of the search."""
+    """The weights at the start of the training after the cut, and those of the search."""
     found = {}
     train = hf_dms.experiment.stages.train_
 
     def look(model, *args, **kwargs):
-        if kwargs["stage"] == "retraining":
+        if kwargs["stage"] == "recover":
             found["started"] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         return train(model, *args, **kwargs)
 
@@ -73,16 +73,16 @@ def weights_at_the_start(recipe, monkeypatch, *options):
         found["searched"] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         return steps(model, *args)
 
-    steps = hf_dms.experiment.run.recovery_steps
+    steps = hf_dms.experiment.run.recover_steps
     monkeypatch.setattr(hf_dms.experiment.stages, "train_", look)
-    monkeypatch.setattr(hf_dms.experiment.run, "recovery_steps", searched)
+    monkeypatch.setattr(hf_dms.experiment.run, "recover_steps", searched)
     code, _ = recipe(*TRAINED, "output.overwrite=true", *options)
     monkeypatch.undo()
     assert code == 0
     return found["searched"], found["started"]
 
 
-def test_a_retraining_begins_with_fresh_weights_which_the_seed_alone_decides(recipe, monkeypatch):
+def test_a_training_after_the_cut_begins_with_fresh_weights_which_the_seed_alone_decides(recipe, monkeypatch):
     searched, started = weights_at_the_start(recipe, monkeypatch)
     assert searched.keys() == started.keys()
     assert all(not torch.equal(searched[name], started[name]) for name in searched)  # norms are 1 again
@@ -92,12 +92,12 @@ def test_a_retraining_begins_with_fresh_weights_which_the_seed_alone_decides(rec
     assert all(torch.equal(started[name], other[name]) == ("norm" in name) for name in started)
 
 
-def test_a_retraining_begins_with_the_weights_of_the_search_if_asked(recipe, monkeypatch):
+def test_a_training_after_the_cut_begins_with_the_weights_of_the_search_if_asked(recipe, monkeypatch):
     searched, started = weights_at_the_start(recipe, monkeypatch, "recover.weights=searched")
     assert all(torch.equal(searched[name], started[name]) for name in searched)
 
 
-def test_an_interrupted_retraining_from_fresh_weights_goes_on_and_ends_the_same(recipe, monkeypatch):
+def test_an_interrupted_training_after_the_cut_from_fresh_weights_goes_on_and_ends_the_same(recipe, monkeypatch):
     options = (*TRAINED, "train.save_steps=40")
     _, out = recipe(*options)
     whole = AutoModelForCausalLM.from_pretrained(out).state_dict()
@@ -142,17 +142,20 @@ def test_compare_has_no_supernet(recipe, capsys):
     assert "With model.supernet the target is a share of another model" in capsys.readouterr().err
 
 
-def test_a_search_of_more_than_a_tenth_of_the_retraining_is_warned_of(recipe, caplog):
+def test_a_search_of_more_than_a_tenth_of_the_training_after_the_cut_is_warned_of(recipe, caplog):
     logging.getLogger("transformers").propagate = True
     assert recipe(*TRAINED, command="validate")[0] == 0
-    assert "In the paper a search takes a tenth" not in caplog.text
+    assert "In the paper a search takes at most a tenth" not in caplog.text
     assert recipe(*TRAINED, "recover.max_steps=79", command="validate")[0] == 0
-    assert "The search sees 16 examples and the retraining 158. In the paper a search takes a tenth" in caplog.text
+    message = (
+        "The search sees 16 examples and the training after the cut 158. In the paper a search takes at most a tenth"
+    )
+    assert message in caplog.text
     assert recipe(*NP, command="validate")[0] == 0
-    assert "Pipeline np without a retraining ends with the weights of a short search" in caplog.text
+    assert "Pipeline np without a recover section ends with the weights of a short search" in caplog.text
 
 
-def test_a_retraining_without_a_length_is_ten_searches_long(recipe, capsys):
+def test_a_training_after_the_cut_without_a_length_is_ten_searches_long(recipe, capsys):
     assert recipe(*NP, "train.max_steps=9", "recover={}", command="validate")[0] == 0
     said = capsys.readouterr().out
     assert "recover.max_steps: 90" in said

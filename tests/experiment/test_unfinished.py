@@ -75,7 +75,7 @@ def test_what_comes_after_a_finished_search_is_changed_and_the_search_stays(fail
     assert not out.with_name("out.unfinished").exists()
 
 
-def test_a_retraining_that_is_added_begins_at_the_finished_search(failed, recipe, steps, monkeypatch):
+def test_a_training_that_is_added_begins_at_the_finished_search(failed, recipe, steps, monkeypatch):
     monkeypatch.setitem(WHOLE, "recover", 0)
     failed("recover=null")
     assert recipe(*OPTIONS)[0] == 0

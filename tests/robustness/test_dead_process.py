@@ -31,7 +31,7 @@ def run(folder, rank, step):
 @pytest.mark.parametrize(
     ("rank", "step"),
     [(1, 3), (1, FINETUNE + 1), (1, FINETUNE + 11), (0, FINETUNE + 14), (1, FINETUNE + SEARCH + 5)],
-    ids=["fine-tuning", "first step", "search", "main process", "retraining"],
+    ids=["fine-tuning", "first step", "search", "main process", "recover"],
 )
 def test_a_dead_process_ends_the_run_which_goes_on(whole, rank, step):
     for folder in whole.glob("out*"):

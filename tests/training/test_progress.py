@@ -32,7 +32,7 @@ def test_a_terminal_gets_a_bar_and_a_file_lines(terminal, disabled, expected, tm
     ("logs", "shown"),
     [
         ({"loss": 4.0, "task_loss": 3.0, "resource": 0.5, "target": 0.25}, "loss 3.000, resource 0.500, target 0.250"),
-        ({"loss": 4.0}, "loss 4.000"),  # a retraining
+        ({"loss": 4.0}, "loss 4.000"),  # a training without a search
     ],
 )
 def test_the_progress_bar_shows_stage_task_loss_and_budget_of_a_search(logs, shown):
@@ -49,13 +49,13 @@ def test_the_progress_bar_shows_stage_task_loss_and_budget_of_a_search(logs, sho
 def test_the_time_left_is_that_of_the_steps_to_come_at_the_pace_of_this_process(monkeypatch, capsys):
     clock = iter([100.0, 160.0])
     monkeypatch.setattr("hf_dms.training.progress.time.monotonic", lambda: next(clock))
-    lines, state = ProgressLines("retraining"), TrainerState(max_steps=130, global_step=10)
+    lines, state = ProgressLines("recover"), TrainerState(max_steps=130, global_step=10)
     lines.on_train_begin(None, state, None)
     state.global_step = 30
     lines.on_log(None, state, None, logs={"loss": 2.5, "learning_rate": 0.1})
     assert capsys.readouterr().out.splitlines() == [
-        "retraining: 130 steps, going on after step 10",
-        "retraining: step 30 of 130 (23 %), 0:05:00 left: loss 2.500",
+        "recover: 130 steps, going on after step 10",
+        "recover: step 30 of 130 (23 %), 0:05:00 left: loss 2.500",
     ]
 
 

@@ -18,8 +18,8 @@ def test_a_log_file_gets_lines_that_tell_stage_step_and_time_left(whole):
         r"^search: step 4 of 10 \(40 %\), \d:\d\d:\d\d left: loss [\d.]+, resource [\d.]+, target [\d.]+$", log, re.M
     )
     assert "fine-tuning: step 3 of 3 (100 %), checkpoint saved" in log
-    stages = ["Fine-tuning", "Measuring the dense", "Searching", "Measuring the pruned", "Repairing", "Retraining"]
-    stages += ["retraining: step 4 of 5", "Measuring the recovered", "Saving to"]
+    stages = ["Fine-tuning", "Measuring the dense", "Searching", "Measuring the pruned", "Repairing", "Recovering"]
+    stages += ["recover: step 4 of 5", "Measuring the recovered", "Saving to"]
     places = [log.index(stage) for stage in stages]
     assert places == sorted(places)
 

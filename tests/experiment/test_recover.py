@@ -12,7 +12,7 @@ from transformers import BertConfig, LlamaConfig, default_data_collator
 
 from hf_dms.experiment.prepare import empty_model
 from hf_dms.experiment.recipe import build_recipe
-from hf_dms.experiment.recovery import with_recovery
+from hf_dms.experiment.recover import with_recover_defaults
 from hf_dms.experiment.sections import RepairConfig
 from hf_dms.tasks.task import Examples
 from hf_dms.training.distillation import DistillationConfig
@@ -34,14 +34,14 @@ def completed(recover=None, config=None, rows=10**6, processes=1, **sections):
     recipe = build_recipe(values | ({} if recover is None else {"recover": recover}))
     config = LlamaConfig(**TINY) if config is None else config
     examples = Examples(range(rows), range(4), default_data_collator, (), "examples")
-    return with_recovery(recipe, empty_model(recipe, config), examples, processes).recover
+    return with_recover_defaults(recipe, empty_model(recipe, config), examples, processes).recover
 
 
 CLASSIFIER = dict(model={"task": "text-classification"}, config=BertConfig(**TEXT))
 
 
 # ---- what is taken ----
-def test_an_empty_section_is_a_retraining_by_the_dense_model_s_logits_alone():
+def test_an_empty_section_is_a_training_by_the_dense_model_s_logits_alone():
     found = completed({})
     assert found.distillation == DistillationConfig(weight=1.0, temperature=1.0)
     assert found.repair == RepairConfig()
@@ -158,7 +158,7 @@ def test_small_steps_of_half_precision_are_lost_unless_they_are_made_in_float32(
     assert moved[True] > 3 * moved[False]
 
 
-def test_a_retraining_in_float32_resumes_exactly(tmp_path):
+def test_a_training_in_float32_resumes_exactly(tmp_path):
     data = Tokens()
     examples, found = Examples(data, data, default_data_collator, (), "examples"), []
     args = arguments(tmp_path, save_strategy="steps", save_steps=3)
@@ -184,7 +184,7 @@ def test_validate_and_prune_say_what_was_taken_and_the_report_has_it(recipe, cap
     assert "recover." not in capsys.readouterr().out
     code, out = recipe("recover={}", "dms.pipeline=p-")
     assert code == 0
-    assert "Recovery after the cut:\n  recover.repair" in capsys.readouterr().out
+    assert "After the cut (recover):\n  recover.repair" in capsys.readouterr().out
     report = json.loads((out / "dms_report.json").read_text())
     assert report["recipe"]["recover"]["distillation"]["weight"] == 1.0
     assert report["recipe"]["recover"]["train"]["learning_rate"] == 5e-4

@@ -47,13 +47,13 @@ WARMUP = 0.05  # share of the steps
 AFRESH = 10  # length of training fresh weights, in lengths of the search
 
 
-def with_recovery(recipe: Recipe, model: Any, retraining: Examples, processes: int) -> Recipe:
+def with_recover_defaults(recipe: Recipe, model: Any, recover_examples: Examples, processes: int) -> Recipe:
     """A recipe with all values of its `recover` section, if that asks for a training without a length.
 
     Args:
         recipe: the recipe.
         model: the dense model on the meta device.
-        retraining: the data of the training after the cut.
+        recover_examples: the data of the training after the cut.
         processes: number of processes that train together.
     """
     given = recipe.recover
@@ -64,19 +64,19 @@ def with_recovery(recipe: Recipe, model: Any, retraining: Examples, processes: i
     lora = given.lora
     if (
         lora is None
-        and not recipe.retrains_afresh
+        and not recipe.recovers_afresh
         and recipe.dms.layout != "padded"
         and (parameters >= ADAPTERS_FROM or recipe.model.quantization)
     ):
         lora = ADAPTERS
     teacher = given.distillation
-    if teacher is None and not recipe.retrains_afresh and recipe.dms.pipeline != "np":
+    if teacher is None and not recipe.recovers_afresh and recipe.dms.pipeline != "np":
         teacher = DistillationConfig(weight=1.0, temperature=1.0)
     repair = given.repair
-    if repair is None and frozen and not recipe.retrains_afresh and _is_repairable(model):
+    if repair is None and frozen and not recipe.recovers_afresh and _is_repairable(model):
         repair = RepairConfig()
     half = _dtype(recipe, model) in (torch.bfloat16, torch.float16)
-    batches = _ten_searches(recipe) if recipe.retrains_afresh else _batches(recipe, retraining, frozen, processes)
+    batches = _ten_searches(recipe) if recipe.recovers_afresh else _batches(recipe, recover_examples, frozen, processes)
     defaults = batches | {
         "learning_rate": _rate(recipe, parameters, frozen, lora is not None),
         "warmup_steps": WARMUP,
@@ -150,7 +150,7 @@ def _dtype(recipe: Recipe, model: Any) -> torch.dtype | None:
     return model.config.dtype
 
 
-def recovery_in_words(recipe: Recipe) -> list[str]:
+def recover_in_words(recipe: Recipe) -> list[str]:
     """The values of a recipe's `recover` section, a line each, as one would write them in the recipe."""
     recover = recipe.recover
     values: dict[str, Any] = {}
