@@ -21,11 +21,7 @@ from ..training.distributed import print_on_main
 from .recipe import LENGTHS, Recipe
 
 CLAIM = "recipe.json"
-STAGES = {
-    "finetune": "fine-tuned model",
-    "search": "search",
-    "recover": "training after the cut",
-}  # folder: its content in words
+STAGES = {"finetune": "fine-tuned model", "search": "search", "recover": "training after the cut"}  # by folder
 IDLE = (  # prefixes of keys of TrainingArguments that do not influence weights or ratios
     "logging_", "save_", "log_", "report_to", "run_name", "disable_tqdm", "dataloader_num_workers",
     "dataloader_prefetch", "dataloader_pin", "dataloader_persistent",

@@ -46,7 +46,7 @@ def test_the_result_has_the_original_s_budget_and_neither_it_nor_the_page_calls_
     for text in (said, card, page.partition("How it was made")[0]):
         assert "supernet" in text
         assert "dense" not in text.replace(dense.name, "")
-    assert "| | supernet | pruned | recovered | recovered / supernet |" in card
+    assert "| | supernet | soft masks | pruned | recovered | recovered / supernet |" in card
     assert "2 times as wide and 1.5 times as deep, for at most 1 of the original's params" in card
     assert "trained from fresh weights" in card
 
