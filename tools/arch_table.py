@@ -18,7 +18,6 @@ from hf_dms.archs.registry import SPECS
 from hf_dms.archs.skeleton import skeleton
 from hf_dms.archs.spec import ArchSpec
 from hf_dms.archs.stock import limits_in_words
-from hf_dms.config import LAYOUTS
 from hf_dms.cut.modeling_dms import AUTO_CLASSES, stock_classes
 
 BEGIN = "<!-- renewed by `python tools/arch_table.py docs/architectures.md` -->"
@@ -35,14 +34,24 @@ def table(specs: tuple[ArchSpec, ...]) -> str:
     """A Markdown table of architectures; those that differ in nothing else share a row."""
     rows: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for spec in specs:
-        dims = ", ".join(f"`{name}`" for name in spec.prunable)
-        rows[", ".join(heads(spec)), dims, "; ".join(["stock", *limits_in_words(spec)])].append(f"`{spec.model_type}`")
+        dims = ", ".join(f"`{name}`" for name in _dims(spec))
+        stock = "; ".join(["stock", *limits_in_words(spec)]) if spec.config else "no: `per_layer` only"
+        rows[", ".join(heads(spec)), dims, stock].append(f"`{spec.model_type}`")
     lines = [(", ".join(names), *cells) for cells, names in rows.items()]
     header = [("architectures", "heads", "dims", "`layout: uniform`"), ("---",) * 4]
-    others = " and ".join(f"`layout: {layout}`" for layout in LAYOUTS if layout != "uniform")
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in [*header, *lines])
-    stages = "Where a dim has `{s}` in its name\nthere is one for each stage, from 0; the word without it means all."
-    return f"{text}\n\nAll of them take {others} too; `per_layer` has no such limits. {stages}"
+    layouts = (
+        "All of them take `layout: per_layer`, which has no such limits; those with a stock form take `padded` too."
+    )
+    stages = "Where a dim\nhas `{s}` in its name there is one for each stage, from 0; the word without it means all."
+    return f"{text}\n\n{layouts} {stages}"
+
+
+def _dims(spec: ArchSpec) -> list[str]:
+    """Dims that can be pruned: one name for those of all stages, no depth where lines name each layer by its number."""
+    dropped = {depth for depth, path in spec.stacks.items() if any(f"{path}.{{i" in name for name in spec.params)}
+    found = [name for name in spec.prunable if name in dropped or spec.dim(name).scope != "depth"]
+    return [name for name in found if (of_all := re.sub(r"\d+$", "{s}", name)) == name or of_all not in found]
 
 
 def heads(spec: ArchSpec) -> list[str]:

@@ -221,10 +221,11 @@ def sized(spec: ArchSpec, config: Any) -> tuple[ArchSpec, dict[str, int]]:
     """A description as it is of a model with this config, where dims that are one have one name, and their sizes."""
     spec = for_config(spec, config)
     sizes = {dim.name: dim_size(dim, config) for dim in spec.dims}
-    for dim in spec.dims:
-        if dim.same_as is not None and sizes[dim.name] == sizes[dim.same_as]:
-            spec = spec.with_one_name(dim.name, dim.same_as)
-            del sizes[dim.name]
+    for name in list(sizes):
+        other = spec.dim(name).same_as  # by the name that it has by now
+        if other is not None and sizes[name] == sizes[other]:
+            spec = spec.with_one_name(name, other)
+            del sizes[name]
     return spec, sizes
 
 

@@ -39,6 +39,11 @@ def enlarged_config(
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not 1 <= factor < math.inf:
             raise HfDmsError(f"supernet.{name} must be a factor of at least 1, got {factor!r}.")
     spec, before = sized(spec_for(config), config)
+    if not spec.config:
+        raise HfDmsError(
+            f"supernet: the stock config of {spec.model_type} holds no widths that could grow, its class derives them. "
+            "Search from a config whose own factors are larger, without a supernet."
+        )
     growing = [name for name in spec.prunable if dims is None or name in dims]
     factors = {name: depth if spec.dim(name).scope == "depth" else width for name in growing}
     sizes = before | {name: math.floor(before[name] * factor + 0.5) for name, factor in factors.items()}

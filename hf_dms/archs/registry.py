@@ -12,11 +12,13 @@ from .convnextv2 import CONVNEXTV2
 from .deit import DEIT
 from .dinov2 import DINOV2
 from .distilbert import DISTILBERT
+from .efficientnet import EFFICIENTNET
 from .electra import ELECTRA
 from .gemma import GEMMA, GEMMA2, GEMMA3
 from .granite import GRANITE
 from .llama import LLAMA
 from .mistral import MISTRAL
+from .mobilenet_v2 import MOBILENET_V2
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
 from .regnet import REGNET
@@ -32,7 +34,7 @@ SPECS = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GRANITE, GEMMA, GEMMA2, GEMMA3),
     *(BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, ELECTRA),
     *(VIT, DEIT, DINOV2, BEIT, DATA2VEC_VISION, YOLOS),
-    *(CONVNEXT, CONVNEXTV2, RESNET, REGNET),
+    *(CONVNEXT, CONVNEXTV2, RESNET, REGNET, MOBILENET_V2, EFFICIENTNET),
 )
 ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in SPECS}
 

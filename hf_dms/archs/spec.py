@@ -69,7 +69,8 @@ class ArchSpec:
         records_positions: the positions of every linear map and convolution are those of a forward pass of one image
             (positions.py), and `params` says none.
         heads: what ends the name of a class to the lines of `params` that only such classes have.
-        config: config attribute, `"depths[1]"` for an entry of a list, to the product of dims that it holds.
+        config: config attribute, `"depths[1]"` for an entry of a list, to the product of dims that it holds. Empty
+            where a stock config holds no sizes that a cut could change: a cut model is per-layer then.
         config_ratios: attribute of the stock config to the two attributes of `config` that it is the quotient of.
         config_lists: config attributes that are lists with an entry for each layer.
         config_leaves_out: config attributes that the config works out itself from the number of layers.
@@ -84,7 +85,7 @@ class ArchSpec:
         must_be_false: config attributes that make another architecture of it, which this description is not of.
         must_be_true: config attributes without which it is another architecture.
         attributes: `"module pattern.attribute"` to the product of dims that a module of a layer remembers in it, or
-            a power of it, `"d ** -0.5"`.
+            a power of it, `"d ** -0.5"`; a module outside the layers, where `config` is empty.
         build_with: config values with which the stock class builds whatever the sizes, if it checks them.
         attention: product of dims that one position's attention output has, for the cost of attention scores.
         cache: product of dims that one position's key (and value) has; None for a model without a cache.
@@ -188,6 +189,7 @@ class ArchSpec:
         changes |= {key: renamed(getattr(self, key)) for key in PRODUCTS}
         changes |= {key: pairs(getattr(self, key)) for key in LIMITS}
         changes["heads"] = {head: lines(of) for head, of in self.heads.items()}
+        changes["families"] = {word: tuple(n for n in names if n != dim) for word, names in self.families.items()}
         changes["cache"] = None if self.cache is None else renamed(self.cache)
         return replace(self, dims=tuple(linked(other) for other in self.dims if other.name != dim), **changes)
 
@@ -227,7 +229,7 @@ def check_spec(spec: ArchSpec) -> None:
     recorded = {factor for product in spec.config.values() for factor in product.split()}
     if spec.families:  # stages, whose per-layer configs hold sizes by the names of dims
         recorded |= {factor for limit in spec.must_equal for product in limit for factor in product.split()}
-    for name in spec.prunable:
+    for name in spec.prunable if spec.config else ():
         if name not in recorded:
             raise HfDmsError(
                 f"{spec.model_type}: '{name}' can be pruned, but no attribute in `config` holds its size, so that a "

@@ -123,6 +123,27 @@ def excluded_sizes(bound: BoundSpec, leaders: Mapping[str, str | None]) -> dict[
 
 
 # ---- padding to equal layers -----------------------------------------------------------------------------------------
+def check_layout(bound: BoundSpec, layout: str, pruned: Collection[str], model_config: Any) -> None:
+    """Check that a layout can be written.
+
+    Args:
+        bound: the architecture.
+        layout: uniform, per_layer or padded.
+        pruned: names of the dims that the request prunes.
+        model_config: the dense model's config.
+
+    Raises:
+        ValueError: a stock config is asked for that holds no sizes, and see `check_padding`.
+    """
+    if layout != "per_layer" and not bound.spec.config:
+        raise HfDmsError(
+            f"layout {layout}: the stock config of {bound.spec.model_type} holds no widths, its class derives them. "
+            "Use layout: per_layer."
+        )
+    if layout == "padded":
+        check_padding(bound, pruned, model_config)
+
+
 def check_padding(bound: BoundSpec, pruned: Collection[str], model_config: Any) -> None:
     """Check that padded layers will have a stock config.
 

@@ -50,7 +50,8 @@ def pruned_class_and_config(
     cls: Any = type(model)
     stock: Any = type(model.config)
     differ = any(largest[name] != size for layer in sizes for name, size in layer.items())
-    fits = within_limits(bound.spec, largest)
+    cut_at_all = any(bound.sizes[name] != size for name, size in largest.items())
+    fits = within_limits(bound.spec, largest) if bound.spec.config else not cut_at_all
     stock_can = fits or has_alternative(bound.spec, model.config)
     # layout per_layer is written as a stock model too, where the search happens to end with equal layers: more runtimes
     # load it. Equal layers may still break a limit of the stock class (heads that do not divide hidden).
@@ -115,10 +116,14 @@ def per_layer_values(bound: BoundSpec, sizes: list[dict[str, int]], common: dict
     stacks = []
     for stack in bound.stacks:
         description = _inside_layers(bound, stack)
-        used = _dims_of(description)
         mine = [layer for layer in sizes if stack in layer]
-        stacks.append(description | {"sizes": [{name: layer[name] for name in used} for layer in mine]})
-    return {"dms_layers": {"stacks": stacks, "build_with": bound.spec.build_with}}
+        used = [_dims_of(_of_one_layer(description, place)) for place in range(len(mine))]
+        recorded = [{name: layer[name] for name in names} for layer, names in zip(mine, used)]
+        stacks.append(description | {"sizes": recorded})
+    common_sizes = widest(sizes)
+    return {
+        "dms_layers": {"stacks": stacks, "build_with": bound.spec.build_with} | _outside_layers(bound, common_sizes)
+    }
 
 
 def layer_description(bound: BoundSpec) -> dict[str, Any]:
@@ -157,7 +162,7 @@ def _inside_layers(bound: BoundSpec, stack: str) -> dict[str, Any]:
 def _outside_layers(bound: BoundSpec, sizes: dict[str, int]) -> dict[str, Any]:
     """What modeling_dms.py must know of tensors outside the layers: nothing, where the stock class builds them.
 
-    That is but where they have a dim whose config attribute it is not shown (`build_with`).
+    That is but where they have a dim whose size its config does not hold, or does not show it (`build_with`).
 
     Args:
         bound: the architecture.
@@ -165,10 +170,26 @@ def _outside_layers(bound: BoundSpec, sizes: dict[str, int]) -> dict[str, Any]:
     """
     spec = bound.spec
     hidden = {factor for key in spec.build_with if key in spec.config for factor in spec.config[key].split()}
-    names = [name.removeprefix(bound.prefix) for name, param in bound.params.items() if param.stack is None]
-    lines = {name: text for name in names if hidden & {*flat(parse_axes(text := spec.params.get(name, "")))}}
-    used = {factor for text in lines.values() for factor in flat(parse_axes(text))}
-    return {"outside": {"axes": lines, "sizes": {name: sizes[name] for name in sorted(used)}}} if lines else {}
+    hidden |= {dim.name for dim in spec.dims if dim.scope == "model"} if not spec.config else set()
+
+    def unknown(lines: dict[str, str]) -> dict[str, str]:
+        outside = {name: text for name, text in lines.items() if not name.startswith(paths)}
+        return {name: text for name, text in outside.items() if hidden & {*flat(parse_axes(text))}}
+
+    paths = tuple(f"{path}." for path in spec.stacks.values())
+    lines = {
+        "axes": unknown(spec.params | spec.buffers),
+        "head": unknown({name: text for head in spec.heads.values() for name, text in head.items()}),
+        "attributes": unknown(spec.attributes),
+    }
+    axes = [axis for texts in lines.values() for text in texts.values() for axis in parse_axes(text)]
+    used = sorted({factor for axis in axes if hidden & {*axis} for factor in axis})  # other axes stay as they are built
+    return {"outside": lines | {"sizes": {name: sizes[name] for name in used}}} if used else {}
+
+
+def _of_one_layer(description: dict[str, Any], place: int) -> dict[str, Any]:
+    """The part of a stack's description that holds for one of its layers."""
+    return {key: modeling_dms.lines_of_layer(description[key], place) for key in ("axes", "attributes")}
 
 
 def _dims_of(description: dict[str, Any]) -> list[str]:

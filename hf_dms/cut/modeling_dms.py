@@ -132,8 +132,12 @@ def resize_layers_(model) -> None:
         resize_stack_(model, layout | lines, sizes)
     for stack in layout.get("stacks", ()):
         resize_stack_(model, stack, stack["sizes"])
-    if "outside" in layout:
-        resize_(model, model.base_model, layout["outside"]["axes"], {}, layout["outside"]["sizes"])
+    if outside := layout.get("outside"):
+        for within, key in ((model.base_model, "axes"), (model, "head")):
+            modules = dict(within.named_modules())
+            axes = {name: text for name, text in outside[key].items() if name.rpartition(".")[0] in modules}
+            attributes = outside["attributes"] if key == "axes" else {}
+            resize_(model, within, axes, attributes, outside["sizes"])
 
 
 def resize_stack_(model, layout: dict, layer_sizes: list[dict[str, int]]) -> None:
@@ -148,7 +152,7 @@ def resize_stack_(model, layout: dict, layer_sizes: list[dict[str, int]]) -> Non
     """
     layers = zip(model.base_model.get_submodule(layout["path"]), layer_sizes, strict=True)
     for index, (layer, sizes) in enumerate(layers):
-        attributes, axes = (_of_layer(layout[key], index) for key in ("attributes", "axes"))
+        attributes, axes = (lines_of_layer(layout[key], index) for key in ("attributes", "axes"))
         resize_(model, layer, axes, attributes, sizes)
 
 
@@ -158,7 +162,8 @@ def resize_(model, within, axes: dict[str, str], attributes: dict[str, str], siz
     Args:
         model: a freshly built stock model.
         within: the part of the model that the names below are relative to.
-        axes: by name of a parameter or buffer, the dims that its axes are products of.
+        axes: by name of a parameter or buffer, the dims that its axes are products of; an axis with a dim that `sizes`
+            does not have stays as it is.
         attributes: by name of a module's attribute, the dims that its value is a product of.
         sizes: units of every dim.
     """
@@ -172,8 +177,13 @@ def resize_(model, within, axes: dict[str, str], attributes: dict[str, str], siz
         path, _, leaf = name.rpartition(".")
         module = within.get_submodule(path)
         old = getattr(module, leaf)
-        shape = tuple(prod(sizes[factor] for factor in axis) for axis in _parse(product))
-        if old is not None and tuple(old.shape) != shape:
+        if old is None:
+            continue
+        shape = tuple(
+            prod(sizes[factor] for factor in axis) if sizes.keys() >= {*axis} else size
+            for axis, size in zip(_parse(product), old.shape, strict=True)
+        )
+        if tuple(old.shape) != shape:
             new = torch.empty(shape, dtype=old.dtype, device=old.device)
             setattr(module, leaf, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
             if isinstance(module, nn.Linear) and leaf == "weight":
@@ -185,7 +195,7 @@ def resize_(model, within, axes: dict[str, str], attributes: dict[str, str], siz
         model._init_weights(module)
 
 
-def _of_layer(lines: dict[str, str], index: int) -> dict[str, str]:
+def lines_of_layer(lines: dict[str, str], index: int) -> dict[str, str]:
     """The lines of a description that hold for a layer, by names inside the layer."""
     mine = {"{i}", str(index)} | ({"{i>0}"} if index > 0 else set())
     return {name.partition(".")[2]: text for name, text in lines.items() if name.partition(".")[0] in mine}

@@ -14,7 +14,7 @@ from ..archs.bind import BoundSpec, bind
 from ..archs.costs import build_cost
 from ..archs.registry import spec_for
 from ..archs.spec import ArchSpec
-from ..archs.stock import check_padding, tied_sizes
+from ..archs.stock import check_layout, tied_sizes
 from ..config import DMSConfig
 from ..errors import HfDmsError
 from ..gates import GatedDim, Gates, SearchSchedule
@@ -37,8 +37,7 @@ def build_gates(
     """
     config = for_stages(config, bound.spec)
     check_request(bound, config)
-    if config.layout == "padded":
-        check_padding(bound, dims_to_prune(bound, config), model.config)
+    check_layout(bound, config.layout, dims_to_prune(bound, config), model.config)
     kept_layers = protected_layers(bound, config)
     dims, leaders = [], gated_dims(bound, config)
     for name, leader in leaders.items():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..archs.bind import BoundSpec
 from ..cut.verify import TOLERANCE
+from ..errors import HfDmsError
 
 ROUNDS = 4  # `slope_of` finds rows and channels in turns, this many times
 
@@ -57,7 +58,15 @@ def stream_dim(bound: BoundSpec, stack: str | None = None) -> str:
     Args:
         bound: the architecture.
         stack: depth dim of the layers. Default: the only stack's.
+
+    Raises:
+        HfDmsError: the layers of the stack write streams of different widths.
     """
+    if bound.spec.families and len(bound.stacks) == 1:
+        raise HfDmsError(
+            f"repair: the blocks of a {bound.spec.model_type} write residual streams of different widths, and least "
+            "squares follow one stream through a stack of layers. This architecture cannot be repaired."
+        )
     stack = bound.depth if stack is None else stack
     maps = ((name.endswith(".weight"), param) for name, param in bound.params.items())  # not a table of biases
     axes = (param.axes for is_map, param in maps if is_map and (param.stack, param.layer) == (stack, 0))

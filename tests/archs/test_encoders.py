@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers.encoders import CONVNETS, DIMS, HEADS, REGNETS, RELATIVES, RESNETS, TIED, TWINS, dims_of, possible
+from helpers.encoders import CONVNETS, DIMS, HEADS, MOBILES, REGNETS, RELATIVES, RESNETS, TIED, TWINS, dims_of, possible
 from helpers.laws import (
     EXACT,
     SHIPPED,
@@ -81,13 +81,14 @@ def prefixes(head):
 def test_masked_equals_cut_equals_reloaded_in_stages(head, dims, layout, tmp_path):
     if not possible(head, dims, layout):
         averaged = layout == "padded" and head.config_class.model_type == "convnextv2" and "mlp" in dims
-        with pytest.raises(ValueError, match=CANNOT[layout, averaged]):
+        message = f"{layout}: the stock config of .* holds no widths" if head in MOBILES else CANNOT[layout, averaged]
+        with pytest.raises(ValueError, match=message):
             attach_(tiny(head), DMSConfig(target=0.9, prune=dims, layout=layout))
         return
     model = tiny(head, dtype=torch.float64)
     gates, sizes = searched(model, prune=dims, layout=layout)
     bound = gates.attachment.bound
-    assert sorted(sizes) == sorted(name for name in bound.prunable if name.rstrip("012") in dims)
+    assert sorted(sizes) == sorted(name for name in bound.prunable if name.rstrip("0123456789") in dims)
     *outputs, pruned = masked_cut_reloaded(model, sizes, tmp_path / "out")
     assert_same(*outputs, EXACT)
     assert pruned.num_parameters() < model.num_parameters()
@@ -129,7 +130,11 @@ LAST = {head.config_class: head for head in ALL}
     ("head", "layout"),
     ordinary_if(
         lambda head, layout: head is (FIRST if layout == "uniform" else LAST)[head.config_class],
-        itertools.product(ALL, ["uniform", "per_layer"]),
+        [
+            each
+            for each in itertools.product(ALL, ["uniform", "per_layer"])
+            if possible(each[0], dims_of(each[0]), each[1])
+        ],
     ),
 )
 def test_masked_equals_cut_equals_reloaded_as_shipped(head, layout, tmp_path):
@@ -143,6 +148,7 @@ def test_masked_equals_cut_equals_reloaded_as_shipped(head, layout, tmp_path):
 def requests(draw):
     heads, layout = draw(st.integers(1, 4)), draw(st.sampled_from(["uniform", "per_layer", "padded"]))
     head = draw(st.sampled_from(HEADS + RELATIVES + CONVNETS))
+    layout = "per_layer" if head in MOBILES else layout
     config = (
         stages(draw, head)
         if head in CONVNETS
@@ -160,6 +166,7 @@ def requests(draw):
     lacks = {"basic": ("reduced",), "x": ("squeeze", "first")}.get(config.get("layer_type", ""), ())
     all_dims = tuple(dim for dim in dims_of(head) if dim not in lacks)
     dims = tuple(draw(st.lists(st.sampled_from(all_dims), min_size=1, unique=True)))
+    dims += ("top",) if head in MOBILES and "top" not in dims else ()  # others may all be the stem's
     if not possible(head, dims, layout):
         tied = TIED[head.config_class.model_type] & set(all_dims)
         padded = tuple(dim for dim in dims if possible(head, (dim,), layout))
@@ -200,6 +207,8 @@ def patches(draw, head, layout):
 
 def stages(draw, head):
     """A config of a network in stages."""
+    if head in MOBILES:
+        return mobile(draw, head)
     count = draw(st.integers(1, 3))
     widths = draw(st.lists(st.integers(1, 6), min_size=count, max_size=count))
     config = dict(
@@ -219,6 +228,36 @@ def stages(draw, head):
     config |= dict(downsample_in_first_stage=draw(st.booleans()), downsample_in_bottleneck=draw(st.booleans()))
     widths = [4 * width for width in widths] if config["layer_type"] == "bottleneck" else widths
     return config | dict(hidden_sizes=widths, embedding_size=draw(st.sampled_from([widths[0], 3])))
+
+
+def mobile(draw, head):
+    """A config of a network whose blocks have depthwise convolutions."""
+    if head.config_class.model_type == "mobilenet_v2":
+        return dict(
+            depth_multiplier=draw(st.sampled_from([0.0625, 0.125])),
+            expand_ratio=draw(st.sampled_from([1, 2])),
+            output_stride=draw(st.sampled_from([8, 16, 32])),
+            tf_padding=draw(st.booleans()),
+            image_size=draw(st.sampled_from([32, (32, 48)])),
+        )
+    count = draw(st.integers(1, 3))
+
+    def each(numbers):
+        return draw(st.lists(numbers, min_size=count, max_size=count))
+
+    widths = [32, *(4 * width for width in each(st.integers(1, 9)))]  # the stem writes 32 times the coefficient
+    return dict(
+        in_channels=widths[:-1],
+        out_channels=widths[1:],
+        kernel_sizes=each(st.sampled_from([3, 5])),
+        strides=each(st.integers(1, 2)),
+        expand_ratios=each(st.integers(1, 3)),
+        num_block_repeats=each(st.integers(1, 2)),
+        depthwise_padding=draw(st.lists(st.integers(0, 5), unique=True)),
+        depth_coefficient=draw(st.sampled_from([1.0, 1.5])),
+        pooling_type=draw(st.sampled_from(["mean", "max"])),
+        image_size=draw(st.sampled_from([16, (16, 24)])),
+    )
 
 
 @given(requests())
@@ -361,7 +400,7 @@ def test_open_gates_are_not_seen_and_taken_off_leave_the_model_as_it_was(head):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     before = outputs_of(model, batch_for(model))
-    attach_(model, DMSConfig(target=0.5, warmup_steps=1))
+    attach_(model, DMSConfig(target=0.5, warmup_steps=1, layout="per_layer" if head in MOBILES else "uniform"))
     for module in model.train().modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()  # it would see the batch

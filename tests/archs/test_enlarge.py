@@ -10,11 +10,11 @@ from transformers import AutoModel, BertConfig, LlamaConfig, ResNetConfig, ViTCo
 from hf_dms import DMSConfig, HfDmsError, attach_, fresh_weights_, prune, supernet
 from hf_dms.archs.bind import bind
 from hf_dms.archs.enlarge import enlarged_config
-from hf_dms.archs.registry import spec_for
+from hf_dms.archs.registry import ARCHS, spec_for
 from hf_dms.gating.attach import gates_of
 
 BASIC = SIZES["resnet"] | dict(layer_type="basic", embedding_size=8, hidden_sizes=[8, 12, 16])
-NAMES = [*SIZES, "resnet-basic"]
+NAMES = [*(name for name in SIZES if ARCHS[name].config), "resnet-basic"]
 
 
 def model_of(name):

@@ -18,11 +18,16 @@ RELATIVES = (
 )
 RESNETS = heads_of("ResNet", "ImageClassification")
 REGNETS = heads_of("RegNet", "ImageClassification")
+MOBILES = {  # whose stock configs hold no widths
+    **dict.fromkeys(heads_of("MobileNetV2", "ImageClassification"), ("mid", "stem", "first", "hidden", "top")),
+    **dict.fromkeys(heads_of("EfficientNet", "ImageClassification"), ("mid", "squeeze", "stem", "hidden", "top")),
+}
 CONVNETS = (
     *heads_of("ConvNext", "ImageClassification"),
     *heads_of("ConvNextV2", "ImageClassification"),
     *RESNETS,
     *REGNETS,
+    *MOBILES,
 )
 TWINS = (*heads_of("XLMRoberta", *TASKS, "MaskedLM"), *heads_of("Camembert", *TASKS, "MaskedLM"))
 DIMS = ("heads", "mlp", "hidden", "layers")
@@ -38,6 +43,8 @@ def dims_of(cls):
         return ("reduced", "mid", "hidden", "layers")
     if cls in REGNETS:
         return ("groups", "squeeze", "first", "hidden", "embedding", "layers")
+    if cls in MOBILES:
+        return MOBILES[cls]
     return DIMS[1:] if cls in CONVNETS else DIMS
 
 
@@ -47,6 +54,8 @@ def possible(cls, dims, layout):
     That is of a BERT hidden = heads·d, of a ConvNeXt mlp = 4·hidden, of a ResNet hidden = 4·mid, and of a RegNet
     everything but layers.
     """
+    if cls in MOBILES:
+        return layout == "per_layer"
     tied = TIED.get(cls.config_class.model_type, set())
     if layout == "padded" and "mlp" in dims and cls.config_class.model_type == "convnextv2":
         return False  # its response norms would count the zeros

@@ -44,6 +44,15 @@ SIZES = {
     "regnet": dict(
         num_channels=2, image_size=16, embedding_size=16, hidden_sizes=[16, 24, 32], depths=[2, 3, 1], groups_width=8
     ),
+    "mobilenet_v2": dict(
+        num_channels=2, image_size=32, depth_multiplier=0.125, depth_divisible_by=1, min_depth=1, expand_ratio=2
+    )
+    | dict(finegrained_output=False),
+    "efficientnet": dict(
+        num_channels=2, image_size=16, width_coefficient=0.25, depth_coefficient=1.0, depth_divisor=1, hidden_dim=320
+    )
+    | dict(kernel_sizes=[3, 3, 5], in_channels=[32, 24, 20], out_channels=[24, 20, 36], strides=[1, 2, 1])
+    | dict(num_block_repeats=[2, 1, 2], expand_ratios=[1, 2, 3], depthwise_padding=[2]),
     "llama": DECODER,
     "mistral": DECODER,
     "qwen2": DECODER,
@@ -117,6 +126,7 @@ def masked_cut_reloaded(model, sizes, folder):
     kept = make_plan(gates_of(model), sizes).kept
     bound = gates_of(model).attachment.bound
     stream = "hidden" if "hidden" in bound.sizes else f"hidden{len(bound.stacks) - 1}"  # the last stage's
+    stream = "top" if "top" in bound.sizes else stream  # a map behind it
     pooled = "pool" if "pool" in bound.sizes else stream
     for name, dim in (("last_hidden_state", stream), ("pooler_output", pooled)):
         if name in masked and dim in kept:
