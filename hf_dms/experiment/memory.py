@@ -24,13 +24,13 @@ def memory_in_words(prepared: Prepared) -> list[str]:
     if len(bound.stacks) > 1 or model.main_input_name != "input_ids":
         return []
     dtype = prepared.config.dtype if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
+    dims = frozenset(recipe.dms.prune or bound.spec.prunable)
     if (repair := recipe.recover.repair) is not None:
         examples = min(repair.examples, len(prepared.examples.train))
         itemsize = (dtype or torch.float32).itemsize
-        sums, states = repair_bytes(bound, examples * recipe.data.sequence_length, itemsize)
+        sums, states = repair_bytes(bound, examples * recipe.data.sequence_length, itemsize, dims)
         found.append(f"memory of the repair: {_gib(sums)} for sums, {_gib(states)} for hidden states")
     if recipe.dms.strategy == SEARCH and recipe.dms.search_over == "refitted":
-        dims = frozenset(recipe.dms.prune or bound.spec.prunable)
         found.append(f"memory of the search's refits: {_gib(refitted_bytes(bound, dims))}")
     return found
 

@@ -87,10 +87,10 @@ class Sums:
     total: Tensor
 
     @classmethod
-    def of(cls, module: Any) -> Sums:
-        """Empty sums for a linear map or a convolution; the inputs of a convolution are those of one position."""
-        outputs, inputs = module.weight.flatten(1).shape
-        width = inputs + (module.bias is not None)
+    def of(cls, *modules: Any) -> Sums:
+        """Empty sums for linear maps or convolutions of the same inputs, those of one position for a convolution."""
+        module, outputs = modules[0], sum(len(each.weight) for each in modules)
+        width = module.weight[0].numel() + (module.bias is not None)
         shapes: list[list[int]] = [[width, width], [width, outputs], [], []]
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=module.weight.device) for shape in shapes))
 

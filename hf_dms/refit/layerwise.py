@@ -219,10 +219,25 @@ class LayerWalk:
         if len(self.bound.spec.stacks) > 1:
             self._inputs.append(inputs)
 
-    def run(self, layer: int, batch: int, places: StreamModules, until: str | None = None) -> StreamRecorder:
-        """Run a layer on a batch, if `until` is given only up to the write of that map."""
+    def run(
+        self,
+        layer: int,
+        batch: int,
+        places: StreamModules,
+        until: str | None = None,
+        hidden: Tensor | None = None,
+    ) -> StreamRecorder:
+        """Run a layer on a batch.
+
+        Args:
+            layer: number of the layer.
+            batch: number of the batch.
+            places: where it writes.
+            until: the map after whose write the run stops. Default: at the end.
+            hidden: the hidden state in front of the layer. Default: the batch's, which is in front of this layer.
+        """
         args, kwargs = self.calls[batch][layer]
-        hidden = self.hidden[batch]
+        hidden = self.hidden[batch] if hidden is None else hidden
         recorder = StreamRecorder(hidden, until, self._axis)
         with contextlib.suppress(Stop), recorder.on(self.layers[layer], places):
             output = self.layers[layer](hidden, *args, **kwargs)

@@ -14,24 +14,38 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..archs.bind import BoundSpec
-from .repair import HELD_OUT
+from .least_squares import HELD_OUT
+from .readers import stream_readers
 from .stream import stream_dim
 
 DOUBLE, SINGLE = 8, 4  # bytes
 
 
-def repair_bytes(bound: BoundSpec, positions: int, itemsize: int) -> tuple[int, int]:
+def repair_bytes(
+    bound: BoundSpec, positions: int, itemsize: int, dims: frozenset[str] = frozenset()
+) -> tuple[int, int]:
     """Bytes that a repair takes beside both models, for a model with one stack: (sums, hidden states).
+
+    Where the stream is cut, it is the most that they may take: which maps have the same inputs is not known here.
 
     Args:
         bound: the dense model's architecture.
         positions: tokens of all examples together.
         itemsize: bytes per number of a hidden state.
+        dims: the pruned dims.
     """
+    stream = stream_dim(bound)
     maps = [(inputs, outputs) for layer, _, inputs, outputs in _maps(bound) if layer == 0]
-    sums = max((inputs + 1) * (inputs + 1 + outputs) for inputs, outputs in maps)
     states = 2 + len(maps)  # both models' and the targets
-    return DOUBLE * (HELD_OUT + 2) * sums, itemsize * states * positions * bound.sizes[stream_dim(bound)]
+    if stream in dims:  # readers.py
+        width, read = (
+            bound.sizes[stream],
+            (bound.product(axes[0]) for axes in stream_readers(bound, bound.depth, 0).values()),
+        )
+        maps.append((width, sum(read)))
+        states += 1
+    sums = max((inputs + 1) * (inputs + 1 + outputs) for inputs, outputs in maps)
+    return DOUBLE * (HELD_OUT + 2) * sums, itemsize * states * positions * bound.sizes[stream]
 
 
 def refitted_bytes(bound: BoundSpec, dims: frozenset[str]) -> int:

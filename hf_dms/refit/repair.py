@@ -13,10 +13,12 @@ weights is ridge regression:
 
 D weighs each position by 1 / mean square of the dense stream, so that an error counts relative to the stream. Where no
 norm over units reads the stream (ResNet), all positions count equally. If a cut changes nothing, R and ΔW are 0. A bias
-is one more input, which is always 1. Nothing else in the model changes, except for batch norms (batch_norms.py).
+is one more input, which is always 1. Nothing else in the model changes, but for the cases below and batch norms
+(batch_norms.py).
 
 Special cases:
 
+- Where the cut took units of the stream, the maps that read it are changed too (readers.py).
 - Dropped layers: the last map of a kept layer aims at the stream after the dropped layers that follow. Where the stream
   itself is normalised (BERT), the kept layer also takes over the norm of the last dropped layer.
 - Some models scale or normalise a map's output before it is added to the stream (Granite, DINOv2, ConvNeXt, ResNet,
@@ -37,7 +39,6 @@ states to files. The activations of all layers, or a second copy of a model, are
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -59,13 +60,12 @@ from .batch_norms import batch_norms, estimate_inner_norms_, estimate_outer_norm
 from .curvature import Sums, collect_
 from .interpolate import Interpolation
 from .layerwise import LayerWalk, targets_of_layers
+from .least_squares import HELD_OUT, update_
+from .readers import Readers
 from .reconstruct import reconstruct_
 from .shelf import Shelf
 from .stream import StreamModules, stream_dim
 
-RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # the candidates, relative to the mean square of a map's inputs
-FIXED_RIDGE = 0.1  # with a single batch, where no batch can be held out to choose the ridge
-HELD_OUT = 4  # one batch in so many is held out to choose the ridge
 MOST_JUDGES = 16  # with `interpolate`, the loss is measured on at most this many batches
 
 
@@ -132,9 +132,12 @@ def repair_(
             passed = layers.stop
             stack, number = teacher.places[layers.start]
             units = _kept_stream(bound, plan, stack)
+            readers = None
+            if len(units) < bound.sizes[stream_dim(bound, stack)]:
+                readers = Readers(teacher, layers.start, plan)
             places, targets = targets_of_layers(teacher, layers, units)
             where = f"layer {number}" if len(bound.stacks) == 1 else f"layer {number} of {stack}"
-            _repair_layer_(student, places, position, targets, masks, ridge, epochs, where)
+            _repair_layer_(student, places, position, targets, readers, masks, ridge, epochs, where)
             if len(layers) > 1:
                 _take_over_norm_(student.layers[position], teacher.layers[layers[-1]], places, units)
             student.advance(position)
@@ -151,6 +154,7 @@ def _repair_layer_(
     places: StreamModules,
     layer: int,
     targets: Mapping[str, Shelf],
+    readers: Readers | None,
     masks: Sequence[Tensor | None],
     ridge: float | None,
     epochs: int,
@@ -161,12 +165,16 @@ def _repair_layer_(
     if lacks:
         estimate_inner_norms_(student, places, layer)
     for path in places.writes:
+        if readers is not None:
+            readers.refit_(student, layer, places, path, masks, ridge, where)
         _refit_(student, places, layer, path, targets[path], masks, ridge, f"{path} of {where}")
         if epochs:
             reconstruct_(student, places, layer, path, targets[path], masks, epochs)
         if lacks:
             estimate_outer_norm_(student, places, layer, path)
         targets[path].clear()
+    if readers is not None:
+        readers.fronts.clear()
 
 
 # ---- both models, layer by layer -------------------------------------------------------------------------------------
@@ -242,69 +250,7 @@ def _refit_(
     module: Any = student.layers[layer].get_submodule(path)
     parts = [Sums.of(module) for _ in range(min(HELD_OUT, len(masks)))]
     collect_(parts, student, places, layer, path, targets, masks)
-    _update_(module, parts, ridge, name)
-
-
-def _update_(module: Any, parts: Sequence[Sums], ridge: float | None, name: str) -> None:
-    """Change a map by ridge regression on the error of its output.
-
-    Raises:
-        ValueError: the sums are not finite, or not positive definite.
-    """
-    *fitted, last = parts
-    weight = module.weight.flatten(1)
-    width = weight.shape[1]
-    if ridge is None:
-        ridge = best_ridge(sum(fitted[1:], fitted[0]), last, width) if fitted else FIXED_RIDGE
-    change = ridge_change(sum(fitted, last), width, ridge).T
-    if not change.isfinite().all():
-        raise HfDmsError(
-            f"repair: the least squares of {name} have no finite solution at ridge {ridge}. Raise it; if that does not "
-            "help, the activations of the model on these batches are not finite: check the data, or use a wider dtype."
-        )
-    module.weight.copy_((weight.double() + change[:, :width]).view_as(module.weight))
-    if module.bias is not None:
-        module.bias.copy_(module.bias.double() + change[:, width])
-
-
-def ridge_change(sums: Sums, width: int, ridge: float) -> Tensor:
-    """ΔWᵀ = (AᵀDA + ridge·mean(diag AᵀDA)·I)⁻¹ AᵀDR, `[inputs, outputs]`; not finite where there is no solution.
-
-    Args:
-        sums: sums of a map.
-        width: number of inputs without the bias. The mean is over these.
-        ridge: relative to their mean square.
-    """
-    gram = sums.gram.clone()
-    # At least the smallest positive number: inputs that are all 0 would make the matrix singular.
-    gram.diagonal().add_((ridge * gram.diagonal()[:width].mean()).clamp(min=torch.finfo(gram.dtype).tiny))
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    return torch.full_like(sums.moment, torch.nan) if failed else torch.cholesky_solve(sums.moment, factor)
-
-
-def best_ridge(fitted: Sums, held_out: Sums, width: int) -> float:
-    """The ridge in `RIDGES` that leaves the least squared error |R − A ΔWᵀ|² on held-out sums.
-
-    The error first falls and then rises with the ridge. So the search starts in the middle and solves only the
-    neighbours of the best ridge so far. Of equal ridges the larger is taken. Float32 is precise enough to compare them,
-    and takes half the time.
-
-    The held-out error needs only sums, no data: |R − A ΔWᵀ|² = tr(ΔW (AᵀA) ΔWᵀ) − 2 tr(ΔW AᵀR) + |R|², each weighted
-    by D.
-    """
-    fitted, held_out = fitted.to(torch.float32), held_out.to(torch.float32)
-
-    @functools.cache
-    def error(place: int) -> float:
-        change = ridge_change(fitted, width, RIDGES[place])
-        left = (change * (held_out.gram @ change - 2 * held_out.moment)).sum() + held_out.missing
-        return float(left.nan_to_num(torch.inf))
-
-    best, before = RIDGES.index(FIXED_RIDGE), -1
-    while best != before:
-        before = best
-        best = min(range(min(best + 1, len(RIDGES) - 1), max(best - 1, 0) - 1, -1), key=error)
-    return RIDGES[best]
+    update_([module], parts, ridge, name)
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------

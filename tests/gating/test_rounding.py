@@ -283,6 +283,22 @@ def test_half_a_layer_stays_unless_it_is_worth_less_than_the_channels_that_it_co
     assert int(rounded(float(gates.resource().detach()), *request_)["layers"]) == layers
 
 
+@pytest.mark.parametrize(("share", "layers"), [(0.9, 2), (1.1, 3)])
+def test_channels_of_a_layer_that_goes_say_nothing_about_whether_it_goes(share, layers):
+    """Half a layer, at 0.9 and 1.1 times what the channels that it costs are worth in the two layers that stay."""
+    request_ = gates, *_ = gated(0, dict(intermediate_size=100), prune=("layers", "mlp"))
+    learn_(gates, {"layers": torch.tensor([2.5]), "mlp": torch.tensor([50.0])})
+    target = float(gates.resource().detach())
+    gates.raw_importance("mlp").copy_(torch.tensor([1.0, 1.0, 100.0])[:, None].expand(3, 100))
+    found = {}
+    for least in (1e-6, 1e6):
+        gates.raw_importance("layers").copy_(torch.tensor([[1e9, 1e9, least]]))
+        sizes = rounded(target, *request_)
+        found[int(sizes["layers"])] = int(sizes["mlp"][0])
+    gates.raw_importance("layers")[0, 2] = share * 2 * (found[2] - found[3])
+    assert int(rounded(target, *request_)["layers"]) == layers
+
+
 @pytest.mark.parametrize("step", [2, 4])
 def test_half_of_a_multiple_is_decided_by_importance_as_half_a_unit_is(step):
     options = dict(prune=("hidden", "mlp"), round_to={"hidden": step}, layout="per_layer")

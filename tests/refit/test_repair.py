@@ -27,7 +27,7 @@ from hf_dms import DMSConfig, attach_, plan_of, prune, repair_
 from hf_dms.cut.plan import Plan
 from hf_dms.cut.verify import outputs_of
 from hf_dms.refit.curvature import Sums
-from hf_dms.refit.repair import RIDGES, best_ridge, ridge_change
+from hf_dms.refit.least_squares import RIDGES, best_ridge, ridge_change
 
 CLASSES = (
     LlamaForCausalLM,
@@ -296,7 +296,8 @@ def test_the_dense_model_and_everything_else_stay_as_they_were(training):
     repair_(pruned, model, PLANS["all"], text(1))
     assert same_tensors(model, dense)
     changed = {name for name, tensor in pruned.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert {name.split(".", 2)[2] for name in changed} == {"self_attn.o_proj.weight", "mlp.down_proj.weight"}
+    maps = {f"self_attn.{kind}_proj" for kind in "qkvo"} | {f"mlp.{kind}_proj" for kind in ("gate", "up", "down")}
+    assert {name.split(".", 2)[2] for name in changed} == {f"{path}.weight" for path in maps}
     for module in [*model.modules(), *pruned.modules()]:
         assert module.training is training
         assert not module._forward_hooks
