@@ -372,8 +372,12 @@ def _archs(options: argparse.Namespace) -> int:
     lines, found = [], {}
     for name, spec in sorted(ARCHS.items()):
         if options.name in (None, name):
-            lines.append(f"{name}: prunes {', '.join(spec.prunable)}")
-            found[name] = {"prunes": list(spec.prunable), "params": dict(spec.params), "heads": dict(spec.heads)}
+            lines.append(f"{name}: prunes {', '.join(spec.prunable_in_words)}")
+            found[name] = {
+                "prunes": list(spec.prunable_in_words),
+                "params": dict(spec.params),
+                "heads": dict(spec.heads),
+            }
             if options.name:
                 lines += [f"  {parameter}: {axes}" for parameter, axes in spec.params.items()]
                 for head, params in spec.heads.items():

@@ -74,6 +74,7 @@ def test_an_unknown_command_is_refused(capsys):
 @pytest.mark.parametrize(
     ("command", "holds"),
     [
+        (["archs", "mobilenet_v2"], lambda found: found["mobilenet_v2"]["prunes"][::3] == ["mid{s}", "hidden{s}"]),
         (["archs", "llama"], lambda found: found["llama"]["prunes"] == ["kv", "mlp", "hidden", "layers"]),
         (["recipes"], lambda found: "quickstart.yaml" in found["recipes"]),
         (["fetch"], lambda found: "smollm2-135m" in found),

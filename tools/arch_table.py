@@ -34,7 +34,7 @@ def table(specs: tuple[ArchSpec, ...]) -> str:
     """A Markdown table of architectures; those that differ in nothing else share a row."""
     rows: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for spec in specs:
-        dims = ", ".join(f"`{name}`" for name in _dims(spec))
+        dims = ", ".join(f"`{name}`" for name in spec.prunable_in_words)
         stock = "; ".join(["stock", *limits_in_words(spec)]) if spec.config else "no: `per_layer` only"
         rows[", ".join(heads(spec)), dims, stock].append(f"`{spec.model_type}`")
     lines = [(", ".join(names), *cells) for cells, names in rows.items()]
@@ -45,13 +45,6 @@ def table(specs: tuple[ArchSpec, ...]) -> str:
     )
     stages = "Where a dim\nhas `{s}` in its name there is one for each stage, from 0; the word without it means all."
     return f"{text}\n\n{layouts} {stages}"
-
-
-def _dims(spec: ArchSpec) -> list[str]:
-    """Dims that can be pruned: one name for those of all stages, no depth where lines name each layer by its number."""
-    dropped = {depth for depth, path in spec.stacks.items() if any(f"{path}.{{i" in name for name in spec.params)}
-    found = [name for name in spec.prunable if name in dropped or spec.dim(name).scope != "depth"]
-    return [name for name in found if (of_all := re.sub(r"\d+$", "{s}", name)) == name or of_all not in found]
 
 
 def heads(spec: ArchSpec) -> list[str]:

@@ -148,6 +148,13 @@ class ArchSpec:
         """Names of the dims that a request can prune."""
         return tuple(dim.name for dim in self.dims if dim.scope != "fixed" and dim.follows is None)
 
+    @property
+    def prunable_in_words(self) -> tuple[str, ...]:
+        """The same in words: one name for the dims of all stages, and no depth where no layer can be dropped."""
+        dropped = {depth for depth, path in self.stacks.items() if any(f"{path}.{{i" in name for name in self.params)}
+        found = [name for name in self.prunable if name in dropped or self.dim(name).scope != "depth"]
+        return tuple(name for name in found if (of_all := re.sub(r"\d+$", "{s}", name)) == name or of_all not in found)
+
     def lines(self, class_name: str) -> dict[str, str]:
         """The lines of `params` and `heads` that hold for a model class."""
         head = next((head for head in self.heads if class_name.endswith(head)), None)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -30,6 +31,7 @@ COLOURS = {  # values of the page's CSS variables in light mode; the page define
 }
 SERIES = [COLOURS[f"c{number}"] for number in range(6)]
 LINES = ("-", "--", ":", "-.")  # lines must differ without colour too
+MOST_LINES = 12  # of a panel: a legend of more leaves no room for it
 FEW = 12  # lines with fewer points get a marker at each point
 SOFT, RULE = COLOURS["soft"], COLOURS["rule"]
 STYLE = {
@@ -220,7 +222,7 @@ def cut_panels(report: dict[str, Any]) -> list[Panel]:
 
 def search_panels(report: dict[str, Any]) -> list[Panel]:
     """The course of the search: loss, resource against target, and the mean share of the units kept over the layers,
-    with its range. None if the report has no search.
+    with its range. None if the report has no search. Of more than `MOST_LINES` dims, those of a kind share a line.
     """
     logs, units = report.get("search") or [], report.get("units", {})
     dims = [dim for dim in units if logs and f"kept/{dim}" in logs[0]]
@@ -228,17 +230,24 @@ def search_panels(report: dict[str, Any]) -> list[Panel]:
     def line(key: str, scale: float = 1.0) -> Points:
         return [(row["step"], math.nan if row.get(key) is None else row[key] * scale) for row in logs]
 
+    def shares(row: dict[str, Any], key: str, names: list[str]) -> list[float]:
+        found = [(row.get(f"{key}/{dim}", row.get(f"kept/{dim}")), units[dim]) for dim in names]
+        return [math.nan if share is None else share / of for share, of in found]
+
+    kinds: dict[str, list[str]] = {}
+    for dim in dims:
+        kinds.setdefault(dim.rstrip("0123456789") if len(dims) > MOST_LINES else dim, []).append(dim)
     bands: Bands = {
-        dim: [
-            (row["step"], row[f"kept_min/{dim}"] / units[dim], row[f"kept_max/{dim}"] / units[dim])
+        kind: [
+            (row["step"], min(shares(row, "kept_min", names)), max(shares(row, "kept_max", names)))
             for row in logs
-            if f"kept_min/{dim}" in row
+            if len(names) > 1 or f"kept_min/{names[0]}" in row
         ]
-        for dim in dims
+        for kind, names in kinds.items()
     }
     loss = {"task loss": line("task_loss")}
     resource = {"resource": line("resource"), "target": line("target")}
-    kept = {dim: line(f"kept/{dim}", 1 / units[dim]) for dim in dims}
+    kept = {kind: [(row["step"], fmean(shares(row, "kept", names))) for row in logs] for kind, names in kinds.items()}
     titles = ("Loss", "Resource against target", "Units kept: mean over layers, and the range")
     network = network_of(report.get("recipe"))
     labels = ("task loss", f"share of the {network}'s", f"share of the {network}'s units")

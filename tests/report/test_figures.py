@@ -72,6 +72,18 @@ def test_the_search_is_told_by_steps_as_shares_of_the_dense_model():
     assert kept.get_ylim()[0] == 0
 
 
+def test_dims_of_a_kind_share_a_line_where_there_are_too_many(tmp_path):
+    dims = [f"mid{block}" for block in range(16)] + [f"hidden{block}" for block in range(8)] + ["top"]
+    logs = [{"step": step, "task_loss": 1.0, "resource": 1.0, "target": 1.0} for step in range(3)]
+    for row in logs:
+        row |= {f"kept/{dim}": 10 - row["step"] - place % 2 for place, dim in enumerate(dims)}
+    report = {"search": logs, "units": dict.fromkeys(dims, 10), "sizes": {}}
+    kept = search_panels(report)[-1]
+    lines = {line.get_label(): [round(y, 6) for y in line.get_ydata()] for line in on_axes(kept).lines}
+    assert lines == {"mid": [0.95, 0.85, 0.75], "hidden": [0.95, 0.85, 0.75], "top": [1.0, 0.9, 0.8]}
+    write_figures(report, tmp_path)  # a warning of matplotlib, that nothing is left of the axes, is an error
+
+
 def test_a_report_without_a_search_or_without_a_single_number_has_no_such_pictures():
     report = make_report()
     for row in report["search"]:
