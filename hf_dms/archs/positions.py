@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import HfDmsError
 from .bind import BoundSpec
 from .skeleton import skeleton
 
@@ -21,6 +22,9 @@ def recorded_positions(bound: BoundSpec, model: Any) -> dict[str, int]:
     Args:
         bound: the architecture, which says what an image is.
         model: a model of it; its class and config are used.
+
+    Raises:
+        ValueError: the model cannot take an image of its own size.
     """
     found: dict[str, int] = {}
 
@@ -33,5 +37,11 @@ def recorded_positions(bound: BoundSpec, model: Any) -> dict[str, int]:
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             module.register_forward_hook(functools.partial(record, path))
     shape = [bound.sizes[name] for name in bound.spec.image.split()]
-    empty(torch.empty(1, *shape, device="meta", dtype=empty.dtype))
+    try:
+        empty(torch.empty(1, *shape, device="meta", dtype=empty.dtype))
+    except RuntimeError as error:
+        raise HfDmsError(
+            f"A {type(model).__name__} with this config cannot take an image of {' × '.join(map(str, shape))}, the "
+            f"size that its config names (224 × 224 without one): {error}. Correct image_size in the config."
+        ) from error
     return found

@@ -107,6 +107,16 @@ def test_variants_that_are_not_described_are_errors():
         attach_(tiny(MobileNetV2ForSemanticSegmentation), DMSConfig(target=0.9))
 
 
+def test_an_image_that_is_too_small_for_the_network_is_an_error():
+    sizes = dict(image_size=4, strides=[2, 2, 1], depthwise_padding=[])
+    message = (
+        r"A EfficientNetForImageClassification with this config cannot take an image of 2 × 4 × 4, the size that its "
+        r"config names .*: .* Kernel size can't be greater than actual input size. Correct image_size in the config"
+    )
+    with pytest.raises(ValueError, match=message):
+        attach_(tiny(EfficientNetForImageClassification, **sizes), DMSConfig(0.9, resource="macs", layout="per_layer"))
+
+
 @pytest.mark.parametrize("head", CLASSES)
 def test_repair_and_supernets_say_that_they_are_not_for_these(head):
     model = tiny(head)
