@@ -227,6 +227,16 @@ def test_where_a_coarse_dim_must_go_down_it_is_the_one_whose_units_matter_least(
     assert found == {"kv": 3, "layers": 3} | {least: 2}
 
 
+def test_a_dim_that_costs_nothing_makes_no_room():
+    """Of key-value bytes the hidden size takes none, so a layer goes, though its importance is a million times that."""
+    options = dict(prune=("kv", "hidden", "layers"), resource="kv_bytes", resource_scope="model")
+    request_ = gates, *_ = gated(0, dict(hidden_size=48), protect={"min": {"kv": 2}}, layout="per_layer", **options)
+    learn_(gates, {"kv": torch.full((3,), 2.0), "hidden": torch.tensor([48.0]), "layers": torch.tensor([2.6])})
+    gates.raw_importance("hidden").fill_(1e-9)
+    gates.raw_importance("layers").fill_(1e-3)
+    assert int(rounded(2.6 / 3 * 2 / 3, *request_)["layers"]) == 2
+
+
 @pytest.mark.parametrize("share", [0.9, 1.1])
 @pytest.mark.parametrize("gone", [0, 1])
 def test_what_goes_loses_the_least_importance_for_what_it_saves(gone, share):
