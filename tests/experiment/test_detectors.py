@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from helpers.scenes import NAMES, SIDE, detector, pictures, save, write_scenes
+from helpers.schema import mistakes
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from hf_dms.cli import main
@@ -46,6 +47,7 @@ def test_a_detector_is_pruned_recovered_measured_and_shown(prune, data, capsys):
     code, out = prune(finetune={"max_steps": 2}, recover=recover)
     assert code == 0, capsys.readouterr().err
     report = json.loads((out / "dms_report.json").read_text())
+    assert mistakes(report) == []
     for name in ("dense", "pruned", "repaired", "recovered"):
         assert 0 <= report[name]["mean_average_precision"] <= 1
     assert report["pruned"]["num_params"] < report["dense"]["num_params"]
