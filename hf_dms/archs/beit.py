@@ -1,11 +1,11 @@
-"""BEiT: ViT with a bias of attention scores by the distance of two patches, and a scale on each block's output.
+"""BEiT: ViT with a bias on attention scores that depends on the distance of two patches, and a scale on block outputs.
 
-Read it beside `BeitLayer`. The bias is a table with a column for each head, in every layer or one for all of them. A
-table for all layers has one choice of heads: they are a dim of the model then. The head reads the norm of the patches'
-mean, or the class token.
+Read it next to transformers' `BeitLayer`. The bias is a table with a column for each head. There is one table per
+layer, or one for all layers. A table for all layers forces the same heads on all layers, so heads are then a dim of the
+model. The classifier reads the normed mean of the patches, or the class token.
 
-`Data2VecVisionLayer` is the same under other names, and its stock class divides hidden_size by the heads, as BERT's
-does.
+`Data2VecVisionLayer` is the same under other names. As in BERT, its stock class computes the head size as
+hidden_size / heads.
 """
 
 from dataclasses import replace
@@ -19,7 +19,7 @@ TABLE = "relative_position_bias.relative_position_bias_table"
 
 
 def num_distances(config: Any) -> int:
-    """Rows of a table: distances of two patches along both sides, and three for the class token."""
+    """Number of rows of a table: one per distance of two patches along both sides, and three for the class token."""
     (height, width), (patch_height, patch_width) = sides(config.image_size), sides(config.patch_size)
     return (2 * (height // patch_height) - 1) * (2 * (width // patch_width) - 1) + 3
 

@@ -1,7 +1,7 @@
 """BERT: multi-head attention, plain MLP, layer norms after each block, learned positions.
 
-Every value of the residual stream is the output of a norm, so norms alone decide the hidden size here too. Read it
-beside `BertLayer`.
+Every value of the residual stream is the output of a norm, so masking the norms is enough for the hidden size here too.
+Read it next to transformers' `BertLayer`.
 """
 
 from .spec import ArchSpec, Dim
@@ -14,7 +14,7 @@ BERT = ArchSpec(
         Dim("mlp", "intermediate_size", scope="layer"),
         Dim("hidden", "hidden_size", scope="model"),
         Dim("layers", "num_hidden_layers", scope="depth"),
-        Dim("pool", "hidden_size", scope="model", follows="hidden"),  # what a classifier of sequences reads
+        Dim("pool", "hidden_size", scope="model", follows="hidden"),  # width of the pooler's output
         Dim("d", "hidden_size // num_attention_heads"),
         Dim("vocab", "vocab_size"),
         Dim("position", "max_position_embeddings"),
@@ -76,6 +76,6 @@ BERT = ArchSpec(
     build_with={"num_attention_heads": 1},  # any hidden size is a multiple of it
     attention="heads d",
     outputs={"pooler_output": "pool"},
-    # The stock class divides hidden_size by num_attention_heads and knows no other head size.
+    # The stock class computes the head size as hidden_size / num_attention_heads; there is no other way to set it.
     must_equal=(("heads d", "hidden"),),
 )

@@ -1,7 +1,7 @@
-"""Binding: every parameter of a live model matched with its line of the architecture's description.
+"""Binding: match every parameter of a live model with its line in the architecture's description.
 
-What the rest of the package needs of a model follows from the result: where masks go, what the model costs, how tensors
-are sliced, what the config says.
+Everything that the rest of the package needs to know about a model follows from the result: the places of masks, the
+cost of the model, the slices of tensors, the values of the config.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class BoundParam:
     """A parameter or buffer of a live model.
 
     Attributes:
-        axes: the dims that each of its axes is a product of.
-        layer: the layer of its stack that it belongs to, None outside the layers.
-        stack: name of the depth dim of these layers, None outside the layers.
-        positions: number of positions of a sequence at which its matmul runs, None for all.
+        axes: for each axis, the dims whose product it is.
+        layer: index of its layer in the stack, None outside the layers.
+        stack: name of the depth dim of its stack, None outside the layers.
+        positions: number of positions of a sequence at which its matrix product runs, None for all.
     """
 
     axes: Axes
@@ -43,12 +43,12 @@ class BoundSpec:
 
     Attributes:
         spec: the description.
-        prefix: what precedes the base model's names, "model." for a LlamaForCausalLM, "" for a LlamaModel.
+        prefix: prefix of the base model's names, "model." for a LlamaForCausalLM, "" for a LlamaModel.
         sizes: units of every dim.
         params: every parameter of the model by name, tied ones under each of their names.
         buffers: every buffer of the model's state dict by name.
-        tied: names that hold a tensor already listed under another name.
-        fixed_layers: per stack the layers that are never dropped, since their parameters are not those of the others.
+        tied: further names of tied tensors; the first name of a tensor is not among them.
+        fixed_layers: per stack, the layers that are never dropped, because they have other parameters than the rest.
     """
 
     spec: ArchSpec
@@ -61,7 +61,7 @@ class BoundSpec:
 
     @property
     def prunable(self) -> list[str]:
-        """Names of the dims that a request can prune in this model: they are in its parameters, or layers may go."""
+        """Names of the dims that can be pruned here: dims of the parameters, and stacks with droppable layers."""
         used = {factor for param in self.params.values() for axis in param.axes for factor in axis}
         used |= {stack for stack in self.stacks if len(self.fixed_layers.get(stack, ())) < self.sizes[stack]}
         return [name for name in self.spec.prunable if name in used]
@@ -91,38 +91,38 @@ class BoundSpec:
 
     @property
     def num_layers(self) -> int:
-        """Layers of the one stack."""
+        """Number of layers of the only stack."""
         return self.sizes[self.depth]
 
     @property
     def layers_path(self) -> str:
-        """Path of the one stack of layers, below the model."""
+        """Path of the only stack of layers, below the model."""
         return self.stacks[self.depth]
 
     @property
     def total_layers(self) -> int:
-        """Layers of all stacks."""
+        """Number of layers of all stacks."""
         return sum(self.sizes[stack] for stack in self.stacks)
 
     def stack_of(self, name: str) -> str | None:
-        """Depth dim of the layers that a dim is in; None for one that lies across or outside them."""
+        """Depth dim of the layers that own a dim; None for a dim that no layer owns."""
         dim = self.spec.dim(name)
         return dim.stack if dim.scope == "layer" else None
 
     def rows(self, name: str) -> int:
-        """Independent sets of units of a dim: its layers, or 1."""
+        """Number of independent sets of units of a dim: the number of its layers, or 1."""
         stack = self.stack_of(name)
         return 1 if stack is None else self.sizes[stack]
 
     def layer_of(self, name: str) -> tuple[str | None, int | None]:
-        """Depth dim of the stack, and index in it, of the layer that a parameter or module is in; None outside."""
+        """Depth dim of the stack, and index in the stack, of a parameter's or module's layer; None outside layers."""
         for depth, path in self.stacks.items():
             if name.startswith(f"{path}."):
                 return depth, int(name.removeprefix(f"{path}.").partition(".")[0])
         return None, None
 
     def rows_without(self, name: str) -> list[int]:
-        """Layers of a dim's stack whose parameters have nothing of it (what the first block of a stage has another)."""
+        """Layers of a dim's stack without this dim (the first block of a stage can have another one in its place)."""
         having = {param.layer for param in self.params.values() if any(name in axis for axis in param.axes)}
         return [row for row in range(self.rows(name)) if row not in having] if self.stack_of(name) else []
 
@@ -131,21 +131,21 @@ class BoundSpec:
         return prod(self.sizes[name] for name in (factors.split() if isinstance(factors, str) else factors))
 
     def monomial(self, factors: tuple[str, ...]) -> tuple[Monomial, float]:
-        """Split a product of dims into the prunable dims and the number that the others amount to."""
+        """Split a product of dims into its prunable dims and the product of the sizes of the others."""
         gated = tuple(sorted(name for name in factors if self.spec.dim(name).scope in ("layer", "model")))
         return gated, float(prod(self.sizes[name] for name in factors if name not in gated))
 
 
 def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
-    """Match every parameter of a model with its line of the description.
+    """Match every parameter of a model with its line in the description.
 
     Args:
         spec: the description.
         model: a `PreTrainedModel`; the meta device will do.
 
     Raises:
-        ValueError: a variant of the architecture that the description is not of, a parameter that no line or several
-            lines describe, or whose shape is not the product of its dims.
+        ValueError: the description does not support this variant; or no line, or several lines, match a parameter; or
+            its shape is not the product of its dims.
     """
     _check_variant(spec, model)
     spec, sizes = sized(spec, model.config)
@@ -168,7 +168,10 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
 def _bind_tensors(
     bound: BoundSpec, class_name: str, what: str, shapes: dict[str, tuple[int, ...]], lines: dict[str, str]
 ) -> tuple[dict[str, BoundParam], dict[str, frozenset[int]]]:
-    """Match tensors with their lines; with them come the layers that lines name by their numbers, per stack.
+    """Match tensors with their lines.
+
+    Returns:
+        The bound tensors by name; and per stack the layers that lines name by their numbers.
 
     Raises:
         ValueError: see `bind`.
@@ -200,10 +203,10 @@ def _bind_tensors(
 
 
 def _check_variant(spec: ArchSpec, model: nn.Module) -> None:
-    """Check that a model is of the kind that a description is of.
+    """Check that a description supports the variant that a model is.
 
     Raises:
-        ValueError: it is a backbone, or another architecture by what its config says.
+        ValueError: the model is a backbone, or its config has a flag that the description does not support.
     """
     if type(model).__name__.endswith("Backbone"):
         raise HfDmsError(
@@ -218,7 +221,7 @@ def _check_variant(spec: ArchSpec, model: nn.Module) -> None:
 
 
 def sized(spec: ArchSpec, config: Any) -> tuple[ArchSpec, dict[str, int]]:
-    """A description as it is of a model with this config, where dims that are one have one name, and their sizes."""
+    """The description for a model with this config, with dims merged that are the same (`same_as`), and their sizes."""
     spec = for_config(spec, config)
     sizes = {dim.name: dim_size(dim, config) for dim in spec.dims}
     for name in list(sizes):
@@ -230,12 +233,12 @@ def sized(spec: ArchSpec, config: Any) -> tuple[ArchSpec, dict[str, int]]:
 
 
 def for_config(spec: ArchSpec, config: Any) -> ArchSpec:
-    """A description as it is of a model with this config: its variant, every stage written out."""
+    """The description for a model with this config: the right variant, with every stage written out."""
     return in_stages(spec.variant(config), num_stages(spec, config))
 
 
 def num_stages(spec: ArchSpec, config: Any) -> int:
-    """Stages of a model according to its config; 1 for an architecture without."""
+    """Number of stages of a model according to its config; 1 for an architecture without stages."""
     if spec.stages is None:
         return 1
     return spec.stages(config) if callable(spec.stages) else getattr(config, spec.stages)
@@ -254,7 +257,7 @@ def dim_size(dim: Dim, config: Any) -> int:
 
 
 def config_value(config: Any, key: str) -> int:
-    """A number, or what a config says: `"12"`, `"hidden_size"`, `"depths[1]"`."""
+    """A number, or a value of a config: `"12"`, `"hidden_size"`, `"depths[1]"`."""
     if key.isdigit():
         return int(key)
     name, _, index = key.removesuffix("]").partition("[")
@@ -263,7 +266,7 @@ def config_value(config: Any, key: str) -> int:
 
 
 def _positions(text: str, sizes: dict[str, int]) -> int | None:
-    """What follows the @ in a line, a number or a dim."""
+    """The number of positions after the @ in a line, which is a number or a dim."""
     positions = text.partition("@")[2].strip()
     if not positions:
         return None
@@ -271,6 +274,6 @@ def _positions(text: str, sizes: dict[str, int]) -> int | None:
 
 
 def compiled(pattern: str) -> re.Pattern[str]:
-    """The regular expression of a parameter's or a module's name pattern: `{i}` is any layer, `{i>0}` not the first."""
+    """The regular expression for a pattern of names: `{i}` stands for any layer, `{i>0}` for any but the first."""
     escaped = re.escape(pattern)
     return re.compile(escaped.replace(re.escape("{i}"), r"\d+").replace(re.escape("{i>0}"), r"[1-9]\d*"))

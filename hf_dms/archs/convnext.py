@@ -1,8 +1,8 @@
 """ConvNeXt: stages of depthwise convolution, layer norm and a plain MLP four times as wide, with a scale on its output.
 
-Read it beside `ConvNextLayer`. Each stage has a residual width and a depth of its own. Its first module, a norm and a
-strided convolution, reads the width of the stage before it, and is no layer, so no cut drops it. The stock config has
-no word for the MLP's width.
+Read it next to transformers' `ConvNextLayer`. Each stage has its own residual width and depth. Between two stages a
+norm and a strided convolution read the width of the stage before. They are not a layer, so no cut drops them. The stock
+config has no attribute for the MLP's width.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""ConvNeXt V2: ConvNeXt with a global response normalisation inside the MLP in the place of the scale on its output."""
+"""ConvNeXt V2: ConvNeXt with a global response normalisation inside the MLP in place of the scale on its output."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What a bound model costs, as a polynomial of its dims: parameters, multiply-accumulates, key-value bytes."""
+"""The cost of a bound model as a polynomial of its dims: parameters, multiply-accumulates, key-value bytes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,22 @@ from .spec import flat
 def build_cost(bound: BoundSpec, model: nn.Module, resource: str, scope: str, sequence_length: int | None) -> Cost:
     """The cost of a bound model as a polynomial of its dims.
 
-    params: every parameter, tied ones once. macs: multiply-accumulates per token, that is those of a sequence divided
-    by its length, of all `nn.Linear` and convolutions and of the attention scores over the full square of the sequence
-    (embedding lookups, norms, activations and rotary embeddings are not counted). A sequence has `sequence_length`
-    tokens, or as many as the architecture says: an image's patches, or one for a convolutional network. kv_bytes: bytes
-    of keys and values per token in the model's dtype.
+    - params: every parameter, tied ones once.
+    - macs: multiply-accumulates per token, that is, those of a sequence divided by its length. They include all
+      `nn.Linear`, all convolutions, and the attention scores over the full square of the sequence. Embedding lookups,
+      norms, activations and rotary embeddings are not counted. A sequence has `sequence_length` tokens, or as many as
+      the architecture says: the patches of an image, or one for a convolutional network.
+    - kv_bytes: bytes of keys and values per token, in the model's dtype.
+
+    Args:
+        bound: the architecture, bound to the model.
+        model: the model; the meta device will do.
+        resource: params, macs or kv_bytes.
+        scope: model, or layers for the cost of the layers only.
+        sequence_length: tokens per sequence, needed for the macs of text models.
 
     Raises:
-        ValueError: kv_bytes of a model without a cache, macs without a sequence length.
+        ValueError: the resource is kv_bytes and the model has no cache, or macs without a sequence length.
     """
     terms = {"params": _param_terms, "macs": _mac_terms, "kv_bytes": _cache_terms}[resource](
         bound, model, sequence_length

@@ -1,7 +1,7 @@
 """DINOv2: ViT with a scale on each block's output and a head that reads the class token and the mean of the patches.
 
-Its config has the MLP's width as a whole multiple of the hidden size. Read it beside `Dinov2Layer` of transformers
-5.23; that of 5.17 has other names and no head size of its own, and does not bind.
+The config gives the MLP's width as a whole multiple of the hidden size. Read it next to `Dinov2Layer` of transformers
+5.23. That of 5.17 has other names and no separate head size, and does not bind.
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """DINOv2-small as a stock ViT: the same function at a smaller image, with an untrained head.
 
-DINOv2 scales what each block adds by a learned factor per unit; folded into the block's last linear map, what remains
-is a ViT. Its positions are resized to the smaller grid of patches.
+DINOv2 multiplies the output of each block by a learned factor per unit. With these factors folded into the block's last
+linear map, the model is a ViT. Its positions are resized to the smaller grid of patches.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from transformers import ViTConfig, ViTForImageClassification
 
 PATCH_SIZE = 14  # pixels
 LAYERS, WIDTH = 12, 384
-TRAINED_GRID = 37  # patches a side that the positions of DINOv2 were trained for
-# module of a ViT layer, the same in DINOv2, the layer scale that is folded in
+TRAINED_GRID = 37  # patches per side for which the positions of DINOv2 were trained
+# (module of a ViT layer, its name in DINOv2, the layer scale to fold into it)
 NAMES = (
     ("layernorm_before", "norm1", None),
     ("attention.q_proj", "attention.attention.query", None),
@@ -34,7 +34,7 @@ def as_vit(
     """A ViT with the weights of DINOv2-small.
 
     Args:
-        dino: its parameters by their names in `Dinov2Model`.
+        dino: parameters of DINOv2-small, by their names in `Dinov2Model`.
         first: position of the class token, `[1, 1, 384]`.
         grid: positions of the patches, `[1, 37², 384]`.
         image_size: side of the ViT's images, in pixels.

@@ -1,6 +1,6 @@
-"""ELECTRA: BERT without a pooler, whose embeddings have a width of their own.
+"""ELECTRA: BERT without a pooler, and with its own width of the embeddings.
 
-Where that is not the hidden size, a projection takes them there, and the first layer reads its output without a norm.
+If that width is not the hidden size, there is a projection, and the first layer reads its output without a norm.
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """A larger config of the same architecture: the supernet that pipeline np searches in.
 
-Widths are multiplied by one factor and numbers of layers by another. What a search cannot cut stays as it is: the size
-of a head, the stem of a ResNet-50, a vocabulary.
+Widths are multiplied by one factor and numbers of layers by another. Sizes that a search cannot cut do not change: the
+size of a head, the stem of a ResNet-50, a vocabulary.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from .stock import config_values, product_of, prunable_factor, with_values
 def enlarged_config(
     config: PreTrainedConfig, width: float, depth: float, dims: Collection[str] | None = None
 ) -> PreTrainedConfig:
-    """A copy of a config with larger sizes, whole ones: halves are rounded up.
+    """A copy of a config with larger sizes, rounded to whole numbers (halves up).
 
-    Where the stock config ties sizes to each other, the ones that follow are a little larger than their factor says:
-    Llama's hidden size is a multiple of its heads, BERT's is heads · head size.
+    Where the stock config ties sizes to each other, the size that follows can be a little larger than its factor says:
+    Llama's hidden size is a multiple of its heads, and BERT's is heads · head size.
 
     Args:
-        config: of the original model.
-        width: factor of all widths, at least 1: heads and KV groups, MLPs, residual streams; of every stage.
-        depth: factor of the numbers of layers, at least 1.
-        dims: names of the dims that grow, as a search prunes them. Default: all that can be pruned.
+        config: config of the original model.
+        width: factor for all widths (heads and KV groups, MLPs, residual streams) in every stage, at least 1.
+        depth: factor for the numbers of layers, at least 1.
+        dims: names of the dims that grow: those that the search prunes. Default: all that can be pruned.
 
     Raises:
-        ValueError: a factor below 1, or sizes that no stock config of the architecture has.
+        ValueError: a factor is below 1, or no stock config of the architecture has these sizes.
     """
     for name, factor in (("width", width), ("depth", depth)):
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not 1 <= factor < math.inf:
@@ -57,10 +57,10 @@ def enlarged_config(
 
 
 def _follow_(sizes: dict[str, int], spec: ArchSpec, growing: Collection[str]) -> None:
-    """Let sizes that the stock config ties to others follow these, in place.
+    """Change sizes that the stock config ties to others, in place, so that the ties hold.
 
     Raises:
-        ValueError: the one that would have to follow may not grow.
+        ValueError: a size that would have to change may not grow.
     """
     for product, whole in spec.must_equal:
         size, other = product_of(sizes, product), prunable_factor(spec, product)
@@ -75,8 +75,8 @@ def _follow_(sizes: dict[str, int], spec: ArchSpec, growing: Collection[str]) ->
         multiple = -(-sizes[whole] // divisor) * divisor
         if multiple != sizes[whole] and whole not in growing:
             raise HfDmsError(
-                f"supernet: {whole} = {sizes[whole]} is no multiple of {divisor}, as the stock config of "
-                f"{spec.model_type} needs it. Let dms.prune name {whole} too, or choose another width."
+                f"supernet: {whole} = {sizes[whole]} is not a multiple of {divisor}, which the stock config of "
+                f"{spec.model_type} needs. Let dms.prune name {whole} too, or choose another width."
             )
         sizes[whole] = multiple
 
@@ -87,13 +87,13 @@ def _with_sizes(
     """A copy of a config with other sizes.
 
     Raises:
-        ValueError: the config has no words for them.
+        ValueError: the stock config cannot express them.
     """
     values = with_values(config.to_dict(), config_values(spec, sizes))
     values |= {key: values[over] // values[under] for key, (over, under) in spec.config_ratios.items()}
     for key in spec.config_leaves_out:
         values.pop(key, None)
-    for key in spec.config_lists:  # of the one stack of layers: the pattern goes on
+    for key in spec.config_lists:  # lists with an entry per layer: repeat the pattern
         if isinstance(values.get(key), list) and values[key]:
             (stack,) = spec.stacks
             values[key] = [values[key][layer % before[stack]] for layer in range(sizes[stack])]

@@ -1,6 +1,7 @@
-"""Gemma, Gemma 2 and the text model of Gemma 3: Llama whose hidden size is not pruned, as it scales the embeddings too.
+"""Gemma, Gemma 2 and the text model of Gemma 3: Llama with a hidden size that is not pruned.
 
-With the hidden size fixed no norm is masked, so it does not matter that theirs multiply by 1 + weight.
+The hidden size also scales the embeddings, so cutting it would change the function. With a fixed hidden size no norm is
+masked, so it does not matter that Gemma's norms multiply by 1 + weight.
 """
 
 from dataclasses import replace

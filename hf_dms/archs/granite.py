@@ -1,4 +1,4 @@
-"""Granite: Llama with constant factors on embeddings, attention, residuals and logits, which pruning leaves alone."""
+"""Granite: Llama with constant factors on embeddings, attention, residuals and logits. Pruning does not change them."""
 
 from dataclasses import replace
 

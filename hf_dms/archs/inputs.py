@@ -1,20 +1,20 @@
-"""What a model's config says about inputs: which token ids, how many positions, what images it takes."""
+"""Limits on a model's inputs from its config: token ids, number of positions, shape of images."""
 
 from __future__ import annotations
 
 from typing import Any
 
-POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert")  # their first position is that after the padding id
-INTERPOLATES = ("dinov2",)  # takes images of any size
+POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert")  # their positions start after the padding id
+INTERPOLATES = ("dinov2",)  # these take images of any size
 
 
 def num_token_ids(config: Any) -> int | None:
-    """How many token ids a model knows, 0 to this number minus 1; None if it reads no tokens."""
+    """Size of a model's vocabulary (ids 0 to this number minus 1); None if it does not read tokens."""
     return getattr(config.get_text_config(), "vocab_size", None)
 
 
 def max_tokens(config: Any) -> int | None:
-    """How many tokens a model was made for; None if its config does not say."""
+    """The largest number of tokens that a model was made for; None if its config does not say."""
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and _plain_type(text) in POSITIONS_AFTER_PADDING:
@@ -23,12 +23,12 @@ def max_tokens(config: Any) -> int | None:
 
 
 def may_be_longer(config: Any) -> bool:
-    """Whether a model computes something for more than `max_tokens` tokens: rotary positions go on, a table ends."""
+    """Whether a model computes more than `max_tokens` tokens: rotary positions can, a table of positions cannot."""
     return getattr(config.get_text_config(), "rope_parameters", None) is not None
 
 
 def image_shape(config: Any) -> tuple[int, int | None, int | None]:
-    """Channels, height and width of a model's images; None for a height and width that may be any."""
+    """Channels, height and width of a model's images; height and width are None if any size is allowed."""
     channels, size = getattr(config, "num_channels", 3), getattr(config, "image_size", None)
     if size is None or _plain_type(config) in INTERPOLATES:
         return channels, None, None

@@ -1,6 +1,6 @@
 """Llama: grouped-query attention, gated MLP, RMS norms before each block, rotary positions.
 
-The description that the others are variations of; read it beside `LlamaDecoderLayer`.
+The other decoders are variations of this description. Read it next to transformers' `LlamaDecoderLayer`.
 """
 
 from .spec import ArchSpec, Dim

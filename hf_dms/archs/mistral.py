@@ -1,4 +1,4 @@
-"""Mistral: Llama without biases, whose config leaves heads and hidden size free of each other."""
+"""Mistral: Llama without biases. In its config, heads and hidden size are independent."""
 
 from dataclasses import replace
 

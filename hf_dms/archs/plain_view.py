@@ -1,8 +1,8 @@
-"""A model as it was before PEFT and bitsandbytes: names, shapes and weights of its parameters, seen through both.
+"""The plain view of a model with PEFT adapters or bitsandbytes weights: names, shapes and weights as without them.
 
-An adapted linear map computes W'x with a W' that its adapters have a part in, so a mask on x before the adapters is a
-mask on the columns of W'. Gates therefore go around adapters, never inside, and what is cut is W', made one parameter
-at a time. Packed weights are unpacked the same way. Neither package is imported here before a model comes from it.
+An adapted linear map computes W'x, where W' includes its adapters. A mask on x, applied before the adapters, is a mask
+on the columns of W'. So gates go around adapters, never inside, and the cut slices W', which is computed one parameter
+at a time. Packed weights are unpacked in the same way. PEFT and bitsandbytes are only imported if a model uses them.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from torch.nn import functional as F
 from ..errors import HfDmsError
 from .restoring import restoring
 
-PACKED = ("Params4bit", "Int8Params")  # of bitsandbytes
+PACKED = ("Params4bit", "Int8Params")  # parameter classes of bitsandbytes
 
 
 def base_model_of(model: Any) -> Any:
-    """The transformers model inside a `PeftModel`; anything else as it is."""
+    """The transformers model inside a `PeftModel`. Any other object is returned unchanged."""
     return model.get_base_model() if _is(model, "PeftModel") else model
 
 
 def plain_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter, tuple[int, ...]]]:
-    """Every parameter of a model under the name and with the shape that it has without adapters and packing.
+    """Every parameter of a model, with its name and shape as without adapters and packing.
 
-    Tied ones come under each of their names; gates are left out.
+    Tied parameters appear under each of their names. Gates are left out.
 
     Args:
         module: the model, or a part of it.
-        prefix: of the names.
+        prefix: prefix of the names.
     """
     module = plain_module(module)
     for name, parameter in module._parameters.items():
@@ -47,11 +47,11 @@ def plain_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str,
 
 
 def plain_buffers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every buffer of a model's state dict under the name that it has without adapters; gates are left out.
+    """Every buffer of a model's state dict, with its name as without adapters. Gates are left out.
 
     Args:
         module: the model, or a part of it.
-        prefix: of the names.
+        prefix: prefix of the names.
     """
     module = plain_module(module)
     for name, buffer in module._buffers.items():
@@ -63,14 +63,14 @@ def plain_buffers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Te
 
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:
-    """A parameter or a buffer by its name in the plain model, as it lies in it."""
+    """A parameter or a buffer by its name in the plain model: the stored tensor itself, without adapters."""
     path, _, leaf = name.rpartition(".")
     module = plain_module(submodule(model, path))
     return module._buffers[leaf] if leaf in module._buffers else module.get_parameter(leaf)  # type: ignore[return-value]
 
 
 def names_by_tensor(model: nn.Module) -> dict[int, list[str]]:
-    """All names of every parameter of a plain model, several for tied ones, by the `id` of its tensor."""
+    """All names of every parameter of a plain model, by the `id` of its tensor; several names for a tied one."""
     names: dict[int, list[str]] = {}
     for name, parameter, _ in plain_parameters(model):
         names.setdefault(id(parameter), []).append(name)
@@ -78,7 +78,10 @@ def names_by_tensor(model: nn.Module) -> dict[int, list[str]]:
 
 
 def plain_module(module: nn.Module) -> nn.Module:
-    """The module below adapters, or the copy that PEFT trains in its place; any other module as it is."""
+    """The original module under a PEFT wrapper (or its trained copy, for `modules_to_save`).
+
+    Other modules are returned unchanged.
+    """
     if _is(module, "ModulesToSaveWrapper"):
         wrapper: Any = module
         active = wrapper.active_adapters[:1] if not wrapper.disable_adapters else []
@@ -87,12 +90,12 @@ def plain_module(module: nn.Module) -> nn.Module:
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Paths and layers of PEFT that stand in the place of a model's own."""
+    """Paths and modules of the PEFT layers that replace layers of a model."""
     return ((path, module) for path, module in model.named_modules() if _is(module, "BaseTunerLayer"))
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
-    """`get_submodule` by a path of the plain model: what is called in that place, with its adapters if it has any."""
+    """`get_submodule` by a path of the plain model. The result includes adapters, if there are any."""
     module = model
     for name in path.split(".") if path else ():
         module = plain_module(module).get_submodule(name)
@@ -101,11 +104,11 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
 
 @torch.no_grad()
 def plain_weight(model: nn.Module, name: str) -> Tensor:
-    """A parameter with the part that active adapters have in it, unpacked; or a buffer.
+    """A parameter, unpacked and with active adapters merged; or a buffer.
 
     Args:
-        model: with or without adapters; it is left as it is.
-        name: that of the tensor in the plain model.
+        model: a model with or without adapters; it is not modified.
+        name: name of the tensor in the plain model.
     """
     path, _, leaf = name.rpartition(".")
     layer: Any = submodule(model, path)
@@ -119,19 +122,19 @@ def plain_weight(model: nn.Module, name: str) -> Tensor:
         return weight
     if adapted:
         gates = model._modules.get("dms_gates")
-        merged = copy.deepcopy(layer, {id(gates): gates})  # its hooks know the gates
+        merged = copy.deepcopy(layer, {id(gates): gates})  # its hooks refer to the gates, which need no copy
         merged.merge()
         module = merged.get_base_layer()
     return tensor_of(module, leaf).detach()
 
 
 def with_adapters(model: Any, config: Any, seed: int) -> Any:
-    """A `PeftModel` around a model, whose own weights are frozen.
+    """A `PeftModel` around a model; the model's own weights are frozen.
 
     Args:
         model: a transformers model.
         config: `peft.LoraConfig`.
-        seed: of the adapters' first weights.
+        seed: seed of the adapters' initial weights.
     """
     from peft import get_peft_model
 
@@ -140,10 +143,10 @@ def with_adapters(model: Any, config: Any, seed: int) -> Any:
 
 
 def with_adapters_of(adapted: Any, model: Any) -> Any:
-    """A `PeftModel` around a model, with the adapters and their weights of another.
+    """A `PeftModel` around a model, with copies of another model's adapters.
 
     Args:
-        adapted: a `PeftModel`.
+        adapted: the `PeftModel` with the adapters.
         model: a model like the one inside it, without adapters.
     """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -164,16 +167,16 @@ def unpacked(module: Any) -> Tensor:
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
     if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
-        module.state_dict()  # evaluation on a CPU with AVX-512 leaves 4-bit weights in another order; this restores it
+        module.state_dict()  # on a CPU with AVX-512, evaluation reorders 4-bit weights; this restores the order
     return dequantize_bnb_weight(module.weight, getattr(module, "state", None))
 
 
 @contextlib.contextmanager
 def packed_weights_may_stay(model: Any) -> Iterator[None]:
-    """Let a Trainer be made of a packed model without adapters for a while: it takes for granted that weights train.
+    """Context: a Trainer can be created for a packed model without adapters. Trainer assumes that weights train.
 
     Args:
-        model: one whose weights are frozen, packed or not; None to leave everything as it is.
+        model: a model with frozen weights, packed or not; None changes nothing.
     """
     packed = getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False)
     if packed:
@@ -187,9 +190,9 @@ def packed_weights_may_stay(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exact_packed_maps(model: nn.Module) -> Iterator[None]:
-    """Let packed linear maps multiply by their unpacked weights for a while.
+    """Context: packed linear maps multiply by their unpacked weights.
 
-    8-bit maps round their inputs too, which the cut model, whose weights are not packed, does not.
+    8-bit maps also round their inputs. The cut model has no packed weights and does not, so outputs would differ.
     """
     packed: list[Any] = [module for module in model.modules() if is_packed(module)]
     with restoring(packed):
@@ -208,16 +211,16 @@ def _shape(module: Any, name: str, parameter: Tensor) -> tuple[int, ...]:
     )
 
 
-# ---- what cannot be served -------------------------------------------------------------------------------------------
+# ---- adapters that are not supported ---------------------------------------------------------------------------------
 def check_adapters(model: nn.Module) -> None:
-    """Check that a model's adapters become part of plain weights when they are merged.
+    """Check that all adapters of a model can be merged into plain weights.
 
     Raises:
-        ValueError: one of them does not.
+        ValueError: an adapter cannot.
     """
     if _is(model, "PeftModel") and model.active_peft_config.is_prompt_learning:  # type: ignore[union-attr]
         kind = model.active_peft_config.peft_type.value  # type: ignore[union-attr]
-        raise HfDmsError(f"{kind} learns a prompt, which is no part of any weight. Use LoRA, or none.")
+        raise HfDmsError(f"{kind} learns a prompt, which cannot be merged into weights. Use LoRA, or no adapters.")
     owners = names_by_tensor(base_model_of(model))
     for path, module in model.named_modules():
         if _is(module, "AuxiliaryTrainingWrapper") and not _is(module, "ModulesToSaveWrapper"):

@@ -1,4 +1,4 @@
-"""At how many positions of an image each linear map and convolution of a model runs, for the count of its MACs."""
+"""The number of positions of an image at which each linear map and convolution of a model runs, to count its MACs."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .skeleton import skeleton
 
 @torch.no_grad()
 def recorded_positions(bound: BoundSpec, model: Any) -> dict[str, int]:
-    """Positions of every linear map and convolution, by its path: outputs of one image divided by its output units.
+    """Number of positions of every linear map and convolution, by its path: output size for one image / output units.
 
     They are recorded from a forward pass on the meta device, which computes shapes only.
 
     Args:
-        bound: the architecture, which says what an image is.
-        model: a model of it; its class and config are used.
+        bound: the architecture, with the shape of an image.
+        model: a model of it; only its class and config are used.
 
     Raises:
-        ValueError: the model cannot take an image of its own size.
+        HfDmsError: the model cannot take an image of the size that its config names.
     """
     found: dict[str, int] = {}
 

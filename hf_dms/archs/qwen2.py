@@ -1,4 +1,4 @@
-"""Qwen2: Llama with biases on query, key and value, whose stock class honours a `head_dim` in the config."""
+"""Qwen2: Llama with biases on query, key and value. The stock class uses a `head_dim` in the config."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Qwen3: Llama with norms over each query's and key's head size, which pruning leaves alone."""
+"""Qwen3: Llama with norms over the head size of each query and key. Pruning does not change them."""
 
 from dataclasses import replace
 

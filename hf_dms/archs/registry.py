@@ -40,13 +40,13 @@ ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in SPECS}
 
 
 def class_name(config: Any) -> str:
-    """The name of a saved model's class, by its config; empty if it has none."""
+    """The class name of a saved model, from its config; empty if the config has none."""
     names = config.architectures
     return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
 
 
 def dense_spec(model_type: str) -> ArchSpec:
-    """The description of a supported architecture, or of the one that a per-layer one (`dms_*`) was cut from."""
+    """The description of a supported architecture. For a per-layer model type (`dms_*`), that of its dense one."""
     return ARCHS[model_type.removeprefix("dms_")]
 
 
@@ -65,9 +65,9 @@ def spec_for(config: Any) -> ArchSpec:
     if model_type.startswith("dms_"):
         raise HfDmsError(
             f"model type '{model_type}' was pruned by hf_dms before, with a layout that differs from layer to layer: "
-            "its layers are no longer of one size, and the gates of a dim are one table over equal layers. Search the "
-            "dense model again with a smaller target, or prune in several rounds with layout: uniform, whose results "
-            "are stock models."
+            "its layers have different sizes, and gates need layers of equal size. Search the "
+            "dense model again with a smaller target, or prune in several rounds with layout: uniform, which gives "
+            "stock models."
         )
     raise HfDmsError(
         f"model type '{model_type}' is not supported. Supported: {', '.join(sorted(ARCHS))}. "

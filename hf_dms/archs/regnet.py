@@ -1,12 +1,12 @@
-"""RegNet: ResNet's stages with blocks as wide inside as outside, whose middle convolution works in groups.
+"""RegNet: ResNet's stages, with blocks that are as wide inside as outside and a grouped convolution in the middle.
 
-Read it beside `RegNetXLayer` and `RegNetYLayer`. A unit of the inner width is a whole group. Y layers weigh the
-channels behind the groups by a small network (squeeze and excitation), whose inner width is a quarter of what the block
-reads: another one in the first block of a stage, which no cut drops. Each block reads the residual stream
-without a norm that spans it: masks are as in a ResNet.
+Read it next to transformers' `RegNetXLayer` and `RegNetYLayer`. A unit of the inner width is a whole group. In Y layers
+a small network (squeeze and excitation) weighs the channels after the grouped convolution. Its inner width is a quarter
+of the block's input width. That differs in the first block of a stage, which is never dropped. Each block reads the
+residual stream without a norm over units, so masks are placed as in a ResNet.
 
-Its config has no image size: MACs are those of 224 × 224 pixels, or of an `image_size` that was added to it. A variant
-that keeps the resolution in the first stage is not covered: its stem may write into the stream of that stage.
+The config has no image size: MACs are counted for 224 × 224 pixels, or for an `image_size` that was added to it. A
+variant that keeps the resolution in the first stage is not supported: its stem may write into the stream of that stage.
 """
 
 from __future__ import annotations

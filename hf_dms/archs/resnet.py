@@ -1,12 +1,12 @@
-"""ResNet: stages of residual blocks, each with batch norms behind its convolutions and a ReLU behind its sum.
+"""ResNet: stages of residual blocks, with batch norms after the convolutions and a ReLU after each sum.
 
-Read it beside `ResNetBottleNeckLayer` and `ResNetBasicLayer`. The first block of a stage reads the width of the stage
-before it, so it is never dropped. Each block reads the residual stream without a norm that spans it: masks are on the
-batch norms in front of the ReLUs, or on the inputs of the convolutions where it is another function. The stem's width
-is pruned where it is that of the first stage (ResNet-18), and with it; elsewhere it stays, since the stock class drops
-a shortcut where the two are equal.
+Read it next to transformers' `ResNetBottleNeckLayer` and `ResNetBasicLayer`. The first block of a stage reads the width
+of the stage before it, so it is never dropped. Each block reads the residual stream without a norm over units. So masks
+are on the batch norms in front of the ReLUs, or, where that would be another function, on the inputs of the
+convolutions. If the stem has the width of the first stage (ResNet-18), the two are pruned together. Otherwise the stem
+is not pruned, because the stock class drops a shortcut when the two become equal.
 
-Its config has no image size: MACs are those of 224 × 224 pixels, or of an `image_size` that was added to it.
+The config has no image size: MACs are counted for 224 × 224 pixels, or for an `image_size` that was added to it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 def normed_convolutions(convolutions: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Parameters and buffers of convolutions and the batch norms behind them, by the path of the two."""
+    """Lines for the parameters and buffers of convolutions and their batch norms.
+
+    Args:
+        convolutions: path of the module that holds both → axes of the convolution's weight.
+    """
     params: dict[str, str] = {}
     buffers: dict[str, str] = {}
     for path, axes in convolutions.items():

@@ -1,6 +1,6 @@
-"""States of a model that hold for a while: evaluation mode, other `forward`s, a higher precision.
+"""Temporary states of a model: evaluation mode, replaced `forward`s, a higher precision.
 
-Everything is put back in the end, even after an error.
+Each is a context manager that restores the former state at the end, also after an error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Run models in evaluation mode for a while; then every module has the mode again that it had."""
+    """Context: models are in evaluation mode. Afterwards every module has its former mode."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -29,13 +29,14 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def restoring(modules: Iterable[nn.Module], *names: str) -> Iterator[None]:
-    """Put back what modules themselves had under some names (not their classes), whatever the block does to it.
+    """Context: restore attributes of module instances at the end, whatever the block changes.
 
-    accelerate, too, puts a `forward` on a module that hides its class's.
+    It restores only attributes of the instances, not of their classes. An instance can have its own `forward` already:
+    accelerate sets one too.
 
     Args:
         modules: the modules.
-        names: of attributes, default `forward`.
+        names: names of the attributes. Default: `forward`.
     """
     names = names or ("forward",)
     before = [(m, {name: m.__dict__[name] for name in names if name in m.__dict__}) for m in modules]
@@ -54,11 +55,11 @@ HALF = (torch.float16, torch.bfloat16)
 
 @contextlib.contextmanager
 def in_precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Run a model in float32 or float64 for a while, with the values that its parameters of lower precision have.
+    """Context: a model computes in float32 or float64, with the values of its parameters of lower precision.
 
-    Each layer of a stack is upcast when it runs and put back after it, everything else for the whole time. So the room
-    that it takes is that of the embeddings, the head and one layer, not that of a second model. Parameters stay the
-    objects that they are. Products of float32 matrices are not rounded to TF32 meanwhile.
+    Each layer of a stack is upcast when it runs and restored afterwards. Everything else is upcast the whole time. So
+    it takes memory for the embeddings, the head and one layer, not for a second model. The parameters themselves stay
+    the same objects. Products of float32 matrices are not rounded to TF32.
     """
     layers = list(_stacked_layers(model))
     stacked = {module for layer in layers for module in layer.modules()}
@@ -66,7 +67,7 @@ def in_precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         stack.enter_context(_upcast((module for module in model.modules() if module not in stacked), dtype))
         for layer in layers:
             whole = contextlib.ExitStack()
-            stack.callback(whole.close)  # if the layer fails
+            stack.callback(whole.close)  # restores a layer that raised an error
             before = layer.register_forward_pre_hook(functools.partial(_enter, whole, dtype), prepend=True)
             after = layer.register_forward_hook(functools.partial(_leave, whole))
             stack.callback(before.remove)
@@ -90,7 +91,7 @@ def _leave(whole: contextlib.ExitStack, layer: nn.Module, args: tuple, output: o
 
 @contextlib.contextmanager
 def _upcast(modules: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
-    """Give modules copies of their parameters and buffers of lower precision for a while."""
+    """Context: parameters and buffers of lower precision are replaced by upcast copies."""
     before: list[tuple[dict[str, Any], str, Tensor]] = []
     for module in modules:
         tables: list[dict[str, Any]] = [module._parameters, module._buffers]

@@ -1,7 +1,8 @@
-"""A model without its weights, as its class and config build it; and where a model with weights is tied otherwise.
+"""A model without weights, as its class and config build it; and models that are tied otherwise than their config says.
 
-A config can say that the output embedding is the input embedding while the file holds two different tensors, as some
-merges leave it. `from_pretrained` then keeps both. So does everything here: what is tied is what shares a tensor.
+A config can say that the output embedding is the input embedding while the file holds two different tensors, as after
+some merges. `from_pretrained` then keeps both, and so does everything here: parameters count as tied if they share a
+tensor.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from .plain_view import names_by_tensor
 
 
 def skeleton(cls: Any, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A model on the meta device, tied as its config says, with no time spent on first weights.
+    """A model on the meta device, tied as its config says, without initialising weights.
 
     Args:
         cls: the model class.
         config: its config; the model gets a copy.
-        dtype: of the parameters. Default: the config's.
+        dtype: precision of the parameters. Default: the config's.
     """
     with torch.device("meta"), initialization.no_init_weights():
         model = cls._from_config(copy.deepcopy(config), **({} if dtype is None else {"dtype": dtype}))
@@ -31,10 +32,10 @@ def skeleton(cls: Any, config: PreTrainedConfig, dtype: torch.dtype | None = Non
 
 
 def untied_names(model: PreTrainedModel) -> list[str]:
-    """Names of parameters that a model's config ties to another one, but that are tensors of their own in the model.
+    """Names of parameters that the config ties to another one, but that are separate tensors in the model.
 
     Raises:
-        ValueError: of several tensors that the config ties, some are tied in the model and some are not.
+        ValueError: the config ties several tensors, and only some of them are tied in the model.
     """
     groups = [names for names in names_by_tensor(skeleton(type(model), model.config)).values() if len(names) > 1]
     owners = {name: tensor for tensor, names in names_by_tensor(model).items() for name in names}
@@ -49,7 +50,7 @@ def untied_names(model: PreTrainedModel) -> list[str]:
 
 
 def config_as_tied(model: PreTrainedModel) -> PreTrainedConfig:
-    """A copy of a model's config that says whether the model's embeddings are tied, whatever its own says.
+    """A copy of a model's config with `tie_word_embeddings` as it is in the model.
 
     Raises:
         ValueError: see `untied_names`.

@@ -1,4 +1,4 @@
-"""SmolLM3: Llama with layers that have no rotary positions, which the config lists."""
+"""SmolLM3: Llama in which some layers have no rotary positions. The config lists them."""
 
 from dataclasses import replace
 

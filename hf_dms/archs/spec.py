@@ -1,7 +1,7 @@
-"""The language that architectures are described in.
+"""The language in which architectures are described.
 
-An `ArchSpec` says which named dims each axis of each parameter is a product of, in einops' notation. bind.py matches it
-with a live model. Nothing outside this room may know a module's name.
+An `ArchSpec` says, for each axis of each parameter, which named dims it is the product of, in the notation of einops.
+bind.py matches the description with a live model. Nothing outside this room may know a module's name.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Dim:
     Attributes:
         name: the word used in axis strings.
         size: config attribute (`"depths[1]"` for an entry of a list), `"a // b"` or `"a * b"` of two of them, a
-            number, or a function of the config; of the config and the `stage` for a dim of each stage.
+            number, or a function of the config. For a dim of each stage, a function of the config and the `stage`.
         scope: "layer" (each layer has its own gate), "model" (one gate for the model), "depth" (the layers
             themselves) or "fixed" (never pruned).
-        stack: name of the depth dim of the layers that a dim with scope "layer" is in.
-        follows: name of the dim that decides how many units this one has; which ones, it decides itself.
-        same_as: name of a dim that this one is, unit for unit, in models in which the two have one size.
+        stack: for scope "layer", name of the depth dim of its layers.
+        follows: name of the dim that decides how many units this one keeps. Its own importance decides which.
+        same_as: another dim. If both have the same size in a config, they are the same axis and are pruned together.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Dim:
 
 
 def with_dims(dims: tuple[Dim, ...], *changed: Dim) -> tuple[Dim, ...]:
-    """Dims of which some are replaced by others of the same names, or added."""
+    """Dims with some replaced by others of the same name, and new ones added at the end."""
     by_name = {dim.name: dim for dim in dims} | {dim.name: dim for dim in changed}
     return tuple(by_name.values())
 
@@ -49,56 +49,57 @@ def with_dims(dims: tuple[Dim, ...], *changed: Dim) -> tuple[Dim, ...]:
 class ArchSpec:
     """Everything that hf_dms knows about an architecture.
 
-    A network in stages is written once, with `{s}` for the stage in any text: binding repeats the line for each stage
-    (stages.py).
+    A network with stages is written once, with `{s}` for the stage in any text. Binding repeats the line for each stage
+    (stages.py). "Pattern" below means a name with `{i}` for the layer, or `{i>0}` for any layer but the first.
 
     Attributes:
-        model_type: the config's.
-        layers: path of the list of layers, below the base model; for several stacks of layers, that of each by the
+        model_type: the `model_type` of the config.
+        layers: path of the list of layers, below the base model. For several stacks of layers, the path of each, by the
             name of its depth dim.
-        dims: the named sizes. Those with scope "depth" are the numbers of layers of the stacks.
-        stages: number of stages, a config attribute or a function of the config; None for a network without.
-        families: words for all dims of a kind, `"mlp"` → `("mlp0", "mlp1", ...)`; binding fills it in.
-        params: parameter name pattern, below the base model or the model (`{i}` is the layer, `{i>0}` any but the
-            first), to its axes, e.g. `"(kv rep d) hidden"`. A layer that a line names by its number is never dropped. A
-            matmul that does not run at every token of a sequence says at how many positions it does: `"label pool @
-            1"`, `"hidden channels height width @ patches"`. Names of parameters that a variant lacks do no harm.
-        buffers: the same for the tensors of the state dict that are no parameters, such as the running statistics of a
-            batch norm; `""` for a single number. They are cut with their units, and never masked or counted.
-        variants: config attribute to its values to the fields that a model with this value has instead.
-        records_positions: the positions of every linear map and convolution are those of a forward pass of one image
-            (positions.py), and `params` says none.
-        heads: what ends the name of a class to the lines of `params` that only such classes have.
-        config: config attribute, `"depths[1]"` for an entry of a list, to the product of dims that it holds. Empty
-            where a stock config holds no sizes that a cut could change: a cut model is per-layer then.
-        config_ratios: attribute of the stock config to the two attributes of `config` that it is the quotient of.
+        dims: the named sizes. The dims with scope "depth" are the numbers of layers of the stacks.
+        stages: number of stages, as a config attribute or a function of the config; None for a network without stages.
+        families: words that name a dim of all stages, `"mlp"` → `("mlp0", "mlp1", ...)`. Binding fills it in.
+        params: pattern of a parameter, below the base model or the model → its axes, e.g. `"(kv rep d) hidden"`.
+            A layer that a line names by its number is never dropped. If a matrix product does not run at every token
+            of a sequence, the number of positions follows an @: `"label pool @ 1"`, `"hidden channels height width @
+            patches"`. Lines for parameters that a model lacks do no harm.
+        buffers: the same for the buffers of the state dict, such as the running statistics of a batch norm; `""` for a
+            single number. They are cut with their units, and never masked or counted.
+        variants: config attribute → its value → the fields of this description that differ for such models.
+        records_positions: whether the positions of all linear maps and convolutions are recorded from a forward pass of
+            one image (positions.py). `params` then has none.
+        heads: ending of a class name → lines of `params` that only classes with this ending have.
+        config: config attribute (`"depths[1]"` for an entry of a list) → the product of dims that it holds.
+            Empty if a stock config holds no sizes that a cut could change: a cut model then has the per-layer format.
+        config_ratios: attribute of the stock config → the two attributes of `config` whose quotient it is.
         config_lists: config attributes that are lists with an entry for each layer.
-        config_leaves_out: config attributes that the config works out itself from the number of layers.
-        unnormed: modules, below the base model, whose output enters the residual stream and is read there without a
-            norm, so that it is masked itself.
-        channels_first: patterns of norms, below the base model, whose units are on axis 1 of their input.
+        config_leaves_out: config attributes that the config class computes itself from the number of layers.
+        unnormed: modules, below the base model, with an output that enters the residual stream and is read there
+            without a norm. That output is masked.
+        channels_first: patterns of norms, below the base model, with units on axis 1 of their input.
         response_norms: patterns of modules, below the base model, that divide the norm of each unit over an image by
-            the mean of all units' (global response normalisation).
-        masked_batch_norms: patterns of batch norms that take the mask of their units in the place of all maps that read
-            these. That is the same function where nothing lies between the two but ReLUs, sums and pools, which commute
-            with a factor of at least 0, and where every norm that writes the dim is among them.
-        must_be_false: config attributes that make another architecture of it, which this description is not of.
-        must_be_true: config attributes without which it is another architecture.
-        attributes: `"module pattern.attribute"` to the product of dims that a module of a layer remembers in it, or
-            a power of it, `"d ** -0.5"`; a module outside the layers, where `config` is empty.
-        build_with: config values with which the stock class builds whatever the sizes, if it checks them.
-        attention: product of dims that one position's attention output has, for the cost of attention scores.
-        cache: product of dims that one position's key (and value) has; None for a model without a cache.
-        tokens: product of dims that is the number of tokens of a sequence; empty where the input decides.
+            the mean over all units (global response normalisation).
+        masked_batch_norms: patterns of batch norms that are masked in place of all maps that read their units. Both are
+            the same function if only ReLUs, sums and pools lie between them (these commute with a factor of at least
+            0), and if every norm that writes the dim is listed.
+        must_be_false: config flags of variants that this description does not support.
+        must_be_true: config flags that a model must have, because this description does not support models without.
+        attributes: `"module pattern.attribute"` → the product of dims that a module of a layer stores in this
+            attribute, or a power of it, `"d ** -0.5"`. Where `config` is empty, also a module outside the layers.
+        build_with: config values with which the stock class can be built for any sizes, if it checks its config.
+        attention: product of dims of the attention output at one position, for the cost of attention scores.
+        cache: product of dims of the key (and of the value) at one position; None for a model without a cache.
+        tokens: product of dims that is the number of tokens of a sequence; empty if the input decides.
         image: dims of the axes of an input image; empty for text.
-        outputs: name of an output of the base model to the dims of its last axes (`_` for any other), where that is not
-            the residual stream on the last one: `"pool"`, `"hidden _ _"`.
-        must_divide: `(a, b)`: in the stock config the product a must divide the product b.
-        must_equal: `(a, b)`: in the stock config the product a must be the dim b, which it may not mention.
-        must_differ: `(a, b)`: if the fixed dim a and the dim b have one size, the stock class is another architecture.
-        alternative: model_type that has the same tensors and maths without the limits of `must_divide`.
-        alternative_overrides: config values that make it so.
-        alternative_needs: config attributes that must be false for the alternative to be the same.
+        outputs: name of an output of the base model → the dims of its last axes (`_` for any other axis), if it is not
+            the residual stream on the last axis: `"pool"`, `"hidden _ _"`.
+        must_divide: `(a, b)`: in the stock config, the product a must divide the product b.
+        must_equal: `(a, b)`: in the stock config, the product a must equal the dim b. a may not mention b.
+        must_differ: `(a, b)`: sizes of a and b that must not become equal, because the stock class then drops a
+            projection (ELECTRA).
+        alternative: model_type with the same tensors and arithmetic, but without the limits of `must_divide`.
+        alternative_overrides: config values for the alternative.
+        alternative_needs: config attributes that must be false, because the alternative does not have them.
     """
 
     model_type: str
@@ -156,12 +157,12 @@ class ArchSpec:
         return tuple(name for name in found if (of_all := re.sub(r"\d+$", "{s}", name)) == name or of_all not in found)
 
     def lines(self, class_name: str) -> dict[str, str]:
-        """The lines of `params` and `heads` that hold for a model class."""
+        """The lines of `params` and `heads` that apply to a model class."""
         head = next((head for head in self.heads if class_name.endswith(head)), None)
         return self.params if head is None else self.params | self.heads[head]
 
     def every_variant(self) -> list[ArchSpec]:
-        """The descriptions of all variants, first of that of the other fields."""
+        """The descriptions of all variants; the first is that without the changes of any variant."""
         changes = [fields for by_value in self.variants.values() for fields in by_value.values()]
         return [replace(self, variants={}, **fields) for fields in ({}, *changes)]
 
@@ -173,9 +174,9 @@ class ArchSpec:
         return replace(self, variants={}, **changes) if self.variants else self
 
     def with_one_name(self, dim: str, name: str) -> ArchSpec:
-        """The same with another dim's name in the place of a dim's, which goes: the two are one.
+        """A copy in which two dims are one: `dim` is removed, and `name` takes its place everywhere.
 
-        Limits between the two hold by themselves then, or never will, and go too.
+        Limits between the two are removed as well, because they now compare a dim with itself.
         """
 
         def renamed(text: str) -> str:
@@ -201,15 +202,15 @@ class ArchSpec:
         return replace(self, dims=tuple(linked(other) for other in self.dims if other.name != dim), **changes)
 
 
-# Where dims are named, beside `heads` and `cache`, whose lines and product may be missing.
-DIM_LINKS = ("follows", "same_as")  # of a Dim
+# All fields that name dims, except `heads` and `cache`, which are handled separately.
+DIM_LINKS = ("follows", "same_as")  # fields of a Dim
 NAMED_PRODUCTS = ("params", "buffers", "config", "attributes", "outputs")  # name → product
 PRODUCTS = ("attention", "tokens", "image")
 LIMITS = ("must_divide", "must_equal", "must_differ")  # pairs of products
 
 
 def parse_axes(text: str) -> Axes:
-    """`"(kv rep d) hidden"` → `(("kv", "rep", "d"), ("hidden",))`; what follows an @ is left out."""
+    """`"(kv rep d) hidden"` → `(("kv", "rep", "d"), ("hidden",))`. The part after an @ is ignored."""
     return tuple(tuple(token.strip("()").split()) for token in re.findall(r"\([^)]*\)|\S+", text.partition("@")[0]))
 
 
@@ -219,34 +220,34 @@ def flat(axes: Axes) -> tuple[str, ...]:
 
 
 def check_spec(spec: ArchSpec) -> None:
-    """Check that a description speaks of its own dims, modules and config attributes only, and has layers.
+    """Check that a description mentions only dims, modules and config attributes that it defines, and has layers.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it mentions another one, or has no layers.
     """
     names = [dim.name for dim in spec.dims]
     for where, product in _products(spec):
         for factor in product.split():
             if factor not in names:
                 raise HfDmsError(
-                    f"{spec.model_type}: what is said of '{where}' names '{factor}', which is none of the dims "
+                    f"{spec.model_type}: the entry '{where}' names '{factor}', which is none of the dims "
                     f"{', '.join(names)}. Correct it, or add the dim."
                 )
     _check_stacks(spec)
     recorded = {factor for product in spec.config.values() for factor in product.split()}
-    if spec.families:  # stages, whose per-layer configs hold sizes by the names of dims
+    if spec.families:  # with stages, per-layer configs hold sizes by the names of dims
         recorded |= {factor for limit in spec.must_equal for product in limit for factor in product.split()}
     for name in spec.prunable if spec.config else ():
         if name not in recorded:
             raise HfDmsError(
-                f"{spec.model_type}: '{name}' can be pruned, but no attribute in `config` holds its size, so that a "
-                "cut model's config would not say it. Add it, or give the dim scope='fixed'."
+                f"{spec.model_type}: '{name}' can be pruned, but no attribute in `config` holds its size, so the "
+                "config of a cut model would lack it. Add it, or give the dim scope='fixed'."
             )
     _check_names(spec)
 
 
 def _check_stacks(spec: ArchSpec) -> None:
-    """Check that every stack of layers has its depth dim, and every layer's dim its stack."""
+    """Check that every stack of layers has a depth dim, and every dim with scope "layer" a stack."""
     if (depth := [dim.name for dim in spec.dims if dim.scope == "depth"]) != (stacks := list(spec.stacks)):
         raise HfDmsError(
             f"{spec.model_type}: one dim must have scope='depth' and be called {' and one '.join(stacks)}; got "
@@ -260,7 +261,7 @@ def _check_stacks(spec: ArchSpec) -> None:
 
 
 def _check_names(spec: ArchSpec) -> None:
-    """Check that config attributes and modules that a description mentions are those that it describes."""
+    """Check that a description defines all config attributes and modules that it mentions."""
     quotients = [key for pair in spec.config_ratios.values() for key in pair]
     for where, keys in {"build_with": [*spec.build_with], "config_ratios": quotients}.items():
         for key in keys:
@@ -268,7 +269,7 @@ def _check_names(spec: ArchSpec) -> None:
                 raise HfDmsError(
                     f"{spec.model_type}: `{where}` mentions '{key}', which `config` does not: {', '.join(spec.config)}."
                 )
-    weights = {re.sub(r"\d+", "#", name) for name in spec.params}  # not every stage has every module
+    weights = {re.sub(r"\d+", "#", name) for name in spec.params}  # numbers do not count: stages may differ in modules
     for key in ("unnormed", "channels_first", "response_norms", "masked_batch_norms"):
         for path in getattr(spec, key):
             if re.sub(r"\d+", "#", f"{path}.weight") not in weights:
@@ -276,8 +277,8 @@ def _check_names(spec: ArchSpec) -> None:
     for where, text in _lines(spec):
         if text and not re.fullmatch(r"(\(\w+( \w+)*\)|\w+)( (\(\w+( \w+)*\)|\w+))*( @ \w+)?", text):
             raise HfDmsError(
-                f"{spec.model_type}: '{text}', said of '{where}', is no list of axes, such as '(heads d) hidden' or "
-                "'label pool @ 1'."
+                f"{spec.model_type}: the entry '{where}' is '{text}', expected a list of axes, such as "
+                "'(heads d) hidden' or 'label pool @ 1'."
             )
 
 
@@ -291,7 +292,7 @@ def _lines(spec: ArchSpec) -> list[tuple[str, str]]:
 
 
 def _products(spec: ArchSpec) -> list[tuple[str, str]]:
-    """Everything in a description that is a product of dims, and what it is said of."""
+    """Every product of dims in a description, with the name of its entry."""
     found = [(where, " ".join(flat(parse_axes(text)))) for where, text in _lines(spec)]
     found += [(where, at) for where, text in _lines(spec) if not (at := text.partition("@")[2].strip()).isdigit()]
     found += [(where, text.partition("**")[0]) for where, text in (spec.config | spec.attributes).items()]

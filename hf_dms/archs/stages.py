@@ -1,10 +1,10 @@
-"""Networks in stages: a description that is written once for all stages, repeated for each of them.
+"""Networks with stages: a description is written once for all stages, and repeated here for each of them.
 
-In any text of it, `{s}` is the stage, `{s-1}` the one before it and `{last}` the last one. An entry of a tuple or a
-mapping that mentions `{s}` stands for one entry a stage; one that mentions `{s-1}` too has none for the first stage,
-before which there is no other. So `Dim("hidden{s}", "hidden_sizes[{s}]")` is one dim a stage, and `"hidden{s}
-hidden{s-1} two two"` a convolution from one stage's width to the next one's. The size of a dim of each stage may be a
-function of the config and the stage.
+In any of its texts, `{s}` is the stage, `{s-1}` the stage before it, and `{last}` the last stage. An entry of a tuple
+or a mapping that mentions `{s}` stands for one entry per stage. An entry that mentions `{s-1}` stands for one entry per
+stage except the first. So `Dim("hidden{s}", "hidden_sizes[{s}]")` is one dim per stage, and
+`"hidden{s} hidden{s-1} two two"` is a convolution from one stage's width to the next one's. The size of such a dim may
+be a function of the config and the stage.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ PLACE = re.compile(r"\{(s|s-1|last)\}")
 
 
 def in_stages(spec: ArchSpec, count: int) -> ArchSpec:
-    """A description with every stage written out; one without stages as it is.
+    """A description with every stage written out. A description without stages is returned unchanged.
 
     Args:
         spec: the description.
-        count: its stages.
+        count: number of stages.
     """
     if spec.stages is None:
         return spec
@@ -43,7 +43,7 @@ def in_stages(spec: ArchSpec, count: int) -> ArchSpec:
 
 
 def _written_out(value: Any, count: int) -> Any:
-    """A field of a description, its entries repeated and its texts filled in."""
+    """A field of a description with its entries repeated and its texts filled in."""
     if isinstance(value, dict):
         return {
             _filled(key, stage, count): _filled(inner, stage, count)
@@ -56,7 +56,7 @@ def _written_out(value: Any, count: int) -> Any:
 
 
 def _stages(entry: Any, count: int) -> range:
-    """Stages that an entry is repeated for; the entries of a mapping in it are repeated by themselves."""
+    """The stages for which an entry is repeated. Entries of a mapping inside it are repeated separately."""
     places = {place for text in _texts(entry) for place in PLACE.findall(text)}
     return range(1 if "s-1" in places else 0, count) if places & {"s", "s-1"} else range(1)
 
@@ -73,7 +73,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _filled(value: Any, stage: int, count: int) -> Any:
-    """A value with a stage's numbers in all of its texts; a mapping is written out."""
+    """A value with the numbers of a stage filled into all of its texts. A mapping is written out."""
     if isinstance(value, dict):
         return _written_out(value, count)
     if isinstance(value, str):

@@ -1,8 +1,8 @@
 """What a stock config can express: one size per dim for all layers, and limits between sizes.
 
-The limits are data of the description (`must_divide`, `must_equal`, `must_differ`, `alternative`); everything that asks
-about them asks here: which dims go together, which sizes a search may end at, what padding must reach, which class can
-hold the result, what the documentation says.
+The limits are data of the description (`must_divide`, `must_equal`, `must_differ`, `alternative`). This file answers
+all questions about them: which dims must be pruned together, which sizes are allowed, how far to pad, which class can
+hold a result, and what the documentation says.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def has_alternative(spec: ArchSpec, model_config: Any) -> bool:
 
 
 def prunable_factor(spec: ArchSpec, product: str) -> str:
-    """The one dim of a product that is not fixed: `"kv rep"` → `"kv"`."""
+    """The only dim of a product that is not fixed: `"kv rep"` → `"kv"`."""
     fixed = {dim.name for dim in spec.dims if dim.scope == "fixed"}
     (name,) = [name for name in product.split() if name.replace("{s-1}", "{s}") not in fixed]
     return name
@@ -57,11 +57,11 @@ def tied_sizes(bound: BoundSpec, config: DMSConfig, pruned: Collection[str]) -> 
 
     Args:
         bound: the architecture.
-        config: the request; layouts that give layers sizes of their own tie nothing.
+        config: the request. Only layout uniform ties dims; in the others each layer has its own sizes.
         pruned: names of the dims that the request prunes.
 
     Raises:
-        ValueError: layout uniform, and only one of two dims is pruned that can only be pruned together.
+        ValueError: layout uniform, and the request prunes only one of two dims that must be pruned together.
     """
     leaders = {}
     for product, whole in bound.spec.must_equal if config.layout == "uniform" else ():
@@ -84,10 +84,10 @@ def tied_sizes(bound: BoundSpec, config: DMSConfig, pruned: Collection[str]) -> 
 
 
 def divisors(bound: BoundSpec, config: DMSConfig, model_config: Any, gated: Collection[str]) -> list[Divisor]:
-    """The divisibilities that the sizes of equal layers must respect; none where layers have sizes of their own.
+    """The divisibility limits for layout uniform; the other layouts have none.
 
-    If another stock class can hold the sizes (Mistral for Llama), the limit is respected only where that costs little:
-    the multiple is pruned too, and has no `round_to` of its own.
+    If another stock class can hold any sizes (Mistral for Llama), the limit of the dense model's class is respected
+    only when the multiple (`hidden`) can adapt at little cost: it is pruned too, and has no `round_to`.
 
     Args:
         bound: the architecture.
@@ -107,11 +107,11 @@ def divisors(bound: BoundSpec, config: DMSConfig, model_config: Any, gated: Coll
 
 
 def excluded_sizes(bound: BoundSpec, leaders: Mapping[str, str | None]) -> dict[str, int]:
-    """Per dim the size, if there is one, at which the stock class would be another architecture (`must_differ`).
+    """Per dim the size at which the stock class would drop a projection, if there is such a size (`must_differ`).
 
     Args:
         bound: the architecture.
-        leaders: every gated dim, and the dim that decides its size, if another one does.
+        leaders: every gated dim, with the dim that it follows in size, or None.
     """
     excluded: dict[str, int] = {}
     for fixed, name in bound.spec.must_differ:
@@ -147,8 +147,8 @@ def check_layout(bound: BoundSpec, layout: str, pruned: Collection[str], model_c
 def check_padding(bound: BoundSpec, pruned: Collection[str], model_config: Any) -> None:
     """Check that padded layers will have a stock config.
 
-    A layer's widths can be padded, a residual stream cannot: its norms would count the zeros. So where the stock
-    config ties the two together, the residual stream must stay whole; its dense size fits the dense widths.
+    The widths of a layer can be padded. A residual stream cannot, because its norms would count the zeros. So if the
+    stock config ties the two together, the residual stream must not be pruned.
 
     Args:
         bound: the architecture.
@@ -156,8 +156,8 @@ def check_padding(bound: BoundSpec, pruned: Collection[str], model_config: Any) 
         model_config: the dense model's config.
 
     Raises:
-        ValueError: a pruned residual stream that the stock config ties to the layers' widths, or a pruned width whose
-            units a module takes the mean of.
+        ValueError: the request prunes a residual stream that the stock config ties to the layers' widths, or a width
+            over which a module takes a mean.
     """
     spec = bound.spec
     averaged = {flat(parse_axes(spec.params[f"{path}.weight"]))[-1] for path in spec.response_norms}
@@ -181,7 +181,7 @@ def check_padding(bound: BoundSpec, pruned: Collection[str], model_config: Any) 
 
 
 def padded_sizes(bound: BoundSpec, layers: list[dict[str, int]], model_config: Any) -> dict[str, int]:
-    """The smallest sizes that hold every layer and that a stock config has, if there are any.
+    """The smallest sizes that hold every layer and that a stock config allows, if there are any.
 
     Args:
         bound: the architecture.
@@ -191,14 +191,14 @@ def padded_sizes(bound: BoundSpec, layers: list[dict[str, int]], model_config: A
     sizes = widest(layers)
     if has_alternative(bound.spec, model_config):
         return sizes
-    for _ in bound.spec.must_equal:  # they may be a chain
+    for _ in bound.spec.must_equal:  # repeat, because one limit can change a size that another one mentions
         for product, whole in bound.spec.must_equal:
-            if product_of(sizes, product) != sizes[whole]:  # the dense sizes fit
+            if product_of(sizes, product) != sizes[whole]:  # the dense sizes fulfil every limit
                 tied = [*product.split(), whole]
                 sizes |= {name: bound.sizes[name] for name in tied if bound.spec.dim(name).scope == "layer"}
     for name in sizes:
         if bound.spec.dim(name).scope == "layer":
-            # The dense size fits the dense hidden size, and another multiple of a divisor is never further away.
+            # The dense size is allowed, and between two multiples of a divisor there are fewer steps than that size.
             wider = range(sizes[name], sizes[name] + bound.sizes[name] + 1)
             allowed = (size for size in wider if within_limits(bound.spec, sizes | {name: size}, name))
             sizes[name] = next(allowed, sizes[name])
@@ -206,7 +206,7 @@ def padded_sizes(bound: BoundSpec, layers: list[dict[str, int]], model_config: A
 
 
 def widest(layers: list[dict[str, int]]) -> dict[str, int]:
-    """The largest size of every dim among layers, of which each names those that it has."""
+    """The largest size of every dim over all layers. A layer need not have every dim."""
     return {name: max(layer[name] for layer in layers if name in layer) for sizes in layers for name in sizes}
 
 
@@ -217,7 +217,7 @@ def within_limits(spec: ArchSpec, sizes: Mapping[str, int], name: str | None = N
     Args:
         spec: the architecture.
         sizes: units of every dim.
-        name: look at the limits that mention this dim only. Default: at all.
+        name: consider only the limits that mention this dim. Default: all limits.
     """
 
     def concerned(limit: tuple[str, str]) -> bool:
@@ -240,14 +240,14 @@ def limits_in_words(spec: ArchSpec) -> list[str]:
     return limits
 
 
-# ---- what the config says ------------------------------------------------------------------------------------------
+# ---- values of the config --------------------------------------------------------------------------------------------
 def config_values(spec: ArchSpec, sizes: Mapping[str, int]) -> dict[str, int]:
-    """What the config says of a layer of these sizes, or of all: attribute → size."""
+    """The values of a config for a layer of these sizes, or for a model with equal layers: attribute → value."""
     return {key: product_of(sizes, product) for key, product in spec.config.items()}
 
 
 def with_values(config: dict[str, Any], values: dict[str, int]) -> dict[str, Any]:
-    """A config as a mapping, with sizes put into it: attribute, or `"name[index]"` of a list's entry, → size."""
+    """A copy of a config (as a mapping) with new values, by attribute or by `"name[index]"` for a list's entry."""
     config = dict(config)
     for key, value in values.items():
         name, _, index = key.removesuffix("]").partition("[")

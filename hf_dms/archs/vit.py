@@ -1,29 +1,29 @@
 """ViT: multi-head attention, plain MLP, layer norms before each block, an image cut into patches.
 
-Read it beside `ViTLayer`. The stock class honours a `head_dim` in the config, so heads and hidden size are free of each
-other.
+Read it next to transformers' `ViTLayer`. The stock class uses a `head_dim` in the config, so heads and hidden size are
+independent.
 """
 
 from .spec import ArchSpec, Dim
 
 
 def head_dim_of(config) -> int:
-    """As the stock class reads it."""
+    """The size of a head, as the stock class computes it."""
     return getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
 
 
 def sides(size) -> tuple[int, int]:
-    """Height and width of what a config gives as one number or as two."""
+    """Height and width from a config's value, which is one number or two."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def image_sides(config) -> tuple[int, int]:
-    """Height and width of images; 224 pixels for a network that takes any and has no word for them in its config."""
+    """Height and width of images; 224 pixels for networks that take any size and have none in their config."""
     return sides(getattr(config, "image_size", 224))
 
 
 def num_patches(config) -> int:
-    """Patches of an image."""
+    """Number of patches of an image."""
     (height, width), (patch_height, patch_width) = sides(config.image_size), sides(config.patch_size)
     return (height // patch_height) * (width // patch_width)
 

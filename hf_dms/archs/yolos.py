@@ -1,9 +1,9 @@
-"""YOLOS: a ViT with detection tokens behind its patches, whose outputs two small MLPs turn into classes and boxes.
+"""YOLOS: a ViT with detection tokens after its patches. Two small MLPs turn their outputs into classes and boxes.
 
-Read it beside `YolosLayer` and `YolosForObjectDetection`. Its layers are BERT's with the norms in front of what they
-belong to, and the stock class divides hidden_size by the heads, as BERT's does. The inner widths of the heads are the
-hidden size. A variant with position embeddings between the layers (`use_mid_position_embeddings`) is not covered: a
-dropped layer would leave its embedding behind.
+Read it next to transformers' `YolosLayer` and `YolosForObjectDetection`. The layers are BERT's with norms in front of
+attention and MLP. As in BERT, the stock class computes the head size as hidden_size / heads. The inner widths of the
+two MLPs are the hidden size. A variant with position embeddings between the layers (`use_mid_position_embeddings`) is
+not supported: a dropped layer would leave its embedding behind.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from .bert import BERT
 from .spec import Dim, with_dims
 from .vit import VIT, num_patches
 
-INNER = ("class_1", "class_2", "box_1", "box_2")  # widths inside them, in order
+INNER = ("class_1", "class_2", "box_1", "box_2")  # inner widths of the two MLPs, in order
 
 
 def _predictor(path: str, first: str, second: str, given: str) -> dict[str, str]:
-    """The lines of an MLP of three linear maps on the detection tokens."""
+    """Lines for an MLP of three linear maps on the detection tokens."""
     layers = {"0": f"{first} hidden", "1": f"{second} {first}", "2": f"{given} {second}"}
     lines = {f"{path}.layers.{layer}.weight": f"{axes} @ detections" for layer, axes in layers.items()}
     return lines | {f"{path}.layers.{layer}.bias": axes.partition(" ")[0] for layer, axes in layers.items()}
 
 
 def _as_here(lines: dict[str, str]) -> dict[str, str]:
-    """Lines of BERT under the names that they have here."""
+    """Lines of BERT under the module names of YOLOS."""
     return {name.replace(".attention.self.", ".attention.attention."): line for name, line in lines.items()}
 
 

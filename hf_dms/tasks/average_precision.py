@@ -1,7 +1,7 @@
 """COCO's mean average precision, by pycocotools: over IoU thresholds 0.50, 0.55, ... 0.95 and classes.
 
-Boxes may be shares of their image: an intersection over union is the same in any unit, and sizes of objects do not
-count here.
+Boxes may be given as shares of their image: an intersection over union is the same in any unit, and the sizes of
+objects do not matter here.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TRUE, FOUND = 0.0, 1.0  # kinds of a row
-PARTS = 20  # that are left out in turn
-MOST_FOUND = 100  # boxes of an image that count, the likeliest first
+TRUE, FOUND = 0.0, 1.0  # kinds of a row: a true box, or a box that the model found
+PARTS = 20  # number of parts of the examples, each left out once for the standard error
+MOST_FOUND = 100  # only this many boxes per image count, the most probable ones
 
 
 def average_precision(rows: Tensor) -> tuple[float, Tensor]:
     """Mean average precision of all images, and without each of some parts of them.
 
     Args:
-        rows: `[images, rows, 7]` float64, filled up with rows of NaN: TRUE or FOUND, number of the class, probability,
+        rows: `[images, rows, 7]` float64, padded with rows of NaN: TRUE or FOUND, number of the class, probability,
             left, top, width and height of the box.
 
     Returns:
-        The value in [0, 1], and `[parts]` float64. NaN where there is no true box.
+        The value in [0, 1], and `[parts]` float64. NaN if there is no true box.
     """
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools says what it does
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         from pycocotools.cocoeval import COCOeval
 
         evaluation = COCOeval(_coco(rows, TRUE), _coco(rows, FOUND), "bbox")
@@ -45,14 +45,14 @@ def average_precision(rows: Tensor) -> tuple[float, Tensor]:
 
 
 def _mean(evaluation: Any) -> float:
-    """Over thresholds, recalls and the classes that have a true box."""
+    """Mean precision over thresholds, recalls and the classes that have a true box."""
     evaluation.accumulate()
     precision = evaluation.eval["precision"]
     return float(precision[precision > -1].mean()) if (precision > -1).any() else float("nan")
 
 
 def _coco(rows: Tensor, kind: float) -> Any:
-    """The rows of a kind as pycocotools takes them; they are numbered from 1, since it takes 0 for no match."""
+    """The rows of a kind in the form of pycocotools. Ids start at 1, because pycocotools uses 0 for no match."""
     from pycocotools.coco import COCO
 
     coco, annotations = COCO(), list[dict[str, Any]]()

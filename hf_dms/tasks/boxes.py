@@ -1,4 +1,4 @@
-"""Objects of images in the data, each a box and a class: reading a column of them, and what is wrong with it."""
+"""Objects of images in the data, each a box and a class: reading and checking a column of them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .labels import LabelColumn, labels_of
 from .sources import Source
 
 KEYS = ("bbox", "category")
-SLACK = 1.0  # pixel that a box may stand out of its image: COCO's own boxes do, by rounding
+SLACK = 1.0  # a box may exceed its image by one pixel: COCO's own boxes do, by rounding
 FORM = "{bbox: [[x, y, width, height], ...], category: [label, ...]}"
 
 
 def read_categories(source: Source, config: DataConfig) -> LabelColumn:
-    """The label of every object in the rows, one behind the other.
+    """The labels of all objects in the rows, in order.
 
     Raises:
-        HfDmsError: there is no such column, an object has no label, or one that is no class.
+        HfDmsError: there is no such column, an object has no label, or a label is not a class.
     """
     column, objects = config.objects_column, _objects(source, config)
     names = getattr(source.rows.features[column]["category"].feature, "names", None)
@@ -35,7 +35,7 @@ def read_boxes(source: Source, config: DataConfig) -> list[Tensor]:
     """The boxes of every row, `[objects, 4]` float32: left, top, width and height in pixels.
 
     Raises:
-        HfDmsError: there is no such column, or a box is none, whatever the size of its image.
+        HfDmsError: there is no such column, or a box is not valid for any image.
     """
     column = config.objects_column
     found = []
@@ -56,10 +56,10 @@ def check_inside(boxes: Tensor, image: Any, cell: str) -> None:
     Args:
         boxes: `[objects, 4]`, as `read_boxes` returns them.
         image: the PIL image.
-        cell: where they are from, for the error.
+        cell: the cell of the data, for the error.
 
     Raises:
-        HfDmsError: one stands out by more than a pixel.
+        HfDmsError: a box exceeds the image by more than a pixel.
     """
     ends = boxes[:, :2] + boxes[:, 2:]
     outside = ((boxes[:, :2] < -SLACK) | (ends > torch.tensor(image.size) + SLACK)).any(1)
@@ -73,7 +73,7 @@ def check_inside(boxes: Tensor, image: Any, cell: str) -> None:
 
 
 def _objects(source: Source, config: DataConfig) -> list[dict[str, list]]:
-    """The objects of every row: as many boxes as categories."""
+    """The objects of every row, checked to have as many boxes as categories."""
     column = config.objects_column
     source.check_column(config, "objects_column")
     feature = source.rows.features[column]
@@ -94,7 +94,7 @@ def _objects(source: Source, config: DataConfig) -> list[dict[str, list]]:
 
 
 def _fault(box: Any) -> str | None:
-    """What is wrong with a box, whatever the size of its image."""
+    """What is wrong with a box, in words; None if it is valid for some image."""
     if not isinstance(box, list) or len(box) != 4:
         return "which is no list of four numbers"
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in box):

@@ -1,4 +1,4 @@
-"""text-classification: one class for each text; and what classifiers of texts and of images have in common."""
+"""text-classification: one class for each text; and the parts that all classifiers have in common."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .sources import Source, load_sources
 from .task import Examples, Sample, SampleOptions, Task
 from .texts import check_ids, check_length, map_texts, padding_of
 
-MAX_CHARACTERS = 400  # of a text that is shown
+MAX_CHARACTERS = 400  # a report shows at most this many characters of a text
 
 
 # ---- all classifiers -------------------------------------------------------------------------------------------------
@@ -28,17 +28,17 @@ def load_labelled(
     prepare: Callable[[Source, list[int]], Any],
     read: Callable[[Source, DataConfig], LabelColumn] = read_labels,
 ) -> tuple[Any, Any, tuple[str, ...]]:
-    """Examples to train on, those held out, and the names of the classes.
+    """Training examples, held-out examples, and the names of the classes.
 
     Args:
-        sources: the rows to train on, and those held out.
-        config: which column holds the label, which share is held out if there are no rows for that.
+        sources: the rows to train on, and the held-out rows.
+        config: the `data` section: the column of the label, and the share to hold out if there are no held-out rows.
         head: the classes of the model.
-        prepare: a `datasets.Dataset` of examples, from rows and the number of each label's class.
-        read: the labels of the rows.
+        prepare: function of a source and the class number of each label; it returns a `datasets.Dataset` of examples.
+        read: function that reads the labels of a source.
 
     Raises:
-        HfDmsError: a label is no class of the head.
+        HfDmsError: a label is not a class of the head.
     """
     train, held_out = sources
     labels = read(train, config)
@@ -53,7 +53,7 @@ def load_labelled(
 
 
 def _split(examples: Any, config: DataConfig, source: Source) -> tuple[Any, Any]:
-    """The same share is held out in every run."""
+    """Split examples at random with seed 0, so that every run holds out the same ones."""
     try:
         parts = examples.train_test_split(test_size=config.held_out, seed=0)
     except ValueError as error:
@@ -65,12 +65,12 @@ def _split(examples: Any, config: DataConfig, source: Source) -> tuple[Any, Any]
 
 
 def config_values(names: tuple[str, ...]) -> dict[str, Any]:
-    """What the config of a classifier says about its classes."""
+    """The values of a classifier's config that name its classes."""
     return {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
 
 
 def correct_predictions(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """1 where the class with the largest logit is the label, else 0: `[batch]` float64.
+    """1 if the class with the largest logit is the label, or else 0: `[batch]` float64.
 
     Args:
         model: a classifier.
@@ -84,7 +84,7 @@ def samples_shown_as(show: Callable[[Any, Any], str]) -> Callable[[Examples, Any
     """`Task.samples` of a classifier: some held-out examples.
 
     Args:
-        show: an example in words or as a data URI, from the example and the processor.
+        show: function of an example and the processor that returns the example in words or as a data URI.
     """
 
     def samples(examples: Examples, processor: Any, options: SampleOptions) -> list[Sample]:
@@ -158,7 +158,7 @@ def load_examples(config: DataConfig, tokenizer: Any, model_config: Any, head: H
 
 
 def shortened(example: Any, tokenizer: Any) -> str:
-    """What a model sees of a text, as far as a report shows it."""
+    """A text as a model sees it, shortened for a report."""
     text = tokenizer.decode(example["input_ids"], skip_special_tokens=True)
     return text if len(text) <= MAX_CHARACTERS else text[: MAX_CHARACTERS - 1] + "…"
 

@@ -1,4 +1,4 @@
-"""The `data` section of a recipe: where examples are, and which part of a row is the input and which the label."""
+"""The `data` section of a recipe: the source of the examples, and the columns of inputs and labels."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ BUILDERS = {  # the packaged readers of `datasets`, by the suffix of a file
     ".csv": "csv",
     ".tsv": "csv",
 }
-OWN = "self"  # in place of a path: what the dense model writes itself, own_texts.py
+OWN = "self"  # in place of a path: texts that the dense model writes (own_texts.py)
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 def suffix_of(path: str | Path) -> str:
-    """The suffix that says how a file is read: `.jsonl` of `a.jsonl` and of `a.jsonl.gz`."""
+    """The suffix that decides how a file is read: `.jsonl` for `a.jsonl` and for `a.jsonl.gz`."""
     path = Path(path)
     return Path(path.stem if path.suffix.lower() in COMPRESSED else path.name).suffix.lower()
 
 
 def is_data_file(path: str | Path) -> bool:
-    """Whether a path is named like a file of a kind that can be read, whether it is there or not."""
+    """Whether a path has the name of a file that can be read. The file need not exist."""
     return suffix_of(path) in BUILDERS
 
 
@@ -51,8 +51,8 @@ class DataConfig:
     template: str | None = field(
         default=None,
         metadata={
-            "help": "Text of a row in place of text_column, its columns in braces: 'Q: {question} A: {answer}'. A cell "
-            "without a value (null) is an empty text."
+            "help": "Format of the text of a row, in place of text_column, with columns in braces: "
+            "'Q: {question} A: {answer}'. A cell without a value (null) becomes an empty text."
         },
     )
     image_column: str = field(
@@ -61,7 +61,7 @@ class DataConfig:
     label_column: str = field(
         default="label",
         metadata={
-            "help": "Column with the label: the name of a class (case does not matter), or its number. A trained head "
+            "help": "Column with the label: the name of a class (in any case), or its number. A trained head "
             "keeps its classes; a new head gets those of the data."
         },
     )
@@ -75,26 +75,29 @@ class DataConfig:
     sequence_length: int = field(
         default=512,
         metadata={
-            "help": "Tokens per sequence; documents are packed, an end-of-text token between them. For "
-            "text-classification: where longer texts are cut off."
+            "help": "Tokens per sequence. Documents are packed, with an end-of-text token between them. For "
+            "text-classification: texts are truncated to this many tokens."
         },
     )
     held_out: str | float = field(
         default=0.05,
-        metadata={"help": "What to evaluate on: a file like `path`, another split's name, or a share of the data."},
+        metadata={
+            "help": "Data to evaluate on: a file like `path`, the name of another split, or a share of the data."
+        },
     )
 
     mix: dict[str, float] = field(
         default_factory=dict,
         metadata={
-            "help": "Further text to search, repair and train on, {path: weight}: how many of its sequences come for "
-            "each one of `path`. Its column is `text`. The path self, here or as `path`, is what the dense model "
-            "writes itself: with it a narrow text does not ruin the model outside. For text-generation."
+            "help": "Further texts to search, repair and train on, {path: weight}. The weight is the number of their "
+            "sequences per sequence of `path`. Their column is `text`. The path self, here or as `path`, stands for "
+            "texts that the dense model writes; with them, calibration on a narrow text does not ruin the model for "
+            "others. Only for text-generation."
         },
     )
     own_sequences: int = field(
         default=128,
-        metadata={"help": "How many sequences the dense model writes for the path self; they are kept in a cache."},
+        metadata={"help": "Number of sequences that the dense model writes for the path self. They are cached."},
     )
 
     def __post_init__(self) -> None:
@@ -103,7 +106,8 @@ class DataConfig:
         for path, weight in self.mix.items():
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
                 raise HfDmsError(
-                    f"data.mix.{path} must be a weight above 0, got {weight!r}. 1 mixes as much of it as of data.path."
+                    f"data.mix.{path} must be a weight above 0, got {weight!r}. With 1, there is as much of it as of "
+                    "data.path."
                 )
             if path == self.path:
                 raise HfDmsError(f"data.mix.{path} is data.path itself, whose weight is 1. Weigh the others by it.")
@@ -119,8 +123,8 @@ class DataConfig:
             raise HfDmsError(f"data.sequence_length must be at least 2, got {self.sequence_length}.")
         if self.path == OWN and not isinstance(self.held_out, str):
             raise HfDmsError(
-                f"data.held_out must be a file, a folder or a dataset if data.path is {OWN}, got {self.held_out}: what "
-                "a model writes itself is no measure of it."
+                f"data.held_out must be a file, a folder or a dataset if data.path is {OWN}, got {self.held_out}: a "
+                "model cannot be measured on its own texts."
             )
         files = {"path": self.path, "held_out": self.held_out} | {f"mix.{path}": path for path in self.mix}
         for key, value in files.items():
@@ -129,22 +133,25 @@ class DataConfig:
 
     @property
     def uses_own_texts(self) -> bool:
-        """Whether a source is what the dense model writes itself."""
+        """Whether one of the sources is the dense model's own texts."""
         return OWN in (self.path, *self.mix)
 
     def with_own_texts(self, path: str) -> DataConfig:
-        """The same with a file in place of `self`."""
+        """A copy with a file in place of `self`."""
         mix = {path if source == OWN else source: weight for source, weight in self.mix.items()}
         return dataclasses.replace(self, path=path if self.path == OWN else self.path, mix=mix)
 
     def without_own_texts(self) -> DataConfig:
-        """What can be read before the dense model has written anything: the held-out text in place of `self`."""
+        """A copy that can be read before the dense model has written its texts: without `self`.
+
+        If `self` is the path, the held-out text takes its place for now.
+        """
         mix = {source: weight for source, weight in self.mix.items() if source != OWN}
         return dataclasses.replace(self, path=str(self.held_out) if self.path == OWN else self.path, mix=mix)
 
 
 def _number_if_it_is_one(held_out: str | float) -> str | float:
-    """A share that YAML took for text, such as `1e-2`, as a number."""
+    """The value as a number if it is one: YAML reads `1e-2` as text."""
     try:
         return float(held_out) if isinstance(held_out, str) else held_out
     except ValueError:

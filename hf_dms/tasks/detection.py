@@ -26,10 +26,10 @@ from .labels import Head
 from .sources import Source, load_sources
 from .task import Examples, Sample, SampleOptions
 
-NEEDED = ("pycocotools", "scipy")  # the metric; the matching of boxes in the loss
-SHOWN_FROM = 0.5  # probability of a box that a report shows
-PICTURE = 160  # pixels, the longer side of a picture with boxes
-COLOURS = ("#ff5c5c", "#5cc8ff", "#7dff5c", "#ffd65c", "#d98cff")  # of boxes, by number of the class
+NEEDED = ("pycocotools", "scipy")  # for the metric, and for matching boxes in the loss
+SHOWN_FROM = 0.5  # a report shows boxes with at least this probability
+PICTURE = 160  # pixels of the longer side of a picture with boxes
+COLOURS = ("#ff5c5c", "#5cc8ff", "#7dff5c", "#ffd65c", "#d98cff")  # colours of boxes, by number of the class
 
 
 class BoxedImages(Dataset):
@@ -37,9 +37,9 @@ class BoxedImages(Dataset):
 
     Args:
         rows: a `datasets.Dataset` with the undecoded image and its `place` in the source.
-        source: where they are from, for errors.
-        config: which columns hold the image and its objects.
-        truths: boxes in pixels `[objects, 4]` and numbers of the classes, by place in the source.
+        source: their source, for errors.
+        config: the `data` section, with the columns of the image and its objects.
+        truths: by place in the source, boxes in pixels `[objects, 4]` and numbers of their classes.
         prepare: see `preparation`.
     """
 
@@ -60,7 +60,7 @@ class BoxedImages(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """A batch, which a DataLoader asks for at once."""
+        """A whole batch; a DataLoader calls this method if there is one."""
         images, annotations = [], []
         places = self.rows.select_columns(["place"])[list(indices)]["place"]
         for index, place in zip(indices, places):
@@ -72,7 +72,7 @@ class BoxedImages(Dataset):
         return [{"pixel_values": pixels, "labels": each} for pixels, each in zip(made["pixel_values"], labels)]
 
     def checked(self, index: int, place: int) -> Any:
-        """An image whose boxes lie inside it."""
+        """An image, after a check that its boxes lie inside it."""
         image = decoded(self.rows, index, self.source, self.config.image_column)
         check_inside(self.truths[place][0], image, self.source.cell(place, self.config.objects_column))
         return image
@@ -93,8 +93,8 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
 def load_examples(config: DataConfig, processor: Any, model_config: Any, head: Head) -> Examples:
     """Images with their boxes; see `Task.load`.
 
-    An image is scaled to fit into the model's images and filled up at its right and bottom, unless the processor makes
-    images of just that size.
+    An image is scaled to fit into the model's image size, and padded at the right and the bottom, unless the processor
+    makes images of exactly that size.
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
@@ -127,12 +127,12 @@ def load_examples(config: DataConfig, processor: Any, model_config: Any, head: H
         raise HfDmsError(
             f"data.held_out: none of the {len(held_out)} held-out images has a box, so there is nothing to measure."
         )
-    train[0]  # whether the model takes what the processor makes
+    train[0]  # raises if the model does not accept the processor's images
     return Examples(train, held_out, collate, names, "images", config_values(names))
 
 
 def _fitting(processor: Any, config: Any) -> dict[str, Any]:
-    """The processor's arguments with which it fits any image into one that the model takes."""
+    """Arguments of the processor with which it fits any image into the model's image size."""
     _, height, width = image_shape(config)
     if height is None or dict(processor.size) == {"height": height, "width": width}:
         return {}
@@ -145,12 +145,12 @@ def _fitting(processor: Any, config: Any) -> dict[str, Any]:
 
 # ---- the metric ------------------------------------------------------------------------------------------------------
 def true_and_found(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
-    """What is in the images of a batch and what a model finds, as `average_precision` takes it: `[batch, rows, 7]`.
+    """True boxes and found boxes of a batch, as rows for `average_precision`: `[batch, rows, 7]`.
 
-    Every detection query finds the likeliest of its classes, apart from no object, as DETR's postprocessing does.
+    Every detection query finds its most probable class other than "no object", as in DETR's postprocessing.
 
     Args:
-        model: a detector with `logits` over classes and no object, and `pred_boxes`.
+        model: a detector with `pred_boxes`, and `logits` over the classes and "no object".
         batch: its inputs, and `labels`.
     """
     outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
@@ -181,7 +181,7 @@ def samples(examples: Examples, processor: Any, options: SampleOptions) -> list[
 def detected(
     samples: list[Sample], name: str, model: PreTrainedModel, processor: Any, examples: Examples, options: SampleOptions
 ) -> list[Sample]:
-    """Each sample with the boxes that a model finds, those it holds for likelier than not; see `Task.answers`."""
+    """Each sample with the boxes that a model finds with a probability of at least ½; see `Task.answers`."""
     if not samples:
         return samples
     rows = sample_rows(examples, options)
@@ -208,7 +208,7 @@ def _shown(pixels: Tensor, objects: list[tuple[int, list[float], float | None]],
     Args:
         pixels: `[channels, height, width]`.
         objects: each one's class, box (centre, width and height, as shares of the image) and probability.
-        examples: whose classes.
+        examples: the examples, for the names of the classes.
     """
     from PIL import ImageDraw
 

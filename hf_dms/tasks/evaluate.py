@@ -1,7 +1,7 @@
-"""How good a model is: perplexity, accuracy or mean average precision on held-out examples.
+"""The quality of a model: perplexity, accuracy or mean average precision on held-out examples.
 
-The first two are means over examples, so that two models can be compared example by example. The standard error of a
-metric that is no mean is the jackknife's: the metric is taken without each of some parts of the examples.
+The first two are means over examples, so two models can be compared example by example. For a metric that is not a
+mean, the standard error is the jackknife's: the metric is computed without each of some parts of the examples.
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ def example_scores(
     batch_size: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """What each example adds to a metric, `[examples]` float64: its loss, or whether it is right.
-
-    Where the metric is no mean, `[examples, rows, columns]`, what is found in each one, filled up with rows of NaN.
+    """Scores of examples.
 
     Args:
-        model: its mode (training or evaluation) is kept.
-        task: what it is for.
+        model: the model. It runs in its current mode (training or evaluation).
+        task: its task.
         examples: a map-style dataset.
-        collate: makes a batch of a list of them.
+        collate: function that makes a batch from a list of examples.
         batch_size: examples per forward pass.
-        progress: called after each batch with the number of batches that are done and that of all.
+        progress: called after each batch with the number of batches that are done and the number of all.
+
+    Returns:
+        `[examples]` float64: the loss of each example, or 1 if the prediction is right and 0 if not. If the metric is
+        not a mean, `[examples, rows, columns]`: what is found in each example, padded with rows of NaN.
     """
     scores: list[Tensor] = []
     batches = DataLoader(examples, batch_size=batch_size, collate_fn=collate)
@@ -56,13 +58,14 @@ def summary(task: Task, scores: Tensor, dense: Tensor | None = None) -> dict[str
     """A metric and its standard error over examples.
 
     Args:
-        task: what the models are for.
-        scores: what `example_scores` returned.
-        dense: the same of the dense model on the same examples.
+        task: the task of the models.
+        scores: the result of `example_scores`.
+        dense: the scores of the dense model on the same examples.
 
     Returns:
-        The metric under its name, `stderr`; with `dense` also `difference`, the mean of the paired differences of the
-        scores (accuracy, or nats per token) or the difference of a metric that is no mean, and `difference_stderr`.
+        The metric under its name, and `stderr`. With `dense` also `difference` and `difference_stderr`. The difference
+        is the mean of the paired differences of the scores (accuracy, or nats per token). For a metric that is not a
+        mean it is the difference of the metric.
     """
     if task.of_all is not None:
         value, parts = task.of_all(scores)
@@ -88,15 +91,15 @@ def _standard_error(values: Tensor) -> float:
 def _jackknife_error(values: Tensor) -> float:
     """The standard error of a statistic from its values without each of P parts of the examples, of equal size.
 
-    √((P - 1) / P · Σ (value - mean)²): Efron and Stein, "The jackknife estimate of variance", 1981. With parts of one
-    example it is the usual standard error of a mean. NaN of one part.
+    √((P - 1) / P · Σ (value - mean)²): Efron and Stein, "The jackknife estimate of variance", 1981. If each part is one
+    example, it is the usual standard error of a mean. It is NaN for a single part.
     """
     count = len(values)
     return float(((count - 1) / count * (values - values.mean()).square().sum()).sqrt()) if count > 1 else math.nan
 
 
 def evenly_spaced(examples: Any, count: int | None) -> Any:
-    """At most `count` examples, evenly spaced over all of them; all of them for None."""
+    """At most `count` examples, evenly spaced; all examples if `count` is None."""
     if count is None or len(examples) <= count:
         return examples
     places = torch.linspace(0, len(examples) - 1, count).long()

@@ -1,8 +1,9 @@
 """text-generation: documents packed into windows of equal length, and perplexity on them.
 
-The documents are one stream of tokens, each followed by the end-of-text token, cut into windows that do not overlap.
-A model whose tokenizer begins every text with a token (BOS; Llama, Gemma) never saw a text without it. So each document
-begins with it, and so does each window: one that begins inside a document holds one token of text less.
+The documents are one stream of tokens, each followed by the end-of-text token. The stream is cut into windows that do
+not overlap. Some tokenizers begin every text with a token (BOS; Llama, Gemma), and their models never saw a text
+without it. So each document begins with it, and so does each window. A window that begins inside a document holds one
+token of text less.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Streams:
 
     Attributes:
         train, held_out: `[tokens]` int64.
-        start: the token that every window begins with; None for none.
+        start: the token at the start of every window; None if there is none.
     """
 
     train: Tensor
@@ -68,17 +69,17 @@ def _windows_of_source(config: DataConfig, path: str, tokenizer: Any, model_conf
 
 
 def mixed(sources: Sequence[Any], weights: Sequence[float]) -> Any:
-    """One dataset of several by weight, as long as the first source has rows, and shuffled.
+    """Mix several datasets by weight into one, and shuffle it. All rows of the first dataset occur once.
 
-    In turns, rows that are taken at even distances (`evenly_spaced`) could all be of one source.
+    It is shuffled because `evenly_spaced` could otherwise pick rows of one source only.
 
     Args:
-        sources: datasets of the library `datasets`. Those after the first come from their beginning again when they
-            end.
-        weights: how often each comes, relative to the others.
+        sources: datasets of the library `datasets`. All but the first start again from the beginning when they end.
+        weights: how often rows of each occur, relative to the others.
 
     Example:
-        Of a source of two rows with weight 1 and one of three rows with weight 2 come 0, 1 and 0, 1, 2, 0.
+        With a source of two rows and weight 1, and a source of three rows and weight 2, the result has rows 0, 1 of
+        the first and rows 0, 1, 2, 0 of the second.
     """
     from datasets import concatenate_datasets
 
@@ -108,12 +109,12 @@ def load_streams(config: DataConfig, tokenizer: Any, model_config: Any = None) -
     """Tokenise the text of a recipe, once.
 
     Args:
-        config: where the text is.
-        tokenizer: the model's.
-        model_config: the model's; None checks no token ids against it.
+        config: the `data` section.
+        tokenizer: the model's tokenizer.
+        model_config: the model's config, to check token ids; None skips that check.
 
     Raises:
-        HfDmsError: there is no text, or a token that the model does not know.
+        HfDmsError: there is no text, or a token id is beyond the model's vocabulary.
     """
     train_source, held_out_source = load_sources(config)
     start = start_token(tokenizer)
@@ -133,14 +134,14 @@ def load_sequences(config: DataConfig, tokenizer: Any) -> tuple[Tensor, Tensor]:
     """Packed token sequences to search on and to evaluate on.
 
     Args:
-        config: where the text is.
-        tokenizer: the model's.
+        config: the `data` section.
+        tokenizer: the model's tokenizer.
 
     Returns:
         Two `[sequences, sequence_length]` int64 tensors.
 
     Raises:
-        HfDmsError: no text, or not enough for one sequence.
+        HfDmsError: there is no text, or not enough for one sequence.
     """
     streams, length = load_streams(config, tokenizer), config.sequence_length
     return (
@@ -150,25 +151,25 @@ def load_sequences(config: DataConfig, tokenizer: Any) -> tuple[Tensor, Tensor]:
 
 
 def start_token(tokenizer: Any) -> int | None:
-    """The token that a tokenizer puts before every text (BOS), None if it puts none there."""
+    """The token that a tokenizer puts before every text (BOS); None if it puts none."""
     first = tokenizer("a")["input_ids"][:1]
     return tokenizer.bos_token_id if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else None
 
 
 def pack(tokens: Tensor, sequence_length: int, source: str = "data", start: int | None = None) -> Tensor:
-    """Cut a stream of tokens into sequences; what is left at the end is dropped.
+    """Cut a stream of tokens into sequences. The rest at the end is dropped.
 
     Args:
         tokens: `[tokens]`.
         sequence_length: tokens per sequence.
-        source: what the stream is called in an error.
-        start: a token that every sequence begins with: it is put before those that begin with another.
+        source: name of the stream in an error.
+        start: a token that every sequence must begin with. It is inserted where a sequence begins with another token.
 
     Returns:
         `[sequences, sequence_length]`.
 
     Raises:
-        TooFewTokens: there is not one whole sequence.
+        TooFewTokens: the stream is shorter than one sequence.
 
     Examples:
         >>> pack(torch.tensor([1, 5, 6, 7, 8, 9]), 3, start=1)
@@ -196,7 +197,7 @@ def _lacks(start: int | None, tokens: Tensor, place: int) -> bool:
 
 
 def as_dataset(sequences: Tensor) -> Any:
-    """Sequences as a `datasets.Dataset` of a causal model's arguments: the labels are the tokens themselves."""
+    """Sequences as a `datasets.Dataset` of a causal model's arguments. The labels are the tokens themselves."""
     from datasets import Dataset
 
     rows = sequences.numpy()
@@ -204,7 +205,7 @@ def as_dataset(sequences: Tensor) -> Any:
 
 
 def _tokens(source: Source, config: DataConfig, tokenizer: Any, start: int | None) -> Tensor:
-    """All documents of a source as one stream of tokens, each between the tokens that begin and end a text."""
+    """All documents of a source as one stream of tokens, each with the tokens that begin and end a text."""
     from datasets import Features, List, Value
 
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -212,7 +213,7 @@ def _tokens(source: Source, config: DataConfig, tokenizer: Any, start: int | Non
     def encode(texts: list[str | None], places: list[int]) -> dict[str, list]:
         documents = [text for text in texts if text]
         ids = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"] if documents else []
-        begin = [[start] if start is not None and each[:1] != [start] else [] for each in ids]  # a chat has its own
+        begin = [[start] if start is not None and each[:1] != [start] else [] for each in ids]  # chats can have one
         return {"input_ids": [[*first, *each, *end] for first, each in zip(begin, ids)]}
 
     documents = map_texts(source, config, tokenizer, encode, features=Features({"input_ids": List(Value("int32"))}))
@@ -227,20 +228,20 @@ def _tokens(source: Source, config: DataConfig, tokenizer: Any, start: int | Non
 def sequence_losses(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean negative log-likelihood per predicted token of each sequence, `[batch]` float64, in nats.
 
-    Each sequence is scored by itself, from its second token on, with no context from the one before.
+    Each sequence is scored separately, from its second token on, without context from the one before.
 
     Args:
         model: a causal language model.
         batch: `input_ids` `[batch, tokens]`, without padding.
     """
     logits = model(input_ids=batch["input_ids"], use_cache=False).logits.float()
-    labels = F.pad(batch["input_ids"][:, 1:], (0, 1))  # to slice the logits instead would copy them, the largest tensor
+    labels = F.pad(batch["input_ids"][:, 1:], (0, 1))  # slicing the logits would copy the largest tensor of all
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     return losses.view(labels.shape)[:, :-1].double().mean(1)
 
 
 def continuation(model: PreTrainedModel, tokenizer: Any, prompt: str, new_tokens: int) -> str:
-    """What a language model makes of a prompt (greedy), prompt included."""
+    """A language model's greedy continuation of a prompt, including the prompt."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     check_ids(int(inputs["input_ids"].max()), tokenizer, model.config)
     generate: Any = model.generate
@@ -257,7 +258,7 @@ def prompts(examples: Examples, tokenizer: Any, options: SampleOptions) -> list[
 def continued(
     samples: list[Sample], name: str, model: PreTrainedModel, tokenizer: Any, examples: Examples, options: SampleOptions
 ) -> list[Sample]:
-    """Each prompt with what a model makes of it; see `Task.answers`."""
+    """Each prompt with a model's continuation; see `Task.answers`."""
     texts = [continuation(model, tokenizer, sample["input"], options.new_tokens) for sample in samples]
     return [sample | {"outputs": sample["outputs"] | {name: text}} for sample, text in zip(samples, texts)]
 
@@ -286,7 +287,7 @@ def perplexity(model: PreTrainedModel, sequences: Tensor, batch_size: int = 4) -
     """exp of the mean negative log-likelihood per predicted token, over sequences that do not overlap.
 
     Args:
-        model: a causal language model; its mode (training or evaluation) is kept.
+        model: a causal language model. It runs in its current mode (training or evaluation).
         sequences: `[sequences, tokens]` int64.
         batch_size: sequences per forward pass.
     """

@@ -1,4 +1,4 @@
-"""image-classification: one class for each image, which is decoded and resized when it is asked for."""
+"""image-classification: one class for each image. Images are decoded and resized on access."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from .labels import Head
 from .sources import Source, load_sources
 from .task import Examples
 
-MODES = {1: "L", 3: "RGB"}  # PIL's name of the colours, by number of channels
-CHECKED = 20_000  # images of a source that are decoded before anything else; at 3 ms each that is a minute
+MODES = {1: "L", 3: "RGB"}  # PIL's name of the colour mode, by number of channels
+CHECKED = 20_000  # at most this many images of a source are decoded before a run, to find broken ones; about a minute
 Preparation = Callable[..., Mapping[str, Any]]
-THUMBNAIL = 64  # pixels, the longer side of a picture that is shown
+THUMBNAIL = 64  # pixels of the longer side of a picture in a report
 
 
 class Pictures(Dataset):
@@ -34,8 +34,8 @@ class Pictures(Dataset):
     Args:
         rows: a `datasets.Dataset` with the undecoded image, the number of its class (`labels`) and its `place` in
             the source.
-        source: where they are from, for errors.
-        column: that of the image.
+        source: their source, for errors.
+        column: the column of the image.
         prepare: see `preparation`.
     """
 
@@ -49,7 +49,7 @@ class Pictures(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """A batch, which a DataLoader asks for at once."""
+        """A whole batch; a DataLoader calls this method if there is one."""
         images = [decoded(self.rows, index, self.source, self.column) for index in indices]
         pixels = self.prepare(images)["pixel_values"]
         rest = self.rows.select_columns(["labels"])
@@ -57,10 +57,16 @@ class Pictures(Dataset):
 
 
 def decoded(rows: Any, index: int, source: Source, column: str) -> Any:
-    """One image of a source, of rows that hold its bytes or its path and know their `place` in the source.
+    """One image of a source.
+
+    Args:
+        rows: rows with the image's bytes or path, and their `place` in the source (`undecoded`).
+        index: index of the row.
+        source: the source, for errors.
+        column: the column of the image.
 
     Raises:
-        HfDmsError: it is missing or cannot be decoded.
+        HfDmsError: the image is missing or cannot be decoded.
     """
     row = rows[index]
     file = row[column]
@@ -69,7 +75,7 @@ def decoded(rows: Any, index: int, source: Source, column: str) -> Any:
     try:
         content = Path(file["path"]).read_bytes() if file["bytes"] is None else file["bytes"]
         return source.rows.features[column].decode_example({"bytes": content, "path": None})
-    except (OSError, ValueError, SyntaxError) as error:  # what PIL raises for a file that is cut short or no image
+    except (OSError, ValueError, SyntaxError) as error:  # PIL's errors for a truncated file, or for no image at all
         name = f" {file['path']}" if file["path"] else ""
         raise HfDmsError(
             f"{source.cell(row['place'], column)} has an image{name} that cannot be decoded ({error}). "
@@ -91,15 +97,15 @@ def load_examples(config: DataConfig, processor: Any, model_config: Any, head: H
     train, held_out, names = load_labelled(sources, config, head, rows_of)
     train = Pictures(train, sources[0], config.image_column, prepare)
     held_out = Pictures(held_out, sources[1] or sources[0], config.image_column, prepare)
-    train[0]  # whether the model takes what the processor makes
+    train[0]  # raises if the model does not accept the processor's images
     return Examples(train, held_out, default_data_collator, names, "images", config_values(names))
 
 
 def undecoded(source: Source, config: DataConfig) -> Any:
-    """The images of a source as `decoded` takes them, a `datasets.Dataset`: with the `place` of each in the source.
+    """The images of a source as a `datasets.Dataset` for `decoded`, with the `place` of each in the source.
 
     Raises:
-        HfDmsError: there is no such column, or it holds no images.
+        HfDmsError: there is no such column, or it does not hold images.
     """
     import datasets
 
@@ -115,19 +121,19 @@ def undecoded(source: Source, config: DataConfig) -> Any:
 
 
 def preparation(processor: Any, config: Any, **sizes: Any) -> Preparation:
-    """A function that makes what a model takes of PIL images in any colours: `pixel_values`, and what goes with them.
+    """A function from PIL images in any colour mode to a model's inputs (`pixel_values`, and labels if any).
 
     Args:
-        processor: the model's image processor; for a grey model three equal means and deviations count as one.
-        config: the model's.
+        processor: the model's image processor. For a grey model, three equal means and deviations count as one.
+        config: the model's config.
         sizes: further arguments of the processor.
 
     Returns:
         `prepare(images, **more)`; `more` are further arguments of the processor, such as boxes in the images.
 
     Raises:
-        HfDmsError: the model takes neither one nor three channels; or, from the function, the processor makes images
-            that it does not take.
+        HfDmsError: the model takes neither one nor three channels. The function raises it if the processor makes images
+            that the model does not accept.
     """
     channels, height, width = image_shape(config)
     if channels not in MODES:
@@ -151,7 +157,7 @@ def preparation(processor: Any, config: Any, **sizes: Any) -> Preparation:
         if found != expected:
             raise HfDmsError(
                 f"model.path: the image processor makes {found} of an image (channels, height, width), and the model "
-                f"takes {expected}. Set size, image_mean and image_std in preprocessor_config.json to what it takes."
+                f"takes {expected}. Set size, image_mean and image_std in preprocessor_config.json accordingly."
             )
         return made
 
@@ -160,17 +166,17 @@ def preparation(processor: Any, config: Any, **sizes: Any) -> Preparation:
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
 def picture(pixels: Tensor) -> str:
-    """What a model sees of an image, as a small PNG in a data URI; see `as_image`."""
+    """An image as a model sees it, as a small PNG in a data URI; see `as_image`."""
     image = as_image(pixels)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     return data_uri(image)
 
 
 def as_image(pixels: Tensor) -> Any:
-    """What a model sees of an image as a PIL image; its colours are stretched over the whole range.
+    """An image as a model sees it, as a PIL image, with its colours stretched over the whole range.
 
     Args:
-        pixels: `[channels, height, width]`, with one or three channels; of others the first is shown.
+        pixels: `[channels, height, width]`. With one or three channels all are shown, otherwise only the first.
     """
     from PIL import Image
 

@@ -1,11 +1,13 @@
-"""Which class a label of the data is. A trained head keeps its classes: a label is the name of one, or its number.
+"""The class of each label in the data. A trained head keeps its classes; a label is the name of a class or its number.
 
-The rule, for all labels of the data together, `read_labels` and `number_labels`:
-1. A label that is text, or the name of a `ClassLabel`, is the name of a class: exactly, else regardless of case and of
-   blanks around it.
+All labels of the data are read by the same rule (`read_labels`, `number_labels`):
+
+1. A label that is text, or the name in a `ClassLabel`, is the name of a class. If not all match exactly, case and
+   surrounding blanks are ignored.
 2. A label that is a whole number (an integer, a float, a bool, or text of one) is the number of a class.
-3. The number of a `ClassLabel` is that of a class if the head has no names of its own (LABEL_0, LABEL_1, ...).
-If 1 and 2 both read all labels and differ, or none reads them all, that is an error that names both lists.
+3. The number in a `ClassLabel` is the number of a class if the head has no names of its own (LABEL_0, LABEL_1, ...).
+
+If rules 1 and 2 both read all labels and give different classes, or no rule reads them all, the error names both lists.
 A head that is not trained gets the classes of the data: numbers in order, names in alphabetical order.
 """
 
@@ -25,7 +27,7 @@ from .data import DataConfig
 from .sources import Source
 
 logger = logging.get_logger(__name__)
-SHOWN = 20  # labels of a list in an error
+SHOWN = 20  # an error lists at most this many labels
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Label:
 
     Attributes:
         name: its text.
-        number: the whole number that it is, None if it is none.
-        index: its place among the names of a `ClassLabel`, if its author numbered them.
+        number: its value if it is a whole number, or else None.
+        index: its number in a `ClassLabel`, if the author of the data numbered the labels.
         is_class_name: whether it is one of the names of a `ClassLabel`.
     """
 
@@ -50,9 +52,9 @@ class LabelColumn:
     """The label of every row, or of every object in the rows.
 
     Attributes:
-        labels: of all rows, in order.
-        names: those of a `ClassLabel`, of classes that do not occur among them; None where there is none.
-        option: which key of the `data` section names the column.
+        labels: labels of all rows, in order.
+        names: all names of a `ClassLabel`, including classes that do not occur; None if the column is none.
+        option: key of the `data` section that names the column.
     """
 
     labels: list[Label]
@@ -65,9 +67,9 @@ class Head:
     """The classes that a model's config names.
 
     Attributes:
-        names: in the order of their numbers.
-        is_fixed: whether the head is trained, so that they must stay.
-        fewest: how many classes such a head has at least.
+        names: names of the classes, in the order of their numbers.
+        is_fixed: whether the head is trained, so that its classes must not change.
+        fewest: smallest number of classes of such a head.
     """
 
     names: tuple[str, ...]
@@ -83,11 +85,11 @@ def head_of(config: Any, ending: str, is_new: bool = False, fewest: int = 2) -> 
     """The classes of a model, for one class per example or object.
 
     Args:
-        config: the model's.
-        ending: what ends the name of a model class with such a head. The config has the name of the class that was
-            saved; a config without a name may be of a trained head, and is taken so.
-        is_new: whether the head is randomly initialised whatever the config says.
-        fewest: how many classes such a head has at least.
+        config: the model's config.
+        ending: ending of the names of model classes with such a head. The config names the class that was saved. If it
+            names none, the head is taken to be trained.
+        is_new: whether the head is randomly initialised, also if the config names classes.
+        fewest: smallest number of classes of such a head.
 
     Raises:
         HfDmsError: the head is for regression or for several labels at once.
@@ -114,7 +116,7 @@ def read_labels(source: Source, config: DataConfig) -> LabelColumn:
     """The label of every row.
 
     Raises:
-        HfDmsError: there is no such column, a row has no label, or one that is no class.
+        HfDmsError: there is no such column, a row has no label, or a label is not a class.
     """
     column = config.label_column
     source.check_column(config, "label_column")
@@ -127,13 +129,13 @@ def labels_of(values: Iterable[tuple[int, Any]], names: list[str] | None, source
     """Labels of values.
 
     Args:
-        values: the row, and what it says.
-        names: those of a `ClassLabel`, whose numbers the values are.
-        source: of the rows, for errors.
-        column: of the values, for errors.
+        values: pairs of the row's number and its value.
+        names: names of a `ClassLabel`, if the values are its numbers.
+        source: the source of the rows, for errors.
+        column: the column of the values, for errors.
 
     Raises:
-        HfDmsError: a row has no label, or one that is no class.
+        HfDmsError: a row has no label, or a label is not a class.
     """
     known: dict[tuple[type, Any], Label] = {}
     labels = []
@@ -157,14 +159,14 @@ def _label(value: Any, names: list[str] | None, source: Source, row: int, column
     number = _whole(value)
     if number is None and not isinstance(value, str):
         raise HfDmsError(
-            f"{source.cell(row, column)} holds {value!r}, which is no class. Labels are names or whole numbers; "
+            f"{source.cell(row, column)} holds {value!r}, which is not a class. Labels are names or whole numbers; "
             "regression is not supported."
         )
     return Label(str(number) if isinstance(value, float) else str(value), number)
 
 
 def _whole(value: Any) -> int | None:
-    """The whole number that a value, or its text, is."""
+    """The whole number of a value or its text; None if it is not a whole number."""
     if isinstance(value, str):
         text = value.strip()
         return int(float(text)) if re.fullmatch(r"-?\d{1,15}(\.0*)?", text) else None
@@ -178,12 +180,12 @@ def number_labels(train: LabelColumn, held_out: LabelColumn, head: Head) -> tupl
     """Names of the classes in order, and the number of each label of the data.
 
     Args:
-        train: the labels of what is trained on.
-        held_out: those of what is held out.
+        train: labels of the training data.
+        held_out: labels of the held-out data.
         head: the model's classes.
 
     Raises:
-        HfDmsError: the labels are not classes of the head, or could be in two ways; there are too few classes.
+        HfDmsError: the labels are not classes of the head, or can be read in two ways, or there are too few classes.
     """
     labels, option = {*train.labels, *held_out.labels}, train.option
     if head.is_fixed:
@@ -196,7 +198,7 @@ def number_labels(train: LabelColumn, held_out: LabelColumn, head: Head) -> tupl
 
 
 def _read_as_classes(labels: set[Label], head: Head, option: str) -> dict[Label, int] | None:
-    """The class of each label in the only way that reads them all, None if none does."""
+    """The class of each label, by the rule that reads all labels; None if no rule does."""
     by_name, count = _by_name(labels, head.names), len(head.names)
     if by_name is not None and all(label.is_class_name for label in labels):
         return by_name
@@ -212,9 +214,9 @@ def _read_as_classes(labels: set[Label], head: Head, option: str) -> dict[Label,
 
 
 def _by_name(labels: set[Label], names: tuple[str, ...]) -> dict[Label, int] | None:
-    """Classes by name: all of them exactly, else all regardless of case and blanks, which is said.
+    """Classes by name: all exactly, or else all regardless of case and blanks, with a warning.
 
-    A name that several classes have is the name of none: models of COCO have ten classes `N/A` that never occur.
+    A name that several classes share is ignored: models of COCO have ten classes `N/A` that never occur.
     """
     exact = _numbers_by_name(names)
     if all(label.name in exact for label in labels):
@@ -227,7 +229,7 @@ def _by_name(labels: set[Label], names: tuple[str, ...]) -> dict[Label, int] | N
 
 
 def _numbers_by_name(names: Sequence[str]) -> dict[str, int]:
-    """The numbers of the classes whose name no other class has."""
+    """The numbers of the classes that have a unique name."""
     times = Counter(names)
     return {name: number for number, name in enumerate(names) if times[name] == 1}
 
@@ -237,13 +239,13 @@ def _plain(name: str) -> str:
 
 
 def _in_range(numbers: dict[Label, int | None], count: int) -> dict[Label, int] | None:
-    """The numbers, if all labels have one and all are of classes."""
+    """The numbers, if all labels have one and every number is that of a class; or else None."""
     found = {label: number for label, number in numbers.items() if number is not None and 0 <= number < count}
     return found if len(found) == len(numbers) else None
 
 
 def _own_classes(train: LabelColumn, held_out: LabelColumn, fewest: int) -> tuple[tuple[str, ...], dict[Label, int]]:
-    """The classes that the data itself has, for a new head."""
+    """The classes of the data, for a new head."""
     names = train.names or tuple(_in_order(train.labels))
     if not names:
         raise HfDmsError(f"data.{train.option}: no row of data.path has an object, so there are no classes to learn.")
@@ -260,7 +262,7 @@ def _own_classes(train: LabelColumn, held_out: LabelColumn, fewest: int) -> tupl
 
 # ---- words -----------------------------------------------------------------------------------------------------------
 def _in_order(labels: Iterable[Label]) -> list[str]:
-    """The names of labels: by number if all are numbers, else as text."""
+    """The names of labels, sorted by number if all are numbers, or else as text."""
     distinct = set(labels)
     if all(label.number is not None for label in distinct):
         return list(
@@ -278,7 +280,7 @@ def _unlike(labels: set[Label], head: Head, option: str) -> str:
     classes = ", ".join(f"{name} ({number})" for number, name in enumerate(head.names[:SHOWN]))
     return (
         f"data.{option}: the labels are {_listed(labels)}; the model has the classes {classes}"
-        f"{', ...' if len(head.names) > SHOWN else ''}. A label must be the name or the number of one of them, since a "
-        "trained head is never relabelled. Rename them in the data or in the model's config.json (id2label), or give a "
-        "model without a head (architectures in its config.json names none), which gets the classes of the data."
+        f"{', ...' if len(head.names) > SHOWN else ''}. A label must be the name or the number of one of them, because "
+        "a trained head is never relabelled. Rename them in the data or in the model's config.json (id2label), or give "
+        "a model without a head (architectures in its config.json names none); it gets the classes of the data."
     )

@@ -1,7 +1,7 @@
-"""Texts that a language model writes itself: calibration data for a model whose training data is not at hand.
+"""Texts that a language model writes: calibration data for a model without its training data.
 
-A model cut and repaired on one narrow text is ruined outside it. What the model says of itself, sampled at temperature
-1, is spread as its training data was, as far as it has learned that.
+A model that is cut and repaired on one narrow text is ruined for other texts. Texts sampled from the model at
+temperature 1 have the distribution of its training data, as far as the model has learned it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def own_texts(
     """Sample texts from a causal language model at temperature 1, from the token that begins a text.
 
     Args:
-        model: the dense model; it is left as it was.
-        tokenizer: its.
-        num_texts: how many.
-        num_tokens: of the longest; a text that the model ends sooner is shorter.
-        seed: of the samples.
+        model: the dense model; it is not modified.
+        tokenizer: its tokenizer.
+        num_texts: number of texts.
+        num_tokens: largest number of tokens; the model can end a text earlier.
+        seed: seed of the sampling.
 
     Returns:
-        The texts that are not empty, and how many tokens were sampled.
+        The texts that are not empty, and the number of sampled tokens.
 
     Raises:
         HfDmsError: the tokenizer has no token that begins or ends a text.
@@ -41,7 +41,7 @@ def own_texts(
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start is None:
         raise HfDmsError(
-            f"data: {OWN}: the tokenizer has no token that begins or ends a text, from which the model could write. "
+            f"data: {OWN}: the tokenizer has no token that begins or ends a text, which the model needs to start from. "
             "Give other data."
         )
     texts, sampled = [], 0
@@ -66,11 +66,11 @@ def own_texts(
 
 
 def _end(tokenizer: Any) -> int:
-    """The token that ends a text, and fills what comes after it; 0 fills where there is none."""
+    """The token that ends a text and pads the rest; 0 if the tokenizer has none."""
     return 0 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
 
 
 def _num_sampled(tokens: Tensor, end: int) -> int:
-    """Tokens up to the first that ends a text, that one included."""
+    """Number of tokens up to and including the first end-of-text token of each text."""
     ended = (tokens == end).cumsum(-1)
     return int((ended == 0).sum() + (ended > 0).any(-1).sum())

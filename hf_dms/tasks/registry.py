@@ -1,4 +1,4 @@
-"""The tasks that hf_dms knows, and which one a model is for."""
+"""The tasks that hf_dms supports, and the task of a model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def task_of(path: str) -> tuple[Task, Any]:
     """The task of a saved model, by its class, and its config.
 
     Raises:
-        HfDmsError: there is no model, or one for no task that is known.
+        HfDmsError: there is no model, or its class belongs to no supported task.
     """
     config = load_saved(AutoConfig, path)
     name = class_name(config)
@@ -42,17 +42,17 @@ def task_of(path: str) -> tuple[Task, Any]:
 def load_examples(
     config: DataConfig, task: Task, processor: Any, model_config: Any, *, new_head: bool = False
 ) -> Examples:
-    """The examples of a recipe: all that a model is trained and measured on, read, checked and tokenised once.
+    """The examples of a recipe, to train and to measure on. They are read, checked and tokenised once.
 
     Args:
-        config: where they are.
-        task: what for.
+        config: the `data` section.
+        task: the task.
         processor: the model's tokenizer or image processor.
-        model_config: the model's; what it must say for these examples is in the result's `config`.
-        new_head: whether the head will be randomly initialised, whatever the config says of its classes.
+        model_config: the model's config. Values that it must have for these examples are in the result's `config`.
+        new_head: whether the head will be randomly initialised, also if the config names classes.
 
     Raises:
-        HfDmsError: something cannot be read, does not fit the model, or a label is no class of its head.
+        HfDmsError: the data cannot be read or does not fit the model, or a label is not a class of its head.
     """
     head = None if task.generates else head_of(model_config, task.ending, new_head, task.fewest_classes)
     return task.load(config, processor, model_config, head)
@@ -61,16 +61,16 @@ def load_examples(
 def load_more_examples(
     config: DataConfig, task: Task, processor: Any, model_config: Any, examples: Examples
 ) -> Examples:
-    """Examples from another source, of the same classes.
+    """Examples from another source, with the same classes.
 
     Args:
-        config: where they are.
-        task: what for.
+        config: the data section of the other source.
+        task: the task.
         processor: the model's tokenizer or image processor.
-        model_config: the model's.
-        examples: those of the first source.
+        model_config: the model's config.
+        examples: the examples of the first source.
 
     Raises:
-        HfDmsError: as for `load_examples`; other labels than the first source's are no classes of the head.
+        HfDmsError: as for `load_examples`; or there is a label that the first source does not have.
     """
     return task.load(config, processor, model_config, Head(examples.labels, is_fixed=True))

@@ -1,6 +1,6 @@
-"""Rows of the data that a recipe names, read by `datasets`; what cannot be read is an error that names the file.
+"""Rows of a recipe's data, read by `datasets`. Data that cannot be read ends in one error that names the file.
 
-What the rows mean is not known here, only that there are some, in the columns asked for.
+This file does not know what the rows mean. It only checks that there are rows, and that they have the needed columns.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import HfDmsError
 from .data import BUILDERS, DataConfig, is_data_file, suffix_of
 
-OPTIONS: dict[str, dict[str, Any]] = {  # of the readers; a text file is one document, a cell "NA" is this text
+OPTIONS: dict[str, dict[str, Any]] = {  # options of the readers: a text file is one document, a cell "NA" is text
     ".txt": {"sample_by": "document", "encoding": "utf-8-sig"},
     ".csv": {"keep_default_na": False},
     ".tsv": {"keep_default_na": False, "sep": "\t"},
@@ -24,14 +24,14 @@ IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".p
 
 @dataclass(frozen=True)
 class Source:
-    """Rows, and where they are from.
+    """Rows with their origin.
 
     Attributes:
-        rows: a `datasets.Dataset` of at least one row.
-        key: what names them in a recipe, data.path or data.held_out.
+        rows: a `datasets.Dataset` with at least one row.
+        key: key of the recipe that names them, data.path or data.held_out.
         path: a file, a folder or a Hub id.
-        has_own_numbers: whether the numbers of its labels, if they have some, are its author's: not those that a
-            folder's names were given in their order.
+        has_own_numbers: whether the author of the data numbered the labels. False for a folder of images, where the
+            numbers are only the order of the subfolders.
     """
 
     rows: Any
@@ -40,11 +40,15 @@ class Source:
     has_own_numbers: bool = True
 
     def cell(self, row: int, column: str) -> str:
-        """A cell in words, for errors; rows count from 1."""
+        """A cell in words, for errors. Rows count from 1."""
         return f"{self.key}: row {row + 1} of {self.path}, column '{column}',"
 
     def check_column(self, config: DataConfig, option: str) -> None:
-        """Raise an error if the column that an option of the config names is not there."""
+        """Check that the rows have the column that an option of the config names.
+
+        Raises:
+            HfDmsError: they do not.
+        """
         name = getattr(config, option)
         if name not in self.rows.column_names:
             has = f"It has {', '.join(self.rows.column_names)}."
@@ -54,10 +58,10 @@ class Source:
 
 
 def load_sources(config: DataConfig) -> tuple[Source, Source | None]:
-    """Rows to train on, and rows held out: None if those are a share of the first.
+    """Rows to train on, and held-out rows; None if these are a share of the first.
 
     Raises:
-        HfDmsError: something cannot be read, or holds no rows.
+        HfDmsError: a source cannot be read, or has no rows.
     """
     train = _load(config, config.path, config.split, "data.path")
     if not isinstance(config.held_out, str):
@@ -83,16 +87,16 @@ def _load(config: DataConfig, path: str, split: str, key: str) -> Source:
         elif is_data_file(path):
             rows = _load_files([path])
         elif Path(path).exists():
-            raise HfDmsError(f"{key}: {path} is no kind of file that can be read. Known are {', '.join(BUILDERS)}.")
+            raise HfDmsError(f"{key}: {path} is not a kind of file that can be read. Known are {', '.join(BUILDERS)}.")
         else:
             rows = _datasets().load_dataset(path, config.name, split=split)
     if not len(rows):
-        raise HfDmsError(f"{key}: {path} holds no rows. Give data that has some.")
+        raise HfDmsError(f"{key}: {path} holds no rows. Give data with rows.")
     return Source(rows, key, path, has_own_numbers)
 
 
 def _load_folder(config: DataConfig, folder: Path, split: str) -> tuple[Any, bool]:
-    """Rows of a folder, and whether the numbers of its labels are its author's."""
+    """Rows of a folder, and whether the author of the data numbered its labels."""
     datasets = _datasets()
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():  # Dataset.save_to_disk
         saved = datasets.load_from_disk(str(folder))
@@ -117,14 +121,14 @@ def _load_folder(config: DataConfig, folder: Path, split: str) -> tuple[Any, boo
     except Exception:
         for file in readable:
             with _one_error(str(file), "data.path"):
-                _load_files([str(file)])  # which one it is
+                _load_files([str(file)])  # to find the broken file and name it
         raise
 
 
 def _load_files(files: list[str]) -> Any:
     suffix = suffix_of(files[0])
     rows = _datasets().load_dataset(BUILDERS[suffix], data_files=files, split="train", **OPTIONS.get(suffix, {}))
-    rows.data.validate(full=True)  # the reader of JSON lets other encodings pass
+    rows.data.validate(full=True)  # because the JSON reader accepts files in other encodings
     return rows
 
 
@@ -138,7 +142,7 @@ def _one_error(path: str, key: str) -> Iterator[None]:
         yield
     except HfDmsError:
         raise
-    except Exception as error:  # readers raise their own, pandas', pyarrow's, the decoders' and StopIteration
+    except Exception as error:  # the readers raise errors of many kinds: pandas', pyarrow's, decoders', StopIteration
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__

@@ -1,4 +1,4 @@
-"""What a recipe can prune a model for: all that differs between tasks is one object, which the rest of hf_dms asks.
+"""A task is what a model is for. All that differs between tasks is in one `Task` object.
 
 registry.py lists the tasks. To add one, write a file like images.py and list it there.
 """
@@ -17,13 +17,13 @@ from .data import DataConfig
 
 @dataclass(frozen=True)
 class Examples:
-    """What a model of a task is trained and measured on.
+    """The training and held-out examples for a model.
 
     Attributes:
-        train, held_out: map-style datasets of a model's keyword arguments, labels among them.
-        collate: makes a batch of a list of them.
+        train, held_out: map-style datasets of a model's keyword arguments, including labels.
+        collate: function that makes a batch from a list of examples.
         labels: names of the classes, in order; empty for text-generation.
-        unit: what an example is, for humans.
+        unit: what an example is, in words.
         config: values that the model's config must have for these examples: names of classes, the padding token.
     """
 
@@ -36,7 +36,7 @@ class Examples:
 
 
 class SampleOptions(Protocol):
-    """What a recipe's `eval` section says about samples."""
+    """The part of a recipe's `eval` section that is about samples."""
 
     prompt: str | list[str]
     new_tokens: int
@@ -52,24 +52,25 @@ class Task:
 
     Attributes:
         name: the Hub's pipeline tag.
-        model_class: name of transformers' Auto class.
-        processor_class: name of the Auto class of what prepares the inputs.
-        ending: what ends the name of its model classes.
-        peft: PEFT's name of the task; it decides whether a fresh head trains whole beside adapters.
-        generates: whether its models write text; they need a cache then.
-        metric: perplexity, accuracy or mean_average_precision, of held-out examples.
-        log_scores: whether the metric is exp of the mean score; else it is the mean itself.
-        fewest_classes: how many classes a head has at least; one with fewer is none of this task. 0 without classes.
-        num_held_out: how many held-out examples are measured on, unless the recipe says otherwise; None for all.
-        speed: what is counted per second, a key of `dms_report.json` and its words.
-        amount: how much of that a batch is.
-        load: examples from the `data` section, a processor, the model's config and, for classifiers, its classes.
-        score: what each example of a batch adds to the metric, `[batch]` float64; or what is found in it,
-            `[batch, rows, columns]`, where the metric is no mean.
-        samples: a few inputs for the report, each with empty `outputs`.
-        answers: those samples with what a model, under a name, makes of each.
-        of_all: the metric where it is no mean over examples: of all examples, and without each of some parts of them,
-            from what `score` returned for all; None where it is a mean.
+        model_class: name of transformers' Auto class for models.
+        processor_class: name of the Auto class for the tokenizer or image processor.
+        ending: ending of the names of its model classes.
+        peft: PEFT's name of the task. It decides whether a new head is trained in full beside adapters.
+        generates: whether its models write text. They then need a cache.
+        metric: perplexity, accuracy or mean_average_precision, on held-out examples.
+        log_scores: whether the metric is exp of the mean score, or else the mean itself.
+        fewest_classes: smallest number of classes of a head for this task; 0 for tasks without classes.
+        num_held_out: default number of held-out examples to measure on; None for all.
+        speed: what is counted per second: a key of `dms_report.json`, and its words.
+        amount: function that counts this in a batch.
+        load: function that makes examples from the `data` section, a processor, the model's config and, for
+            classifiers, its classes.
+        score: function that gives the score of each example of a batch, `[batch]` float64. If the metric is not a mean
+            over examples, it gives what is found in each, `[batch, rows, columns]`.
+        samples: function that gives a few inputs for the report, each with empty `outputs`.
+        answers: function that adds a model's outputs to these samples, under the model's name.
+        of_all: for a metric that is not a mean over examples: function from the scores of all examples to the metric of
+            all, and to its values without each of some parts of them. None for a mean.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Texts of rows, and their tokens: what a column, a chat or a template makes of a row, checked cell by cell."""
+"""Texts of rows (from a column, a chat or a template), checked cell by cell; and checks of their tokens."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ def map_texts(
     encode: Callable[[list[str | None], list[int]], Any],
     **options: Any,
 ) -> Any:
-    """What a function makes of the texts of a source, as a `datasets.Dataset` in memory; each text is read once.
+    """Apply a function to the texts of a source, and return a `datasets.Dataset` in memory. Each text is read once.
 
     Args:
         source: the rows.
-        config: where a row has its text.
-        tokenizer: whose chat template is applied to chats.
-        encode: the columns of a batch, from its texts (None for a cell without a value) and their places in the source.
-        options: of `Dataset.map`.
+        config: the `data` section, which says where a row has its text.
+        tokenizer: the tokenizer; its chat template is applied to chats.
+        encode: function of the texts of a batch (None for a cell without a value) and their places in the source. It
+            returns the columns of the result.
+        options: options of `Dataset.map`.
     """
     if config.template is None:
         source.check_column(config, "text_column")
@@ -47,7 +48,7 @@ def map_texts(
         remove_columns=columns,
         keep_in_memory=True,
         load_from_cache_file=False,
-        new_fingerprint="tokens",  # nothing is cached on disk, so nothing needs a hash of the tokenizer
+        new_fingerprint="tokens",  # nothing is cached on disk, so no hash of the tokenizer is needed
         **options,
     )
 
@@ -60,14 +61,14 @@ def _text(row: dict[str, Any], place: int, source: Source, config: DataConfig, t
         return value
     if not isinstance(value, list):
         raise HfDmsError(
-            f"{source.cell(place, config.text_column)} holds {value!r:.60}, which is no text. Name the column with the "
-            "text in data.text_column, or make text of it by data.template."
+            f"{source.cell(place, config.text_column)} holds {value!r:.60}, which is not text. Name the column with "
+            "the text in data.text_column, or make a text from columns with data.template."
         )
     try:
         return tokenizer.apply_chat_template(value, tokenize=False)
-    except Exception as error:  # templates are programs, they raise anything
+    except Exception as error:  # templates are programs, and can raise any error
         raise HfDmsError(
-            f"{source.cell(place, config.text_column)} is no chat that the tokenizer's chat template takes ({error})."
+            f"{source.cell(place, config.text_column)} is not a chat for the tokenizer's chat template ({error})."
         ) from error
 
 
@@ -77,22 +78,22 @@ def _filled(template: str, row: dict[str, Any], place: int, source: Source) -> s
     except (LookupError, AttributeError, TypeError, ValueError) as error:
         raise HfDmsError(
             f"data.template: {template!r} cannot be filled ({type(error).__name__}: {error}). The data has "
-            f"columns {', '.join(row)}; this was row {place + 1} of {source.path}. Write braces that are meant as such "
-            "twice."
+            f"columns {', '.join(row)}; this was row {place + 1} of {source.path}. Double the braces that are part of "
+            "the text."
         ) from error
 
 
-# ---- what fits a model -----------------------------------------------------------------------------------------------
+# ---- limits of a model -----------------------------------------------------------------------------------------------
 def check_ids(largest: int, tokenizer: Any, config: Any) -> None:
-    """Check that a model knows the token ids of its tokenizer.
+    """Check that a tokenizer's ids are in the model's vocabulary.
 
     Args:
         largest: the largest id that occurs.
-        tokenizer: the model's.
-        config: the model's.
+        tokenizer: the model's tokenizer.
+        config: the model's config.
 
     Raises:
-        HfDmsError: the id is beyond the model's vocabulary.
+        HfDmsError: the id is beyond the vocabulary.
     """
     known = num_token_ids(config)
     if known is not None and largest >= known:
@@ -104,12 +105,15 @@ def check_ids(largest: int, tokenizer: Any, config: Any) -> None:
 
 
 def check_length(tokens: int, what: str, config: Any) -> None:
-    """Warn of texts that are longer than those a model was trained on; refuse those that it has no positions for.
+    """Warn if texts are longer than a model was made for, and refuse them if it has no positions for them.
 
     Args:
-        tokens: of the longest text.
-        what: that has so many, such as `data.sequence_length is`.
-        config: the model's.
+        tokens: tokens of the longest text.
+        what: what has that many tokens, such as `data.sequence_length is`.
+        config: the model's config.
+
+    Raises:
+        HfDmsError: the model has a table of positions, and the text is longer.
     """
     longest = max_tokens(config)
     if longest is None or tokens <= longest:
@@ -126,17 +130,17 @@ def check_length(tokens: int, what: str, config: Any) -> None:
 
 
 def padding_of(tokenizer: Any, config: Any) -> tuple[Any, dict[str, int]]:
-    """A tokenizer that can pad a batch, and what the model's config must say so that the model sees the padding.
+    """A tokenizer that can pad a batch, and the values that the model's config needs to recognise the padding.
 
-    A decoder with a classification head reads the last token that is not padding. Without a padding token the
-    end-of-text token pads.
+    A decoder with a classification head reads the last token that is not padding, so it must know the padding token. If
+    there is none, the end-of-text token is used.
 
     Args:
-        tokenizer: the model's; stays as it is.
-        config: the model's.
+        tokenizer: the model's tokenizer; it is not modified.
+        config: the model's config.
 
     Raises:
-        HfDmsError: there is no token that could pad, or the tokenizer and the model disagree about it.
+        HfDmsError: there is no token to pad with, or tokenizer and model have different padding tokens.
     """
     known = config.get_text_config().pad_token_id
     if tokenizer.pad_token_id is None:
@@ -144,7 +148,7 @@ def padding_of(tokenizer: Any, config: Any) -> tuple[Any, dict[str, int]]:
         if token is None:
             raise HfDmsError(
                 "model.path: neither the tokenizer nor the model has a padding token, and there is no "
-                "end-of-text token to take. Set tokenizer.pad_token and config.pad_token_id, and save both."
+                "end-of-text token to use. Set tokenizer.pad_token and config.pad_token_id, and save both."
             )
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = token

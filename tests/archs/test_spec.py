@@ -188,14 +188,14 @@ def test_every_field_of_a_description_is_checked_and_renamed_or_names_no_dims():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"params": LLAMA.params | {"norm.weight": "hidden @ nothing"}}, "of 'norm.weight' names 'nothing'"),
+        ({"params": LLAMA.params | {"norm.weight": "hidden @ nothing"}}, "'norm.weight' names 'nothing'"),
         (
             {"params": LLAMA.params | {"norm.weight": "(hidden"}},
-            r"'\(hidden', said of 'norm.weight', is no list of axes",
+            r"the entry 'norm.weight' is '\(hidden', expected a list of axes",
         ),
         (
             {"params": LLAMA.params | {"norm.weight": "hidden @"}},
-            "'hidden @', said of 'norm.weight', is no list of axes",
+            "the entry 'norm.weight' is 'hidden @', expected a list of axes",
         ),
         ({"config": {"head_dim": "d"}}, "'kv' can be pruned, but no attribute in `config` holds its size"),
         ({"build_with": {"heads": 1}}, "`build_with` mentions 'heads', which `config` does not: num_attention_heads"),
