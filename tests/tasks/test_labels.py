@@ -145,7 +145,7 @@ def labelled(path, labels, **features):
         (["1", "2", "3"], ["1", "2"], r"labels 1, 2 can be read as names and as numbers of different classes"),
         (["True", "False"], [True, False], r"labels False, True can be read as names and as numbers of different"),
         (["no", "yes"], ["no", -1], r"the labels are -1, no; the model has the classes no \(0\), yes \(1\)"),
-        (["no", "yes"], [0.5, 1.0], r"row 1 of .*, column 'label', holds 0.5, which is no class"),
+        (["no", "yes"], [0.5, 1.0], r"row 1 of .*, column 'label', holds 0.5, which is not a class"),
         (["no", "yes"], [[0], [1]], r"row 1 of .*, column 'label', holds several labels, \[0\]"),
         (["no", "yes"], ["yes", None], r"row 2 of .*, column 'label', has no label \(None\)"),
         (["no", "yes"], ["yes", "no", " "], r"row 3 of .*, column 'label', has no label \(' '\)"),

@@ -173,10 +173,10 @@ REFUSED = {
     "ragged csv": (write("a.csv", "text,label\na,1\nb,2,3\n"), r"a.csv cannot be read as csv .*line 3"),
     "cut parquet": (write("a.parquet", b"PAR1xxxx"), r"a.parquet cannot be read as parquet"),
     "false gz": (write("a.jsonl.gz", "text"), r"a.jsonl.gz cannot be read as json .*[Nn]ot a gzipped"),
-    "another kind": (write("a.xlsx", "text"), r"a.xlsx is no kind of file that can be read. Known are .txt, .json"),
-    "numbers": (rows("a.jsonl", [{"text": 7}]), r"row 1 of .*a.jsonl, column 'text', holds 7, which is no text"),
-    "a number": (rows("a.jsonl", [*WORDS, {"text": 7}]), r"row 3 of .*column 'text', holds 7, which is no text"),
-    "numbers in csv": (rows("a.csv", [{"text": 7}]), r"row 1 of .*a.csv, column 'text', holds 7, which is no text"),
+    "another kind": (write("a.xlsx", "text"), r"a.xlsx is not a kind of file that can be read. Known are .txt, .json"),
+    "numbers": (rows("a.jsonl", [{"text": 7}]), r"row 1 of .*a.jsonl, column 'text', holds 7, which is not text"),
+    "a number": (rows("a.jsonl", [*WORDS, {"text": 7}]), r"row 3 of .*column 'text', holds 7, which is not text"),
+    "numbers in csv": (rows("a.csv", [{"text": 7}]), r"row 1 of .*a.csv, column 'text', holds 7, which is not text"),
     "nulls alone": (rows("a.jsonl", [{"text": None}]), r"data.path: .*a.jsonl has no text in column 'text'"),
     "another column": (
         rows("a.jsonl", [{"body": "a"}]),
@@ -184,7 +184,7 @@ REFUSED = {
     ),
     "a chat without a template": (
         rows("a.jsonl", [{"text": [{"role": "user", "content": "a"}]}]),
-        r"row 1 of .*column 'text', is no chat",
+        r"row 1 of .*column 'text', is not a chat",
     ),
 }
 
