@@ -28,7 +28,8 @@ def read_categories(source: Source, config: DataConfig) -> LabelColumn:
     names = getattr(source.rows.features[column]["category"].feature, "names", None)
     values = [(row, category) for row, each in enumerate(objects) for category in each["category"]]
     labels = labels_of(values, names, source, column)
-    return LabelColumn(labels, None if names is None else tuple(names), "objects_column")
+    names = None if names is None else tuple(names)
+    return LabelColumn(labels, names, lambda place: source.cell(values[place][0], column), "objects_column")
 
 
 def read_boxes(source: Source, config: DataConfig) -> list[Tensor]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,11 +54,13 @@ class LabelColumn:
     Attributes:
         labels: labels of all rows, in order.
         names: all names of a `ClassLabel`, including classes that do not occur; None if the column is none.
+        cell: function from an index of `labels` to words that say where that label is.
         option: key of the `data` section that names the column.
     """
 
     labels: list[Label]
     names: tuple[str, ...] | None
+    cell: Callable[[int], str]
     option: str = "label_column"
 
 
@@ -122,7 +124,8 @@ def read_labels(source: Source, config: DataConfig) -> LabelColumn:
     source.check_column(config, "label_column")
     names = getattr(source.rows.features[column], "names", None)
     values = enumerate(source.rows.select_columns([column])[:][column])
-    return LabelColumn(labels_of(values, names, source, column), None if names is None else tuple(names))
+    labels = labels_of(values, names, source, column)
+    return LabelColumn(labels, None if names is None else tuple(names), lambda row: source.cell(row, column))
 
 
 def labels_of(values: Iterable[tuple[int, Any]], names: list[str] | None, source: Source, column: str) -> list[Label]:
@@ -191,7 +194,7 @@ def number_labels(train: LabelColumn, held_out: LabelColumn, head: Head) -> tupl
     if head.is_fixed:
         numbers = _read_as_classes(labels, head, option)
         if numbers is None:
-            raise HfDmsError(_unlike(labels, head, option))
+            raise HfDmsError(_unlike(labels, head, option) + _first_unlike((train, held_out), head))
         return head.names, numbers
     numbers = _read_as_classes(labels, head, option) if head.has_own_names else _by_name(labels, head.names)
     return _own_classes(train, held_out, head.fewest) if numbers is None else (head.names, numbers)
@@ -284,3 +287,14 @@ def _unlike(labels: set[Label], head: Head, option: str) -> str:
         "a trained head is never relabelled. Rename them in the data or in the model's config.json (id2label), or give "
         "a model without a head (architectures in its config.json names none); it gets the classes of the data."
     )
+
+
+def _first_unlike(columns: Iterable[LabelColumn], head: Head) -> str:
+    """Where the first label is that is neither the name nor the number of a class, as a sentence; empty without one."""
+    names, count = {_plain(name) for name in head.names}, len(head.names)
+    for column in columns:
+        for place, label in enumerate(column.labels):
+            is_number = label.number is not None and 0 <= label.number < count
+            if _plain(label.name) not in names and not is_number:
+                return f" {column.cell(place)} has the first label that is no class, '{label.name}'."
+    return ""

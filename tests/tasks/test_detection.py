@@ -131,7 +131,10 @@ def test_a_box_may_stand_out_by_a_pixel_as_those_of_coco_do(tmp_path):
     ("objects", "message"),
     [
         ({"bbox": [[1, 1, 2, 2]], "category": [7]}, "objects_column: the labels are 7; the model has the classes cat"),
-        ({"bbox": [[1, 1, 2, 2]], "category": ["wolf"]}, "objects_column: the labels are wolf; the model has"),
+        (
+            {"bbox": [[1, 1, 2, 2]], "category": ["wolf"]},
+            "labels are wolf; .* row 1 of .* has the first label that is no class",
+        ),
         ({"bbox": [[1, 1, 2, 2]], "category": [None]}, r"row 1 of .* has no label \(None\)"),
         ({"bbox": [[1, 1, 2, 2]]}, r"objects_column: column 'objects' of .* not \{bbox: "),
         ([{"bbox": [1, 1, 2, 2], "category": 0}], r"objects_column: column 'objects' of .* not \{bbox: "),
@@ -145,6 +148,12 @@ def test_objects_of_another_form_are_named(objects, message, tmp_path):
     table.to_parquet(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=message):
         load(tmp_path / "a.parquet")
+
+
+def test_the_row_of_a_category_that_is_no_class_is_named(tmp_path):
+    path = write_scenes(tmp_path / "a.parquet", BOXES, [[0], [1, 7], [], [1]], kind=Value("int64"))
+    with pytest.raises(ValueError, match=r"row 2 of .*, column 'objects', has the first label that is no class, '7'\."):
+        load(path)
 
 
 def test_a_missing_column_is_named(tmp_path):
