@@ -197,7 +197,7 @@ def test_a_search_on_packed_weights_resumes_exactly_and_ends_unpacked(bits, adap
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")
 def test_adapters_that_no_weight_can_hold_are_refused():
     prompt = peft.get_peft_model(tiny_llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    untouched(prompt, "PROMPT_TUNING learns a prompt, which is no part of any weight")
+    untouched(prompt, "PROMPT_TUNING learns a prompt, which cannot be merged into weights")
     norms = peft.get_peft_model(tiny_llama(), peft.LNTuningConfig(target_modules=["input_layernorm"]))
     untouched(norms, r"input_layernorm' is a ln_tuning\S+LNTuningLayer on a LlamaRMSNorm. Adapters of linear maps")
     tokens = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=SOME, trainable_token_indices=[1]))
