@@ -34,7 +34,8 @@ from .allowed import AllowedSizes, State
 ABOVE = 0.01  # learned resource above the target by no more than this share of it counts as on target
 BELOW = 0.03  # the same below it
 CLOSE = 0.01  # a coarse size that was learned no more than this share of a step beside a half is rounded both ways
-BISECTIONS = 64
+LARGEST = 1e9  # a factor of learned sizes, beyond any that is needed
+BISECTIONS = 64  # after these a factor near 1 is known to 1e-10
 
 
 def round_sizes(gates: Gates, bound: BoundSpec, config: DMSConfig, model_config) -> Sizes:
@@ -273,8 +274,7 @@ class _Rounding:
 
     def _largest(self, fits: Callable[[float], Any]) -> float:
         """The largest factor that fits, by bisection; 0 if none is found."""
-        low, high = 0.0, max(float((self.allowed.high[n] / s.clamp(min=1e-6)).max()) for n, s in self.learned.items())
-        high = min(high + 1.0, 1e9)
+        low, high = 0.0, LARGEST
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
             low, high = (middle, high) if fits(middle) else (low, middle)
