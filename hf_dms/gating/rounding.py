@@ -6,11 +6,14 @@ largest with which everything fits, and as long as a step of one still fits, the
 takes it. So the result is at most the target, maximal (no single allowed step of any dim still fits), and near what was
 learned.
 
-Three cases need more. Learned sizes that miss the target by more than half a step of every coarse dim (no search, or
-one that did not arrive) are first scaled to it, all dims alike. A coarse size that was learned half way between two
-allowed ones is rounded both ways, and of the two results the one is taken that leaves out less importance. Where the
-finest dims cannot make room for the coarse ones, these go down step by step, the one first whose units are least
-important for what they cost.
+Three cases need more:
+
+- The learned sizes may miss the target by more than half a step of every coarse dim, because no search ran or because
+  it ended too early. Then all sizes are first scaled to the target by one factor.
+- A coarse size may be learned half way between two allowed ones. Then it is rounded both ways, and the result that
+  leaves out less importance is taken.
+- The finest dims may be too small to make room for the coarse ones. Then the coarse dims go down step by step. The
+  next step is always the one whose units are least important for what they cost.
 """
 
 from __future__ import annotations
@@ -150,7 +153,7 @@ class _Rounding:
         return state
 
     def coarse(self) -> tuple[str, ...]:
-        """The dims that absorb nothing; and if what absorbs is no channels but layers or groups, these too."""
+        """The dims that do not absorb what is left, and also those that do if their units are layers or groups."""
         channels = [name for name in self.finest if self._kind(name) in ("layer", "model")]
         return tuple(name for name, dim in self.gates.dims.items() if (dim.follows or name) not in channels)
 
@@ -158,6 +161,8 @@ class _Rounding:
     def _scaled_to_the_target(self) -> State:
         """The learned sizes, if rounding explains by how much they miss the target; else scaled to it, all alike."""
         self.finest = self._finest(self.learned)
+        # Rounding moves a coarse size by half a step at most, and the finest dims make up for it. So a search that is
+        # on target by this measure keeps its sizes; to scale them would undo what it learned.
         half = {name: (name not in self.finest) * self.allowed.step[name] / 2 for name in self.learned}
         below, above = ({n: size + sign * half[n] for n, size in self.learned.items()} for sign in (-1, 1))
         if self._relaxed(below) * (1 - ABOVE) <= self.budget <= self._relaxed(above) * (1 + BELOW):
@@ -177,7 +182,7 @@ class _Rounding:
         return float(self.count({n: s.clamp(low[n].double(), high[n].double()) for n, s in sizes.items()}))
 
     def _finest(self, wanted: State) -> list[str]:
-        """The dims of the kind whose step costs least; dims that cost nothing at all are none."""
+        """The dims of the kind whose step costs least. Dims that cost nothing do not count."""
         state = self.allowed.nearest(wanted)
         costs = {}
         for name, size in state.items():
@@ -233,6 +238,7 @@ class _Rounding:
 
     def _make_room(self, wanted: State) -> State:
         """Lower wanted sizes of coarse dims until everything fits with the finest dims at their smallest sizes."""
+        # Rounded up to what is allowed, "nothing" is the least that the finest dims can have.
         nothing = {name: torch.zeros_like(wanted[name]) for name in self.finest}
         state = self.allowed.nearest(wanted | nothing)
         while self.count(state) > self.budget:
@@ -291,6 +297,7 @@ class _Rounding:
 
     def _grow(self, state: State, wanted: State) -> State | None:
         """The state after one more allowed step that fits: of the finest dims first, of the one furthest below."""
+        # A step of each dim in each layer: hundreds, so they are counted in one batch.
         dropped = self._dropped_layers(state)
         steps = [
             (name, i, size)

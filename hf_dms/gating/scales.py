@@ -1,11 +1,11 @@
 """The scales of units go into the weights that read them.
 
-With `dms.scales`, after DDP (Huang et al., arXiv 2603.08065), whose masks may exceed 1: what a kept unit writes is
-multiplied by s = exp θ, so that it can make up for what its neighbours no longer write. θ starts at 0, and its gradient
-is the Taylor term that importance is made of: with m the mask, dL/dθ = dL/d(log m) = m·dL/dm. So it costs no further
-pass. It is for units that linear maps or convolutions read: KV groups, heads, MLP channels. The residual width is read
-by norms, and with `scales: norms` what each of them writes is scaled by numbers of its own; batch norms have none,
-layers neither.
+`dms.scales` follows DDP (Huang et al., arXiv 2603.08065), whose masks may exceed 1. The output of a kept unit is
+multiplied by s = exp θ, so that the unit can make up for what its neighbours no longer write. θ starts at 0. Its
+gradient is the Taylor term that importance is made of: with m the mask, dL/dθ = dL/d(log m) = m·dL/dm. So scales cost
+no further pass. Units that linear maps or convolutions read have scales: KV groups, heads, MLP channels. Norms read the
+residual width; with `scales: norms` the output of each norm is scaled, by numbers of its own. Batch norms and layers
+have no scales.
 
 The cut multiplies the columns that read a unit, and the weights of norms, by s. It computes what the masked model
 computes.

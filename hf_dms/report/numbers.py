@@ -131,7 +131,7 @@ def to_json(written: Any) -> str:
 
 
 def without_local_paths(values: Any, key: str = "") -> Any:
-    """A recipe in which local paths are told by their last part, `.../name`, which is never a Hub id.
+    """A recipe in which local paths are shortened to their last part, `.../name`, which cannot be a Hub id.
 
     Args:
         values: the recipe, a section or a value of it.
