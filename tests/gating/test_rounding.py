@@ -227,6 +227,16 @@ def test_where_a_coarse_dim_must_go_down_it_is_the_one_whose_units_matter_least(
     assert found == {"kv": 3, "layers": 3} | {least: 2}
 
 
+def test_dims_that_cost_nothing_stay_whole_as_far_as_the_stock_config_allows():
+    """Of key-value bytes neither MLPs nor the hidden size take any; four heads must divide the hidden size, 30."""
+    overrides = dict(hidden_size=30, attention_bias=True)
+    options = dict(prune=("kv", "mlp", "hidden"), resource="kv_bytes", resource_scope="model")
+    request_ = gates, *_ = gated(0, overrides, **options)
+    learn_(gates, {"kv": torch.tensor([2.0]), "mlp": torch.tensor([7.0]), "hidden": torch.tensor([28.0])})
+    sizes = rounded(2 / 3, *request_)
+    assert {name: int(rows[0]) for name, rows in sizes.items()} == {"kv": 2, "mlp": 20, "hidden": 28}
+
+
 def test_a_dim_that_costs_nothing_makes_no_room():
     """Of key-value bytes the hidden size takes none, so a layer goes, though its importance is a million times that."""
     options = dict(prune=("kv", "hidden", "layers"), resource="kv_bytes", resource_scope="model")
