@@ -24,7 +24,7 @@ from ..archs.restoring import restoring
 from ..errors import HfDmsError
 from ..gating.attach import norms
 from .shelf import Shelf
-from .stream import Stop, StreamModules, StreamRecorder, same, slope, stream_axis, stream_dim
+from .stream import Stop, StreamModules, StreamRecorder, check_streams, same, slope, stream_axis, stream_dim
 
 SAME_SCALE = 1e-2  # relative difference below which the fitted scales of two maps count as one common scale
 
@@ -183,6 +183,9 @@ class LayerWalk:
         bound: its architecture, or that of the model that it was cut from.
         batches: keyword arguments of forward passes; they are read once.
         offload: a folder for calls and hidden states. Default: memory.
+
+    Raises:
+        HfDmsError: the layers of a stack write streams of different widths.
     """
 
     def __init__(
@@ -192,6 +195,7 @@ class LayerWalk:
         batches: Iterable[Mapping[str, Tensor]] = (),
         offload: str | os.PathLike | None = None,
     ) -> None:
+        check_streams(bound)
         base: Any = model.base_model
         stacks = {stack: layers_of(model, bound, stack) for stack in bound.spec.stacks}
         self.bound = bound

@@ -13,7 +13,7 @@ from ..cut.formats import pruned_class_and_config
 from ..cut.plan import Plan
 from ..cut.verify import dummy_inputs
 from .layerwise import LayerWalk, find_stream_modules
-from .stream import stream_dim
+from .stream import check_streams, stream_dim
 
 UNITS = 8  # of each dim of the small model, at most
 LAYERS = 2  # of each stack; the first one of a stage can be of another kind
@@ -30,6 +30,7 @@ def check_repairable(model: PreTrainedModel, bound: BoundSpec) -> None:
     Raises:
         HfDmsError: its layers do not write into the residual stream as `find_stream_modules` knows it.
     """
+    check_streams(bound)  # a small model cannot be built where every block has a stream of its own
     cls, config = pruned_class_and_config(model, bound, _small(bound), "per_layer")
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -74,6 +74,12 @@ def stream_dim(bound: BoundSpec, stack: str | None = None) -> str:
     return next(name for name in names if bound.spec.dim(name).scope != "layer" and bound.sizes[name] > 1)
 
 
+def check_streams(bound: BoundSpec) -> None:
+    """Check that the layers of every stack write one residual stream; see `stream_dim` for the error."""
+    for stack in bound.stacks:
+        stream_dim(bound, stack)
+
+
 def stream_axis(bound: BoundSpec) -> int:
     """The axis of a layer's hidden state that holds the units of the stream, counted from the end."""
     dims = bound.spec.outputs.get("last_hidden_state", "stream").split()

@@ -21,6 +21,7 @@ from hf_dms.archs.enlarge import enlarged_config
 from hf_dms.archs.mobilenet_v2 import MOBILENET_V2
 from hf_dms.checkpoint.save import save_pruned
 from hf_dms.cut.plan import Plan
+from hf_dms.refit.repairable import check_repairable
 
 CLASSES = (MobileNetV2ForImageClassification, EfficientNetForImageClassification)
 
@@ -121,7 +122,10 @@ def test_an_image_that_is_too_small_for_the_network_is_an_error():
 def test_repair_and_supernets_say_that_they_are_not_for_these(head):
     model = tiny(head)
     plan = Plan({"top": (torch.arange(9),)})
-    with pytest.raises(ValueError, match=r"repair: the blocks of a \w+ write residual streams of different widths"):
+    widths = r"repair: the blocks of a \w+ write residual streams of different widths"
+    with pytest.raises(ValueError, match=widths):
         repair_(cut_by(model, plan), model, plan, [batch_for(model)])
+    with pytest.raises(ValueError, match=widths):  # before a run, from the config alone
+        check_repairable(model.to("meta"), bound_of(model))
     with pytest.raises(ValueError, match=r"supernet: the stock config of \w+ holds no widths that could grow"):
         enlarged_config(model.config, width=2, depth=1)
