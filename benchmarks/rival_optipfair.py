@@ -20,9 +20,9 @@ from hf_dms import DMSConfig, attach_, choose_, prune
 from hf_dms.tasks.generation import perplexity
 
 OURS = ("magnitude", "wanda_sp", "taylor")
-THEIRS = {  # name in the table: (method, whether it sees data)
-    "PPM": ("PPM", False),
-    "PPM × activations": ("PPM", True),
+THEIRS = {  # name in its paper and in the table: (parameter, whether it sees data)
+    "PPM": ("MAW", False),
+    "PPM × activations": ("MAW", True),
     "PON": ("PON", False),
     "VOW": ("VOW", False),
 }

@@ -265,6 +265,7 @@ def _validate(options: argparse.Namespace) -> int:
 
 def _eval(options: argparse.Namespace) -> int:
     from .experiment.eval_command import measure_files, run_lm_eval, whole_data
+    from .report.numbers import finite
 
     if not options.tasks and not options.data:
         raise HfDmsError("eval needs --tasks (of lm-evaluation-harness) or --data (a file).")
@@ -281,8 +282,8 @@ def _eval(options: argparse.Namespace) -> int:
         data = whole_data(options.data, **columns)
         rows = []
         for row in measure_files(paths, data, options.lengths, options.examples, options.batch_size):
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+            rows.append(finite(row))
+            print(json.dumps(rows[-1], allow_nan=False), flush=True)
         if options.json:
             _show(options, "", rows)
     return 0

@@ -172,6 +172,8 @@ def collect_(
         recorder = student.run(layer, number, places, until=path)
         target = targets[number].to(recorder.sums[path].device)
         counts = positions(mask, target)
+        if not counts.any():
+            continue
         aim, found = widened(target[counts]), recorder.sums[path][counts]
         inputs = unfolded(block.get_submodule(path), recorder.inputs[path])[counts]
         missing, weights = aim - widened(found), position_weights(aim, places.relative)

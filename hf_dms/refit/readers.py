@@ -97,6 +97,8 @@ class Readers:
                 cut = _heard(student, layer, number, paths)
                 inputs = cut[paths[0]][0]
                 counts = positions(mask, inputs)
+                if not counts.any():
+                    continue
                 missing = []
                 for path in paths:
                     wanted, found = dense[path][1], cut[path][1]

@@ -102,7 +102,8 @@ def _protocol(report: dict[str, Any]) -> str:
         return ""
     task = TASKS[report["recipe"]["model"]["task"]]
     words = METRICS[task.metric][0]
-    return f"\n{words[0].upper()}{words[1:]}: {report['protocol']} of `{evaluated_on(report['recipe']['data'])}`.\n"
+    words = words.capitalize() if words.islower() else words
+    return f"\n{words}: {report['protocol']} of `{evaluated_on(report['recipe']['data'])}`.\n"
 
 
 # ---- metadata --------------------------------------------------------------------------------------------------------

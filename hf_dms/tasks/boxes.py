@@ -60,10 +60,13 @@ def check_inside(boxes: Tensor, image: Any, cell: str) -> None:
         cell: the cell of the data, for the error.
 
     Raises:
-        HfDmsError: a box exceeds the image by more than a pixel.
+        HfDmsError: a box exceeds the image by more than a pixel, or lies wholly beside it.
     """
     ends = boxes[:, :2] + boxes[:, 2:]
-    outside = ((boxes[:, :2] < -SLACK) | (ends > torch.tensor(image.size) + SLACK)).any(1)
+    size = torch.tensor(image.size)
+    exceeds = (boxes[:, :2] < -SLACK) | (ends > size + SLACK)
+    beside = (boxes[:, :2] >= size) | (ends <= 0)  # nothing of it is in the image
+    outside = (exceeds | beside).any(1)
     if outside.any():
         box = [round(value, 2) for value in boxes[outside][0].tolist()]
         raise HfDmsError(

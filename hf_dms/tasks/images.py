@@ -150,8 +150,10 @@ def preparation(processor: Any, config: Any, **sizes: Any) -> Preparation:
             made = processor(images, return_tensors="pt", **options, **more)
             found = tuple(made["pixel_values"].shape[1:])
         except ValueError as error:
+            sizes_of = ", ".join(sorted({f"{image.width} × {image.height}" for image in images}))
             raise HfDmsError(
-                f"model.path: the image processor takes no images of {channels} channels ({error})."
+                f"model.path: the image processor cannot prepare images of {channels} channels and {sizes_of} pixels "
+                f"({error})."
             ) from error
         expected = (channels, height or found[1], width or found[2])
         if found != expected:

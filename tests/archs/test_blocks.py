@@ -119,6 +119,14 @@ def test_an_image_that_is_too_small_for_the_network_is_an_error():
 
 
 @pytest.mark.parametrize("head", CLASSES)
+def test_a_cut_model_is_not_told_to_be_pruned_in_rounds_that_are_not_possible(head):
+    pruned = cut_by(tiny(head), Plan({}))
+    pruned.config.model_type = f"dms_{tiny(head).config.model_type}"
+    with pytest.raises(ValueError, match=r"Search the dense model again with a smaller target\.$"):
+        attach_(pruned, DMSConfig(target=0.5, layout="per_layer"))
+
+
+@pytest.mark.parametrize("head", CLASSES)
 def test_repair_and_supernets_say_that_they_are_not_for_these(head):
     model = tiny(head)
     plan = Plan({"top": (torch.arange(9),)})

@@ -59,7 +59,7 @@ def test_a_detector_is_pruned_recovered_measured_and_shown(prune, data, capsys):
     assert "held-out mAP" in page
     card = (out / "README.md").read_text()
     assert "pipeline_tag: object-detection" in card
-    assert "MAP: 12 held-out images of `a.parquet`" in card
+    assert "mAP: 12 held-out images of `a.parquet`" in card
     pruned = AutoModelForObjectDetection.from_pretrained(out, trust_remote_code=True)
     assert pruned.config.id2label == dict(enumerate(NAMES))
     inputs = AutoImageProcessor.from_pretrained(out)(pictures(1), return_tensors="pt")

@@ -108,7 +108,8 @@ def short_text(path, words):
 
 def measured(capsys, *arguments):
     assert main(["eval", *map(str, arguments)]) == 0
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    return [json.loads(line, parse_constant=pytest.fail) for line in lines]  # NaN is no JSON
 
 
 @pytest.mark.parametrize(

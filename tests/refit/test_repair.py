@@ -193,6 +193,19 @@ def test_a_bfloat16_model_is_repaired_in_its_dtype(cls):
 
 
 # ---- what counts, and what is left alone ----
+@pytest.mark.parametrize("cls", [GraniteForCausalLM, BertForMaskedLM])
+def test_a_batch_in_which_no_position_counts_says_nothing(cls):
+    model, batches = tiny(cls), list(text(1))
+    empty = batches[1] | {"attention_mask": torch.zeros_like(batches[1]["attention_mask"])}
+    repaired = []
+    for given in (batches, [*batches, empty]):
+        pruned = cut_by(model, PLANS["all"])
+        repair_(pruned, model, PLANS["all"], given, ridge=0.1)
+        repaired.append(copy_of(pruned))
+    for name, tensor in repaired[0].items():
+        assert relative_difference(tensor, repaired[1][name]) < 1e-5
+
+
 @pytest.mark.parametrize("cls", [LlamaForCausalLM, BertForMaskedLM])
 def test_padding_does_not_count(cls):
     def repaired(token):

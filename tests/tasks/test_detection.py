@@ -111,6 +111,8 @@ def test_categories_by_number_and_names_that_several_classes_share_are_read_as_f
             r"row 2 of .*, column 'objects', has the box \[4\.0, 4\.0, 20\.0, 4\.0\], which is not",
         ),
         ([[-3, 4, 5, 4]], "row 2 .* not inside its image, 16 pixels wide and 16 high"),
+        ([[16, 4, 0.9, 3]], "row 2 .* not inside its image, 16 pixels wide and 16 high"),
+        ([[4, -0.9, 3, 0.9]], "row 2 .* not inside its image"),
         ([[4, 4, 0, 4]], r"row 2 .* has the box \[4\.0, 4\.0, 0\.0, 4\.0\], which has no area"),
         ([[4, 4, 2]], r"row 2 .* has the box \[4\.0, 4\.0, 2\.0\], which is no list of four numbers"),
         ([[4, 4, 2, math.nan]], "row 2 .* whose numbers are not all finite"),
