@@ -127,14 +127,14 @@ def test_files_of_the_hub_that_are_not_whole_end_a_run_before_its_search(results
 
 def test_the_message_says_what_to_delete(results):
     _, (_, err, _), _ = results["truncated-shard"]
-    assert "If the Hub's 'tester/truncated-shard' is whole, delete " in err
+    assert "If 'tester/truncated-shard' is complete on the Hub, delete " in err
     assert "models--tester--truncated-shard, and it is downloaded again." in err
 
 
 def test_a_missing_file_is_found_without_a_download_of_the_others(results):
     assert re.search(
         r"model\.path: the Hub's 'tester/missing-shard' lacks model-00002-of-\d+\.safetensors, which "
-        r"model\.safetensors\.index\.json names\. Take another revision",
+        r"model\.safetensors\.index\.json names\. Use another revision",
         results["missing-shard"][0][1],
     )
     assert results["weights in the cache"] == {kind: kind not in FOUND_WITHOUT_THE_FILES for kind in BAD}

@@ -61,7 +61,7 @@ def test_a_criterion_of_one_s_own_is_named_by_its_module(page, monkeypatch):
     module.ACTIVITY, module.other = page["ACTIVITY"], 3
     monkeypatch.setitem(sys.modules, "my_module", module)
     assert criterion_of("my_module:ACTIVITY") is page["ACTIVITY"]
-    with pytest.raises(HfDmsError, match=r"'my_module:other' is no .*Criterion but int"):
+    with pytest.raises(HfDmsError, match=r"'my_module:other' must be a .*Criterion, got int"):
         criterion_of("my_module:other")
     with pytest.raises(HfDmsError, match=r"'my_module:missing' cannot be imported"):
         criterion_of("my_module:missing")

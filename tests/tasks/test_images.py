@@ -116,7 +116,7 @@ def test_own_predictions_of_a_grey_model_give_accuracy_one(tmp_path):
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
-        ({"num_channels": 1}, {"image_mean": [0.1, 0.2, 0.3]}, "the image processor (takes no|makes)"),
+        ({"num_channels": 1}, {"image_mean": [0.1, 0.2, 0.3]}, "the image processor (cannot prepare|makes)"),
         ({"num_channels": 2}, {}, "the model takes images of 2 channels; hf_dms reads those of 1 or 3"),
         ({"image_size": 8}, {}, r"makes \(3, 4, 4\) of an image .*, and the model takes \(3, 8, 8\)"),
     ],
