@@ -16,6 +16,7 @@ NEEDED = {
 }
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)\n```)?", re.DOTALL)
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
+LEARNED = re.compile(r"^layer \d+: ")  # a layer's sizes differ from machine to machine; the line's form is compared
 PROGRESS = re.compile(r"^(search|training|recover): |^\{'")  # lines of a Trainer, which the pages leave out
 
 
@@ -46,6 +47,8 @@ def test_a_tutorial_prints_what_it_says(page, tmp_path, monkeypatch):
             if not numbers(saying):
                 continue  # what a model writes differs from machine to machine
             assert NUMBER.sub("#", line) == NUMBER.sub("#", saying)
+            if LEARNED.match(line):
+                continue
             for value, word in zip(numbers(line), numbers(saying)):
                 assert value == pytest.approx(word, rel=0.25, abs=0.05), (line, saying)
 
