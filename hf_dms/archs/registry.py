@@ -64,13 +64,12 @@ def spec_for(config: Any) -> ArchSpec:
         return ARCHS[model_type]
     if model_type.startswith("dms_"):
         dense = ARCHS.get(model_type.removeprefix("dms_"))
+        has_stock_form = dense is None or dense.config  # else no stock config holds its widths
         several_rounds = ", or prune in several rounds with layout: uniform, which gives stock models"
-        if dense is not None and not dense.config:  # no stock config holds its widths
-            several_rounds = ""
         raise HfDmsError(
             f"model type '{model_type}' was pruned by hf_dms before, with a layout that differs from layer to layer: "
             "its layers have different sizes, and gates need layers of equal size. Search the dense model again with a "
-            f"smaller target{several_rounds}."
+            f"smaller target{several_rounds if has_stock_form else ''}."
         )
     raise HfDmsError(
         f"model type '{model_type}' is not supported. Supported: {', '.join(sorted(ARCHS))}. "

@@ -111,8 +111,7 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
     config = load_model_config(recipe)
     _check_task(recipe, config)
     processor, new_head = load_processor(recipe), recipe.dms.pipeline == "np"
-    data = recipe.data.without_own_texts()
-    examples = load_examples(data, recipe.task, processor, config, new_head=new_head)
+    examples = load_examples(recipe.data.without_own_texts(), recipe.task, processor, config, new_head=new_head)
     if recipe.dms.strategy == SEARCH:
         recipe.dms.check_length(_steps_of(arguments["search"], len(examples.train)))
     recover_examples = examples

@@ -37,12 +37,9 @@ def repair_bytes(
     stream = stream_dim(bound)
     maps = [(inputs, outputs) for layer, _, inputs, outputs in _maps(bound) if layer == 0]
     states = 2 + len(maps)  # both models' and the targets
-    if stream in dims:  # readers.py
-        width, read = (
-            bound.sizes[stream],
-            (bound.product(axes[0]) for axes in stream_readers(bound, bound.depth, 0).values()),
-        )
-        maps.append((width, sum(read)))
+    if stream in dims:  # the maps that read it, side by side, and the dense states in front of the layer (readers.py)
+        readers = stream_readers(bound, bound.depth, 0)
+        maps.append((bound.sizes[stream], sum(bound.product(axes[0]) for axes in readers.values())))
         states += 1
     sums = max((inputs + 1) * (inputs + 1 + outputs) for inputs, outputs in maps)
     return DOUBLE * (HELD_OUT + 2) * sums, itemsize * states * positions * bound.sizes[stream]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..archs.bind import BoundSpec
-from ..cut.plan import Plan
+from ..cut.plan import Plan, kept_units
 from ..cut.slicing import axis_indices
 from .curvature import Sums, positions, widened
 from .layerwise import LayerWalk
@@ -44,6 +44,20 @@ def stream_readers(bound: BoundSpec, stack: str, layer: int) -> dict[str, tuple[
         if (param.stack, param.layer) == (stack, layer) and name.endswith(".weight")
         if len(param.axes) == 2 and param.axes[1] == stream and param.axes[0] != stream
     }
+
+
+def readers_of(teacher: LayerWalk, layer: int, plan: Plan) -> Readers | None:
+    """The maps of a dense layer that must be refitted; None if its stream is whole, or no linear map reads it.
+
+    Args:
+        teacher: the dense model, in front of the layer.
+        layer: number of the layer.
+        plan: the units that stay.
+    """
+    bound, (stack, place) = teacher.bound, teacher.places[layer]
+    stream = stream_dim(bound, stack)
+    whole = len(kept_units(plan, stream, None, bound.sizes[stream])) == bound.sizes[stream]
+    return None if whole or not stream_readers(bound, stack, place) else Readers(teacher, layer, plan)
 
 
 class Readers:

@@ -61,7 +61,7 @@ from .curvature import Sums, collect_
 from .interpolate import Interpolation
 from .layerwise import LayerWalk, targets_of_layers
 from .least_squares import HELD_OUT, update_
-from .readers import Readers
+from .readers import Readers, readers_of
 from .reconstruct import reconstruct_
 from .shelf import Shelf
 from .stream import StreamModules, stream_dim
@@ -95,7 +95,7 @@ def repair_(
         ridge: how strongly changes of a weight are held back, relative to the mean square of its inputs. Default:
             chosen for each map on held-out batches, one in four; 0.1 for a single batch.
         offload: a folder for the hidden states of all batches, `[tokens, hidden]` for both models and twice for the
-            targets of a layer. Default: the device's memory.
+            targets of a layer, and once more where the stream was cut. Default: the device's memory.
         progress: called after each layer with the number of layers that are done and the number of all layers.
         epochs: passes over the batches in which all maps of a sub-block learn together, after its least squares
             (reconstruct.py). With four passes a repair took 3.5 times as long (benchmarks/reconstruct.jsonl).
@@ -113,17 +113,10 @@ def repair_(
     plan = plan_of(dense) if plan is None else plan
     bound = bind(spec_for(dense.config), dense)
     line = Interpolation(pruned) if interpolate else None
-    judges: list[Mapping[str, Tensor]] = []
     with evaluating(dense, pruned), open_gates(dense), _folder_in(offload) as folder:
         teacher, student = LayerWalk(dense, bound, offload=folder), LayerWalk(pruned, bound, offload=folder)
         _check_layers(student, plan)
-        masks = []
-        for number, batch in enumerate(batches):
-            if number % HELD_OUT == 0 and len(judges) < MOST_JUDGES:
-                judges.append(batch)
-            masks.append(_mask_of(batch))
-            teacher.add_(batch)
-            student.add_(batch)
+        masks, judges = _add_batches_(batches, teacher, student)
         _check_batches(masks, epochs)
         passed, ranges = 0, _kept_ranges(bound, plan)
         for position, layers in enumerate(ranges):
@@ -132,9 +125,7 @@ def repair_(
             passed = layers.stop
             stack, number = teacher.places[layers.start]
             units = _kept_stream(bound, plan, stack)
-            readers = None
-            if len(units) < bound.sizes[stream_dim(bound, stack)]:
-                readers = Readers(teacher, layers.start, plan)
+            readers = readers_of(teacher, layers.start, plan)
             places, targets = targets_of_layers(teacher, layers, units)
             where = f"layer {number}" if len(bound.stacks) == 1 else f"layer {number} of {stack}"
             _repair_layer_(student, places, position, targets, readers, masks, ridge, epochs, where)
@@ -147,6 +138,21 @@ def repair_(
             line.keep_best_share_(judges)
             if callable(interpolate):
                 interpolate(line.share)
+
+
+def _add_batches_(
+    batches: Iterable[Mapping[str, Tensor]], *walks: LayerWalk
+) -> tuple[list[Tensor | None], list[Mapping[str, Tensor]]]:
+    """Put batches in front of both models; returns their masks, and those on which `interpolate` measures the loss."""
+    masks: list[Tensor | None] = []
+    judges: list[Mapping[str, Tensor]] = []
+    for number, batch in enumerate(batches):
+        if number % HELD_OUT == 0 and len(judges) < MOST_JUDGES:
+            judges.append(batch)
+        masks.append(_mask_of(batch))
+        for walk in walks:
+            walk.add_(batch)
+    return masks, judges
 
 
 def _repair_layer_(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.laws import tiny
-from helpers.refit import batches_for, captured, cut_by, layers_of
+from helpers.refit import batches_for, bound_of, captured, cut_by, layers_of
 from helpers.tiny import relative_difference
 from transformers import (
     BeitForImageClassification,
@@ -11,6 +11,7 @@ from transformers import (
     GraniteForCausalLM,
     LlamaForCausalLM,
     Qwen2ForCausalLM,
+    ResNetForImageClassification,
     ViTForImageClassification,
 )
 
@@ -87,3 +88,10 @@ def test_a_whole_stream_leaves_the_maps_that_read_it_alone(monkeypatch):
     model = tiny(LlamaForCausalLM)
     plan = Plan({"mlp": MLP})
     repair_(cut_by(model, plan), model, plan, batches_for(model))
+
+
+def test_a_stream_that_convolutions_alone_read_is_not_kept_a_second_time(monkeypatch):
+    monkeypatch.setattr(Readers, "__init__", lambda *args: pytest.fail("no linear map reads the stream"))
+    model = tiny(ResNetForImageClassification)
+    cut = {"hidden2": (torch.arange(bound_of(model).sizes["hidden2"] // 2),)}
+    repair_(cut_by(model, Plan(cut)), model, Plan(cut), batches_for(model))
