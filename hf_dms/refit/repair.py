@@ -116,7 +116,8 @@ def repair_(
     with evaluating(dense, pruned), open_gates(dense), _folder_in(offload) as folder:
         teacher, student = LayerWalk(dense, bound, offload=folder), LayerWalk(pruned, bound, offload=folder)
         _check_layers(student, plan)
-        masks, judges = _add_batches_(batches, teacher, student)
+        masks, judges = list[Tensor | None](), list[Mapping[str, Tensor]]()
+        _add_batches_((teacher, student), masks, judges, batches)
         _check_batches(masks, epochs)
         passed, ranges = 0, _kept_ranges(bound, plan)
         for position, layers in enumerate(ranges):
@@ -141,18 +142,18 @@ def repair_(
 
 
 def _add_batches_(
-    batches: Iterable[Mapping[str, Tensor]], *walks: LayerWalk
-) -> tuple[list[Tensor | None], list[Mapping[str, Tensor]]]:
-    """Put batches in front of both models; returns their masks, and those on which `interpolate` measures the loss."""
-    masks: list[Tensor | None] = []
-    judges: list[Mapping[str, Tensor]] = []
+    walks: Iterable[LayerWalk],
+    masks: list[Tensor | None],
+    judges: list[Mapping[str, Tensor]],
+    batches: Iterable[Mapping[str, Tensor]],
+) -> None:
+    """Put batches in front of both models, and list their masks and those on which `interpolate` measures the loss."""
     for number, batch in enumerate(batches):
         if number % HELD_OUT == 0 and len(judges) < MOST_JUDGES:
             judges.append(batch)
         masks.append(_mask_of(batch))
         for walk in walks:
             walk.add_(batch)
-    return masks, judges
 
 
 def _repair_layer_(
