@@ -72,6 +72,8 @@ def replace_folder(folder: Path, new: Path | None = None) -> None:
     removed = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(removed, ignore_errors=True)  # left by a run that was killed
     if folder.exists():
+        # Renaming is one step for the system, deleting a tree is many. At any moment the name holds the old folder, the
+        # new one, or nothing.
         folder.rename(removed)
     if new is not None:
         new.rename(folder)
@@ -112,6 +114,7 @@ def check_place(folder: str | os.PathLike, sources: Iterable[str | os.PathLike] 
             raise HfDmsError(f"output.path: {replaces(folder, where, source)}")
     existing = next(parent for parent in target.parents if parent.exists())
     try:
+        # Tried, not asked: permissions say little about read-only disks, quotas and network folders.
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:

@@ -58,6 +58,7 @@ def push(
     check_token(token)
     api = HfApi(token=token)
     try:
+        # A name without a namespace becomes the user's own repository, so the dense model's id is compared once more.
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         check_not_base(url.repo_id, revision, base_of(path))
         if revision is not None:
@@ -124,6 +125,7 @@ def check_complete(path: str | os.PathLike) -> None:
         ValueError: its config or weights are missing, or it is a checkpoint of a search.
     """
     folder = Path(path)
+    # A checkpoint of a search has a config and weights too, and would pass the next check.
     if (folder / STATE_JSON).is_file():
         raise HfDmsError(f"{path} is a checkpoint of a search, not a pruned model. Save what `prune` returns.")
     index = folder / SAFE_WEIGHTS_INDEX_NAME

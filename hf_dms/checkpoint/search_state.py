@@ -38,6 +38,7 @@ def save_search_state(
     state = gates.search_state()
     for number, tensors_of in moments.items():  # number 0 is the ratios, the others are scales
         state |= {f"{OPTIMIZER}{number}_{name}": tensor for name, tensor in tensors_of.items()}
+    # safetensors refuses tensors that are not contiguous.
     tensors = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
     save_file(tensors, folder / STATE_TENSORS)
     summary = {
@@ -69,6 +70,7 @@ def load_search_state_(
             if name.startswith(OPTIMIZER):
                 number, _, moment = name.removeprefix(OPTIMIZER).partition("_")
                 moments.setdefault(int(number), {})[moment] = tensor
+        # Learning rates are not restored: the trainer sets them before every step.
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
 
 
@@ -88,6 +90,7 @@ def load_weights_(model: PreTrainedModel, folder: str | os.PathLike) -> None:
 
 def has_other_names(model: PreTrainedModel, folder: str | os.PathLike) -> bool:
     """Whether a folder's safetensors files hold parameters under names that the model itself does not have."""
+    # Only headers are read.
     names: set[str] = set()
     for file in Path(folder).glob("model*.safetensors"):
         with open_weights(file) as tensors:

@@ -84,11 +84,13 @@ def hub_weights(repo_id: str, revision: str | None, download: bool) -> Path | No
         except EntryNotFoundError:  # not on the Hub; or not in the cache, and the Hub cannot be reached
             return None
 
+    # One file or an index with shards: `from_pretrained` looks for them in this order.
     if (single := cached(SAFE_WEIGHTS_NAME, download)) is not None:
         return single.parent
     if (index := cached(SAFE_WEIGHTS_INDEX_NAME, True)) is None:
         return None
     absent = [name for name in shards_of(index) if cached(name, download) is None]
+    # Without a download, all that can be said of absent files is whether the Hub has them.
     there = _names_on_hub(repo_id, revision) if absent else None
     if there is not None and (lacking := [name for name in absent if name not in there]):
         raise HfDmsError(
@@ -150,6 +152,7 @@ def missing_weights(folder: Path, model: PreTrainedModel) -> list[str]:
     Raises:
         ValueError: a file is missing or cut short, or a tensor has another shape than the model's.
     """
+    # Pickled weights are loaded by transformers, but their shapes are not in a header that could be read here.
     others = any(folder.glob("*.bin"))
     if others and not any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
         return []

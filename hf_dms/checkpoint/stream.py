@@ -72,6 +72,7 @@ def prepare_cut(folder: Path, plan_path: str | Path, share: float | None = None)
     Raises:
         ValueError: the checkpoint cannot be cut from its files, or the plan belongs to another model.
     """
+    # Cheap checks first: names of files, the config, headers, and only then tensors (where the config ties some).
     files = weight_files(folder)
     dense = _dense_on_meta(folder, files[0])
     tensors, left_out = stored_tensors(files, dense)
@@ -108,6 +109,7 @@ def write_cut(job: StreamedCut, folder: Path, target: Path) -> dict[str, int]:
     """
     _write_all_but_weights(job, folder, target)
     written, unknown = stored_tensors(_write_weights(job, target), job.pruned)
+    # `from_pretrained` would ignore an unknown tensor without a word, and fill a missing one with random numbers.
     wrong = f"'{unknown[0]}' has no parameter." if unknown else first_mismatch(written, job.pruned)
     if wrong:
         raise VerificationError(f"The written files are not what {type(job.pruned).__name__} loads: {wrong}")
@@ -184,11 +186,14 @@ def _write_shard(job: StreamedCut, names: dict[str, str], file: Path) -> None:
     keys, tensors = {}, {}
     for source, name in names.items():
         tensor = _cut(job, source, name)
+        # Files of some architectures (ViT) have other names than the model.
         (keys[source],) = revert_weight_conversion(job.pruned, {name: tensor})
         tensors[keys[source]] = tensor
     save_file(tensors, file, metadata={"format": "pt"})
+    # The check reads everything again. Without this, both copies of a shard would be in memory.
     del tensors, tensor
     for source, name in names.items():
+        # Cut once more from the source, not kept from above: the write is checked against the source itself.
         expected = _cut(job, source, name)
         found = read(Stored(file, keys[source], tuple(expected.shape)))
         same_kind = (found.shape, found.dtype) == (expected.shape, expected.dtype)

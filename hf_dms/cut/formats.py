@@ -44,12 +44,15 @@ def pruned_class_and_config(
     values = with_values(config_as_tied(model).to_dict(), common)
     for key in (*NOT_TAKEN_OVER, *bound.spec.config_leaves_out):
         values.pop(key, None)
+    # Lists with an entry per layer, such as the kinds of attention: the entries of dropped layers go.
     for key in bound.spec.config_lists:
         if isinstance(values.get(key), list):
             values[key] = [values[key][layer] for _, layer in kept_layers(plan, bound)]
     cls: Any = type(model)
     stock: Any = type(model.config)
     differ = any(largest[name] != size for layer in sizes for name, size in layer.items())
+    # A class that derives its widths (a config without sizes) can only hold the sizes that it derives: those of the
+    # dense model.
     cut_at_all = any(bound.sizes[name] != size for name, size in largest.items())
     fits = within_limits(bound.spec, largest) if bound.spec.config else not cut_at_all
     stock_can = fits or has_alternative(bound.spec, model.config)
@@ -60,6 +63,7 @@ def pruned_class_and_config(
         values |= {"model_type": config_class.model_type, "auto_map": modeling_dms.auto_map(stock)}
         values |= per_layer_values(bound, sizes, common)
         return modeling_dms.dms_model_class(cls), config_class.from_dict(values)
+    # Some configs hold a quotient in place of a size (DINOv2: the MLP's width over the hidden size).
     if fits:
         values |= {key: values[over] // values[under] for key, (over, under) in bound.spec.config_ratios.items()}
         return cls, stock.from_dict(values)
@@ -78,6 +82,7 @@ def written_sizes(bound: BoundSpec, plan: Plan, layout: str, model_config: Any) 
         model_config: the dense model's config.
     """
     # A layer has the dims of its own stack, and those that belong to no stack, such as hidden.
+    # The list is over kept layers only, so its places are those of the cut model.
     layers = [
         {
             name: len(kept_units(plan, name, layer, units))
@@ -110,12 +115,14 @@ def per_layer_values(bound: BoundSpec, sizes: list[dict[str, int]], common: dict
             index: {key: value for key, value in layer_values.items() if value != common[key]}
             for index, layer_values in enumerate(per_layer)
         }
+        # transformers reads a layer without an entry as one with the common values.
         overrides = {index: layer_values for index, layer_values in overrides.items() if layer_values}
         outside = _outside_layers(bound, sizes[0])
         return {"per_layer_config": overrides, "dms_layers": layer_description(bound) | outside}
     stacks = []
     for stack in bound.stacks:
         description = _inside_layers(bound, stack)
+        # `written_sizes` gives each layer the dims of its own stack only, so the stack's name tells them apart.
         mine = [layer for layer in sizes if stack in layer]
         used = [_dims_of(_of_one_layer(description, place)) for place in range(len(mine))]
         recorded = [{name: layer[name] for name in names} for layer, names in zip(mine, used)]
@@ -170,6 +177,8 @@ def _outside_layers(bound: BoundSpec, sizes: dict[str, int]) -> dict[str, Any]:
     """
     spec = bound.spec
     hidden = {factor for key in spec.build_with if key in spec.config for factor in spec.config[key].split()}
+    # Without sizes in the config, the stock class builds its streams at their dense width, so their tensors outside the
+    # layers (stem, head) need resizing too.
     hidden |= {dim.name for dim in spec.dims if dim.scope == "model"} if not spec.config else set()
 
     def unknown(lines: dict[str, str]) -> dict[str, str]:

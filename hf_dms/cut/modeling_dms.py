@@ -109,6 +109,7 @@ def _common_sizes(config):
     It shows the common sizes. Where the stock class would refuse these, `build_with` names values that it accepts; the
     layers are resized right after.
     """
+    # `to_dict` first: attributes that differ between layers cannot be read one by one.
     recorded, build_with = config.to_dict(), config.dms_layers["build_with"]
     config.per_layer_config = None
     for attribute, value in build_with.items():

@@ -49,6 +49,7 @@ def kept_units(plan: Plan, name: str, layer: int | None, units: int) -> Tensor:
     if name not in plan.kept:
         return torch.arange(units)
     rows = plan.kept[name]
+    # A dim with one row (hidden, layers) keeps the same units wherever it occurs.
     return rows[layer if layer is not None and len(rows) > 1 else 0]
 
 
@@ -59,6 +60,7 @@ def scales_by_unit(plan: Plan, bound: BoundSpec) -> dict[str, Tensor]:
         if name not in plan.kept:
             found[name] = torch.stack(rows)
             continue
+        # θ = 0 is a factor of 1. What is cut away may have any factor.
         found[name] = torch.zeros(len(rows), bound.sizes[name])
         for row, (units, scales) in enumerate(zip(plan.kept[name], rows)):
             found[name][row, units] = scales
@@ -87,6 +89,7 @@ def plan_to_json(plan: Plan, bound: BoundSpec, layout: str) -> str:
     kept = {name: [row.tolist() for row in rows] for name, rows in plan.kept.items()}
     units = {name: bound.sizes[name] for name in kept}
     head = {"format": FORMAT, "model_type": bound.spec.model_type, "layout": layout, "units": units}
+    # Written by hand, one line per layer: `json.dumps` with an indent would give each index a line of its own.
     lines = [f'  "{key}": {json.dumps(value)}' for key, value in head.items()]
     dims = [f'    "{name}": [\n      ' + ",\n      ".join(map(str, rows)) + "\n    ]" for name, rows in kept.items()]
     if plan.log_scales:
@@ -159,6 +162,8 @@ def _floats(text: str, count: int, where: str) -> Tensor:
         raise HfDmsError(f"{where} is not base64: {error}.") from None
     if len(data) != 4 * count:
         raise HfDmsError(f"{where} has {len(data)} bytes, expected 4 for each of {count} units.")
+    # A copy: `frombuffer` gives memory that cannot be written to, and torch warns of it. "<f4" reads little-endian on
+    # any machine.
     values = torch.from_numpy(np.frombuffer(data, dtype="<f4").astype(np.float32))
     if not values.isfinite().all():
         raise HfDmsError(f"{where} has numbers that are not finite.")
@@ -187,6 +192,7 @@ def check_plan(content: Any, bound: BoundSpec, file: Path) -> None:
                 f"{bound.rows(name)} × {units}. It belongs to another model."
             )
         for row in rows:
+            # The schema has checked that rows are not empty and hold distinct whole numbers of at least 0.
             if sorted(row) != row or row[-1] >= units:
                 raise HfDmsError(
                     f"{file}: kept.{name} must hold ascending indices from 0 to {units - 1}; got {row[:5]}."

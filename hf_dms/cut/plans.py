@@ -34,6 +34,7 @@ def levels_above(target: float) -> list[float]:
         >>> levels_above(0.85)
         [0.95, 0.9]
     """
+    # Rounded, because 1 - 7 · 0.05 is 0.6499999999999999, and these numbers are keys in files and names of folders.
     return [level for step in range(1, round(1 / STEP)) if (level := round(1 - step * STEP, 2)) > target + 1e-9]
 
 
@@ -87,6 +88,7 @@ def load_plans(path: str | os.PathLike, bound: BoundSpec) -> tuple[Plans, str]:
             name: [_unpacked(row, units.get(name, 0), f"{file}: plans.{level}.{name}") for row in rows]
             for name, rows in dims.items()
         }
+        # The same checks as for a single plan: the sizes and names of the model.
         check_plan({key: content[key] for key in ("format", "model_type", "units")} | {"kept": kept}, bound, file)
         scales = unpacked_scales(content.get("log_scales", {}).get(level, {}), kept, bound, f"{file}: {level}")
         tensors = {name: tuple(torch.tensor(row) for row in rows) for name, rows in kept.items()}
@@ -127,6 +129,7 @@ def _unpacked(row: str, units: int, where: str) -> list[int]:
         data = base64.b64decode(row, validate=True)
     except (binascii.Error, ValueError) as error:
         raise HfDmsError(f"{where} is not base64: {error}.") from None
+    # Bits are padded to whole bytes; -(-a // b) is division rounded up.
     if len(data) != -(-units // 8):
         raise HfDmsError(f"{where} has {8 * len(data)} bits for {units} units.")
     kept = np.unpackbits(np.frombuffer(data, dtype=np.uint8), count=units).nonzero()[0].tolist()

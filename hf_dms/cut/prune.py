@@ -66,6 +66,7 @@ def prune(
                 f"prune with a dms_config chooses by weight magnitude, and dms.strategy is {dms_config.strategy}. Use "
                 "hf_dms.attach_ and hf_dms.choose_ first (docs/strategies.md), or leave strategy out."
             )
+        # The model gets gates for the time of the call only, so the caller's model comes back as it was.
         attach_(model, dms_config)
         try:
             return prune(model, inputs=inputs)
@@ -76,8 +77,11 @@ def prune(
             "prune got a dms_config for a model that has gates, which have a request of their own. Leave it out, or "
             "take the gates off with hf_dms.detach_(model) first."
         )
+    # Before anything is computed: adapters that were added inside the masks would make the proof fail, with a message
+    # that does not name the cause.
     check_gates_outside(model)
     gates = gates_of(model)
+    # An embedding that was resized after `attach_` changes what the model costs.
     recount_(gates, model)
     if gates.num_updates == 0:
         warnings.warn(
@@ -106,6 +110,8 @@ def cut_to(model: PreTrainedModel, plan: Plan, inputs: Mapping[str, Tensor] | No
     bound = gates.attachment.bound
     pruned = cut(model, bound, plan, gates.attachment.config.layout)
     sizes = {name: torch.tensor(units) for name, units in plan.sizes.items()}
+    # In half precision the cut model has its scales rounded into its weights. The masked model must round them in the
+    # same way, or the comparison in float32 would find that difference.
     rounds = model.dtype in HALF and can_be_upcast(model)
     scaled = folded(model) if rounds else contextlib.nullcontext()
     with _ranked_by(gates, plan), _scaled_by(gates, plan), hard_masked(model, sizes), exact_packed_maps(model), scaled:
@@ -184,15 +190,19 @@ def sum_over_units(bound: BoundSpec, gates: Gates, values: Callable[[str], Tenso
     """
     totals = {name: torch.zeros(dim.rows, dim.units) for name, dim in gates.dims.items()}
     for name, param in bound.params.items():
+        # Counted under the name that it is tied to.
         if name in bound.tied:
             continue
         each = values(name).float().cpu()
+        # All weights of a layer go with the layer.
         if param.stack in totals:
             totals[param.stack][0, param.layer] += each.sum()
         for place, axis in enumerate(param.axes):
             for dim in set(axis) & set(totals):
                 row = param.layer if gates.dims[dim].rows > 1 else 0
+                # The axis is a product such as (kv rep d): split into its dims, with everything else flat behind.
                 over_units = each.movedim(place, 0).reshape([bound.sizes[factor] for factor in axis] + [-1])
+                # Now `[units of the dim, everything else]`.
                 totals[dim][row] += over_units.movedim(axis.index(dim), 0).flatten(1).sum(1)
     return totals
 
@@ -202,6 +212,7 @@ def _ranked(model: PreTrainedModel) -> Iterator[None]:
     """Context: gates that no search has run on rank their units by weight magnitude."""
     gates = gates_of(model)
     searched = gates.num_updates > 0
+    # After a search the gates have their own importance, and nothing is replaced.
     importance = {} if searched else magnitude_importance(gates.attachment.bound, model, gates)
     with _importance(gates, importance):
         yield
@@ -225,6 +236,7 @@ def _ranked_by(gates: Gates, plan: Plan) -> Iterator[None]:
     kept = {name: torch.zeros_like(gates.raw_importance(name)) for name in plan.kept}
     for name, rows in plan.kept.items():
         for row, units in enumerate(rows):
+            # 1 against 0: with as many hard masks as ones, exactly these units are open.
             kept[name][row, units.to(kept[name].device)] = 1
     with _importance(gates, kept):
         yield

@@ -47,6 +47,7 @@ def register_arch(spec: ArchSpec) -> None:
     from ..archs.stages import in_stages
     from .modeling_dms import dms_config_class
 
+    # With two stages, because lines that mention the stage before (`s-1`) begin with the second.
     for variant in spec.every_variant():
         check_spec(in_stages(variant, 2))
     if spec.model_type not in CONFIG_MAPPING:

@@ -35,6 +35,7 @@ def cut(model: PreTrainedModel, bound: BoundSpec, plan: Plan, layout: str) -> Pr
     """
     factors = folded_scales(scales_by_unit(plan, bound), bound)
     cls, config = pruned_class_and_config(model, bound, plan, layout)
+    # Every parameter is replaced below, so time for random numbers would be wasted.
     with initialization.no_init_weights():
         pruned = cls._from_config(config, dtype=model.dtype, attn_implementation=model.config._attn_implementation)
     sources = source_names(pruned, bound, plan)
@@ -42,6 +43,7 @@ def cut(model: PreTrainedModel, bound: BoundSpec, plan: Plan, layout: str) -> Pr
         source = plain_weight(model, sources[name])
         if sources[name] in factors:  # float32: the product is rounded once, to the precision of the model
             source = source * factors[sources[name]].to(source.device)
+        # Buffers keep their own precision: running statistics and integer tables are not the model's dtype.
         dtype = model.dtype if isinstance(tensor, nn.Parameter) else source.dtype
         tensor.data = cut_tensor(source, tensor.shape, bound, sources[name], plan, layout).to(dtype, copy=True)
     pruned.to(model.device)  # buffers that are not in the state dict
@@ -61,6 +63,7 @@ def source_names(pruned: PreTrainedModel, bound: BoundSpec, plan: Plan) -> dict[
         bound: the dense model's architecture.
         plan: which units stay.
     """
+    # Layer i of the cut model is the i-th layer that stays.
     kept = {stack: kept_units(plan, stack, None, bound.sizes[stack]).tolist() for stack in bound.stacks}
     prefix = f"{pruned.base_model_prefix}." if bound.prefix else ""  # MistralForQuestionAnswering's is not Llama's
     sources = {}
@@ -107,6 +110,7 @@ def slice_tensor(tensor: Tensor, bound: BoundSpec, name: str, plan: Plan) -> Ten
     """
     param = bound.tensor(name)
     for place, axis in enumerate(param.axes):
+        # An axis without a pruned dim would be copied unchanged.
         if any(factor in plan.kept for factor in axis):
             tensor = tensor.index_select(place, axis_indices(axis, bound, param.layer, plan).to(tensor.device))
     return tensor
@@ -130,6 +134,7 @@ def pad_tensor(tensor: Tensor, shape: torch.Size, bound: BoundSpec, name: str) -
             before = bound.product(axis[: own[0]])  # this many blocks; the zeros go behind the units of each block
             blocks = tensor.unflatten(place, (before, -1))
             room = shape[place] // before - blocks.shape[place + 1]
+            # `pad` counts axes from the last one, two numbers each, and `blocks` has one axis more than the tensor.
             padding = (0, 0) * (tensor.dim() - 1 - place) + (0, room)
             tensor = nn.functional.pad(blocks, padding).flatten(place, place + 1)
     return tensor

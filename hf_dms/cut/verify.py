@@ -48,7 +48,9 @@ def open_gates(model: PreTrainedModel) -> Iterator[None]:
     gates = gates_of(model)
     scales, gates.scales = gates.scales, {}
     try:
+        # "All units" as sizes: the masks are 1, whatever the importance says.
         with hard_masked(model, {name: torch.full((dim.rows,), dim.units) for name, dim in gates.dims.items()}):
+            # Usually the model's own hook computes masks; a layer that is called alone has no such hook.
             gates.compute_masks_()
             yield
     finally:
@@ -65,6 +67,7 @@ def dummy_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     inputs = {name: tensor.to(model.device) for name, tensor in model.dummy_inputs.items()}
     if "input_ids" in inputs:
         known: Any = num_token_ids(model.config)
+        # The dummy tokens are fixed numbers, and a small model may know fewer.
         inputs["input_ids"] = inputs["input_ids"] % known
     return inputs
 
@@ -96,6 +99,7 @@ def output_units(bound: BoundSpec, plan: Plan) -> dict[str, tuple[int, Tensor]]:
     A base model returns its residual stream, so the dense model's outputs are wider than the cut model's. The
     description lists further such outputs.
     """
+    # The stream that the model returns is the first one that norms read; networks with stages name theirs in `outputs`.
     streams = [name for name in plan.kept if list(norms(bound, name))]
     dims = dict.fromkeys(("last_hidden_state", "pooler_output"), *streams[:1]) | bound.spec.outputs
     axes = {name: axes.split() for name, axes in dims.items() if axes}
@@ -189,6 +193,7 @@ def _difference(
     mine, other = expected[name].double(), found[name].double().to(expected[name].device)
     difference = float((mine - other).abs().max() / mine.abs().max().clamp(min=1e-30)) if mine.numel() else 0.0
     tolerance = TOLERANCE[dtype]
+    # Not `>`: a comparison with NaN is false, and NaN must fail.
     if not difference <= tolerance:
         raise VerificationError(
             f"{failure} has relative difference {difference:.2e}, tolerance {tolerance:.0e} for {dtype}. {report}"

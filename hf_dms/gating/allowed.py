@@ -45,12 +45,14 @@ class AllowedSizes:
             if dim.follows is None:
                 low, high = torch.tensor(dim.lowest), torch.tensor(dim.highest)
                 self.step[name] = dim.step
+                # One ratio for all rows must suit the most protected layer.
                 self.low[name] = low.max()[None] if dim.shared else low
                 self.high[name] = high.min()[None] if dim.shared else high
                 if name in config.sizes:  # nothing is left to choose; the search approaches it from above
                     self.high[name] = self.low[name].clone()
         self.excluded = excluded_sizes(bound, {name: dim.follows for name, dim in gates.dims.items()})
         for name, size in self.excluded.items():
+            # An excluded size at an end of the range moves the end. Inside the range, `nearest` steps over it.
             self.low[name] += self.step[name] * (self.low[name] == size)
             self.high[name] -= self.step[name] * (self.high[name] == size)
             if self.low[name] > self.high[name]:
@@ -67,7 +69,9 @@ class AllowedSizes:
             rounded = ((size / step + HALF).floor() * step).long()
             state[name] = torch.minimum(torch.maximum(rounded, self.low[name]), self.high[name])
             if name in self.excluded:
+                # The ends of the range are not excluded (see `__init__`), so a step down stays in it.
                 state[name] -= step * (state[name] == self.excluded[name])
+        # After the clamping: a limit may move a size again, within its own range.
         for limit in self.limits:
             self._respect_(state, limit, wanted)
         return state
@@ -81,6 +85,7 @@ class AllowedSizes:
         step = self.step_at(state, name)
         size, high = int(state[name][i]) + step, int(self.high[name][i])
         while size <= high:
+            # Most architectures have neither, and this runs for every dim and layer in each step of the growth.
             checked = self.limits or name in self.excluded
             if not checked or self.allows(state | {name: torch.tensor([size])}):
                 return size
@@ -92,6 +97,7 @@ class AllowedSizes:
         step = self.step[name]
         for limit in self.limits:
             if limit.multiple == name:
+                # `hidden` of a stock Llama moves in steps that both `round_to` and the number of heads divide.
                 step = lcm(step, limit.unit * self._size(state, limit.dim))
         return step
 
@@ -110,6 +116,7 @@ class AllowedSizes:
         """Change sizes so that a limit holds: the dim that must be a multiple, or the divisor if that dim is fixed."""
         if limit.multiple in state:
             step, name = self.step_at(state, limit.multiple), limit.multiple
+            # -(-a // b) is division rounded up.
             low, high = -(-int(self.low[name]) // step) * step, int(self.high[name]) // step * step
             if low <= high:
                 nearest = int(float(wanted[name]) / step + HALF) * step

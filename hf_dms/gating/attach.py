@@ -81,23 +81,29 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
     model = base_model_of(model)
     if has_gates(model):
         raise HfDmsError("This model has gates already. Take them off with hf_dms.detach_(model) first.")
+    # The cheap checks come first: a sharded or unloaded model would make the later ones fail with stranger messages.
     check_attachable(model)
     spec = spec_for(model.config)
+    # `spec_for` has refused unknown types by now, so the skeleton that this builds is of a known class.
     check_as_built(model)
     bound = bind(spec, model)
     dms_config = with_share(for_stages(dms_config, bound.spec), bound, model)
     gates = build_gates(bound, model, dms_config)
+    # Last check; nothing above has touched the model, as the docstring promises.
     check_target(gates, bound, dms_config, model.config)
     if dms_config.scales:
         gates.scales = _scales(gates, bound, dms_config)
     gates.train(model.training)
     model.add_module("dms_gates", gates)
+    # All masks are computed before the first layer runs, in one batch per dim: 30 layers would otherwise sort 30 times.
+    # With checkpointing, layers run again in the backward pass and read the same masks.
     hooks = [model.register_forward_pre_hook(functools.partial(_compute_masks, gates))]
     hooks += [*_hooks_for_masks(model, gates, bound), *_hooks_for_scales(model, gates, bound)]
     keep = not keeps_source(model)  # a model that `prune` returned refuses already, and `detach_` must leave that
     gates.attachment = Attachment(bound, dms_config, model.config, hooks, keeps_source=keep)
     if keep:
         keep_source_(model, model.name_or_path)
+    # Last: until there is an attachment, hard masks have no request to round by.
     gates.rounder = rounded_of
 
 
@@ -115,6 +121,7 @@ def _hooks_for_masks(model: PreTrainedModel, gates: Gates, bound: BoundSpec) -> 
                     continue  # it may change width or resolution, so its input cannot stand in for its output
                 hook = functools.partial(_gate_residual, gates, name, layer)
                 hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+        # A dim with norms is a residual stream: masking its norms masks every read.
         elif paths := list(norms(bound, name)):
             for path in paths:
                 norm = submodule(model, path)
@@ -164,6 +171,7 @@ def detach_(model: PreTrainedModel) -> None:
     for name, tensor in gates.attachment.statistics.items():
         tensor_of(model, name).copy_(tensor)
     for module in model.modules():
+        # A `forward` that somebody else has put on a module stays.
         forward = module.__dict__.get("forward")
         if isinstance(forward, functools.partial) and forward.func in MASKED_FORWARDS:
             del module.forward
@@ -179,6 +187,8 @@ def freeze_(model: nn.Module) -> None:
         if parameter.requires_grad and parameter is not gates.prune_ratio:
             parameter.requires_grad_(False)
             gates.attachment.frozen.append(name)
+    # Batch norms go on averaging over the masked model's activations while the weights are frozen, so the dense model's
+    # statistics are kept to return to.
     statistics = {name: tensor_of(base, name).clone() for name in gates.attachment.bound.buffers}
     gates.attachment.statistics.update(statistics)
 
@@ -203,6 +213,7 @@ def check_gates_outside(model: nn.Module) -> None:
         ValueError: a mask lies inside an adapted layer. Its adapters read the unmasked input.
     """
     for path, layer in adapted_layers(model):
+        # PEFT's wrapper calls the original module, which still has the mask; its adapters read the input before that.
         inside = layer.get_base_layer()
         for hook in (*inside._forward_pre_hooks.values(), inside.__dict__.get("forward")):
             if getattr(hook, "func", None) in (_mask_input, _masked_map_forward):
@@ -266,6 +277,7 @@ def _row_and_shape(
     bound: BoundSpec, name: str, param: BoundParam, axis: tuple[str, ...]
 ) -> tuple[int, tuple[int, int, int]]:
     place = axis.index(name)
+    # (kv rep d) at `rep`: kv positions before, rep units, d positions after.
     before, after = bound.product(axis[:place]), bound.product(axis[place + 1 :])
     return (param.layer or 0) if bound.rows(name) > 1 else 0, (before, bound.sizes[name], after)
 
@@ -329,6 +341,7 @@ def _scales(gates: Gates, bound: BoundSpec, dms_config: DMSConfig) -> dict[str, 
     Raises:
         ValueError: no pruned dim is read by maps only.
     """
+    # A scale goes into the columns of the maps that read a unit. Norms, and layers as a whole, are read by no columns.
     read_otherwise = {*bound.stacks} | {
         name for name in gates.dims if [*norms(bound, name), *response_norms(bound, name)]
     }
@@ -352,6 +365,8 @@ def _mask_reader(
     Only plain maps get a replaced `forward`. Others (PEFT's, bitsandbytes', grouped convolutions) do more than their
     weights say, so their input is masked.
     """
+    # `type(...) is`, not isinstance: a subclass may do more in its own forward. The weight of a grouped convolution has
+    # only the inputs of one group on its axis.
     is_plain = type(module) is nn.Linear or (type(module) is nn.Conv2d and module.groups == 1)
     if is_plain:
         module.forward = functools.partial(_masked_map_forward, module, gates, name, row, shape, axis)
@@ -369,6 +384,7 @@ def _compute_masks(gates: Gates, module: nn.Module, args: tuple) -> None:
 def _mask_input(
     gates: Gates, name: str, row: int, shape: tuple[int, int, int], axis: int, module: nn.Module, args: tuple
 ):
+    # A refitted map leaves units out itself (refit/search.py).
     if (log_mask := gates.log_masks[name][row]) is None:
         return None
     return (MaskUnits.apply(args[0], log_mask, shape, axis), *args[1:])
@@ -385,8 +401,10 @@ def _scale_norm(gates: Gates, name: str, row: int, axis: int, module: nn.Module,
 
 
 def _gate_residual(gates: Gates, name: str, layer: int, module: nn.Module, args: tuple, kwargs: dict, output):
+    # transformers' models call their layers with or without a keyword.
     before = args[0] if args else kwargs["hidden_states"]
     log_mask = gates.log_masks[name][0][layer]
+    # Some layers also return attention weights, which a depth mask leaves alone.
     if isinstance(output, tuple):
         return (GateResidual.apply(before, output[0], log_mask), *output[1:])
     return GateResidual.apply(before, output, log_mask)
@@ -394,6 +412,7 @@ def _gate_residual(gates: Gates, name: str, layer: int, module: nn.Module, args:
 
 def _masked_norm_forward(norm: nn.Module, gates: Gates, name: str, axis: int, x: Tensor) -> Tensor:
     centered = isinstance(norm, nn.LayerNorm)
+    # The stock RMS norms of transformers name it differently from torch's layer norm.
     eps = norm.eps if centered else norm.variance_epsilon
     bias = norm.bias if centered else None
     x = x.movedim(axis, -1)
@@ -419,6 +438,7 @@ def _masked_batch_norm_forward(
 ) -> Tensor:
     if (log_mask := gates.log_masks[name][row]) is None:
         return type(norm).forward(norm, x)
+    # In `_parameters` because torch's module refuses a plain tensor as attribute where a Parameter is registered.
     own: dict[str, Any] = norm._parameters
     before = dict(own)
     mask = mask_of(log_mask)[None, :, None].expand(shape).reshape(-1)

@@ -52,6 +52,7 @@ def check_attachable(model: PreTrainedModel) -> None:
                 f"Parameter '{name}' is on the meta device and has no weights: the model was never loaded, or a "
                 "device_map offloads that part. Load it with from_pretrained, on one device."
             )
+        # By name: bitsandbytes is not imported for a model that does not use it.
         packed = type(parameter).__name__ in PACKED
         if (type(parameter) is not nn.Parameter and not packed) or parameter.numel() == 0:
             kind = type(parameter).__name__ if parameter.numel() else "tensor without elements"
@@ -74,6 +75,7 @@ def check_checkpointing(model: nn.Module) -> None:
         ValueError: it is reentrant.
     """
     for module in model.modules():
+        # transformers keeps the checkpointing function, with its options bound, on each module that uses it.
         checkpointing = module.__dict__.get("_gradient_checkpointing_func")
         if isinstance(checkpointing, functools.partial) and checkpointing.keywords.get("use_reentrant"):
             raise HfDmsError(
@@ -92,6 +94,7 @@ def check_as_built(model: PreTrainedModel) -> None:
         ValueError: a parameter is missing, added, of another shape, tied or untied.
     """
     config = config_as_tied(model)
+    # Names of both: a parameter that is only in one of the two would be lost, or random, in the cut model.
     found, expected = _shapes_and_owners(model), _shapes_and_owners(skeleton(type(model), config))
     for name in [*found, *expected]:
         if found.get(name) != expected.get(name):

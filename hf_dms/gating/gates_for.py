@@ -43,7 +43,11 @@ def build_gates(
     for name, leader in leaders.items():
         units, rows = bound.sizes[name], bound.rows(name)
         low, high, step = size_range(bound, config, leaders, name)
+        # A stock config holds one number per dim, so layout uniform learns one ratio for all layers. Which units stay
+        # is still each layer's own choice.
         shared = config.layout == "uniform" or rows == 1
+        # A layer that lacks the dim has a row all the same. With a ratio of its own it is kept whole, since nothing
+        # would move it.
         whole = kept_layers.get(bound.stack_of(name) or "", []) + ([] if shared else bound.rows_without(name))
         dims.append(
             GatedDim(
@@ -59,6 +63,7 @@ def build_gates(
                 follows=leader,
             )
         )
+    # The cost mentions every dim; those without gates enter with the size that they have.
     fixed_sizes = {name: size for name, size in bound.sizes.items() if name not in {dim.name for dim in dims}}
     cost = build_cost(bound, model, config.resource, config.resource_scope, config.sequence_length)
     schedule = SearchSchedule(
@@ -81,6 +86,7 @@ def recount_(gates: Gates, model: PreTrainedModel) -> None:
     """
     attachment = gates.attachment
     before, now, config = attachment.bound, bind(spec_for(model.config), model), attachment.config
+    # `tied` too: a resized embedding may have lost its tie, and is then counted twice.
     if (before.sizes, before.tied) == (now.sizes, now.tied):
         return
     for name in gates.dims:
@@ -131,6 +137,7 @@ def protected_layers(bound: BoundSpec, config: DMSConfig) -> dict[str, list[int]
     wanted = {layer % bound.total_layers for layer in config.protect.get("layers", ())}
     found, first = {}, 0
     for stack in bound.stacks:
+        # -1 has become the last layer by the modulo above.
         found[stack] = sorted(layer - first for layer in wanted if 0 <= layer - first < bound.sizes[stack])
         first += bound.sizes[stack]
     return found
@@ -164,9 +171,12 @@ def size_range(bound: BoundSpec, config: DMSConfig, leaders: dict[str, str | Non
     if name in bound.stacks:
         low = max(low, len(staying_layers(bound, config, name)))
     for follower in (follower for follower, leader in leaders.items() if leader == name):
+        # A follower keeps `factor` units per unit of its leader (BERT's hidden size: the head size per head). Its range
+        # and step, divided by that factor and rounded inwards, hold for the leader as well.
         factor = bound.sizes[follower] // bound.sizes[name]
         least, most, its_step = size_range(bound, config, leaders, follower)
         low, high = max(low, -(-least // factor)), min(high, most // factor)
+        # The smallest number of the leader's units whose `factor`-fold is a multiple of the follower's step.
         step = lcm(step, its_step // gcd(its_step, factor))
     low, high = -(-low // step) * step, high // step * step
     if low > high:

@@ -43,6 +43,7 @@ def search_outcome(model: nn.Module) -> SearchOutcome:
         ValueError: the model has no gates, or the target cannot be reached.
     """
     gates, config = gates_of(model), gates_of(model).attachment.config
+    # After `decide_` the ratios are held at the target, so only the share from before it says what was learned.
     learned = float(gates.resource().detach()) if gates.found_resource is None else gates.found_resource
     cut = float(gates.resource(gates.dense_sizes() | sizes_of(gates)))
     verdict = _verdict(learned, config.target)
@@ -104,6 +105,7 @@ def gap_in_words(cut: float, config: DMSConfig) -> str:
         cut: the share of the dense resource that the cut keeps.
         config: the target and the multiples.
     """
+    # Without `round_to` a cut is as near to its target as whole units allow.
     if cut >= config.target * (1 - SHORT) or not any(step > 1 for step in config.round_to.values()):
         return ""
     steps = ", ".join(f"{name}: {step}" for name, step in config.round_to.items())

@@ -66,6 +66,8 @@ def rounded_of(gates: Gates) -> Rounded:
         ValueError: see `round_sizes`.
     """
     at = gates.attachment
+    # `_version` counts in-place changes of a tensor: comparing it costs nothing, where comparing the importance itself
+    # would read every unit on each evaluation batch. The id tells a new buffer from an old one.
     versions = tuple((id(gates.raw_importance(name)), gates.raw_importance(name)._version) for name in gates.dims)
     key = (gates.prune_ratio.tolist(), versions, [*gates.decided], at.config.target, gates.dense_resource)
     if gates.rounding is None or gates.rounding[0] != key:
@@ -117,6 +119,8 @@ class _Rounding:
         self.learned: State = {}
         for name in self.allowed.low:
             dim = gates.dims[name]
+            # In float64, 1 - a is exact: the rounding error of the stored float32 ratio is then the only one, and
+            # `HALF` allows for it.
             ratio = gates.ratio(name)[: dim.num_ratios].detach().double().cpu()
             self.learned[name] = (1 - ratio) * dim.units
 
@@ -125,11 +129,14 @@ class _Rounding:
         if self.gates.decided.keys() == self.gates.dims.keys():
             self.finest = []
             return {name: size.clone() for name, size in self.gates.decided.items()}
+        # Which dims are finest depends on the sizes around them (what a channel costs depends on `hidden`), so they are
+        # found again for the scaled sizes.
         wanted = self._scaled_to_the_target()
         self.finest = self._finest(wanted)
         state = self._fitted(self._cheapest_of_close(wanted))
         dropped = self._dropped_layers(state)  # growing them unit by unit would take long and change nothing
         for name, value in state.items():
+            # A dim with one ratio for all layers has no entry for a single dropped layer.
             if len(value) > 1:
                 rows = list(dropped[str(self.bound.stack_of(name))])
                 value[rows] = self.allowed.high[name][rows]
@@ -144,6 +151,7 @@ class _Rounding:
         state = self.allowed.smallest()
         lowest = float(self.count(state)) / self.gates.dense_resource
         if self.count(state) > self.budget:
+            # Rounded up, so that the target in the message can be met.
             shown = math.ceil(lowest * 1e4) / 1e4
             raise HfDmsError(
                 f"dms.target = {self.target:g} cannot be reached: with every pruned dim at its smallest size "
@@ -167,6 +175,7 @@ class _Rounding:
         below, above = ({n: size + sign * half[n] for n, size in self.learned.items()} for sign in (-1, 1))
         if self._relaxed(below) * (1 - ABOVE) <= self.budget <= self._relaxed(above) * (1 + BELOW):
             return self.learned
+        # Every size grows with the factor, and so does the cost: bisection finds where it crosses the budget.
         factor = self._largest(lambda factor: self._relaxed(self._scaled(factor)) <= self.budget)
         return self._scaled(factor)
 
@@ -189,6 +198,8 @@ class _Rounding:
             if name in self.gates.decided:
                 continue
             step = self.allowed.step_at(state, name)
+            # One step up and one down, of all ratios of the dim at once. A step that is not allowed here changes
+            # nothing, so the larger difference counts, divided by the number of ratios.
             moved = [self.allowed.nearest(wanted | {name: (size + sign * step).double()}) for sign in (1, -1)]
             cost = max(abs(float(self.count(each) - self.count(state))) for each in moved) / len(size)
             if cost > 0:
@@ -202,6 +213,7 @@ class _Rounding:
         """What a unit of a dim is: a layer, a group of channels (heads, KV groups), or a channel of layers or model."""
         if name in self.bound.stacks:
             return "depth"
+        # The axis of heads is a product, (kv rep d), longer than the number of KV groups: a unit is several channels.
         axes = (axis for param in self.bound.params.values() for axis in param.axes if name in axis)
         grouped = any(self.bound.product(axis) > self.bound.sizes[name] for axis in axes)
         return "group" if grouped else self.bound.spec.dim(name).scope
@@ -224,7 +236,9 @@ class _Rounding:
                 sizes = wanted[name].clone()
                 sizes[i] = size
                 ways.append(wanted | {name: sizes})
+            # The larger size leaves less for the finest dims: only whole results show which keeps more importance.
             smaller, larger = map(self._fitted, ways)
+            # True is 1, the larger size: it is taken where going down would lose importance, and in a tie.
             wanted = ways[self._importance_lost(larger, smaller) >= 0]
         return wanted
 
@@ -250,6 +264,7 @@ class _Rounding:
                 if (saved := float(self.count(state) - self.count(candidate))) > 0:
                     choices.append((self._importance_lost(state, candidate) / saved, name, lower))
             if not choices:
+                # These fit, as `solve` has checked. Where a limit ties two dims, single steps may not lead there.
                 return {name: size.double() for name, size in self.allowed.smallest().items()}
             _, name, lower = min(choices, key=lambda choice: choice[0])
             wanted = wanted | {name: lower}
@@ -260,12 +275,15 @@ class _Rounding:
         """Importance of the units that other sizes leave out less that of those they add, in layers that both keep."""
         lost, dropped = 0.0, [self._dropped_layers(sizes) for sizes in (state, other)]
         for name, dim in self.gates.dims.items():
+            # Protected units, of infinite importance, stay in both states. Their difference would be NaN.
             importance = self.gates.importance(name).cpu().nan_to_num(posinf=0.0).sort(dim=-1, descending=True).values
+            # kept[r, k] is the importance of the k best units of row r, with 0 in front for k = 0.
             kept = F.pad(importance.double().cumsum(-1), (1, 0))
             before, after = (
                 kept.gather(-1, self.rows(sizes, name).unsqueeze(-1)).squeeze(-1) for sizes in (state, other)
             )
             stack = str(self.bound.stack_of(name))
+            # Units of a dropped layer go with the layer, whose own importance counts in the dim `layers`.
             rows = [row for row in range(dim.rows) if not any(row in gone.get(stack, ()) for gone in dropped)]
             lost += float((before - after)[rows].sum())
         return lost
@@ -288,6 +306,7 @@ class _Rounding:
 
     def _with_free_dims_whole(self, state: State) -> State:
         """Leave a dim uncut if that costs nothing, as the MLP's width in key-value bytes."""
+        # A dim in a limit is left alone: making it whole could break what the stock config demands.
         bound_by_limits = {name for limit in self.allowed.limits for name in (limit.dim, limit.multiple)}
         for name in (name for name in state if name not in bound_by_limits):
             whole = state | {name: self.allowed.high[name]}
@@ -308,10 +327,13 @@ class _Rounding:
         ]
         if not steps:
             return None
+        # Each row of `candidates` is the whole state with one entry changed: `[steps, num_ratios]` per dim.
         candidates = {name: value.repeat(len(steps), 1) for name, value in state.items()}
         for row, (name, i, size) in enumerate(steps):
             candidates[name][row, i] = size
         fits = self.count(candidates) <= self.budget
+        # Tuples compare in order: a step of a finest dim wins over any coarse one. Among equals, the dim that lacks the
+        # most of its own steps wins, so dims with large steps are not favoured.
         best, best_lack = None, (False, -math.inf)
         for row, (name, i, size) in enumerate(steps):
             current = int(state[name][i])
@@ -333,6 +355,7 @@ class _Rounding:
         dropped: dict[str, set[int]] = {stack: set() for stack in self.bound.stacks}
         for stack in self.bound.stacks:
             if stack in state:
+                # The same ranking as in the hard masks and in the cut, ties included.
                 mask = topk_mask(self.gates.importance(stack)[0].cpu(), state[stack].squeeze())
                 dropped[stack] = set((mask == 0).nonzero().flatten().tolist())
         return dropped

@@ -38,10 +38,12 @@ def folded_scales(log_scales: Mapping[str, Tensor], bound: BoundSpec) -> dict[st
         for row, path in enumerate(scaled_norms(bound)[name] if name.startswith(NORMS) else ()):
             own = [f"{path}.{leaf}" for leaf in ("weight", "bias") if f"{path}.{leaf}" in bound.params]
             factors |= dict.fromkeys(own, scales[row].exp())
+        # The columns of a map belong to its inputs: W·(s∘x) = (W·diag(s))·x.
         for path, row, shape in masked_inputs(bound, name):
             weight = f"{path}.weight"
             over_inputs = scales[row].exp()[None, :, None].expand(shape).reshape(-1)
             behind = (1,) * (len(bound.params[weight].axes) - 2)
+            # A map may read a product of two dims with scales, so its factors multiply.
             factors[weight] = factors.get(weight, 1) * over_inputs.view(1, -1, *behind)
     return factors
 
@@ -54,6 +56,7 @@ def folded(model: nn.Module) -> Iterator[None]:
     weights = {name: model.get_parameter(name) for name in factors}
     before, scales = {name: weight.data for name, weight in weights.items()}, gates.scales
     try:
+        # Otherwise the scales would act twice, in the weights and in the masks.
         gates.scales = {}
         for name, weight in weights.items():
             weight.data = (weight.data * factors[name]).to(weight.dtype)

@@ -31,6 +31,7 @@ def with_share(config: DMSConfig, bound: BoundSpec, model: PreTrainedModel) -> D
         return _with_share_of_shape(for_stages(config, bound.spec), bound, model)
     if not isinstance(config.target, str):
         return config
+    # The cost of the whole model depends on no target, so any will do.
     dense = build_gates(bound, model, replace(config, target=1.0), device=torch.device("cpu")).dense_resource
     if amount(config.target) > dense:
         raise HfDmsError(
@@ -53,6 +54,7 @@ def _with_share_of_shape(config: DMSConfig, bound: BoundSpec, model: PreTrainedM
             )
     if config.prune is not None and set(config.prune) != set(sizes):
         raise HfDmsError(f"dms.sizes says what is pruned: {', '.join(sizes)}. Leave dms.prune out.")
+    # The sizes as minimum, and their cost as target: exactly one state meets both.
     least = config.protect.get("min", {}) | sizes
     shaped = replace(config, target=1.0, prune=tuple(sizes), protect=config.protect | {"min": least})
     gates = build_gates(bound, model, shaped, device=torch.device("cpu"))

@@ -88,6 +88,8 @@ def target_in(dms_config: DMSConfig, original: PreTrainedModel, network: PreTrai
 
 def dense_resource(model: PreTrainedModel, dms_config: DMSConfig) -> float:
     """How much a model has, before pruning, of the resource that a request limits."""
+    # Nothing of the request but the resource and its scope plays a part in the cost of the whole model. The rest is set
+    # to what is valid for every model, so that no check of it fails here.
     count: dict[str, Any] = dict(target=1.0, prune=None, protect={}, round_to={}, layout="per_layer", strategy="dms")
     bound = bind(spec_for(model.config), model)
     return build_gates(bound, model, replace(dms_config, **count), device=torch.device("cpu")).dense_resource

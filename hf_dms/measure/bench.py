@@ -67,6 +67,7 @@ def bench(
     how = (task.model_class, dtype, device)
     runs = [Run(batch_size, sequence_length, new_tokens) for batch_size in batch_sizes]
     models: list[dict[str, Any]] = [
+        # Peak memory first: its processes need the room that the loaded models will take here.
         {"path": each, "peak_bytes": {str(run.batch_size): peak_bytes(each, *how, run) for run in runs}}
         for each in paths
     ]
@@ -135,6 +136,7 @@ def measure(loaded: list[Any], configs: list[Any], auto: str, run: Run, repeats:
         row["seconds"] = [quartiles(found[phase]) for found in times]
         row |= {name: [cost[phase][name] for cost in costs] for name in costs[0][phase]}
         if len(loaded) == 2:
+            # Ratios within a turn: a machine that slows down slows both models, and their ratio stays.
             row["ratio"] = quartiles([dense / cut for dense, cut in zip(times[0][phase], times[1][phase])])
             row["promised"] = row["macs"][0] / row["macs"][1]
         rows.append(row)

@@ -48,6 +48,7 @@ class Shape:
 
 def falls_short(measurement: dict[str, Any]) -> bool:
     """Whether a cut is clearly slower than promised, or than the baseline, in at least three quarters of the turns."""
+    # Index 2 is the upper quartile: three of four turns are slower than this.
     return measurement["ratio"][2] < max(1.0, CLEARLY * measurement["promised"])
 
 
@@ -84,6 +85,7 @@ def _facts(measurement: dict[str, Any], prefill: dict[str, Any], dense: Shape, c
     before, after = measurement["profile"]
     read = [number / 1e6 for number in measurement.get("bytes", (0, 1))]
     odd = (f"{width} of {', '.join(sorted(modules))}" for width, modules in odd_widths(dense, cut).items())
+    # Each layer is a number of calls, with a fixed cost that narrower layers do not lower.
     same_depth = cut.num_layers == dense.num_layers
     return {
         "rate": _rate(measurement),

@@ -228,6 +228,7 @@ def peak_bytes(path: str, auto: str, dtype: str, device: str, run: Run) -> int |
     Raises:
         ValueError: the process failed, or the system ended it because memory ran out.
     """
+    # Spawned, not forked: a fork would begin with all that this process holds, and CUDA does not survive one.
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_load_and_run, args=(sender, path, auto, dtype, device, run))

@@ -51,6 +51,7 @@ def estimate_batch_norms_(model: nn.Module, batches: Iterable[Mapping[str, Tenso
     device, seen = next(model.parameters()).device, 0
     with evaluating(model), contextlib.ExitStack() as stack:
         for batch in batches:
+            # Statistics are reset only once there is a batch, so that no batches means no change.
             if not seen:
                 stack.enter_context(taking_statistics(norms))
             model(**{name: value.to(device) for name, value in batch.items() if name != "labels"})
@@ -104,6 +105,8 @@ def estimate_outer_norm_(student: LayerWalk, places: StreamModules, layer: int, 
     norm: Any = block.get_submodule(places.behind[path]) if path in places.behind else None
     if norm not in batch_norms(block):
         return
+    # The norm is y = slope·(x - mean) + bias. With another mean and another slope, a changed weight and bias give the
+    # same y.
     slope, mean = batch_norm_slope(norm), norm.running_mean.double().clone()
     with taking_statistics([norm]):
         for batch in range(len(student.hidden)):

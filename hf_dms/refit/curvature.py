@@ -52,6 +52,7 @@ def writers(bound: BoundSpec, places: StreamModules, dims: Iterable[str]) -> lis
     for name in dims:
         readers = [(path, shape) for path, _, shape in masked_inputs(bound, name) if path.startswith(inside)]
         for path, (before, units, after) in readers:
+            # Inputs are numbered as in the flattened axis (before, units, after); row u lists those of unit u.
             inputs = torch.arange(before * units * after).view(before, units, after)
             path = path.removeprefix(inside)
             found[path] = Writer(path, name, inputs.movedim(1, 0).reshape(units, -1))
@@ -172,6 +173,7 @@ def collect_(
         recorder = student.run(layer, number, places, until=path)
         target = targets[number].to(recorder.sums[path].device)
         counts = positions(mask, target)
+        # A batch of padding alone has no position to fit on.
         if not counts.any():
             continue
         aim, found = widened(target[counts]), recorder.sums[path][counts]
@@ -180,6 +182,7 @@ def collect_(
         if places.behind or places.channels or places.scale != 1:
             run = recorder.outputs[path][counts], recorder.added[path][counts]
             rows, channels = slope(block, places, path, *run) or _no_slope(path)
+            # A channel with factor 0 cannot reach the stream, whatever its map writes.
             missing = torch.where(channels == 0, 0, missing / (rows * channels)).to(missing.dtype)
             weights = weights * rows[:, 0].square()
         sums[number % len(sums)].add_(inputs, missing, weights)
@@ -240,6 +243,7 @@ def stream_factors(
             batch = send_to_device(batch, model.device)
             if "labels" not in batch:
                 raise HfDmsError("The gradient of the loss needs batches with labels, got " + ", ".join(batch) + ".")
+            # The loss is a mean over targets. Times their number it is a sum, so batches of any size add up.
             here = num_targets(batch["labels"])
             (model(**batch).loss * here).backward()
             terms += here
@@ -263,6 +267,7 @@ def _summing(factors: dict[Key, Tensor], key: Key) -> Any:
     """A forward hook that adds the g gᵀ of a module's output to the factors."""
 
     def add(gradient: Tensor) -> None:
+        # `[positions, hidden]`. The product in float32, the sum over batches in float64, as in `Sums`.
         rows = widened(gradient.flatten(0, -2))
         factors[key] = factors.get(key, 0) + (rows.T @ rows).double()
 

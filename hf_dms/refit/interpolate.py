@@ -52,6 +52,7 @@ class Interpolation:
         """
         changed = []
         for name, weight in self._named():
+            # On the CPU, one weight at a time: two more copies of a model may not fit beside both models.
             before, after = self._before[name], weight.detach().cpu().clone()
             if not torch.equal(before, after):
                 changed.append((weight, before, after))
@@ -59,6 +60,7 @@ class Interpolation:
         for share in SHARES:
             self._move_(changed, share)
             losses[share] = self._loss(batches)
+        # `min` takes the first of equal values, and SHARES begins with the largest.
         self.share = min(losses, key=lambda share: losses[share])
         self._move_(changed, self.share)
 

@@ -216,6 +216,8 @@ class LayerWalk:
         """Add a batch, in front of the first layer; labels are ignored."""
         device = self._base.device
         inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+        # The model runs with its layers skipped: embeddings, masks and rotary tables are computed as it computes them,
+        # whatever its architecture.
         with self._skipped() as calls:
             self._base(**inputs, **self._options)
         self.hidden.append(calls[0][0])

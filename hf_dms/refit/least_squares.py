@@ -30,6 +30,7 @@ def update_(modules: Sequence[Any], parts: Sequence[Sums], ridge: float | None, 
     Raises:
         ValueError: the sums are not finite, or not positive definite.
     """
+    # Batches go to the parts in turn, so the last part is spread over all of them.
     *fitted, last = parts
     width = modules[0].weight.flatten(1).shape[1]
     if ridge is None:
@@ -41,6 +42,7 @@ def update_(modules: Sequence[Any], parts: Sequence[Sums], ridge: float | None, 
             "help, the activations of the model on these batches are not finite: check the data, or use a wider dtype."
         )
     for module, part in zip(modules, change.split([len(module.weight) for module in modules])):
+        # The change is added in float64, and rounded once to the precision of the weight.
         module.weight.copy_((module.weight.flatten(1).double() + part[:, :width]).view_as(module.weight))
         if module.bias is not None:
             module.bias.copy_(module.bias.double() + part[:, width])
@@ -57,6 +59,7 @@ def ridge_change(sums: Sums, width: int, ridge: float) -> Tensor:
     gram = sums.gram.clone()
     # At least the smallest positive number: inputs that are all 0 would make the matrix singular.
     gram.diagonal().add_((ridge * gram.diagonal()[:width].mean()).clamp(min=torch.finfo(gram.dtype).tiny))
+    # `cholesky` would raise an error of its own here; NaN is handled by the caller, who knows the map's name.
     factor, failed = torch.linalg.cholesky_ex(gram)
     return torch.full_like(sums.moment, torch.nan) if failed else torch.cholesky_solve(sums.moment, factor)
 

@@ -60,15 +60,18 @@ class RefittedMap:
         block: int = BLOCK,
     ) -> None:
         units = writer.units.to(sums.gram.device)
+        # The sums hold the errors R = target - A·W of the present output. For the target itself, add AᵀDA·W.
         dense = with_bias(module)
         gram, moment = sums.gram / sums.total, (sums.moment + sums.gram @ dense) / sums.total
         unit = gram.diagonal()[: module.in_features].mean().clamp(min=torch.finfo(gram.dtype).tiny)
         self.dim, self.size, self.num_units = writer.dim, units.shape[1], len(units)
         try:
             damped = [(_damped(gram, ridge * unit), moment + ridge * unit * dense) for ridge in ridges]
+            # A unit of several inputs (a head) is a block already, and there are few of them.
             block = block if self.size == 1 else 1
             self.elimination: Elimination = eliminate(*damped[0], units, metric, block=block)
             always = torch.arange(module.in_features, len(gram), device=gram.device)  # the bias
+            # The bias first, since every width has it; then the inputs of the most important unit, and so on.
             self.columns = torch.cat([always, units[self.elimination.order].flatten()])
             self.always = len(always)
             gram, moment = damped[1]
@@ -87,6 +90,8 @@ class RefittedMap:
         """The refit on the first `width` units, `[outputs, bias and inputs in the map's order]` float32."""
         if width not in self._weights:
             end = self.always + width * self.size
+            # The leading corner of a Cholesky factor is the factor of the leading corner: this is the refit on the
+            # first units.
             upper = self.factor[:end, :end].T
             self._weights[width] = torch.linalg.solve_triangular(upper, self.solved[:end], upper=True).T.contiguous()
         return self._weights[width]
@@ -103,6 +108,7 @@ class RefittedMap:
         position = min(max(bisect.bisect_right(self.widths, float(width.detach())), 1), len(self.widths) - 1)
         lowest, highest = self.widths[position - 1], self.widths[position]
         above = self.weight(highest)
+        # The narrower refit has weight 0 for the units that it lacks.
         below = F.pad(self.weight(lowest), (0, (highest - lowest) * self.size))
         for known in set(self._weights) - {lowest, highest}:  # keep two levels in memory, not all of them
             del self._weights[known]

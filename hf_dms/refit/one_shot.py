@@ -56,6 +56,7 @@ def one_shot_obs_plan(model: PreTrainedModel, dms_config: DMSConfig, batches: Ba
     check_layer_dims(bound, gates.dims, "one_shot_obs_plan")
     batches = list(batches)
     factors = factors_of(model, bound, batches)
+    # The first walk refits on the dense model's sizes, the second on those that the first one found.
     widths = {name: gates.dense_sizes()[name].long() for name in gates.dims}
     for _ in range(walks):
         maps = sweep(model, bound, batches, factors, widths)

@@ -54,9 +54,11 @@ def reconstruct_(
     held_out = range(HELD_OUT - 1, len(masks), HELD_OUT) if len(masks) >= HELD_OUT else range(1)
     trained = [number for number in range(len(masks)) if number not in held_out]
     copies = [widened(weight.detach()).clone() for weight in weights]  # steps are too small for half precision
+    # Adam's step has the size of its rate whatever the gradient, so a rate must be in proportion to the weights.
     groups = [{"params": [copy], "lr": RATE * float(copy.square().mean().sqrt())} for copy in copies]
     optimizer = torch.optim.Adam(groups, betas=BETAS)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, epochs * len(trained))
+    # A generator of its own, so that the same batches give the same repair.
     order = torch.Generator().manual_seed(0)
 
     def error(number: int) -> Tensor:
@@ -83,6 +85,8 @@ def reconstruct_(
             optimizer.step()
             schedule.step()
             for weight, copy in zip(weights, copies):
+                # The layer computes with weights in its own precision; the copies gather steps that are smaller than
+                # its resolution.
                 weight.copy_(copy)
         if (now := held_out_error()) < least:
             least, best = now, as_they_are()

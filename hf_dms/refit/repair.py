@@ -112,6 +112,7 @@ def repair_(
     _check(pruned, dense, plan, ridge)
     plan = plan_of(dense) if plan is None else plan
     bound = bind(spec_for(dense.config), dense)
+    # A copy of the weights as they are before the first layer changes.
     line = Interpolation(pruned) if interpolate else None
     with evaluating(dense, pruned), open_gates(dense), _folder_in(offload) as folder:
         teacher, student = LayerWalk(dense, bound, offload=folder), LayerWalk(pruned, bound, offload=folder)
@@ -121,8 +122,10 @@ def repair_(
         _check_batches(masks, epochs)
         passed, ranges = 0, _kept_ranges(bound, plan)
         for position, layers in enumerate(ranges):
+            # Layers that are dropped before the first kept one: the dense model runs them, the cut model has none.
             for layer in range(passed, layers.start):
                 teacher.advance(layer)
+            # `targets_of_layers` moves the dense model behind all layers of the range.
             passed = layers.stop
             stack, number = teacher.places[layers.start]
             units = _kept_stream(bound, plan, stack)
@@ -173,12 +176,14 @@ def _repair_layer_(
         estimate_inner_norms_(student, places, layer)
     for path in places.writes:
         if readers is not None:
+            # Readers first: their outputs are the inputs of the map that writes.
             readers.refit_(student, layer, places, path, masks, ridge, where)
         _refit_(student, places, layer, path, targets[path], masks, ridge, f"{path} of {where}")
         if epochs:
             reconstruct_(student, places, layer, path, targets[path], masks, epochs)
         if lacks:
             estimate_outer_norm_(student, places, layer, path)
+        # Each target is read for one map only, and all batches of one are as large as the hidden states themselves.
         targets[path].clear()
     if readers is not None:
         readers.fronts.clear()

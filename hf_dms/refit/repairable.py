@@ -40,6 +40,7 @@ def check_repairable(model: PreTrainedModel, bound: BoundSpec) -> None:
             parameter.uniform_(0.5, 1.5)
             if parameter.dim() > 1:
                 parameter /= parameter[0].numel()  # keeps activations near 1 where no norm bounds them
+        # Every layer, not only the first: kinds of layers can alternate.
         walk = LayerWalk(small, bound, [dummy_inputs(small)])
         for layer in range(len(walk.layers)):
             find_stream_modules(walk, layer)

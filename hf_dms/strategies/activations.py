@@ -45,6 +45,8 @@ class _Moments:
 
     def variance(self) -> Tensor:
         mean = self.total / self.count
+        # E[x²] - E[x]² loses digits where the mean is large: hence float64, and 0 in place of a small negative number.
+        # The last factor makes it the unbiased estimate.
         return (self.squares / self.count - mean.square()).clamp(min=0) * self.count / max(self.count - 1, 1)
 
 

@@ -56,6 +56,7 @@ def allocate_(gates: Gates, scores: Scores, allocation: str = "per_cost") -> Non
         scores: per gated dim `[rows, units]`.
         allocation: see `Criterion`.
     """
+    # Past the warm-up, where masks would be open, and not 0, which `prune` takes for gates without a choice.
     gates.num_updates = max(gates.num_updates, gates.schedule.warmup_steps, 1)
     _set_ratios_(gates, sizes_of_scores(gates, scores, allocation))
 
@@ -82,6 +83,7 @@ def sizes_within_budget(gates: Gates, allocation: str = "per_cost") -> Sizes:
         return largest_fitting(gates, lambda share: _equal_sizes(gates, share))
     ranked = {name: _worth(gates, name, allocation) for name in gates.dims if gates.dims[name].follows is None}
     levels = torch.cat([worth.flatten() for worth in ranked.values()])
+    # Protected units have infinite worth, and are no level that a threshold could take.
     levels = levels[levels.isfinite()].sort().values
 
     def sizes_above(share: float) -> Sizes:
@@ -96,6 +98,7 @@ def _worth(gates: Gates, name: str, allocation: str) -> Tensor:
     """Scores in ascending order, one row per ratio `[ratios, units]`; for `per_cost` divided by the cost of a unit."""
     dim = gates.dims[name]
     worth = gates.importance(name).double().sort(-1).values
+    # Rows that share a ratio lose one unit each at a time: the k-th smallest of all rows go together.
     if dim.num_ratios == 1 and dim.rows > 1:
         worth = worth.sum(0, keepdim=True)
     if allocation == "per_cost":
@@ -117,6 +120,7 @@ def _equal_sizes(gates: Gates, share: float) -> Sizes:
 def largest_fitting(gates: Gates, sizes_at: Callable[[float], Sizes]) -> Sizes:
     """The sizes at the largest share of units, in [0, 1], whose resource is within the target."""
     low, high, best = 0.0, 1.0, of_every_row(gates, sizes_at(0.0))
+    # 2^-40 of all units: far below one unit of any model.
     for _ in range(40):
         share = (low + high) / 2
         sizes = of_every_row(gates, sizes_at(share))

@@ -44,6 +44,7 @@ Fitness = Callable[[Masks], float]
 def sizes_of(gates: Gates, genes: Genes) -> dict[str, Tensor]:
     """The largest sizes `[rows]` in proportion to genes that fit the budget."""
     units = {name: gates.dims[name].units for name in genes}
+    # At share 1 even the smallest gene then asks for a whole dim, so the largest fitting share is always inside [0, 1].
     most = 1 / min(float(shares.min()) for shares in genes.values())
 
     def at(share: float) -> dict[str, Tensor]:
@@ -89,6 +90,7 @@ def shrink(gates: Gates, fitness: Fitness, steps: int) -> dict[str, Tensor]:
             for name, shares in now.items()
             for places in torch.arange(len(shares), device=shares.device).tensor_split(min(QUARTERS, len(shares)))
         ]
+        # Sizes are rounded: a step may change nothing, and the loop would not end.
         options = [option for option in options if _resource(gates, option) < resource]
         now = max(options, key=lambda option: fitness(hard_masks(gates, _whole(gates, option))))
         resource = _resource(gates, now)
@@ -102,6 +104,7 @@ def _shrunk(gates: Gates, now: Genes, name: str, places: Tensor, target: float) 
         return now | {name: now[name].index_copy(0, places, now[name][places] * factor)}
 
     low, high = 0.0, 1.0
+    # 2^-12 of a share; the sizes are rounded to whole units anyway.
     for _ in range(12):
         middle = (low + high) / 2
         low, high = (middle, high) if _resource(gates, at(middle)) <= target else (low, middle)
@@ -142,6 +145,7 @@ def zico(gradients: Sequence[Tensor]) -> Tensor:
     """
     stacked = torch.stack(list(gradients))
     deviation = stacked.std(0, correction=0)
+    # One batch, or a weight behind a mask of 0: the standard deviation is 0, and the ratio would be infinite.
     ratio = torch.where(deviation > 0, stacked.abs().mean(0) / deviation, 0)
     return ratio.sum().log()
 
@@ -159,6 +163,8 @@ def zico_score(model: PreTrainedModel, masks: Masks, batches: Batches) -> Fitnes
         found = [torch.autograd.grad(model(**batch).loss, weights) for batch in batches]
         for weight in weights:
             weight.requires_grad_(False)
+        # A map that is masked whole has the logarithm of 0. Its weight in the sum is then very low, not minus infinity,
+        # which would make all such plans equal.
         return float(sum(zico(gradients).clamp(min=-100) for gradients in zip(*found)))
 
     return fitness
@@ -173,6 +179,7 @@ def candidate_scores(kind: str) -> Callable[[PreTrainedModel, Batches], Scores]:
         first = max(len(batches) // 4, 1)
         for name, values in vector_scores(model, batches[:first]).items():
             gates.raw_importance(name).copy_(values)
+        # The same batches for every candidate: a difference of losses then comes from the plans alone.
         shown = list(batches[first : first + BATCHES_A_TRY]) or list(batches[:1])
         tries = max((len(batches) - first) // len(shown), 1)
         with frozen(model), masked_by(model) as masks:

@@ -33,6 +33,7 @@ def gisp_scores(model: PreTrainedModel, batches: Batches) -> Scores:
     schedule, steps = gates.schedule, min(STEPS, len(batches))
     try:
         for step in range(1, steps + 1):
+            # Whole numbers: every batch is used exactly once, also if the steps do not divide them.
             share = batches[(step - 1) * len(batches) // steps : step * len(batches) // steps]
             scores = element_scores(model, share)
             if step < steps:

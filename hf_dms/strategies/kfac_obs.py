@@ -39,6 +39,7 @@ def kfac_obs_scores(model: PreTrainedModel, batches: Batches) -> Scores:
     scores: Scores = {name: torch.zeros(dim.rows, dim.units).double() for name, dim in gates.dims.items()}
     for (layer, _), refitted in maps.items():
         order, costs = refitted.elimination.order.cpu(), refitted.elimination.costs.cpu()
+        # `costs` begins with the unit that goes last. Flipped, it is in the order of removal.
         scores[refitted.dim][layer, order] = rising(costs.flip(0) / 2).flip(0).double()
     return scores
 

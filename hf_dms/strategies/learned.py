@@ -92,6 +92,7 @@ def masked_by(model: PreTrainedModel) -> Iterator[Masks]:
         for path, row, shape in masked_inputs(bound, name):
             inputs = _on_inputs(masks, name, row, shape, unit_axis(bound, path))
             handles.append(submodule(model, path).register_forward_pre_hook(inputs))
+    # The gates' own masks stay in place, all open, so that only the masks of the strategy act.
     gates.rounded = {name: torch.full((dim.rows,), dim.units) for name, dim in gates.dims.items()}
     try:
         yield masks
@@ -114,6 +115,7 @@ def _on_residual(masks: Masks, name: str, layer: int) -> Any:
     def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         before = args[0] if args else kwargs["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
+        # x + m·(y - x), as in the search (masked_ops.GateResidual).
         mixed = torch.lerp(before, after, masks[name][0, layer].to(after.dtype))
         return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 

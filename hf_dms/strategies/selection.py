@@ -63,6 +63,7 @@ def hard_gumbel(logit: Tensor, u: Tensor) -> Tensor:
         >>> hard_gumbel(torch.tensor([0.0, 0.0, 2.0]), torch.tensor([0.4, 0.6, 0.2]))
         tensor([0., 1., 1.])
     """
+    # `rand` can return 0, whose logarithm is infinite.
     u = u.clamp(1e-6, 1 - 1e-6)
     soft = torch.sigmoid((logit + u.log() - (1 - u).log()) / TAU)
     return straight_through((soft > 0.5).to(soft), soft)
@@ -100,6 +101,7 @@ class NumberSelection:
         self.gates = gates
         self.nested, self.logits = {}, {}
         for name, dim in gates.dims.items():
+            # 0 is the most important unit, so the first k of this order are the k best.
             from_the_top = dim.units - 1 - ranks(importance[name])
             widths = sorted({max(1, round(dim.units * j / WIDTHS)) for j in range(1, WIDTHS + 1)})
             sizes = torch.tensor(widths, device=from_the_top.device)
@@ -133,6 +135,8 @@ def number_selection_scores(model: PreTrainedModel, batches: Batches) -> Scores:
     first = max(len(batches) // 4, 1)
     importance = vector_scores(model, batches[:first])
     scores = train_masks(model, NumberSelection(gates_of(model), importance), batches[first:])
+    # Units between two of the 16 widths have the same probability. The order, too small to change anything else, breaks
+    # the tie.
     order = {name: (ranks(values) + 1) * 1e-6 / values.shape[-1] for name, values in importance.items()}
     return {name: values + order[name] for name, values in scores.items()}
 

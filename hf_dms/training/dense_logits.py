@@ -103,6 +103,7 @@ def _logits(outputs: Any) -> Tensor:
 def _dense_statistics(model: nn.Module) -> Iterator[None]:
     """Context: batch norms have the dense model's running statistics. During the search these follow the masks."""
     base, dense = base_model_of(model), gates_of(model).attachment.statistics
+    # Clones: the buffers themselves are overwritten in the next lines.
     moved = {name: tensor_of(base, name).clone() for name in dense}
     for name, tensor in dense.items():
         tensor_of(base, name).copy_(tensor)

@@ -122,6 +122,7 @@ def without_ddp_for_frozen(model: nn.Module, gates: Gates, accelerator: Accelera
 
 def average_over_processes_(tensors: list[Tensor], accelerator: Accelerator) -> None:
     """Average tensors over processes, in place, with one collective operation."""
+    # One message for all dims: the tensors are small, and each collective has a fixed cost.
     flat = torch.cat([tensor.detach().float().flatten() for tensor in tensors])
     flat = accelerator.reduce(flat, reduction="mean")
     for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):

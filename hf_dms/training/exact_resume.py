@@ -50,18 +50,21 @@ class ExactCheckpointsMixin(OverTrainer):
         folder, name = Path(self._get_output_dir(trial)), _name_at(self.state.global_step)
         if self.args.should_save:
             shutil.rmtree(folder / SAVING, ignore_errors=True)  # left by a run that was killed
+        # No process may write into the folder before the main process has cleared it.
         self.accelerator.wait_for_everyone()
         self._saving = True
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._saving = False
+        # Before the state is written once more: the state in the checkpoint must not name the temporary folder.
         self._name_best_checkpoint_(folder, name)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.state.save_to_json(str(folder / SAVING / name / TRAINER_STATE_NAME))
             replace_folder(folder / name, folder / SAVING / name)
             (folder / SAVING).rmdir()
+            # Trainer's own rotation looks into the temporary folder, where there is only one.
             limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
             rotate_checkpoints(str(folder), limit, best, use_mtime=True)
         self.accelerator.wait_for_everyone()
@@ -102,6 +105,8 @@ def train_or_resume_(trainer: Any, keep: bool = False) -> None:
     """
     if checkpoints := _checkpoints(trainer):
         state = TrainerState.load_from_json(str(Path(checkpoints[-1], TRAINER_STATE_NAME)))
+        # `max_steps` of the run that wrote it: a recipe with another length is refused before
+        # (experiment/unfinished.py).
         if state.global_step >= state.max_steps:
             print_on_main(f"This is finished already: its end is loaded from {checkpoints[-1]}.")
             trainer.state = state
@@ -112,6 +117,7 @@ def train_or_resume_(trainer: Any, keep: bool = False) -> None:
             return
     trainer.train(resume_from_checkpoint=checkpoints[-1] if checkpoints else None)
     if keep and not any(Path(folder).name == _name_at(trainer.state.global_step) for folder in _checkpoints(trainer)):
+        # The run is over, and nothing will resume from the optimizer's state, which is twice as large as the weights.
         trainer.args.save_only_model = True
         trainer._save_checkpoint(trainer.model, trial=None)
 
@@ -145,6 +151,7 @@ class _CheckpointsLast(TrainerCallback):
         self.postponed = False
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        # At the end of an epoch Trainer runs further events after the step's. A checkpoint in between would lose them.
         epoch_ends = control.should_training_stop or float(state.epoch).is_integer()
         self.postponed = epoch_ends and control.should_save
         may_save = control.should_save or (control.should_evaluate and args.save_strategy == SaveStrategy.BEST)

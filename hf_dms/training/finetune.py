@@ -52,6 +52,7 @@ def train_(
     Raises:
         NonFiniteError: there were that many such steps.
     """
+    # In half precision, steps of a small learning rate are below the resolution of a weight, and rounding drops them.
     precisions = {name: parameter.dtype for name, parameter in model.named_parameters()} if float32 else {}
     if float32:
         model.float()
@@ -71,9 +72,11 @@ def train_(
     train_or_resume_(trainer, keep)
     if use_cache is not None:
         model.config.use_cache = use_cache  # the Trainer switched it off
+    # For mixed precision accelerate has replaced `forward`; the model would go on computing under autocast.
     trainer.accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
     if lora is not None:
         trained.merge_and_unload()
+        # PEFT froze the base weights.
         model.requires_grad_(True)
     unshard_(model, arguments.device)
     for name, dtype in precisions.items():
@@ -160,8 +163,10 @@ def distillation_loss(
     """
     log_student = F.log_softmax(student.float() / temperature, -1)
     log_teacher = F.log_softmax(teacher.float() / temperature, -1)
+    # Summed over classes, not averaged: the KL of one prediction.
     divergence = F.kl_div(log_student, log_teacher, log_target=True, reduction="none").sum(-1)
     if isinstance(labels, Tensor) and labels.shape == divergence.shape:
+        # Position i predicts the token at i + 1, so the last position has no label.
         if shifted:
             divergence, labels = divergence[..., :-1], labels[..., 1:]
         divergence = divergence[labels != -100]

@@ -41,6 +41,7 @@ class KeptPlans(TrainerCallback):
         before, now = (gates.target(self.trainer.progress_at(step)) for step in steps)
         config, at = self.trainer.dms_config, gates.attachment
         for level in levels_above(config.target):
+            # Passed in this step, once: the target never rises.
             if now <= level < before:
                 sizes = round_sizes(gates, at.bound, replace(config, target=level), at.model_config)
                 self.plans[level] = make_plan(gates, sizes)

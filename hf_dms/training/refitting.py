@@ -76,9 +76,11 @@ def examples_to_refit_on(trainer: Any, positions_per_input: int = POSITIONS_PER_
     bound = trainer.gates.attachment.bound
     widest = max(bound.product(axis) for param in bound.params.values() for axis in param.axes[1:] if param.layer == 0)
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
+    # A generator of its own: a refit must not change what the search draws from torch's global one.
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
     batches: list[dict[str, Tensor]] = []
     missing, size = positions_per_input * widest, trainer.args.per_device_train_batch_size
+    # Some collators draw random numbers (masked language models).
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for start in range(0, len(order), size):

@@ -47,11 +47,13 @@ class FiniteStepsMixin(OverTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
+        # Kept on the device: reading a number here would make the GPU wait in every micro-batch.
         self._step_loss += loss.detach()
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # Under FSDP2 the norm is a tensor over all processes, even if each of them holds the same number.
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self._grad_norm = torch.as_tensor(0.0 if norm is None else norm, device=self.args.device).float()
         return norm
@@ -82,6 +84,7 @@ class FiniteStepsMixin(OverTrainer):
         """Decide, in all processes alike, whether to take a step: after its backward passes, before the optimizer."""
         tensors = [*self._step_tensors(), self._step_loss, self._grad_norm]
         average_over_processes_(tensors, self.accelerator)
+        # One tensor, so that the device is asked once per step.
         values = torch.cat([tensor.detach().float().flatten() for tensor in tensors])
         if values.isfinite().all():  # the values are averages, so all processes decide the same
             self._take_step_()
@@ -99,6 +102,7 @@ class FiniteStepsMixin(OverTrainer):
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None  # optimizers skip parameters without a gradient: no decay, no momentum
+        # DeepSpeed steps inside its backward pass, before this is called, so nothing can be undone there.
         if self.is_deepspeed_enabled or skipped.in_a_row >= self.max_nonfinite_steps:
             kept = "None of them changed the model or the last checkpoint."
             if self.is_deepspeed_enabled:

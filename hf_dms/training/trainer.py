@@ -70,6 +70,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         self._source = Path(model.name_or_path).resolve() if getattr(model, "name_or_path", "") else None
         _check_places(model, kwargs.get("args", args[1] if len(args) > 1 else None), self._source)
+        # Trainer refuses to train packed weights without adapters. Here only ratios train.
         with packed_weights_may_stay(model if dms_config.pipeline == "p-" else None):
             super().__init__(*args, max_nonfinite_steps=dms_config.max_nonfinite_steps, **kwargs)
         self._use_cache = use_cache  # the Trainer has switched it off; `prune` restores it
@@ -80,6 +81,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
             dms_config.check_length(self.args.max_steps)
         if dms_config.pipeline == "np":
             check_untrained(self.model)
+        # After Trainer's own checks, and before it wraps the model (which it does in `train`).
         attach_(self.model, dms_config)
         self.dms_config = self.gates.attachment.config  # with an amount or a shape converted to a fraction
         leave_gates_out_(self.model, self.gates, self.accelerator)
@@ -115,6 +117,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
     def progress_at(self, step: int) -> float:
         """`progress` after that many optimizer steps."""
         warmup = self.dms_config.warmup_steps
+        # The target falls over what is left after the warm-up, in which no ratio moves.
         return min(max(step - warmup, 0) / max(self.state.max_steps - warmup, 1), 1.0)
 
     @property
@@ -132,6 +135,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
 
         At the end of a search they are close. The difference is the cost of rounding. Every process must call it.
         """
+        # In evaluation mode, dropout and batch norms as in the second measurement: only the masks differ.
         with self.gates.soft_masks():
             soft = self._evaluation_loss()
         return soft, self._evaluation_loss()
@@ -158,6 +162,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         """
         with _without_autocast(self._unwrapped(), self.accelerator) as model:
             pruned = prune(unsharded(model), inputs=self.example_inputs())
+        # After the proof, which compares both models with the statistics of the search.
         estimate_batch_norms_(pruned, self._some_batches(BATCHES))
         if self._use_cache is not None:
             pruned.config.use_cache = self._use_cache
@@ -191,6 +196,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         repo_id = self.args.hub_model_id or Path(self.args.output_dir).name
         check_not_base(repo_id, revision or self.args.hub_revision, base_model_of(self.model).name_or_path)
+        # In every process, since a sharded model is gathered by all of them.
         pruned, inputs = self.prune(), self.example_inputs()
         if not self.is_world_process_zero():
             return None
@@ -236,6 +242,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
 
     # ---- Trainer's hooks ---------------------------------------------------------------------------------------------
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        # Evaluation measures the task: no resource loss, no divergence.
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         if self.dms_config.pipeline == "p-":
@@ -265,6 +272,8 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         optimizer = super().create_optimizer(*args, **kwargs)
         gate = self.gates.prune_ratio
         for group in optimizer.param_groups:
+            # Trainer has collected every parameter that trains, the ratios among them; they have an Adam of their own.
+            # Scales are no parameters.
             group["params"] = [parameter for parameter in group["params"] if parameter is not gate]
         return optimizer
 
@@ -273,6 +282,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
             return super()._prepare_for_training(*args, **kwargs)
 
     def _clip_grad_norm(self, model):
+        # Clipping is for the weights. The ratios' gradient would change their norm, and be scaled by it.
         with self._gate_gradient_apart():
             return super()._clip_grad_norm(model)
 
@@ -295,12 +305,15 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
     def _take_step_(self) -> None:
         self.gates.update_importance_()
         self._task_loss += self._step_task_loss
+        # By now an average over processes (`_finish_backward_`).
         *_, ratio_gradient = self.gates.step_terms()
         self._gate_grad_norm += ratio_gradient.norm()
+        # Set anew before each step, so that a resumed search needs nothing but its step number.
         for group, rate in zip(self.gate_optimizer.param_groups, (1.0, SCALE_RATE * (1 - self.progress))):
             group["lr"] = rate * self.gate_learning_rate
         self.gate_optimizer.step()
         self.gate_optimizer.zero_grad()
+        # Adam's step may leave [0, 1] or the allowed sizes; evaluation and logs between two steps must not see that.
         self.gates.clamp_ratios_()
         self._steps_since_log += 1
         self._step_task_loss.zero_()
@@ -314,6 +327,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         if "loss" in logs:
             logs |= self._search_logs()
         elif "eval_loss" in logs:
+            # Beside the loss of the cut model, its cost: a low loss means little while the model is still large.
             logs["eval_resource"] = float(self.gates.resource(self.gates.hard_sizes()))
         super().log(logs, *args, **kwargs)
 
@@ -357,6 +371,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         folder = self.args.output_dir if output_dir is None else output_dir
+        # A Trainer whose `output_dir` is the dense model's folder would write over what it was loaded from.
         check_not_source(folder, self._source)
         super().save_model(output_dir, *args, **kwargs)
         if self.args.should_save:
@@ -372,6 +387,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
     def _load_best_model(self) -> None:
         if not self._weights_are_fixed():
             super()._load_best_model()
+        # Without the optimizer: the search has ended.
         load_search_state_(self._unwrapped(), self.state.best_model_checkpoint)
 
     def _weights_are_fixed(self) -> bool:
