@@ -102,10 +102,10 @@ class GateResidual(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, out, mask = ctx.saved_tensors
-        grad_y = grad * mask
-        grad_log_mask = None
+        room, grad_log_mask = torch.empty_like(grad), None  # one tensor for two results: a step waits for memory
         if ctx.needs_input_grad[2]:
-            grad_log_mask = _dot(grad, out - x)
+            grad_log_mask = _dot(grad, torch.sub(out, x, out=room))
+        grad_y = torch.mul(grad, mask, out=room)
         return grad - grad_y, grad_y, grad_log_mask
 
 
