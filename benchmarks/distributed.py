@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from tables import add_row
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
 
 from hf_dms import DMSConfig, DMSTrainer
@@ -81,8 +82,6 @@ def launch(kind: str, processes: int, batch: int, folder: Path) -> dict[str, tor
 
 
 def main(given: argparse.Namespace) -> None:
-    print("| launch | processes | largest difference of a ratio | of importance, relative | parameters | s / step |")
-    print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         alone = launch("single", 1, 2 * given.processes, Path(folder))
         importance = [name for name in alone if name.startswith("importance")]
@@ -91,8 +90,10 @@ def main(given: argparse.Namespace) -> None:
             ratio = float((found["prune_ratio"] - alone["prune_ratio"]).abs().max())
             relative = max(float((found[n] - alone[n]).abs().max() / alone[n].abs().max()) for n in importance)
             processes = 1 if kind == "single" else given.processes
-            size, seconds = int(found["num_params"]), float(found["seconds"])
-            print(f"| {kind} | {processes} | {ratio:.1e} | {relative:.1e} | {size:,} | {seconds:.3f} |", flush=True)
+            cells = {"launch": kind, "processes": processes, "largest difference of a ratio": f"{ratio:.1e}"}
+            cells |= {"of importance, relative": f"{relative:.1e}", "parameters": int(found["num_params"])}
+            cells |= {"s / step": round(float(found["seconds"]), 3)}
+            add_row(__file__, cells, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 if __name__ == "__main__":

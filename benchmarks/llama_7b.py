@@ -12,6 +12,7 @@ import time
 
 import torch
 from step_overhead import make_trainer, peak_bytes
+from tables import add_row
 
 DEPTH = 32
 
@@ -26,21 +27,22 @@ def main():
     options = parser.parse_args()
     options.shape, options.dtype, options.frozen = "llama-7b", "bfloat16", True
     kind = "plain" if options.lora else "search"
-    setting = f"{kind}, {options.batch} × {options.tokens} tokens"
+    cells = {"what": "LoRA" if options.lora else "search", "batch": f"{options.batch} × {options.tokens}"}
+    cells |= {"activation checkpointing": "yes" if options.checkpointing else "no"}
     if torch.cuda.is_available():
         options.layers = DEPTH
         trainer, start = make_trainer(options, kind, options.steps), time.time()
         trainer.train()
         peak, seconds = torch.cuda.max_memory_allocated() / 1e9, time.time() - start
-        device = torch.cuda.get_device_name()
-        print(f"{device}, {setting}: peak {peak:.1f} GB, {options.steps} steps in {seconds:.0f} s (measured)")
+        cells |= {f"{DEPTH} layers, measured, GB": round(peak, 1), "steps": options.steps, "seconds": round(seconds)}
+        add_row(__file__, cells, "cuda")
         return
     peaks = []
     for options.layers in (1, 2):
         peaks.append(peak_bytes(options, kind) / 1e9)
-        print(f"{options.layers} layers, {setting}: peak {peaks[-1]:.2f} GB (measured on a CPU)", flush=True)
+        cells[f"{options.layers} layers, measured, GB"] = round(peaks[-1], 2)
     whole = peaks[0] + (DEPTH - 1) * (peaks[1] - peaks[0])
-    print(f"{DEPTH} layers, {setting}: peak {whole:.1f} GB (computed)")
+    add_row(__file__, cells | {f"{DEPTH} layers, computed, GB": round(whole, 1)})
 
 
 if __name__ == "__main__":

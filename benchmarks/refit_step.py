@@ -13,6 +13,7 @@ import time
 
 import torch
 from quality import load_text, request, shuffled
+from tables import add_row
 from transformers import AutoModelForCausalLM
 
 from hf_dms import attach_, detach_
@@ -43,6 +44,7 @@ def main():
         loss.backward()
         gates_of(model).forget_step_()
 
+    found = {}
     for search_over in ("masks", "refitted"):
         attach_(model, request(0.5, search_over=search_over, warmup_steps=0))
         gates = gates_of(model)
@@ -51,12 +53,12 @@ def main():
         if search_over == "refitted":
             labelled = [{"input_ids": ids, "labels": ids} for ids in sequences[: options.sequences].split(2)]
             search = RefittedSearch(model, labelled)
-            print("first refresh, with the gradient's factors", round(seconds(search.refresh_), 1), flush=True)
-            print("refresh", round(seconds(search.refresh_), 1), flush=True)
+            found["first refresh, with the gradient's factors"] = round(seconds(search.refresh_), 1)
+            found["refresh"] = round(seconds(search.refresh_), 1)
         step()
-        median = statistics.median(seconds(step) for _ in range(options.repeats))
-        print("step over", search_over, round(median, 2), flush=True)
+        found[f"step over {search_over}"] = round(statistics.median(seconds(step) for _ in range(options.repeats)), 2)
         detach_(model)
+    add_row(__file__, {f"{name}, s": value for name, value in found.items()})
 
 
 if __name__ == "__main__":

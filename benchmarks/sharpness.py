@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from tables import add_row
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_dms import DMSConfig, attach_, detach_
@@ -16,6 +17,7 @@ from hf_dms.gating.attach import gates_of
 from hf_dms.tasks.data import DataConfig
 from hf_dms.tasks.generation import load_sequences
 
+MULTIPLES = {"λ = N (the paper's)": 1.0, "λ = 2 N": 2.0, "λ = 8 N": 8.0, "the rule": None}
 DATA = Path(__file__).parent.parent / "recipes" / "data" / "sotu_train.jsonl"
 
 
@@ -29,10 +31,9 @@ def main(folder):
     sequences, _ = load_sequences(DataConfig(path=str(DATA), sequence_length=256), tokenizer)
     batches = sequences[torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0))].split(2)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    print("| dims | λ = N | λ = 2 N | λ = 8 N | the rule |\n|---|---|---|---|---|")
     for dims in (("kv",), ("mlp",), ("hidden",), ("layers",), None):
-        cells, importance, open_loss = [], None, None
-        for multiple in (1.0, 2.0, 8.0, None):
+        cells, importance, open_loss = {}, None, None
+        for name, multiple in MULTIPLES.items():
             attach_(model, DMSConfig(target=0.9, prune=dims, warmup_steps=8, sharpness=multiple))
             model.train()
             gates = gates_of(model)
@@ -41,16 +42,15 @@ def main(folder):
                     model(input_ids=batch, labels=batch).loss.backward()
                     gates.update_importance_()
                     model.zero_grad()
-                importance = {name: gates.raw_importance(name).clone() for name in gates.dims}
+                importance = {dim: gates.raw_importance(dim).clone() for dim in gates.dims}
                 gates.num_updates = 0
                 open_loss = loss(model, batches[8:12])
-            for name, values in importance.items():
-                gates.raw_importance(name).copy_(values)
+            for dim, values in importance.items():
+                gates.raw_importance(dim).copy_(values)
             gates.num_updates = 8
-            cells.append(f"{loss(model, batches[8:12]) - open_loss:+.4f}")
+            cells[name] = f"{loss(model, batches[8:12]) - open_loss:+.4f}"
             detach_(model)
-        print(f"| {', '.join(dims or ['all'])} | {' | '.join(cells)} |", flush=True)
-    print(f"\nOpen masks: loss {open_loss:.4f}.")
+        add_row(__file__, {"dims": ", ".join(dims or ["all"]), "loss, open": f"{open_loss:.4f}", **cells})
 
 
 if __name__ == "__main__":

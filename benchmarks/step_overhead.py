@@ -18,6 +18,7 @@ import time
 
 import torch
 from peft import LoraConfig, get_peft_model
+from tables import add_row
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
     LlamaConfig,
@@ -170,15 +171,14 @@ def compare(options):
             seconds[kind] += run(options, kind, 6)
     median = {kind: sorted(times)[len(times) // 2] for kind, times in seconds.items()}
     peak = {kind: peak_bytes(options, kind) for kind in seconds}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     layers = "" if options.shape in NETWORKS else f" × {options.layers} layers"
-    model = f"{options.shape}{layers}, {options.dtype}"
-    print(
-        f"| {device} | {model} | {options.batch} × {options.tokens}{' px' * (options.shape in NETWORKS)} | "
-        f"{median['plain']:.3f} s | {median['search']:.3f} s | {median['search'] / median['plain']:.3f} | "
-        f"{peak['plain'] / 2**20:.0f} MiB | {peak['search'] / 2**20:.0f} MiB | {peak['search'] / peak['plain']:.3f} |",
-        flush=True,
-    )
+    cells = {"model": f"{options.shape}{layers}, {options.dtype}"}
+    cells |= {"batch": f"{options.batch} × {options.tokens}{' px' * (options.shape in NETWORKS)}"}
+    cells |= {f"{kind}, s": round(seconds, 3) for kind, seconds in median.items()}
+    cells |= {"time": round(median["search"] / median["plain"], 3)}
+    cells |= {f"{kind} peak, MiB": round(size / 2**20) for kind, size in peak.items()}
+    cells |= {"memory": round(peak["search"] / peak["plain"], 3), "steps": len(seconds["plain"])}
+    add_row(__file__, cells, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 if __name__ == "__main__":

@@ -94,9 +94,14 @@ def main():
         streamed, seconds, written = cut(dense)
         loaded, _ = peak(__file__, "--step", "load", "--at", dense)
         shards = sizes(dense)
-    mib = [f"{size / 2**20:,.0f} MiB" for size in (sum(shards), max(shards), sum(written), streamed, constant, loaded)]
-    ratio = (streamed - constant) / max(shards)
-    print(f"| {options.keep} | {' | '.join(mib[:5])} | {ratio:.2f} | {mib[5]} | {seconds:.0f} s |")
+    sizes_of = {"files": sum(shards), "largest shard": max(shards), "written": sum(written), "peak": streamed}
+    sizes_of |= {"constant": constant, "the model loaded": loaded}
+    cells = {"kept of each dim": options.keep, "layers": options.layers}
+    cells |= {f"{name}, MiB": round(size / 2**20) for name, size in sizes_of.items()}
+    cells |= {"(peak - constant) / shard": round((streamed - constant) / max(shards), 2), "CPU seconds": round(seconds)}
+    from tables import add_row  # torch stays out of the processes that are measured
+
+    add_row(__file__, cells)
 
 
 if __name__ == "__main__":

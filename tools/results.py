@@ -2,7 +2,9 @@
 
 Rows of `hf-dms compare` lie in benchmarks/compare/NAME.jsonl, as `rows.jsonl` had them; NAME is that of the recipe in
 recipes/compare. Those of benchmarks/rival_torch_pruning.py lie in benchmarks/rivals.jsonl, those of the other tools'
-scripts in benchmarks/rivals_TOOL.jsonl. A plot beside the first is drawn anew with `python tools/results.py --plots`.
+scripts in benchmarks/rivals_TOOL.jsonl. Those of benchmarks/speed.py lie in speed.jsonl, those of scripts that measure
+time, memory or numerics in benchmarks/tables/SCRIPT.jsonl. A plot beside the first is drawn anew with `python
+tools/results.py --plots`.
 """
 
 from __future__ import annotations
@@ -12,9 +14,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hf_dms.measure.bench import bench_table
 from hf_dms.report.comparison import comparison_panels, comparison_table
 from hf_dms.report.figures import save
 
+TITLES = {
+    "sharpness": "First soft masks: `python benchmarks/sharpness.py models/smollm2-135m`",
+    "topk": "The operator: `python benchmarks/topk.py`",
+    "step_overhead": "Cost of a search step: `python benchmarks/step_overhead.py`",
+    "refit_step": "Cost of a search over refitted weights: `python benchmarks/refit_step.py models/smollm2-135m`",
+    "llama_7b": "What Llama-7B needs: `python benchmarks/llama_7b.py`",
+    "streaming": "Memory of a cut from files: `python benchmarks/streaming.py`",
+    "distributed": "Several processes: `python benchmarks/distributed.py`",
+}  # of the tables in benchmarks/tables
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 HEADER = """# Results
 
@@ -117,6 +129,27 @@ def macs_by_modelopt(file: Path) -> str:
     return "\n\n".join([title, about, "\n".join(lines)])
 
 
+def measured(file: Path) -> str:
+    """A table of benchmarks/tables as its rows have it, and what produced them."""
+    rows = rows_of(file)
+    columns = list(dict.fromkeys(column for row in rows for column in row["cells"]))
+    lines = [f"| {' | '.join(columns)} | machine | load | commit |", "|---" * (len(columns) + 3) + "|"]
+    for row in rows:
+        cells = [row["cells"].get(column, "") for column in columns]
+        texts = [f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in cells]
+        lines.append(f"| {' | '.join([*texts, _machine(**row['machine']), str(row['load']), row['commit']])} |")
+    return "\n\n".join([f"## {TITLES[file.stem]}", "\n".join(lines)])
+
+
+def speeds(file: Path) -> str:
+    """What `hf-dms bench` printed for each cut of benchmarks/speed.py."""
+    rows = rows_of(file)
+    tables = [
+        f"### {row['cut'].partition(', ')[2]} ({row['cut'].partition(',')[0]})\n\n{bench_table(row)}" for row in rows
+    ]
+    return "\n\n".join(["## Speed of cuts: `python benchmarks/speed.py`", *tables])
+
+
 def results(folder: Path = BENCHMARKS / "compare", others: Path = BENCHMARKS / "rivals.jsonl") -> str:
     """The content of RESULTS.md."""
     parts = [section(file) for file in sorted(folder.glob("*.jsonl"))]
@@ -124,6 +157,8 @@ def results(folder: Path = BENCHMARKS / "compare", others: Path = BENCHMARKS / "
         (others, rivals),
         (others.with_name("rivals_optipfair.jsonl"), widths_by_optipfair),
         (others.with_name("rivals_modelopt.jsonl"), macs_by_modelopt),
+        (others.with_name("speed.jsonl"), speeds),
+        *((others.with_name("tables") / f"{name}.jsonl", measured) for name in TITLES),
     ):
         parts += [table(file)] if file.is_file() else []
     return "\n".join([HEADER, *(part + "\n" for part in parts)])
