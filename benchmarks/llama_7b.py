@@ -3,8 +3,8 @@
     python benchmarks/llama_7b.py [--batch 4] [--tokens 512] [--steps 300]
     python benchmarks/llama_7b.py --lora 8 --batch 16 --tokens 256    # a training of adapters, without a search
 
-With a GPU the whole model is searched and the peak and the time are measured. Without one, models of one and of two
-such layers are, on the CPU, and what 32 would hold is computed from them; no time is.
+With a GPU the whole model is searched, and time and peak memory are measured. Without one, models of one and of two
+such layers run on the CPU, and the memory of 32 layers is computed from theirs. No time is measured then.
 """
 
 import argparse

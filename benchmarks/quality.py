@@ -56,9 +56,9 @@ def global_sizes(gates, importance, target):
 
 
 def taylor_importance(model, batches):
-    """Mean of (m·g)² at open masks over batches: the moving importance of DMS without the moving.
+    """Mean of (m·g)² over batches at open masks: the importance of DMS without its moving average.
 
-    `batches`: keyword arguments of forward passes, labels among them.
+    `batches`: keyword arguments of forward passes, with labels.
     """
     gates = gates_of(model)
     total = {name: torch.zeros_like(gates.raw_importance(name)) for name in gates.dims}
@@ -95,7 +95,7 @@ def one_shot(model, config, strategy, batches=()):
 
 
 def dms_plan(model, config, sequences, steps, seed):
-    """The plan of a search."""
+    """The plan that a search ends with."""
     arguments = TrainingArguments(
         "unused", max_steps=steps, per_device_train_batch_size=2, seed=seed, logging_steps=10, report_to=[],
         save_strategy="no", use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False,
@@ -112,7 +112,7 @@ def dms(model, config, sequences, steps, seed):
 
 
 def request(target, **options):
-    """What is pruned how far: KV groups and MLP widths per layer, a share of the parameters of the layers."""
+    """The request: KV groups and MLP widths per layer, a share of the layers' parameters."""
     return DMSConfig(
         target=target, resource="params", resource_scope="layers", prune=("kv", "mlp"), layout="per_layer",
         pipeline="p-", **options,
@@ -120,7 +120,7 @@ def request(target, **options):
 
 
 def load_text(folder, windows):
-    """Sequences to calibrate on, and those to measure on."""
+    """Sequences to calibrate on, and sequences to measure on."""
     data = DataConfig(
         path=str(DATA / "sotu_train.jsonl"), held_out=str(DATA / "sotu_heldout.jsonl"), sequence_length=256
     )

@@ -36,7 +36,7 @@ def smollm2(folder):
 
 
 def minilm(folder):
-    """The same of sentences."""
+    """The same for sentences."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def batches(name, count):

@@ -6,9 +6,9 @@ MODEL_FOLDER: what `make model` makes. Cuts, calibration text and held-out windo
 text, which no method sees, is Python's language reference (`pydoc_data.topics`), 64 windows of 256 tokens. RUNS lists
 what is run. `--own` is the share of the repair's sequences that the dense model writes itself (`own_texts`);
 `--weights` says how positions count: by their stream, as in `repair_`, or alike, as before. `tokens` counts every use:
-search, gradients, each walk over the layers, and repair; not what the dense model reads to write. Plans are kept in
---plans, each finished row is appended to refit.jsonl at once, and what is there already is not done again, so that a
-stopped run goes on.
+search, gradients, each walk over the layers, and repair. What the dense model reads while it writes texts does not
+count. Plans are kept in --plans, each finished row is appended to refit.jsonl at once, and what is there already is not
+done again, so that a stopped run goes on.
 """
 
 import argparse

@@ -51,7 +51,7 @@ def images_of(file):
 
 
 def epochs_of(data, epochs, seed):
-    """Batches of so many epochs in a random order."""
+    """Batches of several epochs, each in a random order."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         order = torch.randperm(len(data[1]), generator=generator)

@@ -4,8 +4,8 @@
     rival/bin/python benchmarks/rival_optipfair.py MODEL_FOLDER [--targets 0.8 0.5] [--batches 24]
 
 MODEL_FOLDER: what `make model` makes. optipfair cuts every layer's MLP by the same percentage; ours get the width that
-it came to as `sizes: {mlp: WIDTH}`, layout uniform. What looks at data sees the same first batches of 2 × 256 tokens
-(seed 0); attention stays whole. Perplexity is on quality.py's windows and on refit.py's second text, right after the
+it came to as `sizes: {mlp: WIDTH}`, layout uniform. Criteria that use data see the same first batches of 2 × 256 tokens
+(seed 0). Attention stays whole. Perplexity is on quality.py's windows and on refit.py's second text, right after the
 cut. Each finished row is appended to rivals_optipfair.jsonl; rows that are there already are skipped.
 """
 
@@ -29,7 +29,7 @@ THEIRS = {  # name in its paper and in the table: (parameter, whether it sees da
 
 
 def theirs(folder, criterion, target, batches):
-    """The model that optipfair makes with this share of the MLP channels."""
+    """The model that optipfair makes when it keeps this share of the MLP channels."""
     method, with_data = THEIRS[criterion]
     data = [{"input_ids": batch["input_ids"]} for batch in batches] if with_data else None
     return optipfair.prune_model(
@@ -39,7 +39,7 @@ def theirs(folder, criterion, target, batches):
 
 
 def ours(folder, criterion, width, batches):
-    """The model that a criterion of ours makes with so many MLP channels in every layer."""
+    """The model that one of our criteria makes with this number of MLP channels in every layer."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     attach_(model, DMSConfig(sizes={"mlp": width}, resource_scope="layers", pipeline="p-"))
     choose_(model, criterion, batches)

@@ -9,8 +9,8 @@ layers together, as many as our exact budget asks for; attention stays whole. `a
 both. Perplexity is on quality.py's windows and on refit.py's second text, right after the cut. Each finished row is
 appended to rivals.jsonl; rows that are there already are skipped.
 
-torch-pruning divides each layer's scores by their mean (its default normalizer); `normalizer: none` is ours by another
-program, and shows that both compute the same thing.
+torch-pruning divides each layer's scores by their mean (its default normalizer); `normalizer: none` is our
+criterion computed by another program. It shows that both compute the same thing.
 """
 
 from importlib.metadata import version
@@ -28,7 +28,7 @@ OURS = {"taylor": "taylor_elements", "magnitude": "magnitude"}
 
 
 def ours(folder, criterion, target, batches):
-    """The pruned model, and which units of each layer's MLP it holds."""
+    """The pruned model, and the MLP units that each layer keeps."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     config = DMSConfig(target=target, resource_scope="layers", prune=("mlp",), layout="per_layer", pipeline="p-")
     attach_(model, config)

@@ -8,7 +8,7 @@ from refit import labelled, second_text
 
 
 def options_and_texts(results):
-    """What a script of a rival was asked for, and its data.
+    """The options of a script that runs a rival, and its data.
 
     Args:
         results: name of the file of its rows.

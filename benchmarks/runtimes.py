@@ -1,7 +1,7 @@
-"""Who can load it: small pruned models of each layout in the runtimes that are installed here.
+"""Which runtimes load a pruned model: small ones of each layout, in the runtimes that are installed here.
 
-What it prints is what `hf_dms/report/runtimes.py` calls run. The models are random and tiny; each is pruned, saved and
-loaded by the runtime, and its outputs are compared with transformers' on the same tokens or pixels.
+What it prints is the evidence for *run* in `hf_dms/report/runtimes.yaml`. The models are random and tiny. Each is
+pruned, saved and loaded by the runtime, and its outputs are compared with transformers' on the same tokens or pixels.
 
     python benchmarks/runtimes.py > benchmarks/runtimes.jsonl
     python benchmarks/runtimes.py --llama-cpp path/to/llama.cpp   # with llama-cpp-python, and llama.cpp's converter
@@ -59,7 +59,7 @@ LAYOUTS = ("uniform", "padded", "per_layer")
 
 
 def tokenizer():
-    """A byte-level BPE as of GPT-2, so that converters find what they know."""
+    """A byte-level BPE like that of GPT-2, a kind that converters know."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = ["<unk>", "<s>", "</s>", "<pad>"]
@@ -97,7 +97,7 @@ def save(name, layout, folder, processor):
 
 
 def run_peft(folder, name, inputs, expected):
-    """LoRA on what reloads, a step of training, merged: still the model's own class, and other outputs."""
+    """LoRA on the reloaded model, trained for a step and merged: the class stays the model's, the outputs change."""
     from peft import LoraConfig, get_peft_model
 
     model = _auto(name).from_pretrained(folder).eval()

@@ -4,11 +4,11 @@
     python benchmarks/step_overhead.py --layers 2 4 8 --tokens 128 256 512    # how it grows
     python benchmarks/step_overhead.py --shape resnet-50 yolos-tiny --batch 8 --tokens 64 224  # of an image's side
 
-Both run in one process, in turns, a few steps each, so that a noisy machine treats them alike; the ratio is that of the
+Both run in one process, in turns, a few steps each, so that a noisy machine treats them alike. The ratio is that of the
 median step times. A step is forward, backward, clipping and AdamW on all weights, all four dims gated, after warm-up.
 Peak memory is the most that tensors held at any moment of a step: on a GPU as torch.cuda counts it, on a CPU as its
-profiler does. The target is constant: a falling one is rounded to a plan at each 5 % that it passes, which these few
-steps would do at every step, and a whole search does ten times.
+profiler does. The target is constant. A falling target is rounded to a plan at each 5 % that it passes: a
+whole search does that ten times, and these few steps would do it at every step.
 """
 
 import argparse
@@ -69,7 +69,7 @@ class StepTimes(TrainerCallback):
 
 
 def clock():
-    """Seconds: of the wall with a GPU, else of this process, which others on a busy machine disturb less."""
+    """Seconds of the wall clock with a GPU, else of this process: other processes disturb that less."""
     return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
@@ -117,7 +117,7 @@ def images(shape, side, dtype):
 
 
 def collate(examples):
-    """The default one, but boxes stay a list."""
+    """The default collator, except that boxes stay a list."""
     if not isinstance(examples[0].get("labels"), dict):
         return default_data_collator(examples)
     pixels = torch.stack([example["pixel_values"] for example in examples])

@@ -44,7 +44,7 @@ def make(folder, layers, shard, keep, tiny):
 
 
 def load(folder):
-    """The whole dense model in memory, in a process of its own."""
+    """Load the whole dense model into memory, in a process of its own."""
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(folder)

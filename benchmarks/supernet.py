@@ -19,7 +19,7 @@ number of epochs in all, counted in full: pretraining, search and the training a
     taylor       the same trained supernet cut by one-shot Taylor, then trained for the rest
 
 Images are shifted by up to two pixels and mirrored at random in every training. Each finished row is appended at once.
-Several processes, started by `--processes` or by hand, share one folder: each takes what no other one works on. A
+Several processes, started by `--processes` or by hand, share one folder: each takes a job that no other one works on. A
 stopped run goes on.
 """
 
@@ -111,7 +111,7 @@ def scaled(family, budget, width, depth):
 
 
 def config_for(family, way):
-    """What a way begins with: the network itself, or the one that a supernet is larger than."""
+    """The network that a way begins with, or for a supernet the one that it enlarges."""
     hand = config_of(family, *SHAPES[family][0])
     if way in ("width", "compound"):
         factors = {"width": 1.1, "depth": 1.0} if way == "width" else COMPOUND
@@ -159,7 +159,7 @@ def decode(options):
 
 
 def in_memory(prepared, folder):
-    """What was prepared, on all images: the training ones moved at random."""
+    """A prepared recipe, on all images. Training images are moved at random."""
     images = torch.load(folder / IMAGES)
     pixels, labels = (images["held_out"][name] for name in ("pixel_values", "labels"))
     held_out = [{"pixel_values": image, "labels": label} for image, label in zip(pixels, labels)]
@@ -170,7 +170,7 @@ def in_memory(prepared, folder):
 
 # ---- jobs ------------------------------------------------------------------------------------------------------------
 def steps_of(way, epochs):
-    """Optimizer steps of each stage of a way: together those of all epochs."""
+    """Optimizer steps of each stage of a way. Together they are the steps of all epochs."""
     total = round(epochs * ROWS / BATCH)
     before = total // 2 if way in PRETRAINED else 0
     if way in PLAIN:
@@ -278,7 +278,7 @@ def begun(prepared, seed):
 
 
 def row_of(prepared, model, started):
-    """What a network came to: `right` has a digit for each held-out image."""
+    """The result of a network. `right` has a digit for each held-out image."""
     scores = score(model, prepared)
     return {
         "accuracy": float(scores.mean()),
@@ -297,7 +297,7 @@ def jobs_of(options):
 
 
 def work(options):
-    """Take one job after the other that no other process works on and whose rows are not there."""
+    """Do one job after the other: those whose rows are missing, and that no other process works on."""
     for family, seed, ways in jobs_of(options):
         with (options.work / f"{family}-{'+'.join(ways)}-{seed}.lock").open("w", encoding="utf-8") as lock:
             try:

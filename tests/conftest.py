@@ -1,4 +1,4 @@
-"""Settings and fixtures of all tests. What they share beside these is in helpers/."""
+"""Settings and fixtures of all tests. Shared functions are in helpers/."""
 
 import gc
 import os
@@ -22,12 +22,12 @@ torch.set_num_threads(1)
 settings.register_profile(
     "hf_dms",
     max_examples=40,
-    deadline=None,  # no timing in tests
-    derandomize=True,  # a red test stays red
+    deadline=None,  # no test fails for being slow
+    derandomize=True,  # the same inputs in every run, so a test that fails fails again
     database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],  # those used with it hold no state
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the fixtures that it is used with hold no state
 )
-settings.register_profile("many", settings.get_profile("hf_dms"), max_examples=400)  # of `make test-slow`
+settings.register_profile("many", settings.get_profile("hf_dms"), max_examples=400)  # used by `make test-slow`
 settings.load_profile("hf_dms")
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -46,14 +46,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what is imported out of every later collection of garbage: one comes with each training."""
+    """Exclude imported objects from later garbage collections. Each training runs one."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")
 def pictures() -> Iterator[None]:
-    """None in the pages of runs in this process, which would take a third of a short one. tests/report has them."""
+    """Draw no pictures in the pages of runs: they would take a third of a short run. tests/report draws them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TEMPLATES.globals, "svg", lambda panel: f"<svg>{panel.title}</svg>")
         yield

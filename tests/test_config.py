@@ -1,4 +1,4 @@
-"""Every option: its range, its message, its documentation."""
+"""Every option has a range, an error message and documentation."""
 
 import dataclasses
 import json

@@ -1,6 +1,7 @@
-"""On an accelerator everything that chooses, searches, refits and cuts runs, and comes to what it comes to on the CPU.
+"""Choices, searches, refits and cuts run on an accelerator, with the same results as on the CPU.
 
-Skipped where torch sees no accelerator. Strategies that draw random numbers draw others there: only their budget holds.
+Skipped where torch sees no accelerator. Strategies with random numbers draw others there, so only their budget is
+checked.
 """
 
 import pytest
@@ -32,7 +33,7 @@ def labelled(count=4):
 
 
 def chosen(name, device, dims, layout="per_layer"):
-    """A model on a device after a choice, and what is cut from it."""
+    """A model on a device after a choice, and the model cut from it."""
     model = tiny_llama().to(device)
     attach_(model, DMSConfig(target=0.75, layout=layout, prune=dims))
     choose_(model, name, labelled())
@@ -40,7 +41,7 @@ def chosen(name, device, dims, layout="per_layer"):
 
 
 def searched(folder, device, **options):
-    """A trainer that has run on a device, which a process otherwise chooses once."""
+    """A trainer that has run on a device. A process otherwise chooses its device once."""
     AcceleratorState._reset_state(reset_partial_state=True)
     trainer = DMSTrainer(
         model=tiny_llama(),

@@ -1,4 +1,4 @@
-"""Gates: their state stays float32 and out of the model's, importance is the moving average of (m·g)²."""
+"""Gates: their state stays float32 and outside the model's state, and importance is the moving average of (m·g)²."""
 
 import copy
 
@@ -173,7 +173,7 @@ def test_importance_and_gradients_are_those_of_plain_autograd(layout, monkeypatc
         masks[name].retain_grad()
     plain = plain_masked_model(masks, monkeypatch)
     plain_loss = backward(plain, batch)
-    assert abs(float(loss - plain_loss)) < 1e-6  # masks are float32: exp(log m) is not quite m
+    assert abs(float(loss - plain_loss)) < 1e-6  # masks are float32: exp(log m) differs from m by rounding
     for name, mask in masks.items():
         term = (mask.detach() * mask.grad).square()
         expected = 0.99 * before[name] + 0.01 * term
@@ -201,11 +201,11 @@ def test_importance_starts_at_zero_and_is_a_moving_average():
 def test_a_step_without_a_backward_pass_in_training_mode_is_not_counted():
     model, gates = gated(search=False)
     message = r"no backward pass went through the model in training mode .* call model.train\(\) before the loop"
-    for mode in (model.eval(), None):  # as from_pretrained returns it; and no backward pass at all
+    for mode in (model.eval(), None):  # evaluation mode, as from_pretrained returns it; and no backward pass
         if mode is not None:
             loss = model(**token_batch(), labels=token_batch()["input_ids"]).loss
             loss.backward()
-        gates.step_terms()  # what several processes average
+        gates.step_terms()  # several processes would average these
         with pytest.raises(ValueError, match=message):
             gates.update_importance_()
     assert gates.num_updates == 0
@@ -243,7 +243,7 @@ def test_a_step_that_is_not_taken_leaves_no_trace_in_the_importance():
 
 def test_soft_units_are_those_between_open_and_closed():
     model, gates = gated(search=False, sharpness=1.0)
-    assert gates.soft_fraction("mlp") == 0  # warming up: all open
+    assert gates.soft_fraction("mlp") == 0  # in the warm-up all units are open
     search_(model, ratios=(0.5, 0.5))
     # sigmoid of -2.5, -1.5, ... 2.5 is between 0.05 and 0.95, that of ±3.5 is not: 6 of 20
     assert float(gates.soft_fraction("mlp")) == pytest.approx(0.3)
@@ -390,7 +390,7 @@ def test_protected_layers_rank_above_all_others():
 
 
 def test_a_step_of_the_search_mixes_no_devices():
-    """On the meta device, which refuses to mix with the CPU as a GPU does."""
+    """The meta device, like a GPU, refuses to mix its tensors with those of the CPU."""
     model = tiny_llama()
     attach_(model, DMSConfig(target=0.5, warmup_steps=0, layout="per_layer", protect={"layers": [0]}))
     gates = gates_of(model)

@@ -1,4 +1,4 @@
-"""What a gate computes, forward and backward, against autograd on the plain formulas."""
+"""Masked operations, forward and backward, against autograd on the plain formulas."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ EXACTLY = dict(rtol=1e-10, atol=1e-10)
 
 
 def assert_same_gradients(function, formula, inputs, mask_at):
-    """Outputs and gradients of a custom function are those that autograd finds for the plain formula."""
+    """Assert that outputs and gradients of a custom function equal those of autograd for the plain formula."""
     found, expected = function(*inputs), formula(*inputs)
     torch.testing.assert_close(found, expected, **EXACTLY)
     upstream = double(*expected.shape, seed=9).detach()
@@ -164,7 +164,7 @@ def test_an_open_masked_norm_is_the_stock_norm(dtype):
     nn.init.normal_(norm.weight)
     x = torch.randn(3, 5, 64).to(dtype)
     found = MaskedNorm.apply(x, torch.zeros(64), norm.weight, None, 1e-6, False)
-    # one ulp: Σ x²/N in another order
+    # one unit in the last place: Σ x²/N is summed in another order
     torch.testing.assert_close(found, norm(x), rtol=torch.finfo(dtype).eps * 2, atol=1e-6)
     assert found.dtype == dtype
 
@@ -203,7 +203,7 @@ def test_a_mask_that_needs_no_gradient_of_a_layer_costs_none():
 
 
 def test_half_precision_is_summed_in_float32():
-    """Rounded to bfloat16, a sum is off by up to 2^-9 of it."""
+    """A sum that is rounded to bfloat16 has a relative error of up to 2^-9."""
     x = (1 + double(2000, 3).detach().abs()).bfloat16().requires_grad_()
     others = [torch.zeros(3, requires_grad=True), torch.zeros((), requires_grad=True)]
     outs = [MaskUnits.apply(x, others[0], (1, 3, 1)), GateResidual.apply(torch.zeros_like(x), x, others[1])]

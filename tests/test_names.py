@@ -1,4 +1,4 @@
-"""What names promise: who may know an architecture's names, and what a name that ends in `_` does."""
+"""Which files may know an architecture's names, and what a name that ends in `_` promises."""
 
 import ast
 import itertools
@@ -16,16 +16,16 @@ TORCH = {
     "out_features",
     "running_mean",
     "running_var",
-}  # of torch.nn, and only by chance of a module or config key too
+}  # names in torch.nn that are also names of modules or config keys
 
 
 def names_of_modules():
-    """Every part of a path of a module in a description, but for `weight` and `bias`."""
+    """Every part of a module's path in a description, except `weight` and `bias`."""
     for spec in itertools.chain.from_iterable(spec.every_variant() for spec in SPECS):
         lines = [*spec.params, *spec.buffers, *(line for head in spec.heads.values() for line in head)]
         paths = (*spec.unnormed, *spec.channels_first, *spec.response_norms)
         for path in (*lines, *spec.attributes, *spec.stacks.values(), *paths):
-            names = {name for name in path.split(".") if re.fullmatch(r"[A-Za-z]\w*", name)}  # no layer or its number
+            names = {name for name in path.split(".") if re.fullmatch(r"[A-Za-z]\w*", name)}  # no placeholder or number
             yield from names - {"weight", "bias"}
 
 
@@ -41,7 +41,7 @@ def config_keys():
 
 
 def said(tree):
-    """What code, docstrings left out, has in strings, attributes and keyword arguments: texts, and their lines."""
+    """Texts in strings, attributes and keyword arguments of code, without docstrings, with their lines."""
     holders = (ast.Module, ast.ClassDef, ast.FunctionDef)
     bodies = [node.body[0] for node in ast.walk(tree) if isinstance(node, holders) and node.body]
     docstrings = {body.value for body in bodies if isinstance(body, ast.Expr)}

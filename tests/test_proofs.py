@@ -1,4 +1,4 @@
-"""A test of the tests: what compares is asserted."""
+"""A test of the tests: every comparison is asserted."""
 
 import ast
 from pathlib import Path
@@ -20,7 +20,7 @@ def is_comparison(node, predicates):
 
 
 def predicates_among(trees):
-    """Names of functions that return what a comparison gives, `PREDICATES` among them."""
+    """Names of functions that return the result of a comparison, with `PREDICATES`."""
     found, before = set(PREDICATES), set()
     while found != before:
         before = set(found)
@@ -33,7 +33,7 @@ def predicates_among(trees):
 
 
 def idle_comparisons(tree, predicates):
-    """Lines of statements that compare and do nothing with the answer; `with raises(...)` may hold one."""
+    """Lines of statements that compare and do not use the result. Inside `with raises(...)` that is allowed."""
     raising = {
         statement
         for node in ast.walk(tree)

@@ -1,4 +1,4 @@
-"""The Python of docs/python.md runs as it stands, and the README's on a tiny model."""
+"""The Python of docs/python.md runs unchanged, and that of the README on a tiny model."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re
 
 
 def check_searched(gates, plan):
-    """What a training loop is for: importance of every unit, ratios that moved, and a cut that follows both."""
+    """Assert what a training loop must achieve: importance of every unit, moved ratios, and a cut that follows both."""
     assert gates.num_updates == 12
     assert all((gates.raw_importance(name) > 0).all() for name in gates.dims)
     assert float(gates.prune_ratio.detach().max()) > 0
@@ -28,7 +28,7 @@ def check_searched(gates, plan):
     for name, i, row in rows:
         assert torch.equal(row, gates.raw_importance(name)[i].topk(len(row)).indices.sort().values)
     last = [torch.equal(row, torch.arange(gates.dims[name].units)[-len(row) :]) for name, i, row in rows]
-    assert not all(last)  # as if all units were alike
+    assert not all(last)  # not the last units, which go if all importance is equal
     assert not last[[name for name, *_ in rows].index("hidden")]
 
 

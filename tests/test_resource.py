@@ -1,4 +1,4 @@
-"""Counts as polynomials of sizes, the resource loss, the falling target."""
+"""Counts are polynomials in the sizes; the resource loss; the falling target."""
 
 import doctest
 import itertools

@@ -1,4 +1,4 @@
-"""The architecture of the package: the method at the root, then rooms in one order; and what importing it costs."""
+"""The structure of the package: the method at the root, then rooms in one order. And the cost of importing it."""
 
 import ast
 import importlib
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hf_dms"
-BASE = ["errors", "files"]  # what every file may need
+BASE = ["errors", "files"]  # every file may import these
 METHOD = ["config", "topk", "resource", "gates", "masked_ops"]  # the root of the package: the paper
 ROOMS = [  # each imports from the method, from itself and from those above it
     "archs",

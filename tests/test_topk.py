@@ -120,9 +120,7 @@ def test_a_soft_mask_is_above_a_half_exactly_where_the_hard_one_is_one(units, ra
     a = torch.tensor(ratio, dtype=torch.float64)
     soft = soft_topk_mask(importance, a, multiple * units)
     edge = abs(((1 - ratio) * units + 0.5) % 1) < 1e-6 or abs(((1 - ratio) * units + 0.5) % 1 - 1) < 1e-6
-    if (
-        edge or (1 - ratio) * units < 0.5
-    ):  # on the edge between k and k + 1; below it the hard mask keeps one all the same
+    if edge or (1 - ratio) * units < 0.5:  # at the edge between k and k + 1; the hard mask keeps at least one
         return
     assert torch.equal(soft > 0.5, hard_topk_mask(importance, a).bool())
 
@@ -190,7 +188,7 @@ def test_a_linear_count_at_a_whole_number_is_the_hard_mask():
 
 # ---- memory ----
 class LargestOutput(TorchDispatchMode):
-    """Records the size of the largest tensor that any operation returns."""
+    """A mode that records the size of the largest tensor that any operation returns."""
 
     numel = 0
 

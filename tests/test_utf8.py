@@ -26,7 +26,7 @@ def is_text_without_encoding(call):
 
 
 def is_module(value):
-    """tarfile.open, gzip.open, Image.open, ... open bytes unless they say otherwise."""
+    """Whether a call is of tarfile.open, gzip.open, Image.open, ..., which open bytes by default."""
     return isinstance(value, ast.Name) and value.id in ("tarfile", "gzip", "Image", "os", "webbrowser")
 
 

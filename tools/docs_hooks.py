@@ -1,4 +1,4 @@
-"""What mkdocs does to the pages of docs/ before it builds the site: links to source files, and equations.
+"""Changes to the pages of docs/ before mkdocs builds the site: links to source files, and equations.
 
 The pages read well on GitHub too, so they link to `../hf_dms/topk.py` and write equations as `$$...$$` and `$...$`. The
 site has no folder above it and loads nothing from another host. So each linked source file becomes a text file of the

@@ -26,7 +26,7 @@ REST: dict[str, type] = {
     "recover.distillation": DistillationConfig,
 }
 OWN_SECTIONS = {"model.supernet", "recover.repair", "recover.distillation"}  # keys that have a table of their own
-CODE = re.compile(r"`[^`]*`|\{(?:[^{}]|\{[^{}]*\})*\}")  # what Markdown must not read
+CODE = re.compile(r"`[^`]*`|\{(?:[^{}]|\{[^{}]*\})*\}")  # text that Markdown must not interpret
 
 
 def renewed(text: str) -> str:
@@ -45,7 +45,7 @@ def _table(section: str, cls: Any) -> str:
     rows = [f"## {section}", "", "| option | default | meaning |", "|---|---|---|"]
     for option in dataclasses.fields(cls):
         if f"{section}.{option.name}" == "recover.train":
-            continue  # no key of its own: it holds those of TrainingArguments
+            continue  # it has no keys of its own, but those of TrainingArguments
         if f"{section}.{option.name}" in OWN_SECTIONS:
             rows.append(f"| `{option.name}` | | A section of its own, [below](#{section}{option.name}). |")
         else:
@@ -64,7 +64,7 @@ def _default(option: dataclasses.Field) -> str:
 
 def _prose(text: str) -> str:
     """A help text as Markdown: braces as code, and no bar that would end the cell."""
-    text = text.removesuffix(" Required.")  # the column before says it
+    text = text.removesuffix(" Required.")  # the column before shows it
     marked = CODE.sub(lambda match: match[0] if match[0].startswith("`") else f"`{match[0]}`", text)
     return marked.replace("|", "\\|")
 

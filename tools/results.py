@@ -1,8 +1,8 @@
 """benchmarks/RESULTS.md, made of committed rows alone: `python tools/results.py` renews it.
 
-Rows of `hf-dms compare` lie in benchmarks/compare/NAME.jsonl, as `rows.jsonl` had them; NAME is that of the recipe in
-recipes/compare. Those of benchmarks/rival_torch_pruning.py lie in benchmarks/rivals.jsonl, those of the other tools'
-scripts in benchmarks/rivals_TOOL.jsonl. Those of benchmarks/speed.py lie in speed.jsonl, those of scripts that measure
+Rows of `hf-dms compare` are in benchmarks/compare/NAME.jsonl, copied from `rows.jsonl`. NAME is the recipe's name in
+recipes/compare. Rows of benchmarks/rival_torch_pruning.py are in benchmarks/rivals.jsonl, those of the other tools'
+scripts in benchmarks/rivals_TOOL.jsonl, those of benchmarks/speed.py in speed.jsonl, and those of scripts that measure
 time, memory or numerics in benchmarks/tables/SCRIPT.jsonl. A plot beside the first is drawn anew with `python
 tools/results.py --plots`.
 """
@@ -47,7 +47,7 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
 
 
 def section(file: Path) -> str:
-    """What one file of rows came to."""
+    """The section for one file of rows."""
     rows = rows_of(file)
     machines = sorted({_machine(**row["machine"]) for row in rows})
     versions = sorted({", ".join(f"{name} {version}" for name, version in row["versions"].items()) for row in rows})
@@ -68,7 +68,7 @@ def _machine(cores: int, threads: int, accelerator: str | None = None, **_: Any)
 
 
 def rivals(file: Path) -> str:
-    """What another tool came to beside ours, a line for each row."""
+    """The results of another tool beside ours, a line for each row."""
     header = "| kept | criterion | tool | units kept | per layer | kept by both | perplexity | second text |"
     lines = [header, "|" + "---|" * header.count(" | ") + "---|"]
     rows = rows_of(file)
@@ -91,7 +91,7 @@ def rivals(file: Path) -> str:
 
 
 def widths_by_optipfair(file: Path) -> str:
-    """What optipfair came to beside our criteria, at the same width of all layers."""
+    """The results of optipfair beside our criteria, at the same width of all layers."""
     rows = sorted(rows_of(file), key=lambda row: (-row["target"], row["perplexity"]))
     lines = ["| kept | tool | criterion | MLP width | perplexity | second text |", "|---" * 6 + "|"]
     lines += [
@@ -108,7 +108,7 @@ def widths_by_optipfair(file: Path) -> str:
 
 
 def macs_by_modelopt(file: Path) -> str:
-    """What FastNAS came to beside ours, means over seeds."""
+    """The results of FastNAS beside ours, means over seeds."""
     rows = rows_of(file)
     lines = ["| way | tool | seeds | MACs | accuracy after the cut | after three epochs |", "|---" * 6 + "|"]
     for way in dict.fromkeys(row["way"] for row in rows):

@@ -1,4 +1,4 @@
-"""Whatever way a pruned or searched model is saved or pushed, the model that it was made from is not replaced."""
+"""A pruned or searched model never replaces the model that it was made from, whichever way it is saved or pushed."""
 
 import copy
 import pickle
@@ -119,13 +119,13 @@ def test_other_folders_take_it_and_so_does_this_one_what_is_not_a_result(base, t
     model = pruned(base)
     model.save_pretrained(tmp_path / "pruned")
     assert load(tmp_path / "pruned").num_parameters() == model.num_parameters()
-    model.save_pretrained(base / "pruned")  # beside the files
+    model.save_pretrained(base / "pruned")  # a folder inside the model's folder
     dense = searched(base)
     dense.save_pretrained(tmp_path / "searched")
     detach_(dense)
     assert "save_pretrained" not in vars(dense)
     dense.save_pretrained(base)
-    attach_(model, CONFIG)  # once more
+    attach_(model, CONFIG)  # the cut model can be searched again
     detach_(model)
     with pytest.raises(HfDmsError, match="which the result is made from"):
         model.save_pretrained(base)

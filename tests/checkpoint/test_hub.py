@@ -53,7 +53,7 @@ def pruned_llama(layout):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What is pushed: a stock model with a card, one whose layers differ, and one in two shards."""
+    """The folders to push: a stock model with a card, a per-layer model, and a model in two shards."""
     folder = tmp_path_factory.mktemp("hub")
     save_tokenizer(folder / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
@@ -67,10 +67,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hub(folder):
-    """The stand-in after everything that hub_session.py does; `hub.results` has what each step came to."""
+    """The stand-in after hub_session.py has run. `hub.results` has the result of each of its steps."""
     *_, last = sorted((folder / "sharded").glob("*.safetensors"))
     with serve() as hub:
-        hub.drops[hashlib.sha256(last.read_bytes()).hexdigest()] = 6  # the attempts of one upload
+        hub.drops[hashlib.sha256(last.read_bytes()).hexdigest()] = 6  # as often as one upload is tried
         in_a_process(hub, [str(HERE / "hub_session.py"), str(folder)], folder)
         hub.results = json.loads((folder / "results.json").read_text())
         yield hub
@@ -101,7 +101,7 @@ def test_a_pushed_folder_is_the_local_one(hub, folder):
 
 def test_pushing_the_same_again_makes_no_commit(hub):
     assert hub.results["again"]["code"] == 0
-    assert hub.repos["tester/stock"].messages.count("Pruned with hf_dms") == 2  # main, and the branch
+    assert hub.repos["tester/stock"].messages.count("Pruned with hf_dms") == 2  # on main, and on the branch
 
 
 def test_a_branch_is_made_and_main_stays(hub, folder):
@@ -111,7 +111,7 @@ def test_a_branch_is_made_and_main_stays(hub, folder):
 
 
 def test_weights_of_an_earlier_push_are_replaced(hub, folder):
-    assert hub.results["other layout"]["out"] == f"Pushed to {hub.url}/tester/dropped\n"  # named without its owner
+    assert hub.results["other layout"]["out"] == f"Pushed to {hub.url}/tester/dropped\n"  # the id had no owner
     assert same_files(hub, "tester/dropped", folder / "stock")
 
 
@@ -160,7 +160,7 @@ def test_a_trainer_pushes_the_pruned_model(hub, folder):
     assert hub.results["trainer"]["out"] == f"{hub.url}/tester/trained"
     assert same_files(hub, "tester/trained", folder / "out/pruned")
     assert hub.repos["tester/trained"].private
-    assert hub.repos["tester/trained"].messages == ["Pruned with hf_dms", "From the trainer"]  # no training checkpoints
+    assert hub.repos["tester/trained"].messages == ["Pruned with hf_dms", "From the trainer"]  # and no checkpoints
     assert AutoModelForCausalLM.from_pretrained(folder / "out/pruned").num_parameters() < tiny_llama().num_parameters()
 
 

@@ -1,4 +1,4 @@
-"""Saving: with a proof that the folder reloads to the same model, or not at all."""
+"""A model is saved only if its folder reloads to the same model."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""What a checkpoint's files hold, from their headers alone."""
+"""The tensors of a checkpoint's files, read from the headers alone."""
 
 import pytest
 from helpers.laws import tiny

@@ -1,4 +1,4 @@
-"""A cut from files is the cut in memory, whatever the files look like, and is proved tensor by tensor."""
+"""A cut from files equals the cut in memory, whatever the files look like, and is checked tensor by tensor."""
 
 import itertools
 import json
@@ -36,7 +36,7 @@ from hf_dms.gating.attach import detach_, gates_of
 
 
 def searched_plan(model, layout, **options):
-    """A plan as a search would leave it, and what it is for."""
+    """A plan as a search would leave it, and the architecture that it is for."""
     attach_(model, DMSConfig(**({"target": 0.7, "layout": layout, "sequence_length": 7} | options)))
     search_(model)
     plan, bound = plan_of(model), gates_of(model).attachment.bound
@@ -46,7 +46,7 @@ def searched_plan(model, layout, **options):
 
 @pytest.fixture
 def made(tmp_path):
-    """Save a dense model and a plan, cut both ways: what was cut in memory, and the report of the cut from files."""
+    """A function that saves a dense model and a plan, and returns the model that the plan cuts from it in memory."""
 
     def make(model, layout="per_layer", max_shard_size="5GB", **options):
         plan, bound = searched_plan(model, layout, **options)
@@ -71,7 +71,7 @@ def contents(folder):
 
 
 def assert_equal_files(found, expected):
-    """The same names, and the same values to the bit."""
+    """Assert that two models have the same names, and values that are equal bit by bit."""
     found, expected = contents(found), contents(expected)
     assert found.keys() == expected.keys()
     assert all(found[name].dtype == expected[name].dtype for name in found)
@@ -101,7 +101,7 @@ NO_STOCK_LAYOUT = ("mobilenet_v2", "efficientnet")  # their stock configs hold n
 
 @pytest.mark.parametrize("name", ["llama", "llama-bf16", "bert", "resnet"])
 def test_scales_travel_with_the_plan(name, tmp_path):
-    """To the bit: the plan's file holds what the search learned, not only which units stay."""
+    """The scales are equal bit by bit: the plan's file holds what the search learned, not only which units stay."""
     model = CASES[name]()
     attach_(model, DMSConfig(target=0.9, layout="per_layer", pipeline="p-", scales="norms"))
     search_(model)
@@ -267,7 +267,7 @@ def test_no_more_than_a_shard_is_held(made, tmp_path, monkeypatch):
 
 # ---- what is wrong is said, and nothing is left behind ----
 def rewrite(change):
-    """A change of the config of a dense folder."""
+    """A function that changes the config of a dense folder."""
 
     def apply(dense):
         config = json.loads((dense / "config.json").read_text())
@@ -277,7 +277,7 @@ def rewrite(change):
 
 
 def retensor(change):
-    """A change of the tensors of a dense folder."""
+    """A function that changes the tensors of a dense folder."""
 
     def apply(dense):
         tensors = load_file(dense / "model.safetensors")

@@ -1,4 +1,4 @@
-"""What is written: the stock class where it can hold the model, the per-layer one where it cannot."""
+"""The cut model's class: the stock class where it can hold the model, else the per-layer class."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ STOCK, PER_LAYER = LlamaForCausalLM.__name__, "DmsLlamaForCausalLM"
 
 
 def written(layout, overrides=None, **kept):
-    """Class and config for a number of kept units per dim and row."""
+    """Class and config of the cut model, from the number of kept units per dim and row."""
     model = tiny_llama(**(overrides or {}))
     plan = Plan({name: tuple(torch.arange(count) for count in counts) for name, counts in kept.items()})
     return pruned_class_and_config(model, bind(LLAMA, model), plan, layout)
@@ -34,7 +34,7 @@ def test_a_plan_says_how_many_units_stay():
     [
         (dict(mlp=(5, 5, 5)), STOCK),
         (dict(mlp=(5, 5, 6)), PER_LAYER),
-        (dict(mlp=(5, 5, 6), layers=(2,)), STOCK),  # the third is dropped: the others are equal
+        (dict(mlp=(5, 5, 6), layers=(2,)), STOCK),  # the third layer is dropped, and the others are equal
         (dict(hidden=(12,), layers=(1,)), STOCK),
         (dict(kv=(2, 2, 2)), STOCK),  # 4 heads divide 24
         (dict(hidden=(13,)), MistralForCausalLM.__name__),

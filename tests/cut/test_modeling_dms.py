@@ -1,6 +1,6 @@
-"""Per-layer checkpoints: loaded with hf_dms, without it, and used as any other model.
+"""Per-layer checkpoints load with and without hf_dms, and are used as any other model.
 
-Each way of loading runs in a process of its own, once, over all folders: the parent saves models and what they compute.
+Each way of loading runs once, over all folders, in a process of its own. The parent saves models and their outputs.
 """
 
 import json
@@ -53,7 +53,7 @@ def per_layer(cls=LlamaForCausalLM, layout="per_layer", seed=0, dims=WIDTHS, pro
 
 
 def save(pruned, auto, folder):
-    """A folder, and beside it what the model in it computes."""
+    """Save a model to a folder, and its outputs beside it."""
     save_pruned(pruned, folder, inputs=token_batch())
     expected = {"outputs": outputs_of(pruned, token_batch())}
     if pruned.can_generate():
@@ -145,7 +145,7 @@ def test_per_layer_folders_load_after_import_hf_dms(folders, tmp_path):
 
 @pytest.fixture(scope="module")
 def without_hf_dms(folders, stock_folders, tmp_path_factory):
-    """Classes of the folders in a process that has no hf_dms: of the per-layer ones, and of the stock ones."""
+    """Classes of the per-layer and of the stock folders, as a process without hf_dms loads them."""
     trusted = [each | {"options": {"trust_remote_code": True}} for each in folders]
     classes = load_in_a_process_of_its_own([*stock_folders, *trusted], WITHOUT_HF_DMS, tmp_path_factory.mktemp("home"))
     return classes[len(stock_folders) :], classes[: len(stock_folders)]
@@ -243,7 +243,7 @@ def test_a_model_built_from_its_config_has_its_sizes_and_fresh_weights():
     assert {n: p.shape for n, p in fresh.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
     for name, parameter in fresh.named_parameters():
         expected = 1.0 if "norm" in name else 0.0
-        assert abs(float(parameter.detach().mean()) - expected) < 0.05, name  # not so if NaN
+        assert abs(float(parameter.detach().mean()) - expected) < 0.05, name  # false for NaN
     linear = fresh.model.layers[0].mlp.up_proj
     assert (linear.out_features, linear.in_features) == tuple(linear.weight.shape)
 

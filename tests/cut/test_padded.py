@@ -1,4 +1,7 @@
-"""Layout padded: stock, and exactly what the per-layer cut computes. test_decoders and test_encoders draw it too."""
+"""Layout padded is a stock model that computes exactly what the per-layer cut computes.
+
+test_decoders and test_encoders draw this layout too.
+"""
 
 from dataclasses import replace
 
@@ -51,7 +54,7 @@ HEADS = (
 
 
 def options_for(head):
-    """All dims, but not hidden where the stock config has as many heads as fit into it; layers of different widths."""
+    """Options of a search with layers of different widths. BERT keeps hidden, which its stock config ties to heads."""
     dims = ("heads", "mlp", "layers") if head.config_class.model_type in BERTS else None
     return {"prune": dims, "protect": {"min": {"layers": 2}}}
 
@@ -106,7 +109,7 @@ def test_padding_has_no_gradient_so_training_leaves_it_alone(head):
     pruned(**inputs, labels=labels).loss.backward()
     padding = 0
     for parameter in pruned.parameters():
-        padding += int((parameter == 0).sum())  # no other weight is 0
+        padding += int((parameter == 0).sum())  # only padding is exactly 0
         assert not parameter.grad[parameter == 0].any()
     assert padding > 0
     assert any(parameter.grad.any() for parameter in pruned.parameters())

@@ -1,4 +1,4 @@
-"""PEFT on per-layer models: adapters × what one does with them. Each adapter takes one training step first.
+"""PEFT on per-layer models: every adapter × every use of it. Each adapter takes one training step first.
 
 Prefix tuning is not among them: it gives every layer keys and values of one width.
 """
@@ -28,7 +28,7 @@ METHODS = {
     "lora everywhere": lambda linears: peft.LoraConfig(r=2, target_modules="all-linear"),
     "dora": lambda linears: peft.LoraConfig(r=2, target_modules=linears, use_dora=True),
     "loha": lambda linears: peft.LoHaConfig(r=2, target_modules=linears),
-    "vera": lambda linears: peft.VeraConfig(r=2, target_modules=linears),  # layers share one projection
+    "vera": lambda linears: peft.VeraConfig(r=2, target_modules=linears),  # layers share a projection
     "ia3": lambda linears: peft.IA3Config(target_modules=linears, feedforward_modules=[]),
 }
 

@@ -1,4 +1,4 @@
-"""A per-layer folder is one like any other: what users do with a model of transformers, they do with it.
+"""A per-layer folder works like any other: tests of what users do with a model of transformers.
 
 Loading by hf_dms, by trust_remote_code and under other heads, saving again, attention implementations and caches:
 test_modeling_dms.py and test_encoders.py. Adapters: test_per_layer_adapters.py.
@@ -57,7 +57,7 @@ def test_auto_classes_read_the_config_and_build_from_it(case):
 def test_its_tokenizer_or_image_processor_is_the_one_saved_with_it(case):
     try:
         processor = case.family.auto_processor.from_pretrained(case.folder)
-    except ImportError as error:  # transformers 5.17 wants torchvision for images
+    except ImportError as error:  # transformers 5.17 needs torchvision for images
         pytest.skip(str(error))
     assert type(processor) is type(case.processor)
     found, expected = case.encode(processor), case.encode(case.processor)

@@ -1,4 +1,4 @@
-"""A plan survives its file, and a file that is not for the model is refused."""
+"""A plan is read back as it was written, and a file for another model is refused."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_the_file_says_which_units_of_how_many_stay(made):
     assert content["units"] == {"kv": 3, "mlp": 20, "hidden": 24, "layers": 3}
     assert content["kept"]["mlp"][1] == plan.kept["mlp"][1].tolist()
     assert len(content["kept"]["hidden"]) == 1
-    assert len(file.read_text().splitlines()) < 25  # a row a line
+    assert len(file.read_text().splitlines()) < 25  # one line per row
 
 
 @pytest.mark.parametrize(

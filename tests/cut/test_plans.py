@@ -1,4 +1,4 @@
-"""The plans that a search passes: what is kept of each, in a small file, and what is cut by it."""
+"""The plans that a search passes are kept in a small file, and models can be cut by them."""
 
 import json
 
@@ -81,7 +81,7 @@ def test_a_plan_has_the_scales_of_its_time_and_is_cut_with_them(tmp_path):
             assert all(torch.equal(a, b) for a, b in zip(found[level].log_scales[name], rows, strict=True))
     earlier, later = (torch.cat([*plans[level].log_scales["mlp"]]).abs().mean() for level in (0.95, 0.75))
     assert 0 < earlier < later
-    pruned = cut_to(trainer.model, plans[0.8])  # proves it
+    pruned = cut_to(trainer.model, plans[0.8])  # compares the outputs too
     assert all(torch.equal(gates.scales[name], scales) for name, scales in now.items())
     plain = cut(trainer.model, bound, Plan(plans[0.8].kept), "per_layer")
     assert not torch.equal(pruned.model.layers[0].mlp.down_proj.weight, plain.model.layers[0].mlp.down_proj.weight)

@@ -1,4 +1,4 @@
-"""A vocabulary that is resized between `attach_` and `prune`: the budget is that of the model as it is."""
+"""If the vocabulary is resized between `attach_` and `prune`, the budget is that of the resized model."""
 
 import pytest
 import torch

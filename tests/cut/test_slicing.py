@@ -1,4 +1,4 @@
-"""The cut: what a hard-masked model computes, the cut one computes, and so does the folder it was saved to."""
+"""The hard-masked model, the cut model and its reloaded folder compute the same."""
 
 import copy
 import itertools
@@ -234,7 +234,7 @@ def test_a_model_keeps_its_dtype_and_settings():
 
 def test_parameters_of_a_cut_have_the_models_dtype_and_buffers_their_own():
     model = tiny(ResNetForImageClassification).to(torch.bfloat16)
-    model.classifier[-1].float()  # as training in mixed precision may leave a head
+    model.classifier[-1].float()  # mixed precision may leave a head in float32
     searched(model)
     plan, bound = plan_of(model), gates_of(model).attachment.bound
     detach_(model)
@@ -416,7 +416,7 @@ def test_the_public_names_are_those_of_the_modules():
 
 
 def test_importance_that_is_zero_everywhere_in_a_dim_is_refused():
-    """Ties break by index, so the first units of the dim would go without a word."""
+    """Ties break by index: without the error, the first units of the dim would be cut silently."""
     model = tiny_llama()
     attach_(model, DMSConfig(target=0.6))
     search_(model)

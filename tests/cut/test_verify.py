@@ -1,4 +1,4 @@
-"""The proof: two models that must compute the same are compared on one batch."""
+"""The check that two models give the same outputs on one batch."""
 
 import peft
 import pytest
@@ -37,7 +37,7 @@ def test_outputs_that_differ_or_are_not_numbers_are_an_error():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_of_half_precision_is_compared_in_float32(dtype):
-    """A weight that is a hundredth off passes any tolerance that the noise of half precision needs."""
+    """A weight with an error of 1 % would pass any tolerance that half precision needs."""
     model, other = (tiny_llama(dtype=dtype) for _ in range(2))
     assert check_same(model, other, token_batch(), ("first", "second")) == 0
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_hard_masked_is_over_when_its_block_is_even_after_an_error(training):
 
 
 def ruined_llama(shift=0):
-    """A model in which one layer's large sums cancel, its MLP units rotated by some places: the same function."""
+    """A model in which large sums of one layer cancel. Its MLP units are rotated, which changes no output."""
     model = tiny_llama()
     mlp = model.model.layers[1].mlp
     with torch.no_grad():

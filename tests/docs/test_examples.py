@@ -1,4 +1,4 @@
-"""The scripts of examples/ run on tiny models and leave a smaller one that loads."""
+"""The scripts of examples/ run on tiny models, and each writes a smaller model that loads."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""Numbers of the tables in README and docs that name a comparison are those of its rows."""
+"""Numbers in README and docs that name a comparison equal those of its rows."""
 
 import json
 import re

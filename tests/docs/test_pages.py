@@ -1,6 +1,4 @@
-"""README and docs/: what they say about the code is true, every command and block of Python in them is one, and the
-site builds.
-"""
+"""README and docs/: what they say of the code is true, commands and Python are valid, and the site builds."""
 
 import ast
 import os

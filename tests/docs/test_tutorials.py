@@ -1,4 +1,4 @@
-"""The tutorials run on real models, and print what the pages say they print. Slow: `make test-slow`."""
+"""The tutorials run on real models, and print what the pages show. Slow: `make test-slow`."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ NEEDED = {
 }
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)\n```)?", re.DOTALL)
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
-LEARNED = re.compile(r"^layer \d+: ")  # a layer's sizes differ from machine to machine; the line's form is compared
+LEARNED = re.compile(r"^layer \d+: ")  # sizes differ between machines; only the form is compared
 PROGRESS = re.compile(r"^(search|training|recover): |^\{'")  # lines of a Trainer, which the pages leave out
 
 
@@ -45,7 +45,7 @@ def test_a_tutorial_prints_what_it_says(page, tmp_path, monkeypatch):
         assert len(lines) == len(said), lines
         for line, saying in zip(lines, said):
             if not numbers(saying):
-                continue  # what a model writes differs from machine to machine
+                continue  # a model's texts differ between machines
             assert NUMBER.sub("#", line) == NUMBER.sub("#", saying)
             if LEARNED.match(line):
                 continue

@@ -1,4 +1,4 @@
-"""Memory that a command has freed is what it gets again."""
+"""Freed memory is kept by the process and used again."""
 
 import platform
 import subprocess

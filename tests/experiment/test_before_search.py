@@ -1,4 +1,4 @@
-"""What recipe, configs, tokenizer, weight files and data say alone is said by `validate`, and before any search."""
+"""Mistakes in recipe, configs, tokenizer, weight files and data are reported by `validate`, and before any search."""
 
 import itertools
 import json
@@ -257,7 +257,7 @@ def test_layers_that_cannot_be_repaired_are_found_before_the_search(recipe, caps
 
 
 def test_what_is_good_in_these_recipes_passes(recipe, dense, tmp_path, capsys):
-    """So that each of the above fails for what is wrong with it."""
+    """Without their mistakes the recipes above pass, so each fails for the mistake that its case names."""
     (tmp_path / "texts").mkdir()
     (tmp_path / "images").mkdir()
     vit = ViTForImageClassification, ViTConfig(**(SMALL | PIXELS))

@@ -1,4 +1,4 @@
-"""`dms.strategy`: a recipe whose units are chosen without a search, through the same stages to the same folder."""
+"""`dms.strategy` chooses units without a search. All other stages of the recipe, and its folder, stay the same."""
 
 import copy
 import json
@@ -44,7 +44,7 @@ def test_a_recipe_with_a_strategy_keeps_the_units_that_the_strategy_chooses(reci
     choose_(model, "taylor", batches)
     assert {name: report["sizes"][name] for name in ("kv", "mlp")} == plan_of(model).sizes
     assert report["search"] == []
-    assert "masks" not in report  # they are of a search
+    assert "masks" not in report  # soft masks exist in a search only
     assert mistakes(report) == []
     assert "the searched model" not in capsys.readouterr().out
     assert report["pruned"]["num_params"] <= 0.8 * report["dense"]["num_params"]
@@ -91,7 +91,7 @@ def test_where_there_is_a_search_a_strategy_is_refused(tmp_path):
 
 
 def test_a_cut_far_below_its_budget_is_no_fault_of_a_search_that_did_not_run():
-    """Two of three layers are a third below the budget: advice about rates and steps would be of no use."""
+    """Two of three layers cost a third less than the budget. Advice about rates and steps would not help here."""
     model = tiny_llama()
     attach_(model, DMSConfig(target=0.9, resource_scope="layers", prune=("layers",), strategy="block_influence"))
     choose_(model, "block_influence", [token_batch()])

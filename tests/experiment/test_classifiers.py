@@ -1,4 +1,4 @@
-"""Classifiers with trained heads, from a recipe to the folder that is written: classes, colours, padding are kept."""
+"""Classifiers with trained heads, from recipe to folder: classes, colours and padding are kept."""
 
 import json
 

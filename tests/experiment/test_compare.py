@@ -1,4 +1,4 @@
-"""`hf-dms compare`: one row per cell, written at once; all cells on the same work; a stopped table goes on."""
+"""`hf-dms compare` writes one row per cell as soon as it is finished, gives all cells the same work, and resumes."""
 
 import json
 import math
@@ -77,7 +77,7 @@ def test_a_search_by_the_divergence_from_the_dense_model_is_a_strategy_too(table
 def test_a_search_by_epochs_is_a_search_of_whole_epochs_and_rivals_see_as_much(table):
     epochs = ("train.max_steps=-1", "train.num_train_epochs=1", "compare.strategies={dms: {}, taylor: {}}")
     *_, rows = table(*epochs, "recover=null", "dms.warmup_steps=1")
-    assert rows[0]["seen"]["cut"] in (rows[1]["seen"]["cut"], rows[1]["seen"]["cut"] - 1)  # steps are whole batches
+    assert rows[0]["seen"]["cut"] in (rows[1]["seen"]["cut"], rows[1]["seen"]["cut"] - 1)  # a search sees whole batches
     assert rows[1]["seen"]["cut"] > 10
 
 

@@ -1,4 +1,4 @@
-"""A detector from a recipe to the folder that is written: searched, cut, repaired, trained, measured and shown."""
+"""A detector, from recipe to folder: searched, cut, repaired, trained, measured and shown."""
 
 import json
 
@@ -105,7 +105,7 @@ def test_a_comparison_of_detectors_is_refused(prune, capsys):
 
 def test_the_boxes_of_a_teacher_count_where_it_sees_an_object():
     boxes = torch.rand(1, 2, 4, generator=RANDOM)
-    logits = torch.tensor([[[9.0, 0.0, 0.0], [0.0, 0.0, 30.0]]])  # an object, and none
+    logits = torch.tensor([[[9.0, 0.0, 0.0], [0.0, 0.0, 30.0]]])  # one query sees an object, one sees none
     teacher = {"logits": logits, "pred_boxes": boxes}
     moved = boxes.clone()
     moved[0, 1] += 0.5
@@ -116,7 +116,7 @@ def test_the_boxes_of_a_teacher_count_where_it_sees_an_object():
 
 
 def test_the_teacher_of_a_search_is_the_dense_detector():
-    """Without a cut nothing is to be learned: the divergence of a model from itself is 0."""
+    """Without a cut there is nothing to learn: the divergence of a model from itself is 0."""
     model = detector()
     with torch.no_grad():
         outputs = model(pixel_values=torch.randn(2, 3, SIDE, SIDE, generator=RANDOM))

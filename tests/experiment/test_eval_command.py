@@ -38,7 +38,7 @@ LAYOUTS = ("uniform", "per_layer", "padded")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A tiny Llama and what each layout makes of it, with a tokenizer."""
+    """A tiny Llama and its cut in each layout, with a tokenizer."""
     folder = tmp_path_factory.mktemp("eval")
     tiny_llama(max_position_embeddings=128).save_pretrained(folder / "dense")
     save_tokenizer(folder / "dense")

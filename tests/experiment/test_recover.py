@@ -1,4 +1,4 @@
-"""A `recover` section without a length: what is taken for it, that it is said, and that it is done."""
+"""A `recover` section without a length: the length that is taken is printed, and used."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ TEXT = dict(vocab_size=33, hidden_size=24, intermediate_size=20, num_hidden_laye
 
 
 def completed(recover=None, config=None, rows=10**6, processes=1, **sections):
-    """The recipe that a recipe's `recover` section stands for."""
+    """The recipe with its `recover` section filled in."""
     values = {
         "model": {"path": "a", "dtype": "float32"},
         "data": {"path": "b", "sequence_length": 256},

@@ -1,4 +1,4 @@
-"""`hf-dms prune` on a tiny real folder: each pipeline, resuming, refusing, and leaving nothing half-written."""
+"""`hf-dms prune` on a tiny folder: each pipeline, resuming, refusals, and no half-written results."""
 
 import itertools
 import json
@@ -133,8 +133,8 @@ def test_a_classifier_found_in_a_supernet_costs_what_the_original_does(classifie
     found = auto.from_pretrained(out)
     assert report["pruned"]["num_params"] == found.num_parameters()
     limit = report["original"]["macs_per_token"]
-    assert report["dense"]["macs_per_token"] > 1.4 * limit  # the stem of a ResNet stays
-    assert 0.6 * limit < report["pruned"]["macs_per_token"]  # the target is of the layers
+    assert report["dense"]["macs_per_token"] > 1.4 * limit  # the stem of a ResNet is not pruned
+    assert 0.6 * limit < report["pruned"]["macs_per_token"]  # the target counts the layers only
     assert found.config.model_type.startswith("dms_") == (layout == "per_layer")
     assert_a_report_for_people_and_programs(out, report)
     assert "dense" not in (out / "README.md").read_text() + (out / "report.html").read_text().partition("How it was")[0]
@@ -353,7 +353,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped_and_ends_the_same(recipe, m
     with killed_in(monkeypatch, DMSTrainer, "_save_checkpoint", after=True):
         recipe(*train)
     assert not out.exists()
-    assert recipe(*train, "dms.target=0.5")[0] == 2  # another recipe may not take over the folder
+    assert recipe(*train, "dms.target=0.5")[0] == 2  # a changed recipe must not continue this search
     assert recipe(*train)[0] == 0
     resumed = AutoModelForCausalLM.from_pretrained(out).state_dict()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -464,7 +464,7 @@ def test_the_dense_model_s_own_texts_are_mixed_in_and_written_once(recipe, dense
     assert data.mix == {str(file): 1}
     assert examples.train.num_rows % 2 == 0
     assert json.loads((tmp_path / "out" / "dms_report.json").read_text())["recipe"]["data"]["mix"] == {"self": 1}
-    model = LlamaForCausalLM.from_pretrained(dense)  # other weights write other texts
+    model = LlamaForCausalLM.from_pretrained(dense)  # with other weights, texts are written again
     model.lm_head.weight.data *= 2
     model.save_pretrained(tmp_path / "other")
     save_tokenizer(tmp_path / "other")
@@ -598,7 +598,7 @@ def test_a_search_and_a_training_after_the_cut_with_adapters_end_in_a_plain_mode
     frozen = AutoModelForCausalLM.from_pretrained(dense)
     kept = load_plan(output / "dms_plan.json", bind(LLAMA, frozen))[0].kept
     embedding = frozen.model.embed_tokens.weight.index_select(1, kept["hidden"][0])
-    assert torch.equal(model.model.embed_tokens.weight, embedding)  # all-linear adapts no embedding
+    assert torch.equal(model.model.embed_tokens.weight, embedding)  # all-linear does not adapt embeddings
 
 
 def test_a_model_is_trained_after_the_cut_on_other_data_by_a_template(recipe, tmp_path):
@@ -624,7 +624,7 @@ def test_a_search_on_packed_weights_cuts_the_whole_ones(recipe, dense):
         kept = load_plan(output / "dms_plan.json", bind(LLAMA, frozen))[0].kept
         weight = frozen.model.layers[kept["layers"][0][0]].self_attn.q_proj.weight
         found = model.model.layers[0].self_attn.q_proj.weight
-        same = torch.isin(found, weight).all()  # numbers of the model at model.path, not roundings of them
+        same = torch.isin(found, weight).all()  # the weights at model.path themselves, not rounded ones
         assert same == (options != [LORA])
 
 

@@ -1,4 +1,4 @@
-"""`output.sizes`: one search, several sizes, each a result of its own."""
+"""`output.sizes`: one search gives results of several sizes."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_every_size_is_cut_recovered_measured_and_saved(recipe, tmp_path, option
 
 
 def the_result_at_the_target_is_what_it_is_without_further_sizes(recipe, options, tmp_path):
-    """They come after it, and leave nothing behind in it."""
+    """The other sizes are made after the result, and do not change it."""
     assert recipe(*options, f"output.path={tmp_path / 'other'}")[0] == 0
     models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("out", "other")]
     batch = {"input_ids": torch.arange(1, 9)[None]}

@@ -1,4 +1,4 @@
-"""`model.supernet`: a search in a larger network of random weights, and the shape that is found trained afresh."""
+"""`model.supernet`: a search in a larger network of random weights. The shape that it finds is trained afresh."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ def test_the_result_has_the_original_s_budget_and_neither_it_nor_the_page_calls_
     assert mistakes(report) == []
     assert report["original"]["num_params"] == original
     assert report["original"]["target"] == 1
-    assert report["dense"]["num_params"] > 3 * original  # widths count twice
+    assert report["dense"]["num_params"] > 3 * original  # a weight grows with both of its widths
     assert 0.95 * original < report["pruned"]["num_params"] <= original
     assert numel(out) == report["pruned"]["num_params"]
     assert report["units"]["mlp"] == 2 * TINY["intermediate_size"]
@@ -85,7 +85,7 @@ def weights_at_the_start(recipe, monkeypatch, *options):
 def test_a_training_after_the_cut_begins_with_fresh_weights_which_the_seed_alone_decides(recipe, monkeypatch):
     searched, started = weights_at_the_start(recipe, monkeypatch)
     assert searched.keys() == started.keys()
-    assert all(not torch.equal(searched[name], started[name]) for name in searched)  # norms are 1 again
+    assert all(not torch.equal(searched[name], started[name]) for name in searched)  # norms too are initialised again
     _, again = weights_at_the_start(recipe, monkeypatch)
     assert all(torch.equal(started[name], again[name]) for name in started)
     _, other = weights_at_the_start(recipe, monkeypatch, "recover.seed=1")

@@ -1,4 +1,4 @@
-"""A finished search is never lost: what a section influences, and only that, is done again by the same command."""
+"""A finished search is never lost: after a change, the same command repeats only the stages that the change affects."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ OPTIONS = ["finetune.max_steps=2", "train.max_steps=4", "dms.warmup_steps=1", "r
 
 @pytest.fixture
 def steps(monkeypatch):
-    """Training steps per stage since the last `clear`, by the folder that a Trainer writes to."""
+    """Training steps per stage since the last `clear`. The stage is known by the folder that a Trainer writes to."""
     count, train = Counter(), Trainer.training_step
 
     def step(self, *args, **kwargs):
@@ -84,7 +84,7 @@ def test_a_training_that_is_added_begins_at_the_finished_search(failed, recipe, 
 
 @pytest.mark.parametrize("change", ["save_strategy=no", "save_strategy=epoch"])
 def test_a_stage_that_saves_no_checkpoints_is_not_done_twice(failed, recipe, steps, change):
-    """Nor is the dense model of repair and distillation, which is that of the search, trained once more."""
+    """The dense model of repair and distillation, which is that of the search, is not trained again either."""
     options = [f"train.{change}", "recover.repair={examples: 2}", "recover.distillation={}"]
     failed(*options)
     assert recipe(*OPTIONS, *options)[0] == 0
@@ -131,12 +131,12 @@ def test_another_search_does_not_take_its_place_until_the_folder_that_is_named_i
     shutil.rmtree(out)
     steps.clear()
     kept.rename(out.with_name("out.unfinished"))
-    assert recipe(*OPTIONS)[0] == 0  # set back, it goes on from the finished search
+    assert recipe(*OPTIONS)[0] == 0  # with the old value it goes on from the finished search
     assert not steps
 
 
 def test_every_key_of_a_recipe_is_known_to_influence_a_stage_or_none():
-    """A new key of a section is part of what is compared, or it is listed here with those that influence no stage."""
+    """Every key of a section is compared, or it is listed here among those that influence no stage."""
     values = {"model": {"path": "a"}, "data": {"path": "b"}, "dms": {"target": 0.5}, "output": {"path": "c"}}
     values = build_recipe(values).to_dict()
     known = influences(values, list(STAGES)[-1])
@@ -161,7 +161,7 @@ def test_a_folder_whose_recipe_is_not_there_is_left_alone(recipe, tmp_path, caps
 
 
 def test_each_stage_has_a_precision_of_its_own(recipe, steps):
-    """accelerate keeps the precision of the first Trainer of a process for all that follow, unless it is reset."""
+    """accelerate keeps the precision of a process's first Trainer for all later ones, unless it is reset."""
     precisions = ["finetune.bf16=true", "recover.bf16=false", "train.bf16=true", "recover.max_steps=3"]
     assert recipe(*OPTIONS, *precisions)[0] == 0
     assert steps == WHOLE

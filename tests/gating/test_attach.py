@@ -1,4 +1,4 @@
-"""Where gates touch a running model: that training and evaluation see them, and that they leave nothing behind."""
+"""Gates on a running model: training and evaluation see them, and they leave nothing behind."""
 
 import copy
 import functools
@@ -29,7 +29,7 @@ DIMS = ("kv", "mlp", "hidden", "layers")
 
 # ---- where they go ----
 def after_a_step(cls, **options):
-    """Gradients and importance of a soft-masked model after a step, and its batch norms' statistics."""
+    """Gradients and importance of a soft-masked model after a step, and the statistics of its batch norms."""
     model = tiny(cls, dtype=torch.float64, **options)
     attach_(model, DMSConfig(target=0.6, layout="per_layer"))
     search_(model)
@@ -37,7 +37,7 @@ def after_a_step(cls, **options):
     gates = gates_of(model)
     gates.update_importance_()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    gradients = {name: gradient for name, gradient in gradients.items() if "k_proj.bias" not in name}  # which is 0
+    gradients = {name: gradient for name, gradient in gradients.items() if "k_proj.bias" not in name}  # always 0
     importance = {f"importance of {name}": gates.raw_importance(name).clone() for name in gates.dims}
     statistics = {name: buffer.double() for name, buffer in model.named_buffers() if "running" in name}
     return gradients | importance | statistics
@@ -101,7 +101,7 @@ def test_masks_on_the_weights_of_maps_do_what_masks_on_their_inputs_do(cls, opti
         mask = gates.log_masks[name][row].exp().repeat_interleave(after).repeat(before)
         return type(module).forward(module, x * mask.view(-1, *(1,) * (x.dim() - 1 - axis % x.dim())))
 
-    monkeypatch.setattr(attach_module, "FEWER", 0)  # on these small batches too
+    monkeypatch.setattr(attach_module, "FEWER", 0)  # so that small batches mask the weights too
     folded = []
     apply = attach_module.MaskKernel.apply
     monkeypatch.setattr(attach_module.MaskKernel, "apply", lambda *args: folded.append(args) or apply(*args))
@@ -207,7 +207,7 @@ def test_a_deep_copy_has_gates_of_its_own():
     attach_(model, DMSConfig(target=0.5))
     search_(model)
     model.train()
-    model(**inputs).logits.sum().backward()  # masks and Taylor terms of a step under way
+    model(**inputs).logits.sum().backward()  # leaves masks and Taylor terms, as in the middle of a step
     twin = copy.deepcopy(model)
     gates, twins = gates_of(model), gates_of(twin)
     assert twins is not gates
@@ -260,13 +260,13 @@ def test_gradient_checkpointing_changes_nothing(warmup_steps):
 
 
 def saved_bytes(model, inputs):
-    """Bytes of distinct storages kept for the backward, the parameters' own left out."""
+    """Bytes of distinct storages that are saved for the backward pass, without those of parameters."""
     own, kept = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}, {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage  # held, so that no other takes its address
+            kept[storage.data_ptr()] = storage  # kept alive, so that no other storage gets its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -277,7 +277,7 @@ def saved_bytes(model, inputs):
 
 @pytest.mark.parametrize("prune", [*[(dim,) for dim in DIMS], None])
 def test_gates_keep_no_second_copy_of_activations(prune):
-    """Where a weight trains the next matmul keeps y anyway; one copy of the MLP's activations would be 9 % here."""
+    """If weights train, the next matmul saves y anyway. One more copy of the MLP's activations would be 9 % here."""
     sizes = dict(hidden_size=48, intermediate_size=128, num_hidden_layers=3)
     inputs = token_batch(4, 32)
     plain, gated = tiny_llama(**sizes).train(), tiny_llama(**sizes)

@@ -1,4 +1,4 @@
-"""What is wrong with a model is told by the first thing wrong, and nothing touches the model."""
+"""A model that cannot have gates gets an error that names the first fault, and is not changed."""
 
 import copy
 import functools
@@ -77,7 +77,7 @@ def replaced(model, name, tensor):
 
 
 class Packed(nn.Parameter):
-    """As quantisers make them."""
+    """Parameters as quantisers make them."""
 
 
 def test_quantised_models_are_refused():
@@ -122,7 +122,7 @@ def test_sharded_models_are_refused(process_group):
 
 
 def test_partitioned_models_are_refused():
-    """As DeepSpeed's ZeRO-3 leaves parameters between their uses."""
+    """Parameters as DeepSpeed's ZeRO-3 leaves them between their uses."""
     model = tiny_llama()
     for parameter in model.parameters():
         parameter.data = torch.empty(0)
@@ -211,7 +211,7 @@ def prune_without_search(model):
 # ---- what bypasses the gates ----
 def test_fused_kernels_are_refused():
     model = tiny_llama()
-    model._use_kernels = True  # what the setter sets when the package `kernels` is installed
+    model._use_kernels = True  # the setter does this if the package `kernels` is installed
     untouched(model, "use_kernels=True replaces norms and MLPs by fused kernels that bypass the gates. Set it off")
 
 

@@ -1,4 +1,4 @@
-"""Late in a search the coarse dims get whole sizes, so that the model at its end is the one that is cut."""
+"""Late in a search the coarse dims get whole sizes, so the searched model at the end is the model that is cut."""
 
 import copy
 
@@ -45,7 +45,7 @@ def test_decided_dims_run_on_the_masks_of_the_cut_in_training_too(layout):
     before = {name: gates.raw_importance(name).clone() for name in gates.dims}
     gates.update_importance_()
     assert all(gates.raw_importance(name).isfinite().all() for name in gates.dims)
-    for name in gates.decided:  # the kept ones gather importance as before, those that are gone fade
+    for name in gates.decided:  # kept units gather importance as before, removed ones fade
         mask = torch.stack(gates.log_masks[name]).exp()
         assert torch.allclose(gates.raw_importance(name)[mask == 0], 0.99 * before[name][mask == 0])
     gathered = gates.raw_importance("layers")[0] > 0.99001 * before["layers"][0]
@@ -131,8 +131,8 @@ def test_sizes_are_brought_to_the_target_once_per_move(monkeypatch):
     monkeypatch.setattr(Gates, "_meet_target_", lambda gates: met.append(meet(gates)))
     gates.clamp_ratios_()
     backward(model), backward(model)
-    assert len(met) == 0  # decide_ has met it
-    gates.update_importance_()  # another ranking of the layers may cost otherwise
+    assert len(met) == 0  # `decide_` has met the target already
+    gates.update_importance_()  # another ranking of the layers may change the cost
     backward(model), backward(model)
     assert len(met) == 1
     with torch.no_grad():
@@ -141,11 +141,11 @@ def test_sizes_are_brought_to_the_target_once_per_move(monkeypatch):
     backward(model), backward(model)
     assert len(met) == 2
     assert float(gates.resource().detach()) == pytest.approx(0.6, abs=1e-5)
-    gates.load_search_state_(gates.search_state())  # as it was saved, so that a resumed search goes on bit by bit
+    gates.load_search_state_(gates.search_state())  # restored exactly, so that a resumed search continues bit by bit
     backward(model)
     assert len(met) == 2
     with torch.no_grad():
-        gates.prune_ratio.sub_(0.01)  # what was read is not what moves
+        gates.prune_ratio.sub_(0.01)  # the saved copy of the ratios must not move with them
     backward(model)
     assert len(met) == 3
     astray = gates.search_state() | {"prune_ratio": (gates.prune_ratio.detach() - 0.01).clamp(min=0)}
@@ -213,7 +213,7 @@ def test_a_trainer_decides_once_and_logs_no_soft_units_from_then_on(tmp_path):
         assert len(set(logged(trainer, f"kept/{name}")[first - 1 :])) == 1
 
 
-@pytest.mark.parametrize("interval", [9, 20])  # before and after the decision
+@pytest.mark.parametrize("interval", [9, 20])  # a checkpoint before the decision, and one after it
 def test_a_resumed_search_decides_as_an_uninterrupted_one(interval, tmp_path):
     whole = ended(tmp_path / "whole", 0.7, save_steps=interval)
     checkpoint = tmp_path / "whole" / f"checkpoint-{interval}"

@@ -1,4 +1,4 @@
-"""Whole sizes: at most the budget, maximal, near what was learned, and such as a stock config can express."""
+"""Whole sizes are within the budget, maximal, near the learned sizes, and such that a stock config can express them."""
 
 import dataclasses
 import re
@@ -36,7 +36,7 @@ def count(gates, sizes):
 
 
 def allowed(sizes, gates, bound, config, model_config):
-    """Whether sizes respect multiples, protections and stock limits: written down again, from the documents alone."""
+    """Whether sizes respect multiples, protections and stock limits: written anew, from the documents alone."""
     protect, kept_layers = config.protect, {layer % 3 for layer in config.protect.get("layers", ())}
     for name, rows in sizes.items():
         units = bound.sizes[name]
@@ -54,7 +54,7 @@ def allowed(sizes, gates, bound, config, model_config):
             return False
         sizes = {name: int(rows[0]) for name, rows in sizes.items()}
         heads = sizes.get("kv", bound.sizes["kv"]) * bound.sizes["rep"]
-        # Llama demands it; a Mistral does not, and takes a Llama without biases.
+        # A Llama demands it. A Mistral does not, and can hold a Llama without biases.
         biases = model_config.attention_bias or model_config.mlp_bias
         follows = "hidden" in sizes and config.round_to.get("hidden", 1) == 1
         if (biases or follows) and sizes.get("hidden", bound.sizes["hidden"]) % heads:
@@ -129,7 +129,7 @@ def learn_(gates, learned):
 
 
 def kept_rows(gates, sizes):
-    """Rows of the layers that stay; the widths of the others say nothing."""
+    """Rows of the layers that stay. The widths of dropped layers have no meaning."""
     if "layers" not in sizes:
         return slice(None)
     return gates.importance("layers")[0].topk(int(sizes["layers"])).indices.sort().values
@@ -176,7 +176,7 @@ def test_no_coarse_dim_changes_that_was_learned_within_half_a_unit(layout, step,
     learned = {name: sizes[name][: dim.num_ratios].double() for name, dim in gates.dims.items()}
     for name in COARSE:
         for i in range(len(learned[name])):
-            learned[name][i] += data.draw(st.floats(-0.489, 0.489))  # nearer to a half, importance decides
+            learned[name][i] += data.draw(st.floats(-0.489, 0.489))  # nearer to a half, importance decides the rounding
     learn_(gates, {name: size.clamp(max=gates.dims[name].units) for name, size in learned.items()})
     again, rows = rounded(target, *request_), kept_rows(gates, sizes)
     assert again["layers"].tolist() == sizes["layers"].tolist()
@@ -186,7 +186,7 @@ def test_no_coarse_dim_changes_that_was_learned_within_half_a_unit(layout, step,
 
 @given(depths, st.integers(0, 1000), st.floats(0.3, 0.7))
 def test_on_target_coarse_dims_get_the_nearest_sizes_and_the_finest_the_rest(layout, seed, width):
-    overrides = dict(intermediate_size=400, num_key_value_heads=6)  # so wide that the rest has room
+    overrides = dict(intermediate_size=400, num_key_value_heads=6)  # wide enough to absorb the rest
     request_ = gates, *_ = gated(seed, overrides, layout=layout, prune=("kv", "mlp", "layers"))
     generator = torch.Generator().manual_seed(seed)
     learned = {
@@ -206,7 +206,7 @@ def test_on_target_coarse_dims_get_the_nearest_sizes_and_the_finest_the_rest(lay
 
 
 def test_the_quickstarts_cut_has_the_layers_and_groups_that_were_learned():
-    """Layers 29.6 of 30 and 2.8 of 3 KV groups stay; once all sizes shrank together, and a layer went for nothing."""
+    """29.6 of 30 layers and 2.8 of 3 KV groups were learned. Scaling all sizes would drop a layer for nothing."""
     overrides = dict(intermediate_size=153, num_hidden_layers=30)
     request_ = gates, *_ = gated(0, overrides, prune=("kv", "mlp", "layers"), resource_scope="layers")
     learn_(gates, {"kv": torch.tensor([2.8]), "mlp": torch.tensor([127.8]), "layers": torch.tensor([29.6])})
@@ -228,7 +228,7 @@ def test_where_a_coarse_dim_must_go_down_it_is_the_one_whose_units_matter_least(
 
 
 def test_dims_that_cost_nothing_stay_whole_as_far_as_the_stock_config_allows():
-    """Of key-value bytes neither MLPs nor the hidden size take any; four heads must divide the hidden size, 30."""
+    """MLPs and the hidden size cost no key-value bytes. The four heads must divide the hidden size, 30."""
     overrides = dict(hidden_size=30, attention_bias=True)
     options = dict(prune=("kv", "mlp", "hidden"), resource="kv_bytes", resource_scope="model")
     request_ = gates, *_ = gated(0, overrides, **options)
@@ -238,7 +238,7 @@ def test_dims_that_cost_nothing_stay_whole_as_far_as_the_stock_config_allows():
 
 
 def test_a_dim_that_costs_nothing_makes_no_room():
-    """Of key-value bytes the hidden size takes none, so a layer goes, though its importance is a million times that."""
+    """The hidden size costs no key-value bytes. So a layer goes, though it is a million times as important."""
     options = dict(prune=("kv", "hidden", "layers"), resource="kv_bytes", resource_scope="model")
     request_ = gates, *_ = gated(0, dict(hidden_size=48), protect={"min": {"kv": 2}}, layout="per_layer", **options)
     learn_(gates, {"kv": torch.full((3,), 2.0), "hidden": torch.tensor([48.0]), "layers": torch.tensor([2.6])})
@@ -250,7 +250,7 @@ def test_a_dim_that_costs_nothing_makes_no_room():
 @pytest.mark.parametrize("share", [0.9, 1.1])
 @pytest.mark.parametrize("gone", [0, 1])
 def test_what_goes_loses_the_least_importance_for_what_it_saves(gone, share):
-    """A layer against the least important group of each layer that stays, at 0.9 and 1.1 times the break-even."""
+    """A layer competes with the least important group of each other layer, at 0.9 and 1.1 times the break-even."""
     request_ = gates, *_ = gated(prune=("kv", "mlp", "layers"), protect={"min": {"mlp": 19}})
     left = 3 - gone
     learn_(gates, {"kv": torch.tensor([3.0]), "mlp": torch.tensor([19.0]), "layers": torch.tensor([float(left)])})
@@ -261,7 +261,7 @@ def test_what_goes_loses_the_least_importance_for_what_it_saves(gone, share):
         sizes = {"kv": torch.full((3,), kv), "mlp": torch.full((3,), 19), "layers": torch.tensor([layers])}
         return count(gates, sizes)
 
-    if not gone:  # else the layer in the middle is not learned, whatever its groups are worth
+    if not gone:  # with `gone` the middle layer is dropped already, and its groups do not count
         gates.raw_importance("kv")[1] = 1e-3 * torch.tensor([3.0, 5, 1])
     saved = {"kv": costs(3, left) - costs(2, left), "layers": costs(3, left) - costs(3, left - 1)}
     even = left * 1e-3 * saved["layers"] / saved["kv"]  # a group of 1e-3 in each layer that stays
@@ -272,7 +272,7 @@ def test_what_goes_loses_the_least_importance_for_what_it_saves(gone, share):
 
 @pytest.mark.parametrize("beside", [-0.009, 0.0, 0.009])
 def test_of_two_close_roundings_the_one_is_taken_that_leaves_out_less_importance(beside):
-    """A group against the eight channels that it costs, layer by layer, at 0.9 and 1.1 times the break-even."""
+    """A group competes with the eight channels that it costs, layer by layer, at 0.9 and 1.1 times the break-even."""
     request_ = gates, *_ = gated(0, dict(intermediate_size=400), layout="per_layer", prune=("kv", "mlp"))
     learn_(gates, {"kv": torch.full((3,), 2.5 + beside), "mlp": torch.tensor([200.2, 190.3, 210.4])})
     target = float(gates.resource().detach())
@@ -305,7 +305,7 @@ def test_half_a_layer_stays_unless_it_is_worth_less_than_the_channels_that_it_co
 
 @pytest.mark.parametrize(("share", "layers"), [(0.9, 2), (1.1, 3)])
 def test_channels_of_a_layer_that_goes_say_nothing_about_whether_it_goes(share, layers):
-    """Half a layer, at 0.9 and 1.1 times what the channels that it costs are worth in the two layers that stay."""
+    """Half a layer was learned. It is worth 0.9 or 1.1 times the channels that it costs in the two layers that stay."""
     request_ = gates, *_ = gated(0, dict(intermediate_size=100), prune=("layers", "mlp"))
     learn_(gates, {"layers": torch.tensor([2.5]), "mlp": torch.tensor([50.0])})
     target = float(gates.resource().detach())
@@ -334,7 +334,7 @@ def test_half_of_a_multiple_is_decided_by_importance_as_half_a_unit_is(step):
 
 
 def test_what_is_left_goes_to_the_finest_dims_first():
-    """Eight channels are left, of which each layer wants 0.3; a group costs as much, and each wants 0.4 of one."""
+    """Room for eight channels is left. Each layer lacks 0.3 channels and 0.4 groups; a group costs eight channels."""
     overrides = dict(intermediate_size=100, num_hidden_layers=12)
     request_ = gates, *_ = gated(0, overrides, layout="per_layer", prune=("kv", "mlp"))
     learn_(gates, {"kv": torch.full((12,), 2.4), "mlp": torch.full((12,), 50.3)})
@@ -376,9 +376,9 @@ def test_sizes_follow_the_learned_proportions():
 @pytest.mark.parametrize(
     ("learned", "target", "layers"),
     [
-        (3, 0.68, 2),  # 2.5 layers would cost 0.83: rounding does not explain it, so layers and widths shrink alike
-        (2, 0.95, 3),  # nor does it here, where 2.5 layers are too few, and both grow
-        (3, 0.85, 3),  # here it does, and the widths absorb the rest
+        (3, 0.68, 2),  # 2.5 layers would cost 0.83: rounding does not explain it, and layers and widths shrink alike
+        (2, 0.95, 3),  # rounding does not explain it here either: 2.5 layers are too few, and both grow
+        (3, 0.85, 3),  # rounding explains it, and the widths absorb the rest
         (2, 0.7, 2),
     ],
 )
@@ -393,14 +393,14 @@ def test_learned_sizes_that_rounding_does_not_explain_are_scaled_to_the_target(l
 @pytest.mark.parametrize(
     ("ended_at", "learned", "kv"),
     [
-        (1.009, 2.52, 3),  # within a hundredth above: the groups are those that were learned
-        (1.015, 2.52, 2),  # beyond: everything is scaled first, the groups to 2.48
-        (0.971, 2.45, 2),  # within three hundredths below
-        (0.965, 2.45, 3),  # beyond: scaled to 2.54
+        (1.009, 2.52, 3),  # at most 1 % above: groups stay as they were learned
+        (1.015, 2.52, 2),  # more than that: everything is scaled first, the groups to 2.48
+        (0.971, 2.45, 2),  # at most 3 % below: not scaled
+        (0.965, 2.45, 3),  # more than that: scaled to 2.54
     ],
 )
 def test_a_search_that_ended_near_its_target_is_taken_as_it_ended(ended_at, learned, kv):
-    """A channel of so wide an MLP, and half a group, cost a thousandth of the layers: rounding explains no more."""
+    """A channel of such a wide MLP and half a group cost 0.1 % of the layers: rounding can explain no larger miss."""
     overrides = dict(intermediate_size=4000)
     request_ = gates, *_ = gated(0, overrides, prune=("kv", "mlp"), resource_scope="layers")
     learn_(gates, {"kv": torch.tensor([learned]), "mlp": torch.tensor([2000.0])})
@@ -409,7 +409,7 @@ def test_a_search_that_ended_near_its_target_is_taken_as_it_ended(ended_at, lear
 
 
 def test_half_a_step_of_a_coarse_dim_is_half_of_its_multiple():
-    """16 hidden units where 14.1 were learned, in steps of 4, explain a miss of a tenth: groups are not scaled."""
+    """Hidden units move in steps of 4, so 14.1 become 16. That explains a miss of 10 %: groups are not scaled."""
     options = dict(prune=("kv", "mlp", "hidden"), round_to={"hidden": 4}, layout="per_layer")
     request_ = gates, *_ = gated(0, dict(intermediate_size=200), **options)
     learn_(gates, {"kv": torch.full((3,), 2.45), "mlp": torch.full((3,), 150.0), "hidden": torch.tensor([14.1])})
@@ -419,7 +419,7 @@ def test_half_a_step_of_a_coarse_dim_is_half_of_its_multiple():
 
 
 def test_what_is_left_of_the_budget_goes_to_those_furthest_below_their_learned_size():
-    """Equal layers jump together; of the units that then still fit, none takes more than one."""
+    """Layers with equal sizes round up at the same factor. A unit that still fits goes to one of them at most."""
     request_ = gated(layout="per_layer", prune=("mlp",), overrides=dict(intermediate_size=50, num_hidden_layers=8))
     gates = request_[0]
     learned = torch.tensor([40.0, 10.0] * 4)

@@ -1,4 +1,4 @@
-"""Scales of units: learned beside the prune ratios, and in the weights of the cut model."""
+"""Scales of units are learned beside the prune ratios, and end up in the weights of the cut model."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_masked_equals_cut(cls, layout):
 def test_masked_equals_cut_with_convolutions(cls, monkeypatch):
     model = searched(tiny(cls))
     assert any(name.startswith("norms.") for name in gates_of(model).scales) == (cls is ConvNextForImageClassification)
-    prune(model, inputs=batches_for(model)[0])  # proves it
+    prune(model, inputs=batches_for(model)[0])  # compares the outputs
     monkeypatch.setattr("hf_dms.cut.slicing.folded_scales", lambda log_scales, bound: {})
     with pytest.raises(VerificationError):
         prune(model, inputs=batches_for(model)[0])

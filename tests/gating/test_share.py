@@ -1,4 +1,4 @@
-"""`sizes`: a request that gives the shape in place of a target."""
+"""`sizes`: a request that gives a shape in place of a target."""
 
 import pytest
 from helpers.laws import tiny
@@ -42,7 +42,7 @@ def test_it_goes_for_strategies_without_a_search_and_for_all_stages():
 
 
 def test_what_it_means_can_be_given_again():
-    """As the recipe in a report: the resolved request is one too."""
+    """A resolved request can be written in the recipe of a report and read again."""
     first = gates_of(attached(tiny_llama(), sizes={"mlp": 5})).attachment.config
     again = gates_of(attached(tiny_llama(), **first.to_dict())).attachment.config
     assert again == first

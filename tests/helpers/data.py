@@ -17,7 +17,7 @@ def letters(begins: bool = False, **options: Any) -> PreTrainedTokenizerFast:
     """A tokenizer of one token per letter: a is 3, b is 4, ...; blanks are no tokens.
 
     Args:
-        begins: whether it puts <s>, token 1, before a text.
+        begins: whether <s>, token 1, is put before each text.
         options: special tokens; the end of text is </s>, token 2, unless they say otherwise.
     """
     tokenizer = Tokenizer(models.WordLevel(LETTERS, unk_token="?"))
@@ -31,7 +31,7 @@ def letters(begins: bool = False, **options: Any) -> PreTrainedTokenizerFast:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]], features: dict[str, Any] | None = None) -> str:
-    """Write rows to a file of the kind that its suffix says, or to a folder as `Dataset.save_to_disk` does."""
+    """Write rows to a file in the format of its suffix, or to a folder as `Dataset.save_to_disk` does."""
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     elif path.suffix in (".csv", ".tsv"):

@@ -1,4 +1,4 @@
-"""The encoders and convolutional networks that test_encoders.py and test_encoder_folders.py go through."""
+"""The encoders and convolutional networks of test_encoders.py and test_encoder_folders.py."""
 
 from helpers.laws import TASKS, heads_of
 from transformers import CamembertForTokenClassification, XLMRobertaForMaskedLM
@@ -18,7 +18,7 @@ RELATIVES = (
 )
 RESNETS = heads_of("ResNet", "ImageClassification")
 REGNETS = heads_of("RegNet", "ImageClassification")
-MOBILES = {  # whose stock configs hold no widths
+MOBILES = {  # their stock configs hold no widths
     **dict.fromkeys(heads_of("MobileNetV2", "ImageClassification"), ("mid", "stem", "first", "hidden", "top")),
     **dict.fromkeys(heads_of("EfficientNet", "ImageClassification"), ("mid", "squeeze", "stem", "hidden", "top")),
 }
@@ -49,10 +49,10 @@ def dims_of(cls):
 
 
 def possible(cls, dims, layout):
-    """Stock sizes that go together are pruned together, and padding cannot reach the dense hidden size.
+    """Whether a layout can prune dims. Sizes that a stock config ties go together, and hidden cannot be padded.
 
-    That is of a BERT hidden = heads·d, of a ConvNeXt mlp = 4·hidden, of a ResNet hidden = 4·mid, and of a RegNet
-    everything but layers.
+    Tied sizes: in BERT hidden = heads·d, in ConvNeXt mlp = 4·hidden, in ResNet hidden = 4·mid, and in RegNet all but
+    layers.
     """
     if cls in MOBILES:
         return layout == "per_layer"

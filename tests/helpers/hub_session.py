@@ -1,6 +1,6 @@
 """What a user does with the Hub, in a process of its own: huggingface_hub reads HF_ENDPOINT when it is imported.
 
-`python hub_session.py FOLDER` pushes the models in FOLDER, and writes what came of each step to FOLDER/results.json.
+`python hub_session.py FOLDER` pushes the models in FOLDER, and writes the result of each step to FOLDER/results.json.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ from hf_dms import DMSConfig, DMSTrainer
 from hf_dms.checkpoint.hub import push
 from hf_dms.cli import main
 
-transformers.utils.logging.disable_progress_bar()  # what is printed is compared
+transformers.utils.logging.disable_progress_bar()  # the printed text is compared
 FOLDER = Path(sys.argv[1])
 RESULTS: dict[str, dict] = {}
 
 
 def step(name: str, *arguments: object, token: str | None = WRITE_TOKEN) -> None:
-    """Run the command line and keep what it came to."""
+    """Run the command line and keep its result."""
     os.environ.pop("HF_TOKEN", None)
     if token is not None:
         os.environ["HF_TOKEN"] = token
@@ -51,7 +51,7 @@ def push_in_vain() -> None:
     step("other namespace", "push", FOLDER / "stock", "somebody/vain")
     step("no namespace", "push", FOLDER / "stock", "nobody/vain")
     step("no branch", "push", FOLDER / "stock", "tester/stock", "--revision", "refs/heads")
-    with mock.patch("time.sleep"):  # between the attempts of huggingface_hub
+    with mock.patch("time.sleep"):  # huggingface_hub waits between its attempts
         step("dropped", "push", FOLDER / "sharded", "tester/dropped", "--private")
     step("after the drop", "push", FOLDER / "sharded", "tester/dropped", "--private")
     step("other layout", "push", FOLDER / "stock", "dropped")

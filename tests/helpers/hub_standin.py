@@ -21,7 +21,7 @@ WRITE_TOKEN, READ_TOKEN = "hf_test_that_may_write", "hf_test_that_may_read"
 
 @dataclass
 class Repo:
-    """A repository: its commits, each with all its files, what was said of them, and what its branches point to."""
+    """A repository: its commits, each with all its files, their messages, and the commits that branches point to."""
 
     private: bool
     commits: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"0" * 40: {".gitattributes": b""}})
@@ -49,10 +49,10 @@ class Hub:
     Attributes:
         repos: by id.
         objects: large files, sha256 → content.
-        requests: (method, path) of everything that was asked.
+        requests: (method, path) of every request.
         drops: large files, sha256 → how many times the connection is dropped in the middle of their upload.
-        on_event: called with "asked" when a request has come, before its body is read, and with "done" when it is
-            carried out, before it is answered.
+        on_event: called with "asked" when a request arrives, before its body is read, and with "done" when it has been
+            carried out, before the answer.
     """
 
     def __init__(self) -> None:

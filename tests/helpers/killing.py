@@ -1,4 +1,4 @@
-"""What tests start in processes of their own: the command line, disturbed at one of its events.
+"""The command line in a process of its own, disturbed at one of its events.
 
 An event is a training step, or a change of a file or folder under the folder of the run.
 """
@@ -25,34 +25,34 @@ def _fill_the_disk(folder: Path) -> None:
 
 
 def _make_read_only(folder: Path) -> None:
-    """Take the right to write from the folder, those beside it that the run made, what is in them, and their parent."""
+    """Make a run's folders, their contents and their parent read-only."""
     header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-    assert ctypes.CDLL(None).capset(header, none) == 0  # root's capability to write nevertheless
+    assert ctypes.CDLL(None).capset(header, none) == 0  # root could write nevertheless
     for path in [*folder.parent.glob(f"*{folder.name.lstrip('.')}*"), folder.parent]:
         for each in [*path.rglob("*"), path] if path != folder.parent else [path]:
             if each.is_dir():
                 each.chmod(0o555)
 
 
-errors: list[Exception] = []  # raised by the next batch that a data loader is asked for
+errors: list[Exception] = []  # the next batch of a data loader raises the error in this list
 
 DISTURBANCES: dict[str, Callable[[Path], object]] = {
     "kill": lambda folder: os.kill(os.getpid(), signal.SIGKILL),
     "terminate": lambda folder: os.kill(os.getpid(), signal.SIGTERM),
-    "full disk": _fill_the_disk,  # a write fails from then on, by the operating system's own limit
+    "full disk": _fill_the_disk,  # from then on the system's limit on file sizes makes writes fail
     "read-only": _make_read_only,
     "error": lambda folder: errors.append(KeyError("a row that the data loader cannot read")),
 }
 
 
 def run(arguments: list[str], folder: str, at: int, log: str, disturbance: str = "kill") -> None:
-    """Run `hf-dms`, disturbed at the event of a number; its exit code is the process's.
+    """Run `hf-dms`, disturbed at the event with a given number. The process ends with the exit code of `hf-dms`.
 
     Args:
         arguments: command and arguments.
-        folder: whose changes count.
-        at: 0 for never; then the number of events is the last line of the log.
-        log: the file that gets what it prints.
+        folder: the folder whose changes are events.
+        at: number of the event. 0: no disturbance, and the last line of the log is the number of events.
+        log: file for the printed output.
         disturbance: one of `DISTURBANCES`.
     """
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -91,7 +91,7 @@ def _count_events(folder: str, at: int, disturb: Callable[[Path], object]) -> Ca
 
 
 def kill_at_step(at: int) -> None:
-    """Let this process be killed at its training step of a number."""
+    """Let this process be killed at the training step with a given number."""
     steps, train = 0, Trainer.training_step
 
     def step(self, *args, **kwargs):

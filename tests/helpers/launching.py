@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 240  # far more than a launch takes on a busy machine: a deadlock fails the test
+SECONDS = 240  # much longer than any launch, so a deadlock fails the test
 
 
 def launch(*command):

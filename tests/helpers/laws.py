@@ -1,4 +1,4 @@
-"""What every architecture must obey, and tiny models of all: used by test_encoders.py, test_decoders.py and others."""
+"""Laws that every architecture obeys, and tiny models of all, for test_encoders.py, test_decoders.py and others."""
 
 import torch
 import transformers
@@ -14,7 +14,7 @@ from hf_dms.cut.verify import all_outputs_of, dummy_inputs, hard_masked
 from hf_dms.gating.attach import gates_of
 from hf_dms.gating.rounding import round_sizes
 
-# float64: the same sums in another order. float32: 2^-24 times some tens of roundings.
+# In float64 only the order of sums differs. In float32 there are some tens of roundings of 2^-24.
 EXACT, SHIPPED = 1e-9, 1e-5
 BLOCKS = dict(hidden_size=24, intermediate_size=20, num_hidden_layers=3, num_attention_heads=4)
 TEXT = BLOCKS | dict(vocab_size=33, max_position_embeddings=16)
@@ -22,7 +22,7 @@ IMAGE = BLOCKS | dict(image_size=12, patch_size=4, num_channels=2)
 DISTANCES = IMAGE | dict(use_relative_position_bias=True, drop_path_rate=0.0)
 STAGES = dict(num_channels=2, image_size=16, patch_size=2, num_stages=3, hidden_sizes=[6, 8, 10], depths=[2, 3, 1])
 DECODER = {name: value for name, value in TINY.items() if name not in ("head_dim", "num_labels")}
-GEMMA = DECODER | {"head_dim": 4, "hidden_size": 36}  # the scale of embeddings, its root, is exact in any dtype
+GEMMA = DECODER | {"head_dim": 4, "hidden_size": 36}  # embeddings are scaled by its root, 6, which is exact
 WINDOWS = dict(sliding_window=4, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
 SIZES = {
     "bert": TEXT,
@@ -82,10 +82,10 @@ def tiny(cls, seed=0, dtype=torch.float32, **overrides):
     family = cls.config_class.model_type
     sizes = SIZES[family] | {"num_labels": 2 if cls.__name__.endswith("QuestionAnswering") else 3} | overrides
     layers = sizes.get("num_hidden_layers", sizes.get("num_stages"))
-    listed = {n: v for n, v in sizes.items() if isinstance(v, list) and n != "image_size"}  # of layers, or of stages
+    listed = {n: v for n, v in sizes.items() if isinstance(v, list) and n != "image_size"}  # per layer, or per stage
     sizes |= {n: v[:layers] for n, v in listed.items()}
     sizes = {NAMES.get(family, {}).get(name, name): value for name, value in sizes.items()}
-    switches = cls._supports_sdpa and family != "data2vec-vision"  # whose modules keep what they were built with
+    switches = cls._supports_sdpa and family != "data2vec-vision"  # its modules keep their attention
     attn = "sdpa" if switches else "eager"
     model = cls._from_config(cls.config_class(**sizes), attn_implementation=attn).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -107,7 +107,7 @@ def batch_for(model, length=7, batch=2):
 
 
 def searched(model, seed=0, share=0.4, **options):
-    """Put gates on a model as a search would leave them; the target lies between the lowest possible one and 1."""
+    """Put gates on a model as a search would leave them. The target lies between the lowest possible target and 1."""
     attach_(model, DMSConfig(**({"target": 1.0, "sequence_length": 7} | options)))
     search_(model, seed)
     gates = gates_of(model)
@@ -118,19 +118,19 @@ def searched(model, seed=0, share=0.4, **options):
 
 
 def masked_cut_reloaded(model, sizes, folder):
-    """All outputs of the hard-masked, the cut and the reloaded model, and the cut one itself."""
+    """All outputs of the hard-masked, the cut and the reloaded model, and the cut model itself."""
     inputs = batch_for(model)
     pruned = prune(model, inputs=inputs)
     with hard_masked(model, sizes):
         masked = all_outputs_of(model, inputs)
     kept = make_plan(gates_of(model), sizes).kept
     bound = gates_of(model).attachment.bound
-    stream = "hidden" if "hidden" in bound.sizes else f"hidden{len(bound.stacks) - 1}"  # the last stage's
-    stream = "top" if "top" in bound.sizes else stream  # a map behind it
+    stream = "hidden" if "hidden" in bound.sizes else f"hidden{len(bound.stacks) - 1}"  # that of the last stage
+    stream = "top" if "top" in bound.sizes else stream  # some networks have another map behind the last stage
     pooled = "pool" if "pool" in bound.sizes else stream
     for name, dim in (("last_hidden_state", stream), ("pooler_output", pooled)):
         if name in masked and dim in kept:
-            axis = 1 if masked[name].dim() == 4 else -1  # a convolution's output
+            axis = 1 if masked[name].dim() == 4 else -1  # units of a convolution's output
             masked[name] = masked[name].index_select(axis, kept[dim][0])
     save_pruned(pruned, folder, inputs=inputs)
     reloaded = type(pruned).from_pretrained(folder, dtype=pruned.dtype)
@@ -153,7 +153,7 @@ def assert_same(masked, cut_, reloaded, tolerance):
 def macs_by_the_flop_counter(model, scope, inputs, length, stacks=None):
     """Multiply-accumulates of one forward pass of one sequence, per token; under sdpa attention is not counted.
 
-    Modules with a number for a name are layers, unless it is said which paths the stacks of layers have.
+    Modules whose name is a number are layers, unless the paths of the stacks are given.
     """
     model.set_attn_implementation("eager")
     counter = FlopCounterMode(display=False)
@@ -168,7 +168,7 @@ def macs_by_the_flop_counter(model, scope, inputs, length, stacks=None):
 
 
 def written_sizes(gates, sizes, pruned):
-    """Sizes of the model that is written: those kept, or, padded, what its stock config says of every layer."""
+    """Sizes of the written model: the kept ones, or for layout padded those that its stock config gives every layer."""
     if gates.attachment.config.layout != "padded":
         return gates.dense_sizes() | sizes
     found = bind(spec_for(pruned.config), pruned).sizes

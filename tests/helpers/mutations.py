@@ -15,7 +15,7 @@ NASTY = (
 
 
 def places(tree: Any, at: tuple = ()) -> list[tuple]:
-    """The path of keys and indices to every value in a tree, the tree itself left out."""
+    """The path of keys and indices to every value in a tree, except the tree itself."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     return [place for key, value in items for place in ((*at, key), *places(value, (*at, key)))]
 
@@ -55,7 +55,7 @@ def damaged_trees(draw: Callable, tree: Any, most: int = 3) -> Any:
 
 @st.composite
 def damaged_bytes(draw: Callable, content: bytes, first: int | None = None) -> bytes:
-    """Bytes with one to three runs overwritten, removed, inserted or cut off, within the first so many."""
+    """Bytes with one to three runs overwritten, removed, inserted or cut off, among the `first` bytes."""
     for _ in range(draw(st.integers(1, 3))):
         end = min(len(content), first or len(content))
         start = draw(st.integers(0, max(end - 1, 0)))

@@ -1,4 +1,4 @@
-"""What test_per_layer_models.py and test_per_layer_adapters.py share: a per-layer folder of each family."""
+"""A per-layer folder of each family, for test_per_layer_models.py and test_per_layer_adapters.py."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from hf_dms.cut.verify import outputs_of
 
 
 class Family(NamedTuple):
-    """A stock class, how its checkpoints are loaded, and what a pipeline does with them."""
+    """A stock class, the Auto class that loads its checkpoints, and the task of its pipeline."""
 
     head: type
     auto: type
@@ -75,13 +75,13 @@ class Case:
     Attributes:
         family: how to load it.
         spec: its description.
-        model: as `prune` returned it.
-        folder: where it was saved, with its processor.
+        model: the model that `prune` returned.
+        folder: the folder where it was saved, with its processor.
         processor: its tokenizer or image processor.
         example: a text, or the path of an image.
         inputs: random arguments of a forward pass of two examples.
-        logits: what the model makes of them.
-        labels: for its loss.
+        logits: the model's logits for them.
+        labels: labels for its loss.
     """
 
     family: Family
@@ -105,7 +105,7 @@ class Case:
         return outputs_of(model, {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in self.inputs.items()})
 
     def encode(self, processor: Any) -> dict[str, Tensor]:
-        """What a processor makes of `example`."""
+        """The inputs that a processor makes of `example`."""
         example = load_image(self.example) if self.is_image else self.example
         return dict(processor(example, return_tensors="pt"))
 

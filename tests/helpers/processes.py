@@ -1,4 +1,4 @@
-"""What `test_distributed.py` starts in several processes: `accelerate launch ... processes.py FOLDER WHAT...`.
+"""Work that `test_distributed.py` starts in several processes: `accelerate launch ... processes.py FOLDER WHAT...`.
 
 Each process leaves its results in FOLDER/WHAT-RANK.safetensors.
 """
@@ -30,7 +30,7 @@ def searching(
 ) -> DMSTrainer:
     """A trainer of a short search, in two micro-batches per step and process.
 
-    SGD, unless told: Adam's first steps are signs, which turn a rounding error of a small gradient into a whole step.
+    The default is SGD: Adam's first steps are signs, which turn a rounding error of a small gradient into a whole step.
     """
     processes = int(os.environ.get("WORLD_SIZE", 1))
     defaults = dict(
@@ -53,7 +53,7 @@ def searching(
 
 
 def results(trainer: DMSTrainer) -> dict[str, Tensor]:
-    """What must not depend on how many processes there are: the search, its logs, and the cut model."""
+    """The results that must not depend on the number of processes: the search, its logs, and the cut model."""
     logs = {}
     for key in ("loss", "task_loss", "resource", "grad_norm", "eval_loss"):
         logs[f"log/{key}"] = torch.tensor([entry[key] for entry in trainer.state.log_history if key in entry])
@@ -69,7 +69,7 @@ def ddp(folder: Path, pipeline: str) -> dict[str, Tensor]:
 
 
 def ddp_kl(folder: Path, pipeline: str) -> dict[str, Tensor]:
-    """With the dense model's logits as what is searched for, and scales of units."""
+    """A search with the dense model as teacher, and with scales of units."""
     trainer = searching(folder / f"ddp_kl{pipeline}", pipeline, kl_weight=1.0, scales="norms")
     trainer.train()
     return results(trainer)
@@ -83,7 +83,7 @@ def fsdp_kl(folder: Path, pipeline: str) -> dict[str, Tensor]:
 
 
 def fsdp(folder: Path, pipeline: str) -> dict[str, Tensor]:
-    """accelerate's FSDP2, on CPU processes: it has all it takes, but turns to it on accelerators only."""
+    """Make accelerate use its FSDP2 on CPU processes. It can, but does so on accelerators only."""
     _pretend_fsdp()
     trainer = searching(folder / f"fsdp{pipeline}", pipeline)
     trainer.train()
@@ -99,7 +99,7 @@ def fsdp(folder: Path, pipeline: str) -> dict[str, Tensor]:
 
 
 def resume(folder: Path, pipeline: str) -> dict[str, Tensor]:
-    """FSDP2 again, with Adam (torch cannot load the state of an optimizer that has none), resumed half way."""
+    """FSDP2 again, resumed half way. With Adam, because torch cannot load an optimizer without state."""
     _pretend_fsdp()
     found = []
     for seed, checkpoint in ((0, None), (5, str(folder / "resumed/checkpoint-3"))):
@@ -121,7 +121,7 @@ def _pretend_fsdp() -> None:
 
 
 def main_only(folder: Path, pipeline: str) -> dict[str, Tensor]:
-    """What `run_on_main` returns and raises, as a test would see it in each process."""
+    """What `run_on_main` returns and raises in each process."""
     rank = PartialState().process_index
 
     def refuse():
@@ -134,7 +134,7 @@ def main_only(folder: Path, pipeline: str) -> dict[str, Tensor]:
 
 
 class PoisonInOne(TrainerCallback):
-    """In one process, and in one step, the loss is not a number."""
+    """Make the loss NaN in one step of one process."""
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if args.process_index == 1 and state.global_step == 3:

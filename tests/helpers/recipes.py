@@ -24,7 +24,7 @@ def save_tokenizer(folder) -> None:
 
 @contextlib.contextmanager
 def killed_in(monkeypatch, owner, name, after=False):
-    """A block whose first call of a function ends the program, at once or after the function's work."""
+    """Context: the first call of a function ends the program, before or after the function has done its work."""
     function = getattr(owner, name)
 
     def die(*args, **kwargs):

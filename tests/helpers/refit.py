@@ -1,4 +1,4 @@
-"""Batches for least squares on tiny models, what a module sees of them, and cuts by a plan."""
+"""Batches for least squares on tiny models, inputs and outputs of their modules, and cuts by a plan."""
 
 import torch
 from helpers.tiny import token_batch
@@ -30,7 +30,7 @@ def batches_for(model, seed=1, batches=12):
 
 
 def labelled_batches(model, seed=1, batches=12):
-    """The same with labels."""
+    """The same batches with labels."""
     found = batches_for(model, seed, batches)
     for batch in found:
         classes = torch.arange(6) % 3
@@ -78,5 +78,5 @@ def stream_after(model, layer, batches):
 
 
 def weights_of_positions(model, layer, batches):
-    """What least squares of a layer's last map weighs each position by."""
+    """The weight of each position in the least squares of a layer's last map."""
     return 1 / stream_after(model, layer, batches).square().mean(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""A report as `hf-dms prune` writes it, and what is in a page."""
+"""A report as `hf-dms prune` writes it, and the content of a page."""
 
 from html.parser import HTMLParser
 

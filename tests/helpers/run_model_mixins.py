@@ -47,7 +47,7 @@ def mixin_if_there(module, name):
     return getattr(importlib.import_module(module), name)
 
 
-mixin_if_there("tests.exporters.test_export", "ExportTesterMixin")  # which test_modeling_common imports
+mixin_if_there("tests.exporters.test_export", "ExportTesterMixin")  # test_modeling_common imports it
 GenerationTesterMixin = mixin_if_there("tests.generation.test_utils", "GenerationTesterMixin")
 common = importlib.import_module("tests.test_modeling_common")
 
@@ -56,7 +56,7 @@ FAMILIES = {
     "Bert": (BertForMaskedLM, BertModel, BertForSequenceClassification),
     "ViT": (ViTForImageClassification, ViTModel),
 }
-transformers.utils.logging.set_verbosity_warning()  # some assert what is logged
+transformers.utils.logging.set_verbosity_warning()  # some tests check the log
 stock_names = common.get_values
 
 
@@ -69,7 +69,7 @@ common.get_values = names_in
 
 
 class Tester:
-    """What the mixins ask of the tester of a model: its sizes, a config and inputs."""
+    """The tester that the mixins expect for a model: its sizes, a config and inputs."""
 
     is_training = True
 

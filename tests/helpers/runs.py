@@ -1,4 +1,4 @@
-"""A recipe with every step, run in a process of its own, and what there is to compare of its result."""
+"""A recipe with every step, run in a process of its own, and the parts of its result that can be compared."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from helpers.tiny import TINY
 from transformers import LlamaConfig, LlamaForCausalLM
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["helpers.killing", "hf_dms.experiment.run"])  # imports once, not once per process
+processes.set_forkserver_preload(["helpers.killing", "hf_dms.experiment.run"])  # imported once for all processes
 
 
 def write_recipe(folder: Path) -> Path:
@@ -57,7 +57,7 @@ def result(out: Path) -> dict[str, bytes | dict]:
     files = {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*") if file.is_file()}
     files = {name: content for name, content in files.items() if not name.startswith("runs/")}
     report = json.loads(files.pop("dms_report.json"))
-    del files["README.md"], files["report.html"]  # they tell the speed
+    del files["README.md"], files["report.html"]  # they contain measured speeds
     del report["seconds"]
     for column in ("dense", "pruned"):
         del report[column]["tokens_per_second"]
@@ -66,7 +66,7 @@ def result(out: Path) -> dict[str, bytes | dict]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A folder with an uninterrupted run; `whole` has its result, `log` what it printed."""
+    """A folder with an uninterrupted run: its result in `whole`, its printed output in `log`."""
     folder = tmp_path_factory.mktemp("resume")
     write_recipe(folder)
     assert run(folder) == 0, (folder / "log").read_text()
@@ -81,6 +81,6 @@ def num_events(folder: Path) -> int:
 
 
 def digest(folder):
-    """What is in a folder, by name."""
+    """The contents of a folder, by file name."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

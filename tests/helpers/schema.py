@@ -1,4 +1,4 @@
-"""dms_report.schema.json, and what is wrong with a report by it."""
+"""Validation of reports by dms_report.schema.json."""
 
 import json
 from importlib.resources import files
@@ -10,6 +10,6 @@ Draft202012Validator.check_schema(SCHEMA)
 
 
 def mistakes(report):
-    """What is wrong with a report, in words; nothing if it conforms."""
+    """The errors of a report, in words; empty if it conforms."""
     errors = Draft202012Validator(SCHEMA).iter_errors(report)
     return [f"{error.json_path}: {error.message}" for error in errors]

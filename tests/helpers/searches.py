@@ -46,7 +46,7 @@ def trained(folder, dms_options=None, model=None, resume=None, callbacks=(), **o
 
 
 def keep_open_(trainer):
-    """Let a search never leave its warm-up, which its own check would refuse."""
+    """Let a search never leave its warm-up. It is set on the gates, because the config's check would refuse it."""
     trainer.gates.schedule = dataclasses.replace(trainer.gates.schedule, warmup_steps=10**6)
 
 
@@ -79,7 +79,7 @@ class Classified(Tokens):
 
 
 class Poisoned(Images):
-    """Images of which some are not numbers."""
+    """Images, some of which are NaN."""
 
     def __init__(self, poisoned=()):
         self.poisoned = set(poisoned)
@@ -90,7 +90,7 @@ class Poisoned(Images):
 
 
 def stories(trainer):
-    """The log of a search and of its evaluations, without what depends on the clock."""
+    """The log of a search and its evaluations, without the entries that depend on time."""
     entries = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
     return [{name: value for name, value in entry.items() if "second" not in name and "runtime" not in name}
             for entry in entries]  # fmt: skip

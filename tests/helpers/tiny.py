@@ -44,7 +44,7 @@ def tiny_llama(
             mean = 1.0 if "norm" in name else 0.0
             parameter.normal_(mean, 0.3, generator=generator)
     if model.can_generate():
-        model.generation_config.eos_token_id = None  # always the full length
+        model.generation_config.eos_token_id = None  # so that generation always has the full length
     return model.to(dtype)
 
 
@@ -70,7 +70,7 @@ def token_batch(batch: int = 2, length: int = 7, seed: int = 0, vocab: int = 33)
 def relative_difference(found: Tensor, expected: Tensor) -> float:
     """Largest |difference| relative to the largest magnitude."""
     found, expected = found.detach().double(), expected.detach().double()
-    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))  # a ReLU may leave zeros only
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))  # all may be 0 after a ReLU
 
 
 class Tokens(torch.utils.data.Dataset):
@@ -87,14 +87,14 @@ class Tokens(torch.utils.data.Dataset):
 
 
 def lowest_target(gates: Gates, bound: BoundSpec, config: DMSConfig, model_config: PreTrainedConfig) -> float:
-    """The lowest target that can be met, as the error for an impossible one names it."""
+    """The lowest target that can be met, read from the error for an impossible target."""
     with pytest.raises(ValueError, match="cannot be reached") as error:
         round_sizes(gates, bound, dataclasses.replace(config, target=1e-9), model_config)
     return float(re.search(r"Raise the target to at least ([\d.]+),", str(error.value))[1])
 
 
 def trace(model: nn.Module) -> tuple:
-    """Everything about a model that gates could leave behind."""
+    """Everything in a model that gates could change and not restore."""
     modules = dict(model.named_modules())
     hooks = {
         name: [list(getattr(module, kind)) for kind in vars(module) if kind.endswith("_hooks")]
@@ -107,7 +107,7 @@ def trace(model: nn.Module) -> tuple:
 
 
 def untouched(model: object, message: str, function: Callable = attach_, **options) -> None:
-    """A function fails with a message and leaves the model as it was."""
+    """Assert that a function fails with a message and leaves the model as it was."""
     before = trace(model) if isinstance(model, nn.Module) else None
     with pytest.raises(ValueError, match=message):
         function(model, DMSConfig(**({"target": 0.5} | options)))

@@ -1,4 +1,4 @@
-"""`hf-dms bench`: what is counted, the arithmetic of ratios, the reasons for constructed cases. Never a time."""
+"""`hf-dms bench`: counts, the arithmetic of ratios, and the reasons for constructed cases. No test depends on time."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def no_processes(monkeypatch):
-    """Peak memory without the seconds that a new process takes to import torch."""
+    """Replace the measurement of peak memory, whose new process would take seconds to import torch."""
     monkeypatch.setattr("hf_dms.measure.bench.peak_bytes", lambda path, *how: 2**20)
 
 
@@ -175,7 +175,7 @@ EVEN = Shape(4, {64: {"q_proj"}, 128: {"up_proj"}}, 16)
 
 
 def case(phase="prefill", dense=(8.0, 1.0, 1.0), cut=(4.0, 0.5, 0.5), **values):
-    """A measurement whose MACs promise 2 and whose profile, (matmuls, attention, rest), keeps it if nothing is said."""
+    """A measurement whose MACs promise a factor of 2. By default its profile, (matmuls, attention, rest), keeps it."""
     kinds = ("matmuls", "attention", "rest")
     row = {"phase": phase, "macs": [2e9, 1e9], "promised": 2.0}
     return row | {"profile": [dict(zip(kinds, dense)), dict(zip(kinds, cut))]} | values
@@ -229,7 +229,7 @@ def test_decoding_is_memory_bound_where_it_multiplies_at_less_than_half_the_rate
     assert "reads 200 MB of weights and cache, the baseline 300 MB, 1.50 times as much" in told
     assert "memory bound" not in reasons_of(slow)  # as fast as the prefill
     calls = case("decode", cut=(4.0, 0.5, 9.0), **numbers)
-    assert "memory bound" not in reasons_of(calls, prefill=case(cut=(1.0, 0.1, 0.5)))  # most of its time is not there
+    assert "memory bound" not in reasons_of(calls, prefill=case(cut=(1.0, 0.1, 0.5)))  # most of its time is in the rest
 
 
 def test_a_head_that_dominates_is_told():
@@ -266,7 +266,7 @@ def test_a_measurement_that_falls_short_is_profiled_and_explained_and_others_are
 def test_the_command_prints_all_numbers_as_json_and_their_table(folders, capsys):
     short = ["--batch-sizes", "1", "--repeats", "2", "--sequence-length", "8", "--new-tokens", "2", "--device", "cpu"]
     paths = [str(folders / "cut"), "--baseline", str(folders / "dense")]
-    assert main(["bench", *paths, *short, "--json"]) == 0  # peak memory in real processes
+    assert main(["bench", *paths, *short, "--json"]) == 0  # here peak memory is measured in real processes
     found = json.loads(capsys.readouterr().out)
     assert [entry["path"] for entry in found["models"]] == [paths[2], paths[0]]
     assert [(row["phase"], row["batch_size"]) for row in found["measurements"]] == [("prefill", 1), ("decode", 1)]
@@ -337,7 +337,7 @@ def test_models_for_two_tasks_are_not_compared(folders, tmp_path):
 
 
 class Deadly:
-    """Ends the process that it is sent to."""
+    """An object that ends the process that unpickles it."""
 
     def __reduce__(self):
         return os._exit, (3,)

@@ -1,4 +1,4 @@
-"""bfloat16 on a CPU: timed, and said where it is slow."""
+"""bfloat16 on a CPU is timed, and the user is warned where it is slow."""
 
 import re
 
@@ -12,7 +12,7 @@ from hf_dms.measure.precision import SLOW, slow_bfloat16, slowdown_of_bfloat16
 
 
 def test_a_product_is_timed_in_both_precisions(monkeypatch):
-    """By a clock that says how many products of float32 and of bfloat16 there were."""
+    """The clock is replaced by one that counts products of float32 and of bfloat16."""
     seen = []
     matmul = torch.Tensor.__matmul__
 
@@ -43,7 +43,7 @@ def test_only_a_slow_one_is_said_and_each_key_has_its_way_out(monkeypatch, times
         (["recover={max_steps: 1, bf16: true}"], "recover.bf16 counts as false."),
         (["train.bf16=true", "recover={max_steps: 1, bf16: false}"], "train.bf16 counts as false."),
         (["model.dtype=bfloat16"], "say model.dtype: float32."),
-        (["model.dtype=auto"], ""),  # the checkpoint's, float32
+        (["model.dtype=auto"], ""),  # the checkpoint has float32
     ],
 )
 def test_a_recipe_that_asks_for_it_is_told_before_the_search(recipe, monkeypatch, caplog, overrides, words):

@@ -1,4 +1,4 @@
-"""Running statistics of batch norms: cut with their units, given back after a frozen search, taken anew for a cut."""
+"""Statistics of batch norms are cut with their units, restored after a frozen search, and measured after a cut."""
 
 import copy
 
@@ -48,7 +48,7 @@ def test_without_batches_statistics_stay_and_an_error_says_so():
         estimate_batch_norms_(model, [])
     assert all(torch.equal(tensor, before[name]) for name, tensor in statistics(model).items())
     linear = nn.Linear(2, 2)
-    estimate_batch_norms_(linear, [])  # it has none
+    estimate_batch_norms_(linear, [])  # a model without batch norms needs no batches
     assert batch_norms(linear) == []
 
 

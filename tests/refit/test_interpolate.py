@@ -1,4 +1,4 @@
-"""How much of a repair stays is what the loss says."""
+"""The loss decides how much of a repair stays."""
 
 import pytest
 import torch

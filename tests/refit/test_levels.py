@@ -184,7 +184,7 @@ def test_a_walk_that_cuts_nothing_finds_the_dense_weights(cls):
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_later_maps_see_the_activations_of_the_model_as_it_is_refitted_so_far(cls):
-    """The last map of a walk is the ridge regression in the model that is cut and refitted everywhere before it."""
+    """The last map of a walk equals the ridge regression in the model that is cut and refitted before it."""
     model = tiny(cls, dtype=torch.float64)
     bound, batches = bound_of(model), batches_for(model)
     weights = weights_of_positions(model, 2, batches)

@@ -1,4 +1,4 @@
-"""What least squares are said to take is what they allocate."""
+"""The memory that least squares are predicted to take is what they allocate."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_repair(cls, cut, monkeypatch):
 
     def targets(teacher, layers, units):
         places, found = targets_of_layers(teacher, layers, units)
-        copies = 3 if cut else 2  # both models', and the dense one's in front of the layer
+        copies = 3 if cut else 2  # of both models, and the dense states in front of the layer
         states.append(copies * sizes_of(*teacher.hidden) + sum(sizes_of(*shelf) for shelf in found.values()))
         return places, found
 
@@ -38,7 +38,7 @@ def test_repair(cls, cut, monkeypatch):
     plan = Plan({"mlp": (torch.arange(20),) * bound.rows("mlp")} | cut)
     repair_(cut_by(model, plan), model, plan, batches)
     sums, hidden = repair_bytes(bound, sum(batch["input_ids"].numel() for batch in batches), 4, frozenset(cut))
-    share = max(parts) * 6 / 4 / sums  # four parts are held, and two are made of them
+    share = max(parts) * 6 / 4 / sums  # four parts are held, and two more are made of them
     assert (0.3 if cut else 0.9) < share <= 1.1
     assert (0.8 * hidden if cut else hidden) <= max(states) <= hidden
 

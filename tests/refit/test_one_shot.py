@@ -1,4 +1,4 @@
-"""One-shot structure by costs after a refit: the budget, one threshold, and that it beats weight magnitude."""
+"""One-shot structure by costs after a refit keeps the budget, uses one threshold, and beats weight magnitude."""
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def test_a_unit_goes_no_sooner_than_those_behind_it_in_its_order():
     model = tiny(LlamaForCausalLM)
     gates = build_gates(bound_of(model), model, request(model, 0.9))
     cost = torch.full((3, 20), 5.0).double()
-    cost[0, :10] = 0.0  # cheap, but ten dear ones have to go first
+    cost[0, :10] = 0.0  # cheap units, but ten expensive ones have to go before them
     sizes = sizes_below_one_threshold(gates, {"kv": torch.full((3, 3), 1e9).double(), "mlp": cost})
     assert sizes["mlp"][0] == sizes["mlp"][1] == sizes["mlp"][2]
 

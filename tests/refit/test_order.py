@@ -1,4 +1,4 @@
-"""The order of a map's units: what a removal costs, what is refitted, and whom the metric spares."""
+"""The order of a map's units: the cost of a removal, the refit of the rest, and the effect of the metric."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from hf_dms.refit.order import eliminate
 
 
 def problem(inputs=6, outputs=4, seed=0):
-    """Gram matrix, moment, a positive definite metric, and the sum of squares of what is wanted, all of one sample."""
+    """Gram matrix, moment, a positive definite metric, and the sum of squares of the targets, all from one sample."""
     generator = torch.Generator().manual_seed(seed)
     a = (
         torch.randn(40, inputs, generator=generator).double()
@@ -28,7 +28,7 @@ def error_on(inputs, a, r, metric):
 
 
 def cheapest_order(units, keep, cost_of):
-    """Greedy elimination by brute force: who goes, and by how much the error grows, one after the other."""
+    """Greedy elimination by brute force: the units in the order of removal, and by how much each raises the error."""
     alive, gone = list(range(len(units))), []
     while len(alive) > keep:
         growth = {u: cost_of([v for v in alive if v != u]) - cost_of(alive) for u in alive}
@@ -78,11 +78,11 @@ def test_a_metric_can_turn_the_order_round():
 @pytest.mark.parametrize("block", [2, 3, 5])
 def test_costs_inside_a_block_are_exact_for_the_order_they_are_listed_in(block):
     gram, moment, metric, *_ = problem(inputs=40, seed=3)
-    gram += 0.1 * torch.eye(40).double()  # 40 positions only
+    gram += 0.1 * torch.eye(40).double()  # 40 positions give a singular matrix
     found = eliminate(gram, moment, torch.arange(40)[:, None], metric, block=block)
 
     def explained(kept):
-        """The part of the error that a refit takes away, of the damped problem."""
+        """The part of the damped problem's error that a refit removes."""
         refit = torch.linalg.solve(gram[kept][:, kept], moment[kept])
         return float(torch.trace(metric @ refit.T @ moment[kept]))
 

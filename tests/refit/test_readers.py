@@ -1,4 +1,4 @@
-"""The maps that read a cut stream: their weights are those of the ridge regression, and the outputs come closer."""
+"""The maps that read a cut stream get the weights of the ridge regression, and the model's outputs come closer."""
 
 import pytest
 import torch
@@ -22,9 +22,9 @@ from hf_dms.refit.readers import Readers
 
 HIDDEN = torch.arange(24)[torch.arange(24) % 4 != 1]
 MLP = (torch.arange(20), torch.arange(2, 20, 2), torch.arange(7))
-# Of random weights; those whose stream itself is normalised gain less, since nothing in it tells what was removed.
+# With random weights. Models whose stream itself is normalised gain less.
 CLASSES = (LlamaForCausalLM, Qwen2ForCausalLM, GraniteForCausalLM, ViTForImageClassification)
-READERS = {  # of the first layer, those with the same inputs and a bias together
+READERS = {  # of the first layer; maps with the same inputs and biases stand together
     LlamaForCausalLM: ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     BertForMaskedLM: ("attention.self.query", "attention.self.key", "attention.self.value"),
     BeitForImageClassification: ("attention.q_proj", "attention.v_proj"),

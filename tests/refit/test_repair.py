@@ -1,4 +1,4 @@
-"""Repair: what it solves, what it leaves alone, and that it helps on data it has not seen."""
+"""Repair: the equations that it solves, what it does not change, and the gain on unseen data."""
 
 import pytest
 import torch
@@ -39,8 +39,8 @@ CLASSES = (
     ViTForImageClassification,
 )
 BEITS = (BeitForImageClassification, Data2VecVisionForImageClassification)
-SCALING = (GraniteForCausalLM, Dinov2ForImageClassification, *BEITS)  # what a map writes is scaled before it is added
-NORMALISING = (Gemma2ForCausalLM, Gemma3ForCausalLM)  # or normalised
+SCALING = (GraniteForCausalLM, Dinov2ForImageClassification, *BEITS)  # outputs are scaled before they are added
+NORMALISING = (Gemma2ForCausalLM, Gemma3ForCausalLM)  # outputs are normalised before they are added
 MLP = (torch.arange(20), torch.arange(2, 20, 2), torch.arange(7))
 LAYERS, HIDDEN = (torch.tensor([0, 2]),), (torch.arange(24)[torch.arange(24) % 4 != 1],)
 PLANS = {
@@ -70,7 +70,7 @@ def test_a_cut_that_changes_nothing_is_left_as_it_is(cls):
     assert same_tensors(pruned, before)
 
 
-MAPS = {  # the last map that writes, and the module that is given or gives what it is to restore
+MAPS = {  # the last map that writes, and the module whose input or output it has to restore
     LlamaForCausalLM: ("mlp.down_proj", "", "output"),
     Qwen2ForCausalLM: ("mlp.down_proj", "", "output"),
     ViTForImageClassification: ("mlp.fc2", "", "output"),
@@ -83,7 +83,7 @@ MAPS = {  # the last map that writes, and the module that is given or gives what
 @pytest.mark.parametrize("cls", MAPS)
 def test_a_map_gets_the_ridge_regression_of_what_the_stream_lacks(cls, ridge):
     options = {LlamaForCausalLM: {"mlp_bias": True}}.get(cls, {})
-    if cls is Qwen2ForCausalLM:  # what a layer is called with differs from layer to layer
+    if cls is Qwen2ForCausalLM:  # its layers are called with different arguments
         options = {
             "layer_types": ["full_attention", "sliding_attention"],
             "use_sliding_window": True,
@@ -159,7 +159,7 @@ def test_stream_and_outputs_come_closer_on_held_out_data(cls, plan, share):
 
 @pytest.mark.parametrize("cls", [*SCALING, *NORMALISING])
 def test_what_a_map_lacks_is_stated_before_the_scale_or_norm_behind_it(cls):
-    """With as many inputs as positions least squares leave nothing out; a norm is met to first order in what lacks."""
+    """With as many inputs as positions, least squares are exact. Behind a norm they are exact to first order only."""
     model = tiny(cls, dtype=torch.float64, num_hidden_layers=1)
     batch = {name: value[:2] for name, value in batches_for(model)[0].items()}
     if "input_ids" in batch:
@@ -254,7 +254,7 @@ def test_progress_is_told_after_each_layer():
 
 # ---- the ridge ----
 def sums_of(rows, noise, seed=0, truth=None):
-    """Sums of a map of 10 inputs whose output lacks `truth` of them, and noise."""
+    """Sums of a map of 10 inputs. Its output lacks `truth` times the inputs, and noise."""
     generator = torch.Generator().manual_seed(seed)
     sums = Sums.of(torch.nn.Linear(10, 3, bias=False))
     inputs = torch.randn(rows, 10, generator=generator).double()

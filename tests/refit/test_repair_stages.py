@@ -1,4 +1,4 @@
-"""Repair of convolutional networks in stages: what it solves, what it leaves alone, that it helps on unseen images."""
+"""Repair of convolutional networks in stages: its equations, what it does not change, and the gain on unseen images."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def model_of(name, **options):
 
 
 def trained(name):
-    """A model after a few steps on small images whose classes are shifts of them, its running statistics theirs."""
+    """A model after a few steps on small images whose classes are shifts. Its running statistics are theirs."""
     model = model_of(name)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     model.train()
@@ -57,7 +57,7 @@ def trained(name):
 
 
 def plan_for(model, families, share=0.6):
-    """A plan that keeps this share of the units of every dim of these families, another choice in each layer."""
+    """A plan that keeps this share of the units of every dim of these families. Each layer keeps other units."""
     bound, kept = bound_of(model), {}
     generator = torch.Generator().manual_seed(0)
     for name in bound.prunable:
@@ -164,7 +164,7 @@ def test_with_all_units_kept_and_enough_positions_the_model_is_restored(name):
     batches, held_out = list(images(model, 1, batches=6)), batch_for(model)
     with torch.no_grad():
         walk = LayerWalk(model, bound_of(model), batches)
-        for layer in range(len(walk.layers)):  # with the statistics that its batch norms have on these images
+        for layer in range(len(walk.layers)):  # its batch norms have the statistics of these images
             estimate_inner_norms_(walk, find_stream_modules(walk, layer), layer)
             walk.advance(layer)
         pruned = cut_by(model, Plan({}))
@@ -192,7 +192,7 @@ def captured(model, path, batches):
 
 @pytest.mark.parametrize("name", ["basic", "bottleneck", "convnext"])
 def test_a_map_gets_the_ridge_regression_of_what_the_stream_lacks(name):
-    """That of the second layer of the second stage, in which alone units are gone."""
+    """The repair of the second layer of the second stage. Only this layer has lost units."""
     model = model_of(name, dtype=torch.float64, depths=[1, 2, 1])
     dim = "mlp1" if name == "convnext" else "mid1"
     size = bound_of(model).sizes[dim]
@@ -202,7 +202,7 @@ def test_a_map_gets_the_ridge_regression_of_what_the_stream_lacks(name):
     layer, path, module = next(found for found in writers_of(pruned, model) if found[0].endswith("stages.1.layers.1"))
     block = pruned.get_submodule(layer)
     inner = [norm for norm in batch_norms(block) if norm is not batch_norms(block)[-1]]
-    with torch.no_grad(), taking_statistics(inner):  # before it, the norms in front of it are those of the cut model
+    with torch.no_grad(), taking_statistics(inner):  # norms in front of the map have the cut model's statistics
         for batch in batches:
             pruned(**batch)
     inputs, _ = captured(pruned, f"{layer}.{path}", batches)
@@ -210,7 +210,7 @@ def test_a_map_gets_the_ridge_regression_of_what_the_stream_lacks(name):
         channels = block.layer_scale_parameter
         stream, dense = (captured(m, layer, batches)[1].movedim(1, -1).flatten(0, -2) for m in (pruned, model))
         columns = torch.cat([inputs, torch.ones_like(inputs[..., :1])], -1).flatten(0, -2)
-    else:  # one convolution for each weight, in front of the ReLU that ends the block
+    else:  # a convolution per weight, before the block's last ReLU
         norm = block.layer[-1].normalization
         channels = norm.weight / (norm.running_var + norm.eps).sqrt()
         ending = f"{layer}.activation"
@@ -219,7 +219,7 @@ def test_a_map_gets_the_ridge_regression_of_what_the_stream_lacks(name):
         kernels = torch.eye(count).double().view(count, *module.weight.shape[1:])
         columns = nn.functional.conv2d(inputs, kernels, None, module.stride, module.padding)
         columns = columns.movedim(1, -1).flatten(0, -2)
-    weights = 1 / dense.square().mean(1, keepdim=True) if name == "convnext" else 1  # a ResNet's has no such norm
+    weights = 1 / dense.square().mean(1, keepdim=True) if name == "convnext" else 1  # no norm reads a ResNet's
     width = module.weight[0].numel()
     gram = columns.T @ (weights * columns)
     gram += ridge * gram.diagonal()[:width].mean() * torch.eye(len(gram)).double()
@@ -242,7 +242,7 @@ def test_only_maps_that_write_into_a_stream_or_read_one_change_and_batch_norms(n
     before = state_of(pruned)
     allowed = {f"{layer}.{path}" for layer, path, _ in writers_of(pruned, model)}
     repair_(pruned, model, plan, images(model, 1, batches=4))
-    norms = [*batch_norms(pruned)][1:]  # of all blocks, not that of the stem
+    norms = [*batch_norms(pruned)][1:]  # the norms of all blocks, without that of the stem
     allowed |= {name for name, module in pruned.named_modules() if module in norms}
     if name == "convnext":  # a ResNet's blocks read their stream by convolutions
         allowed |= {name for name, _ in pruned.named_modules() if name.endswith("pwconv1")}
@@ -264,7 +264,7 @@ def test_running_statistics_are_those_of_the_repaired_model(layer_type):
         if norm not in batch_norms(pruned)[1:]:
             continue
         if layer_type == "bottleneck" and ".layer.1." in name:
-            continue  # the norm in front of it ran on each batch's own statistics when it was measured
+            continue  # when it was measured, the norm in front of it used each batch's own statistics
         inputs = [captured(pruned, name, [batch])[0] for batch in batches]
         mean = torch.stack([batch.mean((0, 2, 3)) for batch in inputs]).mean(0)
         variance = torch.stack([batch.transpose(0, 1).flatten(1).var(1) for batch in inputs]).mean(0)
@@ -296,10 +296,10 @@ def test_streams_of_trained_networks_come_closer_on_held_out_images(name, plan):
     expected = streams(model, model, held_out)
     stacks = [(stack, layer) for stack in bound.stacks for layer in range(bound.sizes[stack])]
     kept = [(name, layer) for name, layer in stacks if name not in plan.kept or layer in plan.kept[name][0].tolist()]
-    ends = dict(kept)  # the last of each stage
+    ends = dict(kept)  # the last layer of each stage
 
     def errors():
-        """Of each stage's last stream, relative to it: position by position where a norm reads it."""
+        """The relative error of each stage's last stream: per position where a norm reads the stream."""
         found = streams(pruned, model, held_out)
         for stack, last in ends.items():
             hidden = "hidden" + stack.removeprefix("layers")
@@ -317,7 +317,7 @@ def test_streams_of_trained_networks_come_closer_on_held_out_images(name, plan):
 
 @pytest.mark.parametrize("name", ["basic", "convnext"])
 def test_maps_of_a_block_that_learn_together_bring_it_closer_still(name):
-    """On the batches of the repair: one in four of them is held out, which holds for a block, not for all behind it."""
+    """Measured on the batches of the repair. One in four is held out for each block, not for the blocks behind."""
     model = trained(name)
     plan, batches = plan_for(model, INNER), list(images(model, 1, batches=24))
     expected = streams(model, model, batches)[-1]

@@ -1,4 +1,4 @@
-"""A search over refitted weights: what runs while it trains, what does not change, and that it resumes exactly."""
+"""A search over refitted weights: what runs in training, what does not change, and exact resuming."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ CLASSES = (LlamaForCausalLM, BertForMaskedLM, ViTForImageClassification)
 
 
 def with_search(cls, **options):
-    """A model with gates in a refitted search, its dims all widths of layers."""
+    """A model with gates in a refitted search. All its dims are widths of layers."""
     model = tiny(cls)
     dims = tuple(dim.name for dim in bound_of(model).spec.dims if dim.scope == "layer")
     config = dict(target=0.7, prune=dims, layout="per_layer", pipeline="p-", search_over="refitted", warmup_steps=0)
@@ -60,7 +60,7 @@ def test_the_refit_of_a_width_is_nearer_to_the_dense_model_than_its_mask(cls):
     def error(outputs):
         return sum(float((outputs(model, b) - outputs_of(dense, b)).square().mean()) for b in batches)
 
-    assert error(soft_outputs) < error(outputs_of)  # of hard masks, with units in the same order
+    assert error(soft_outputs) < error(outputs_of)  # `outputs_of` has hard masks, with units in the same order
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -131,7 +131,7 @@ def test_hidden_and_layers_keep_their_masks():
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_units_are_chosen_for_the_sizes_of_the_cut(cls):
-    """The order is that of a walk at these sizes: other than one at open ratios, and the same whatever came before."""
+    """The order comes from a walk at these sizes. It differs from that at open ratios, whatever came before."""
     model, search = with_search(cls)
     gates, batches = gates_of(model), labelled_batches(model, seed=3)
     search.refresh_()

@@ -1,8 +1,8 @@
-"""Reports are tested with their pictures."""
+"""The tests of reports draw the pictures."""
 
 import pytest
 
 
 @pytest.fixture(autouse=True, scope="module")
 def pictures() -> None:
-    """Drawn, as for a user."""
+    """Draw pictures, as for a user."""

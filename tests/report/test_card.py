@@ -1,4 +1,4 @@
-"""The model card: metadata that the Hub reads, what it takes over from the dense model's, and what it keeps quiet."""
+"""The model card: metadata for the Hub, what it takes over from the dense model's card, and what it must not show."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def report(tmp_path):
 
 
 def metadata(text, folder):
-    """The metadata of a card, which both of huggingface_hub's readers must agree on."""
+    """The metadata of a card. Both readers of huggingface_hub must find the same."""
     (folder / "card.md").write_text(text)
     found = metadata_load(folder / "card.md")
     assert ModelCard(text).data.to_dict() == found

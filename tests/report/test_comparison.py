@@ -1,4 +1,4 @@
-"""A comparison's numbers, table and plot by hand, and that benchmarks/RESULTS.md is made of the committed rows."""
+"""A comparison's numbers, table and plot, worked by hand; and benchmarks/RESULTS.md is made of the committed rows."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def test_numbers_are_means_and_paired_differences_after_the_last_stage():
     found = by[0.5, "taylor"]["texts"]["text"]
     assert found["repaired"] == pytest.approx(math.exp(1.5))
     assert found["difference"] == pytest.approx(0.5)
-    assert found["difference_stderr"] == pytest.approx(0.5)  # of 0 and 1
+    assert found["difference_stderr"] == pytest.approx(0.5)  # of the scores 0 and 1
     assert "difference" not in by[0.5, "dms"]["texts"]["text"]
 
 

@@ -1,4 +1,4 @@
-"""The pictures of a report: what their bars and lines say, and what a page and a paper need of them."""
+"""The pictures of a report: their bars and lines, and what a page and a paper need."""
 
 import math
 import re
@@ -56,7 +56,7 @@ def test_a_line_breaks_where_there_is_no_number():
 def test_few_points_are_marked_so_that_a_single_one_is_seen():
     few = {"one": [(0.5, 47.0)], "two": [(0.5, 158.2), (0.8, 49.6)]}
     budgets = lines_panel("budgets", "Quality over budget", ("parameters kept", "perplexity"), few)
-    assert svg(budgets).count("<use") == 3 + 2  # each point, and each line of the legend
+    assert svg(budgets).count("<use") == 3 + 2  # one per point, and one per line of the legend
     many = lines_panel("many", "t", ("x", "y"), {"one": [(step, 1.0) for step in range(50)]})
     assert "<use" not in svg(many)
 
@@ -68,7 +68,7 @@ def test_the_search_is_told_by_steps_as_shares_of_the_dense_model():
     assert math.isnan(loss.lines[0].get_ydata()[1])
     assert [line.get_label() for line in resource.lines] == ["resource", "target"]
     assert next(zip(*kept.lines[0].get_data())) == (2, (20 - 2 / 8) / 20)
-    assert len(kept.collections) == 1  # the range of mlp over the layers; layers have none
+    assert len(kept.collections) == 1  # the range of mlp over the layers; the number of layers has no range
     assert kept.get_ylim()[0] == 0
 
 
@@ -81,7 +81,7 @@ def test_dims_of_a_kind_share_a_line_where_there_are_too_many(tmp_path):
     kept = search_panels(report)[-1]
     lines = {line.get_label(): [round(y, 6) for y in line.get_ydata()] for line in on_axes(kept).lines}
     assert lines == {"mid": [0.95, 0.85, 0.75], "hidden": [0.95, 0.85, 0.75], "top": [1.0, 0.9, 0.8]}
-    write_figures(report, tmp_path)  # a warning of matplotlib, that nothing is left of the axes, is an error
+    write_figures(report, tmp_path)  # matplotlib would warn if no room were left for the axes
 
 
 def test_a_report_without_a_search_or_without_a_single_number_has_no_such_pictures():

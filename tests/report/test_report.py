@@ -1,4 +1,4 @@
-"""`report.html` in a real browser, `hf-dms report`, and what dms_report.json tells of a machine."""
+"""`report.html` in a real browser, `hf-dms report`, and what dms_report.json reveals about a machine."""
 
 import base64
 import copy
@@ -125,7 +125,7 @@ def test_pictures_of_inputs_are_small_pngs():
     data = base64.b64decode(image.removeprefix("data:image/png;base64,"))
     with Image.open(io.BytesIO(data)) as opened:
         assert opened.size == (32, 64)
-    assert picture(torch.zeros(2, 4, 4)).startswith("data:image/png")  # no contrast, and channels that are no colours
+    assert picture(torch.zeros(2, 4, 4)).startswith("data:image/png")  # an image without contrast, with two channels
 
 
 # ---- hf-dms report ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The table of runtimes: it covers what is supported, is in the documentation, and gives each checkpoint its rows."""
+"""The table of runtimes covers what is supported, is in the documentation, and gives each checkpoint its rows."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""kill -9 of one of two processes: the other one ends too, nothing is broken, and the same command goes on."""
+"""After kill -9 of one of two processes the other one ends too, nothing is broken, and the same command continues."""
 
 import shutil
 
@@ -13,7 +13,7 @@ FINETUNE, SEARCH, RECOVER = 6, 20, 10  # training steps of a process: two micro-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A folder with an uninterrupted run of two processes, in `whole`."""
+    """A folder with the result of an uninterrupted run of two processes in `whole`."""
     folder = tmp_path_factory.mktemp("dead_process")
     write_recipe(folder)
     code, _, err = run(folder, 0, NEVER)
@@ -44,7 +44,7 @@ def test_a_dead_process_ends_the_run_which_goes_on(whole, rank, step):
     assert digest(whole / "dense") == dense
     code, out, err = run(whole, rank, NEVER)
     assert code == 0, err
-    finished = 1 + (step > FINETUNE) + (step > FINETUNE + SEARCH)  # the repair loads the first again
+    finished = 1 + (step > FINETUNE) + (step > FINETUNE + SEARCH)  # the repair loads the finished fine-tuning again
     assert out.count("This is finished already") == finished, out
     assert result(whole / "out") == result(whole / "whole")
     assert digest(whole / "dense") == dense

@@ -1,4 +1,4 @@
-"""Whatever stops a run, its model is untouched, what is finished is whole, and the same command goes on.
+"""Whatever stops a run, the dense model is untouched, finished results are whole, and the same command continues.
 
 `kill -9` in a recipe's run is in training/test_resume.py, in a push in test_killed_push.py, and the death of one of
 several processes in test_dead_process.py.
@@ -14,7 +14,7 @@ from helpers.runs import digest, num_events, result, run
 
 
 def writable_(folder):
-    """Give back the right to write to every folder in a folder."""
+    """Make every folder in a folder writable again."""
     for path in [folder, *folder.rglob("*")]:
         if path.is_dir():
             path.chmod(0o755)
@@ -44,7 +44,7 @@ def test_a_disturbed_run_leaves_nothing_broken_and_goes_on(whole, disturbance, c
     if code == 2:
         assert "hf-dms: error: " in log
         words = {"full disk": ("File too large", "is the disk full?"), "read-only": ("Permission denied",)}[disturbance]
-        assert any(each in log for each in words), log  # torch does not always say what the system said
+        assert any(each in log for each in words), log  # torch does not always pass on the system's message
     assert digest(whole / "dense") == dense
     assert not (whole / "out").exists()
     assert run(whole) == 0, (whole / "log").read_text()

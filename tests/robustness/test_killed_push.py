@@ -1,4 +1,4 @@
-"""kill -9 at any moment of a push: the folder stays whole, the Hub has the old model or the new one, and it goes on.
+"""After kill -9 at any moment of a push, the folder is whole, the Hub has the old or the new model, and it continues.
 
 The moments are the requests that reach a stand-in of the Hub over HTTP: before one is read, or before it is answered.
 """
@@ -21,7 +21,7 @@ HERE = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model in two shards, which is pushed, and the one that is in its place before."""
+    """A model in two shards to push, and the model that is in the repository before."""
     folder = tmp_path_factory.mktemp("killed_push")
     tiny_llama(seed=0).save_pretrained(folder / "before")
     tiny_llama(seed=1).save_pretrained(folder / "now", max_shard_size="20KB")
@@ -33,7 +33,7 @@ def contents(path):
 
 
 class Push:
-    """A push to a stand-in, in a process that is killed at the event of a number."""
+    """A push to a stand-in, in a process that is killed at the event with a given number."""
 
     def __init__(self, hub, folder, kill_at=0):
         self.hub, self.folder, self.kill_at, self.events = hub, folder, kill_at, 0

@@ -1,4 +1,4 @@
-"""Whatever is wrong with an input, it works or ends in one message: no traceback, no change of a model.
+"""A damaged input works or ends in one message: no traceback, and no change of a model.
 
 The slow suite draws 10,000 inputs and more, the ordinary one a few of each kind. What hypothesis draws follows from
 the tests themselves (`derandomize` in conftest.py), so that a red one stays red.
@@ -29,16 +29,16 @@ from hf_dms.experiment.prepare import prepare
 from hf_dms.experiment.recipe import load_recipe
 from hf_dms.report.page import show
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries, on odd values
+pytestmark = pytest.mark.filterwarnings("ignore")  # libraries warn of odd values
 
 
 def inputs(many: int):
-    """Marks a test to be run on a few inputs, and on many in the slow suite."""
+    """Mark a test to be run on a few inputs, and on many in the slow suite."""
     return pytest.mark.parametrize("examples", [30, pytest.param(many, marks=pytest.mark.slow)])
 
 
 def holds_for(strategy, examples, check) -> None:
-    """Run a check on inputs; an `HfDmsError` with a message is as good as success."""
+    """Run a check on inputs. An `HfDmsError` with a message counts as success."""
 
     drawing = {"phases": [Phase.generate], "suppress_health_check": list(HealthCheck)}  # no shrinking: files are small
 

@@ -1,4 +1,4 @@
-"""Searches over whole plans: their scores by hand, that every plan keeps the budget, and that the best one is taken."""
+"""Searches over whole plans: scores worked by hand, every plan keeps the budget, and the best one is taken."""
 
 import math
 
@@ -108,7 +108,7 @@ def test_steps_go_where_they_cost_least():
     gates = gates_of(gated(("mlp",), 0.75))
 
     def fitness(masks):
-        return float(masks["mlp"][1].sum())  # all that matters is layer 1
+        return float(masks["mlp"][1].sum())  # only layer 1 matters
 
     sizes = shrink(gates, fitness, steps=3)["mlp"]
     assert kept(gates, {"mlp": sizes}) <= 0.75

@@ -1,4 +1,4 @@
-"""One-shot criteria: each is its definition on numbers worked by hand, and each leads to a cut within the budget."""
+"""Each one-shot criterion equals its definition on numbers worked by hand, and leads to a cut within the budget."""
 
 import itertools
 import math
@@ -84,7 +84,7 @@ def test_activation_criteria_look_at_the_dense_model_s_inputs_of_the_maps_that_r
 
 
 def test_vector_taylor_is_the_square_of_the_loss_s_slope_in_a_unit_s_mask():
-    """By finite differences: scale one MLP channel's column of down_proj by 1 ± h; the norms compute in float32."""
+    """Finite differences: one MLP channel's column of down_proj is scaled by 1 ± h. The norms compute in float32."""
     model, batch = gated(prune=("mlp",)).double(), labelled(1)[0]
     unit = int(vector_scores(model, [batch])["mlp"][2].argmax())
     found = vector_scores(model, [batch])["mlp"][2, unit]
@@ -112,7 +112,7 @@ def test_element_taylor_is_the_sum_of_weight_times_gradient_over_all_weights_of_
 def test_block_influence_is_one_minus_the_cosine_of_a_layer_s_input_and_output():
     model, batches = gated(prune=("layers",)), [token_batch()]
     with torch.no_grad():
-        hidden = tiny_llama()(**batches[0], output_hidden_states=True).hidden_states  # the last one is normalised
+        hidden = tiny_llama()(**batches[0], output_hidden_states=True).hidden_states  # the last is normalised
     expected = 1 - torch.cosine_similarity(hidden[0].double(), hidden[1].double(), dim=-1).mean()
     assert float(block_influence_scores(model, batches)["layers"][0, 0]) == pytest.approx(
         float(expected.detach()), rel=1e-6
@@ -161,7 +161,7 @@ def test_iterative_taylor_in_one_step_is_the_one_shot_criterion():
 def test_a_global_threshold_drops_the_least_worthy_units_of_all_layers():
     model = gated(prune=("mlp",), target=0.75, resource_scope="layers")
     gates = gates_of(model)
-    scores = torch.arange(60.0).view(3, 20)  # those of layer 0 are the least
+    scores = torch.arange(60.0).view(3, 20)  # layer 0 has the lowest scores
     allocate_(gates, {"mlp": scores}, "global")
     units = plan_of(model).sizes["mlp"]
     assert units[2] == 20

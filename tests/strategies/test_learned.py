@@ -1,4 +1,4 @@
-"""Learned strategies: definitions by hand, masks where the search's are, and what a known loss teaches each of them."""
+"""Learned strategies: definitions worked by hand, masks at the search's places, and what a known loss teaches them."""
 
 import math
 
@@ -79,7 +79,7 @@ def test_minmax_scales_a_row_to_its_smallest_and_largest_importance():
 
 
 def test_the_plain_variant_is_the_search_step_by_step():
-    """Same masks, resource loss, gradient of the ratios and importance as the gates have, whatever the step."""
+    """At every step, masks, resource loss, gradient of the ratios and importance equal those of the gates."""
     options = {"target_ramp": 0.5, "warmup_steps": 1, "sharpness": 2.0}
     model, other, batch = gated(**options), gated(**options), labelled(1)[0]
     gates, relaxation = gates_of(model), TopK(gates_of(other))
@@ -115,7 +115,7 @@ def test_number_selection_mixes_nested_masks():
     importance = torch.arange(20.0).expand(3, 20)
     selection = NumberSelection(gates, {"mlp": importance})
     shares = torch.zeros(3, 16)
-    shares[:, -1], shares[:, 0] = 0.25, 0.75  # a quarter of all 20 units, three of the one best
+    shares[:, -1], shares[:, 0] = 0.25, 0.75  # a quarter for all 20 units, three quarters for the best one
     mixed = selection.mixed({"mlp": shares})["mlp"]
     assert mixed[0].tolist() == pytest.approx([0.25] * 19 + [1.0])
     assert mixed.sum(-1).tolist() == pytest.approx([0.25 * 20 + 0.75 * 1] * 3)
@@ -183,7 +183,7 @@ def test_the_kept_resource_of_hard_masks_is_that_of_their_sizes():
     assert float(kept_resource(gates, kept).detach()) == pytest.approx(1.0)
     with torch.no_grad():
         kept["layers"][0, 1] = 0
-    assert float(kept_resource(gates, kept).detach()) == pytest.approx(2 / 3)  # layers are equal
+    assert float(kept_resource(gates, kept).detach()) == pytest.approx(2 / 3)  # all layers cost the same
 
 
 def test_scales_fold_into_the_weights_that_read_a_unit():

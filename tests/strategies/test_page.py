@@ -1,4 +1,4 @@
-"""docs/strategies.md: its Python runs, and its table names every strategy with what it is defined for."""
+"""docs/strategies.md: its Python runs, and its table lists every strategy and the dims that it is defined for."""
 
 import re
 import sys

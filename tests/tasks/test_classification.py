@@ -1,4 +1,4 @@
-"""Texts become tokens that fit the model, padded so that the model knows; samples show what a classifier predicts."""
+"""Texts become tokens that fit the model, with padding that it recognises. Samples show a classifier's predictions."""
 
 import logging
 from types import SimpleNamespace
@@ -115,7 +115,7 @@ def llama(**options):
         ({}, 0, 0, {}),
         ({}, None, 0, {"pad_token_id": 0}),
         ({"pad_token": None}, 1, 1, {}),
-        ({"pad_token": None}, None, 2, {"pad_token_id": 2}),  # the end of text
+        ({"pad_token": None}, None, 2, {"pad_token_id": 2}),  # the end-of-text token
     ],
 )
 def test_the_tokenizer_and_the_model_agree_about_padding(tokenizer, config, pads_with, values):
@@ -135,7 +135,7 @@ def test_without_any_token_that_could_pad_the_way_out_is_named():
 def test_a_decoder_that_takes_another_token_as_padding_is_refused():
     with pytest.raises(ValueError, match="the tokenizer pads with token 0, and the model takes 2 as padding"):
         padding_of(letters(), llama(pad_token_id=2))
-    padding_of(letters(), bert(pad_token_id=2))  # an encoder sees the mask
+    padding_of(letters(), bert(pad_token_id=2))  # an encoder reads the attention mask instead
 
 
 def test_a_padded_batch_of_a_decoder_is_classified_as_its_texts_alone(tmp_path):

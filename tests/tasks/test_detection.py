@@ -1,4 +1,4 @@
-"""Images with boxes become a detector's inputs, what it finds is measured by COCO's mAP, and bad boxes are named."""
+"""Images with boxes become a detector's inputs, its results are measured by COCO's mAP, and bad boxes are reported."""
 
 import math
 
@@ -24,7 +24,7 @@ def load(path, model=None, prepare=None, held_out=None, new_head=False, **option
 
 
 def rows(*images):
-    """What `average_precision` takes, of lists of (kind, class, probability, box)."""
+    """The arguments of `average_precision`, from lists of (kind, class, probability, box)."""
     longest = max(len(image) for image in images)
     found = torch.full((len(images), longest, 7), torch.nan, dtype=torch.float64)
     for place, image in enumerate(images):
@@ -191,7 +191,7 @@ def test_what_is_not_installed_is_named_with_the_extra_that_brings_it(tmp_path, 
 
 # ---- the metric ------------------------------------------------------------------------------------------------------
 def test_a_detector_s_own_boxes_are_found_with_a_precision_of_one(tmp_path):
-    """The law: what a detector finds, written as data, it finds again."""
+    """If a detector's own results are the labels, its average precision is 1."""
     model, images = detector(), pictures(6)
     with torch.no_grad():
         last = model.bbox_predictor.layers[-1]
@@ -226,7 +226,7 @@ def test_average_precision_of_boxes_by_hand():
     assert average_precision(rows(second))[0] == pytest.approx(0.6)
     value, parts = average_precision(rows(first, second))
     assert parts.tolist() == pytest.approx([0.6, 1.0])
-    assert value == pytest.approx((6 * 1 + 4 * 51 / 101) / 10)  # at 0.80 and above half of the objects is found
+    assert value == pytest.approx((6 * 1 + 4 * 51 / 101) / 10)  # at 0.80 and above half of the objects are found
     wrong = [(TRUE, 1, 1, box), (FOUND, 0, 0.99, far)]
     assert average_precision(rows(first, wrong))[0] < 0.3  # class 1 is never found, class 0 first where it is not
     assert math.isnan(average_precision(rows([(FOUND, 0, 0.9, box)]))[0])

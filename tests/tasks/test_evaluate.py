@@ -1,4 +1,4 @@
-"""Perplexity is what the model's own loss says, accuracy what its logits say, and differences are paired."""
+"""Perplexity follows from the model's own loss, accuracy from its logits, and differences are paired."""
 
 import math
 

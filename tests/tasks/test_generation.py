@@ -1,4 +1,4 @@
-"""Text becomes packed windows, the same as ever, and begins as the model's tokenizer begins a text."""
+"""Text becomes packed windows, which never change, and which begin as the tokenizer begins a text."""
 
 import hashlib
 import logging
@@ -66,7 +66,7 @@ def test_examples_are_tensors_whose_labels_are_the_tokens(tmp_path):
 
 # ---- several sources ----
 def test_sources_are_mixed_by_weight_and_the_smaller_one_comes_again(tmp_path):
-    """Of `path` all sequences come once, of another one its weight times as many; held out is only `path`."""
+    """All sequences of `path` come once, those of another path `weight` times as often. Only `path` is held out."""
     config = DataConfig(
         path=documents(tmp_path / "a.jsonl", ["a" * 64]),
         mix={documents(tmp_path / "b.jsonl", ["bbb", "ccc"]): 0.5, documents(tmp_path / "d.jsonl", ["ddd"]): 2},
@@ -115,7 +115,7 @@ def test_a_mistake_in_a_mix_names_its_source(tmp_path):
 
 # ---- the windows of committed numbers stay ----
 def windows_of_lists(paths, tokenizer, length, held_out):
-    """The windows as hf_dms made them when the corpus was a Python list: the reference of the committed numbers."""
+    """The windows as an earlier hf_dms made them from a Python list. The committed numbers were measured on these."""
     import datasets
 
     streams = []

@@ -1,4 +1,4 @@
-"""Images become pixels that the model takes, in its colours; those that cannot be decoded are named before a run."""
+"""Images become pixels that the model takes, in its colours. Images that cannot be decoded are named before a run."""
 
 import io
 
@@ -70,7 +70,7 @@ def test_a_folder_of_images_has_its_labels_in_the_names_of_its_subfolders(tmp_pa
 
 
 def test_the_order_of_subfolders_is_not_that_of_a_trained_heads_classes(tmp_path):
-    config = vit(architectures=["ViTForImageClassification"])  # LABEL_0, LABEL_1
+    config = vit(architectures=["ViTForImageClassification"])  # with classes LABEL_0 and LABEL_1
     with pytest.raises(ValueError, match=r"the labels are cat, dog; the model has the classes LABEL_0 \(0\)"):
         load(folder_of_images(tmp_path / "images", "cat", "dog"), config)
 

@@ -19,7 +19,7 @@ ANIMALS = ["cat", "Dog", "emu", "fox", "gnu", "hen", "ibis", "jay", "kiwi", "lio
 
 
 def classifier(names, seed=0, **options):
-    """A BERT with a trained head; no two of its texts need have one class."""
+    """A BERT with a trained head. Its texts fall into different classes."""
     config = BertConfig(
         **TEXT | {"vocab_size": 40, "pad_token_id": 0},
         id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
@@ -32,7 +32,7 @@ def classifier(names, seed=0, **options):
             torch.nn.init.normal_(parameter, std=0.5)
     with torch.no_grad():
         logits = [model(**letters()(text, return_tensors="pt")).logits[0] for text in some_texts(100)]
-        model.classifier.bias -= torch.stack(logits).mean(0)  # so that no class is everybody's
+        model.classifier.bias -= torch.stack(logits).mean(0)  # so that no class is predicted for all texts
     return model
 
 
@@ -53,7 +53,7 @@ def predictions(model, texts):
 
 
 def texts_of_classes(model, wanted, count=60):
-    """Texts that a model puts into certain classes, with those classes."""
+    """Texts whose predicted classes are among the given ones, with these classes."""
     texts = some_texts(4 * count, seed=1)
     found = [(text, number) for text, number in zip(texts, predictions(model, texts)) if number in wanted]
     assert {number for _, number in found} == set(wanted)
@@ -126,7 +126,7 @@ def test_class_labels_of_other_names_are_numbers_for_a_head_without_names(tmp_pa
     path = as_class_label([number for _, number in texts], ANIMALS[:12], tmp_path / "a.parquet")
     examples = load(path, model.config)
     assert [row["labels"] for row in examples.train] == [number for _, number in texts]
-    assert examples.labels == tuple(f"LABEL_{i}" for i in range(12))  # the head's
+    assert examples.labels == tuple(f"LABEL_{i}" for i in range(12))  # the names of the head
 
 
 # ---- or an error ----

@@ -1,4 +1,4 @@
-"""What a model writes itself: its own distribution, and the same again for the same seed."""
+"""Texts that a model writes itself follow its distribution, and the same seed gives the same texts."""
 
 import pytest
 import torch
@@ -9,9 +9,9 @@ from hf_dms.tasks.own_texts import own_texts
 
 
 def test_tokens_are_as_frequent_as_the_model_says():
-    """1024 first tokens against the softmax after the token that begins a text: temperature 1, no top-k."""
+    """1024 first tokens are compared with the softmax after the token that begins a text: temperature 1, no top-k."""
     model, tokenizer = tiny_llama(), letters()
-    model.lm_head.weight.data *= 30  # not uniform
+    model.lm_head.weight.data *= 30  # so that the distribution is not uniform
     texts, sampled = own_texts(model, tokenizer, 1024, 1)
     assert sampled == 1024
     with torch.no_grad():
@@ -19,7 +19,7 @@ def test_tokens_are_as_frequent_as_the_model_says():
     found = torch.zeros_like(expected)
     for text in texts:
         found[tokenizer.convert_tokens_to_ids(text)] += 1 / 1024
-    seen = torch.arange(3, 29)  # the special tokens are no text
+    seen = torch.arange(3, 29)  # without special tokens
     assert expected[seen].max() > 3 * expected[seen].min()
     assert (found - expected)[seen].abs().max() < 4 * (expected[seen].max() / 1024) ** 0.5
 

@@ -1,4 +1,4 @@
-"""Odd inputs: each works, or ends in one error that names the file, the row or the column, and the way out."""
+"""Each odd input works, or ends in one error that names the file, the row or the column, and what to do."""
 
 import bz2
 import gzip

@@ -1,4 +1,4 @@
-"""What people do with a trainer's result: cut it whatever the data were, train it further with any Trainer, save it."""
+"""Uses of a trainer's result: cut it, whatever the data were; train it further with any Trainer; save it."""
 
 import pytest
 import torch

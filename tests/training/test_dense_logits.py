@@ -1,4 +1,4 @@
-"""The dense model as the teacher of its own search: what it says, and a search that listens to it."""
+"""The dense model as teacher of its own search: its outputs, and searches with them."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_open_masks_give_the_logits_of_the_dense_model(cls, tmp_path):
     assert relative_difference(found, outputs_of(tiny(cls), batch)) < 1e-5
     assert not found.requires_grad
     assert [module.training for module in model.modules()] == modes
-    assert relative_difference(found, model(**batch).logits) > 1e-2  # of the search itself
+    assert relative_difference(found, model(**batch).logits) > 1e-2  # the searched model has other outputs
 
 
 def test_batch_norms_that_the_search_has_moved_are_those_of_the_dense_model():
@@ -113,7 +113,7 @@ def test_the_gradient_of_a_ratio_is_that_of_the_divergence(tmp_path):
 
 # ---- the search ----
 def test_the_warm_up_is_that_of_the_task_and_evaluations_are_too(tmp_path):
-    """The divergence is 0 at open masks, so that it would leave no unit more important than another."""
+    """The divergence is 0 at open masks, so it would make no unit more important than another."""
     options = dict(max_steps=3, eval_strategy="steps", eval_steps=1)
     plain, found = (trained(tmp_path / str(w), dict(KL, kl_weight=w), **options) for w in (0.0, 1.0))
     assert logged(found, "task_loss")[:2] == logged(plain, "task_loss")[:2]
@@ -150,7 +150,7 @@ def test_recomputed_activations_search_alike(tmp_path):
 
 def test_in_autocast_both_passes_are_in_half_precision(tmp_path):
     trainer = trained(tmp_path, KL, bf16=True)
-    assert 0 <= logged(trainer, "task_loss")[2] < 0.1  # nearly open: no difference of precisions
+    assert 0 <= logged(trainer, "task_loss")[2] < 0.1  # masks are nearly open, and both passes have the same precision
     assert trainer.prune().num_parameters() < tiny_llama().num_parameters()
 
 

@@ -1,7 +1,7 @@
-"""Several processes: they search as one does, only the main one writes, and no error leaves the others waiting.
+"""Several processes search as one process does, only the main process writes, and an error ends all of them.
 
-Two real processes on the CPU, which talk over gloo. A launch costs about 15 seconds, so each test starts as much as it
-can in one.
+They are two real processes on the CPU that communicate by gloo. A launch takes about 15 seconds, so each test does as
+much as it can in one.
 """
 
 import json
@@ -27,7 +27,7 @@ from hf_dms.training.trainer import check_training_arguments
 def launched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     kinds = ["main_only", "ddp:p", "ddp_kl:p-", "poison:p"]
-    kinds += ["fsdp:p", "fsdp_kl:p-", "resume:p", "error:p"]  # FSDP is for the whole process, and an error ends it
+    kinds += ["fsdp:p", "fsdp_kl:p-", "resume:p", "error:p"]  # last: FSDP changes the process, and an error ends it
     code, _, err = launch(ROOT / "tests/helpers/processes.py", folder, *kinds)
     assert "process 1 has had enough" in err, err
     (folder / "code").write_text(str(code))
@@ -63,7 +63,7 @@ def test_two_processes_search_as_one_does(kind, pipeline, request, tmp_path):
         assert torch.equal(tensor, found[1][name]), f"{name} differs between processes"
         assert tensor.shape == expected[name].shape, name
         assert torch.allclose(tensor, expected[name], rtol=0, atol=2e-5 * max(float(expected[name].abs().max()), 1e-9))
-    assert float(expected["prune_ratio"].max()) > 0.02  # at most a rate a step
+    assert float(expected["prune_ratio"].max()) > 0.02  # a ratio moves by at most the rate in a step
 
 
 def test_a_step_that_is_bad_in_one_process_is_skipped_in_all(launched):

@@ -43,7 +43,7 @@ def test_predictions_without_a_label_do_not_count():
 
 
 def test_predictions_of_the_next_label_count_where_that_one_does():
-    """A prompt of two tokens: what is predicted at its last token is the first label that counts."""
+    """After a prompt of two tokens, the prediction at its last token belongs to the first label that counts."""
     student, teacher = torch.randn(1, 5, 7), torch.randn(1, 5, 7)
     labels = torch.tensor([[-100, -100, 4, 2, -100]])
     expected = distillation_loss(student[:, 1:3], teacher[:, 1:3], 2.0)
@@ -66,7 +66,7 @@ def bert(seed=0):
 
 @pytest.mark.parametrize(("make", "shifted"), [(tiny_llama, True), (bert, False)], ids=["llama", "bert"])
 def test_a_teacher_is_heard_where_the_model_predicts_labels(make, shifted, tmp_path):
-    """With all of the loss the teacher's, it is the divergence at the predictions that the labels are of."""
+    """If the teacher has the whole weight, the loss is the divergence at the predictions that have labels."""
     student, teacher = make(), make(seed=1)
     ids = token_batch(2, 6)["input_ids"]
     labels = ids.clone()
@@ -124,7 +124,7 @@ def test_the_cache_setting_survives_a_training(tmp_path):
 
 
 def test_a_training_resumes_bit_for_bit_with_its_log(tmp_path):
-    """One log spans a checkpoint, which is in the middle of an epoch."""
+    """A checkpoint lies in the middle of an epoch, and between two logs."""
     found = []
     for resume in (None, str(tmp_path / "checkpoint-3")):
         args = arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=3, logging_steps=4)

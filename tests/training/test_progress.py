@@ -1,4 +1,4 @@
-"""What a run tells while it runs: a bar in a terminal, lines elsewhere, scalars for TensorBoard and Trackio."""
+"""Progress of a run: a bar in a terminal, lines elsewhere, scalars for TensorBoard and Trackio."""
 
 import importlib
 import sys
@@ -42,7 +42,7 @@ def test_the_progress_bar_shows_stage_task_loss_and_budget_of_a_search(logs, sho
     bar.on_log(None, state, None, logs=logs | {"learning_rate": 0.1})
     assert bar.training_bar.postfix == shown
     assert bar.training_bar.desc == "search"
-    assert bar.training_bar.initial == bar.training_bar.n == 20  # the time left is that of the steps to come
+    assert bar.training_bar.initial == bar.training_bar.n == 20  # so the remaining time counts the remaining steps only
     bar.on_train_end(None, state, None)
 
 
@@ -74,7 +74,7 @@ def test_tensorboard_gets_the_course_of_the_search(tmp_path):
 
 
 def test_trackio_gets_the_course_of_the_search(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # trackio reads it when it is imported
     trainer = trained(tmp_path, report_to="trackio", max_steps=6, eval_strategy="steps", eval_steps=3)
     storage = importlib.import_module("trackio.sqlite_storage").SQLiteStorage
     assert (tmp_path / "trackio").is_dir()

@@ -1,4 +1,4 @@
-"""kill -9 at any moment, the same command again: the same result, byte for byte."""
+"""After kill -9 at any moment, the same command gives the same result, byte for byte."""
 
 import random
 import re

@@ -1,4 +1,4 @@
-"""The search as a Trainer: what it adds, and what it must not change."""
+"""The search as a Trainer: what it adds to a Trainer, and what it must not change."""
 
 import itertools
 import json
@@ -122,7 +122,7 @@ def test_gates_have_an_optimizer_of_their_own_with_a_constant_rate_and_no_weight
     assert not any(parameter is trainer.gates.prune_ratio for parameter in others)
     assert len(others) == len(list(trainer.model.parameters())) - 1
     assert [each[-1] for each in rates] == [0.02] * 6
-    assert len({each[0] for each in rates}) == 6 - 1  # up, then down
+    assert len({each[0] for each in rates}) == 6 - 1  # the rate rises, then falls
 
 
 def test_the_default_rate_of_the_gates_depends_on_the_length_of_the_search(tmp_path):
@@ -132,7 +132,7 @@ def test_the_default_rate_of_the_gates_depends_on_the_length_of_the_search(tmp_p
 
 @pytest.mark.parametrize("optim", ["sgd", "rmsprop", "adafactor"])
 def test_the_ratios_move_alike_whatever_optimizer_the_weights_have(optim, tmp_path):
-    """With frozen weights: they once rode the user's optimizer, and a step of plain SGD threw them from end to end."""
+    """With frozen weights. When ratios used the user's optimizer, a step of plain SGD moved them from end to end."""
     found, expected = (
         trained(tmp_path / each, dict(pipeline="p-"), optim=each, max_steps=6) for each in (optim, "adamw_torch")
     )
@@ -206,7 +206,7 @@ def test_pipeline_p_minus_moves_the_gates_alone(tmp_path):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_frozen_model_has_no_dropout(checkpointing, tmp_path):
-    """Nor is activation checkpointing lost with it, which transformers has in training mode alone."""
+    """Activation checkpointing stays on too, though transformers has it in training mode only."""
     found = []
     for dropout in (0.0, 0.5):
         model = tiny(BertForSequenceClassification, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
@@ -217,7 +217,7 @@ def test_a_frozen_model_has_no_dropout(checkpointing, tmp_path):
         )  # fmt: skip
         layer.attention.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         trainer.train()
-        assert len(calls) == 6 * (2 if checkpointing else 1)  # again in the backward pass
+        assert len(calls) == 6 * (2 if checkpointing else 1)  # layers run again in the backward pass
         found.append((trainer.gates.search_state(), logged(trainer, "loss")))
     assert bit_equal(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]
@@ -340,10 +340,10 @@ def test_logs_show_task_loss_resource_target_and_kept_units(tmp_path):
         assert 0 < entry["resource"] <= 1
     assert entries[-1]["resource"] < 1
     assert entries[0]["kept/mlp"] == 20
-    assert "kept_min/hidden" not in entries[0]  # one size for all layers
+    assert "kept_min/hidden" not in entries[0]  # hidden has one size for all layers
     for entry in entries:
         assert entry["kept_min/mlp"] <= entry["kept/mlp"] <= entry["kept_max/mlp"]
-    assert entries[0]["gate_grad_norm"] == 0  # warming up, and on target
+    assert entries[0]["gate_grad_norm"] == 0  # the warm-up has no resource loss
     assert entries[3]["gate_grad_norm"] > 0
     assert [entries[0][f"soft_fraction/{name}"] for name in dims] == [0] * 4
     assert max(entries[-1][f"soft_fraction/{name}"] for name in dims) > 0
@@ -360,7 +360,7 @@ def test_logs_average_the_task_loss_since_the_last_log(tmp_path):
 
 
 class PruneAtEvaluation(TrainerCallback):
-    """Cuts the model at every evaluation and evaluates the cut by itself."""
+    """A callback that cuts the model at every evaluation and evaluates the cut separately."""
 
     def __init__(self, folder):
         self.folder, self.trainer, self.found, self.logits = folder, None, [], []
@@ -381,7 +381,7 @@ class PruneAtEvaluation(TrainerCallback):
     ),
 )
 def test_every_evaluation_is_of_the_model_that_prune_cuts_in_loss_logits_and_resource(layout, options, tmp_path):
-    """Before the ratios move, while the target falls, at the end."""
+    """Evaluated before the ratios move, while the target falls, and at the end."""
     seen = PruneAtEvaluation(tmp_path / "plain")
     trainer = DMSTrainer(
         model=tiny_llama(),
@@ -445,7 +445,7 @@ def test_checkpoints_hold_the_search_beside_model_files_without_gates(tmp_path):
     [
         {},
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
-        {"logging_steps": 5},  # a log that spans a checkpoint
+        {"logging_steps": 5},  # a checkpoint lies between two logs
         {"max_steps": -1, "num_train_epochs": 2.5, "eval_strategy": "epoch"},
     ],
 )
@@ -467,7 +467,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(options, tmp_path):
 @pytest.mark.parametrize("restore", [False, True])
 def test_skipped_steps_are_counted_on_after_a_resume(restore, tmp_path):
     options = dict(save_strategy="steps", save_steps=2, max_steps=8, logging_nan_inf_filter=True)
-    options["restore_callback_states_from_checkpoint"] = restore  # Trainer replaces callbacks if so
+    options["restore_callback_states_from_checkpoint"] = restore  # if true, Trainer replaces its callbacks
     found = []
     for resume in (None, str(tmp_path / "checkpoint-4")):
         trainer = poisoned_trainer(tmp_path, Poisoned([5]), WatchSteps(), **options)
@@ -575,7 +575,7 @@ def test_a_finished_run_is_loaded_with_its_best_model(tmp_path):
 
 
 def test_early_stopping_waits_until_the_target_has_fallen(tmp_path):
-    """A lower loss is worse by this measure, so that a patience of 1 ends the search as soon as it counts."""
+    """By this measure a lower loss is worse, so a patience of 1 ends the search as soon as evaluations count."""
     trainer = best_of(tmp_path, "loss", True, 0.7, callbacks=[EarlyStoppingCallback(1)], max_steps=30)
     fallen = [entry["step"] for entry in trainer.state.log_history if entry.get("target") == 0.7]
     stopped = trainer.state.global_step
@@ -584,16 +584,16 @@ def test_early_stopping_waits_until_the_target_has_fallen(tmp_path):
 
 
 # ---- compiling, precision and files ----
-@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about torch
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of torch
 def test_compiling_changes_nothing(tmp_path):
-    """Kernels may sum in another order: 2e-7 of a value, seen after six steps."""
+    """Kernels may sum in another order. The relative difference was 2e-7 after six steps."""
     options, layers = dict(optim="sgd", max_steps=6), dict(num_hidden_layers=2)
     plain = trained(tmp_path / "plain", model=tiny_llama(**layers), **options)
     compiling = dict(torch_compile=True, torch_compile_backend="aot_eager")
     compiled = trained(tmp_path / "compiled", model=tiny_llama(**layers), **options, **compiling)
     assert isinstance(compiled.model_wrapped, torch._dynamo.OptimizedModule)
     assert torch.allclose(compiled.gates.prune_ratio, plain.gates.prune_ratio, atol=1e-5)
-    assert float(plain.gates.prune_ratio.detach().max()) > 0.03  # Adam moved them
+    assert float(plain.gates.prune_ratio.detach().max()) > 0.03  # the ratios have moved
     for name in plain.gates.dims:
         assert relative_difference(compiled.gates.raw_importance(name), plain.gates.raw_importance(name)) < 1e-5
 
@@ -651,7 +651,7 @@ def test_a_model_whose_files_rename_its_parameters_resumes_with_its_weights(tmp_
 def test_the_best_model_is_loaded_whatever_its_files_call_its_parameters(tmp_path):
     options = dict(save_strategy="steps", save_steps=3, eval_strategy="steps", eval_steps=3, max_steps=6)
     trainer = vit_trainer(tmp_path, **options, load_best_model_at_end=True)
-    trainer.dms_config.target = 1.0  # any model may be the best one
+    trainer.dms_config.target = 1.0  # so that every evaluation counts
     trainer.train()
     best = ViTForImageClassification.from_pretrained(trainer.state.best_model_checkpoint)
     assert bit_equal(weights(trainer.model), weights(best))

@@ -1,4 +1,4 @@
-"""`class DMSSFTTrainer(DMSMixin, SFTTrainer)` is all that a user of TRL writes: a search on chat data."""
+"""`class DMSSFTTrainer(DMSMixin, SFTTrainer)` is all that a user of TRL has to write, for a search on chat data."""
 
 import pytest
 import torch

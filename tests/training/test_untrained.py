@@ -1,4 +1,4 @@
-"""Pipeline np is a search over random weights; loaded ones are refused there."""
+"""Pipeline np searches random weights, and refuses loaded ones."""
 
 import pytest
 from helpers.tiny import TINY
