@@ -53,6 +53,7 @@ class Cost:
 
     def per_layer(self, sizes: Sizes, stack: str = "layers") -> Tensor:
         """Cost of each layer of a stack, `[..., layers]` float64."""
+        # Each term `[..., layers]`, or `[..., 1]` if it holds only dims of the whole model: broadcast before the sum.
         terms = [coefficient * _product(sizes, monomial) for monomial, coefficient in self.stacks[stack].items()]
         return torch.stack(torch.broadcast_tensors(*terms)).sum(0)
 

@@ -77,9 +77,11 @@ def cut_by_criterion(
         The pruned model, and the number of examples that were seen.
     """
     criterion = criterion_of(name)
+    # A criterion that reads its data three times gets a third of the examples.
     used = min(max(count // criterion.passes, 1), len(examples.train)) if criterion.needs_data else 0
     attach_(model, recipe.dms)
     choose_(model, name, Batches(examples, used, size, model.device))
+    # One example is enough for the proof, which runs the model in up to float64.
     inputs = Batches(examples, 1, 1, model.device)[0]
     pruned = prune(model, inputs={key: value for key, value in inputs.items() if key != "labels"})
     estimate_batch_norms_(pruned, Batches(examples, BATCHES * size, size, model.device))

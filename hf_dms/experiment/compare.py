@@ -173,6 +173,7 @@ def _strategy(name: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _setup(recipe: Recipe, folder: Path) -> Setup:
+    # Checked at the lowest target: if that can be reached, all can.
     lowest = dataclasses.replace(recipe.dms, target=min(recipe.compare.targets or [recipe.dms.target]))
     prepared = with_own_texts(prepare(dataclasses.replace(recipe, dms=lowest), folder / "dense"))
     texts = {"held out": prepared.held_out}
@@ -238,6 +239,7 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
     if recipe.recover.train is not None:
         started = time.time()
         arguments = training_arguments(recipe, "recover", setup.folder / _name(cell))
+        # A cell is made in one go; a stopped one is made again.
         arguments.save_strategy = "no"
         distillation, lora = recipe.recover.distillation, lora_config(recipe, "recover.lora")
         teacher, float32 = dense if distillation else None, recipe.recover.float32
@@ -257,6 +259,7 @@ def _recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
     """The recipe with the settings of a cell."""
     strategy, values = cell.settings.get("criterion", SEARCH), cell.settings.get("dms") or {}
     dms = dataclasses.replace(recipe.dms, **values, target=cell.target, strategy=strategy)
+    # The cell's own values win over the recipe's, and its seed over both.
     train = recipe.train | (cell.settings.get("train") or {}) | {"seed": cell.seed, "save_strategy": "no"}
     train_after, own = recipe.recover.train, cell.settings.get("recover")
     train_after = (train_after or {}) | own if own else train_after
@@ -278,6 +281,7 @@ def _choose(
             model=model, args=arguments, dms_config=recipe.dms, train_dataset=examples.train,
             data_collator=examples.collate,
         )  # fmt: skip
+        # A search over refitted weights sees examples beside its steps. They count, so it gets fewer steps.
         beside = examples_beside_the_steps(trainer)
         if recipe.compare.tokens is not None:
             arguments.max_steps = max((count - beside) // batch, 1)
@@ -290,6 +294,7 @@ def _choose(
     plan, gates = plan_of(searched), gates_of(searched)
     sizes = {name: torch.tensor(units) for name, units in plan.sizes.items()}
     resource = float(gates.resource(gates.dense_sizes() | sizes))
+    # The plan and the share are read from the gates before they go.
     detach_(searched)
     return pruned, plan, resource, seen
 
@@ -339,4 +344,5 @@ def _reset_peaks(device: torch.device) -> None:
         torch.accelerator.reset_peak_memory_stats(device)
     file = Path("/proc/self/clear_refs")
     if os.access(file, os.W_OK):
+        # 5 resets the peak of resident memory (VmHWM).
         file.write_text("5", encoding="ascii")

@@ -101,6 +101,8 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
         else:
             check_not_base(recipe.hub.repo_id, recipe.hub.revision, base or path, recipe.model.revision)
         check_token()
+    # The order is that of cost: names and folders, then the config, then the data (which may take minutes to read), and
+    # weight files last.
     check_place(recipe.output.path, sources_of(recipe))
     arguments = {"search": training_arguments(recipe, "train", folder / "search")}
     check_training_arguments(arguments["search"])
@@ -119,14 +121,17 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
         with saying_where("recover."):
             recover_examples = load_more_examples(recipe.recover.data, recipe.task, processor, config, examples)
     texts = load_texts(recipe, recipe.eval.texts, processor, config, examples)
+    # Before any model is built: the number of classes decides the size of the head.
     config.update(examples.config)
     original = None
     if recipe.model.supernet is not None:
         recipe, config, original = in_supernet(recipe, empty_model(recipe, config))
     empty = empty_model(recipe, config)
     bound = bind(spec_for(config), empty)
+    # From here on the target is a fraction, whatever the recipe gave.
     recipe = dataclasses.replace(recipe, dms=with_share(recipe.dms, bound, empty))
     _check_sizes(recipe)
+    # After the target is a fraction: lengths follow from the share that is cut.
     recipe = with_recover_defaults(recipe, empty, recover_examples, arguments["search"].world_size)
     if recipe.recover.train is not None:
         arguments["recover"] = training_arguments(recipe, "recover", folder / "recover")
@@ -134,6 +139,7 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
     if notice := slow_bfloat16(_asking_for_bfloat16(recipe, config, arguments)):
         logger.warning(notice)
         recipe = _without_bfloat16(recipe)
+        # `TrainingArguments` fix their precision when they are made, so they are made again.
         for stage, made in arguments.items():
             section = "train" if stage == "search" else stage
             arguments[stage] = training_arguments(recipe, section, Path(made.output_dir))
@@ -162,6 +168,7 @@ def load_texts(
     found = {}
     for name, path in files.items():
         try:
+            # The file is for measuring only: nothing is held out of it, and nothing mixed in.
             data = dataclasses.replace(recipe.data, path=path, held_out=path, mix={})
             other = load_more_examples(data, recipe.task, processor, config, examples)
         except HfDmsError as error:

@@ -53,14 +53,17 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
     started = time.time()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # in a log file, every update of a bar would be a line
+    # Before anything is shared between processes: in a broken launch each would take itself for the main one.
     check_launch(training_arguments(recipe, "train", unfinished / "search"))
     with contextlib.ExitStack() as stack:
+        # The working folder is locked: two runs of one recipe would share its checkpoints.
         run_on_main(lambda: stack.enter_context(only_writer(unfinished)))
         prepared = _start(recipe, output, unfinished)
         if prepared is None:
             return None
         if prepared.recipe.recover != recipe.recover:
             print_on_main("\n  ".join(["After the cut (recover):", *recover_in_words(prepared.recipe)]))
+        # After the checks, so that their random numbers do not matter.
         set_seed(prepared.arguments["search"].seed)
         report, pruned, plans = _experiment(with_own_texts(prepared))
         print_on_main(f"Saving to {output} ...")
@@ -81,6 +84,7 @@ def _start(recipe: Recipe, output: Path, unfinished: Path) -> Prepared | None:
         if is_finished(recipe, output, unfinished):
             return False
         check_writable(output, recipe.output.overwrite)
+        # Of a run that goes on, some of these sizes may be written already.
         for size in recipe.output.sizes if not (unfinished / CLAIM).exists() else ():
             check_writable(folder_of(recipe, size), recipe.output.overwrite)
         built.append(prepare(recipe))
@@ -114,9 +118,11 @@ def _experiment(prepared: Prepared) -> tuple[Report, PreTrainedModel, dict[str, 
     def answered(name: str, model: PreTrainedModel) -> list[Any]:
         return run_on_main(lambda: recipe.task.answers(samples, name, model, prepared.processor, examples, recipe.eval))
 
+    # Single scores are kept, not means: later models are compared with the dense one example by example.
     scores: dict[str | None, dict[str, Tensor]] = {}  # by text (None is the held-out data) and model
     dense = dense_model(prepared).to(prepared.arguments["search"].device).eval()
     measure_("dense", dense)
+    # Before the search, which may change the weights.
     samples = answered("dense", dense)
     searched = search_and_cut(dense, prepared)
     masks: Any = None
@@ -126,6 +132,7 @@ def _experiment(prepared: Prepared) -> tuple[Report, PreTrainedModel, dict[str, 
     bound = gates_of(searched.model).attachment.bound
     plans = {PLAN_FILE: plan_to_json(searched.plan, bound, recipe.dms.layout)}
     plans |= {PLANS_FILE: plans_to_json(searched.plans, bound, recipe.dms.layout)} if searched.plans else {}
+    # From here on the dense model runs without gates.
     detach_(searched.model)
     dense = searched.model if recipe.lora is None else searched.model.unload()  # FSDP or bitsandbytes replace it
     pruned = searched.pruned

@@ -89,6 +89,8 @@ def search_and_cut(dense: PreTrainedModel, prepared: Prepared) -> Searched:
     model: Any = dense
     if recipe.model.quantization is not None:
         packed = {"quantization_config": packing(recipe, dense.dtype), "device_map": {"": arguments.device}}
+        # Two copies of the weights exist from here on, a packed one that searches and a whole one for the cut. Only the
+        # first has to be on the device.
         dense.cpu()
         model = load_model(prepared, **packed)
     model = model if lora is None else with_adapters(model, lora, arguments.seed)
@@ -110,6 +112,7 @@ def search_and_cut(dense: PreTrainedModel, prepared: Prepared) -> Searched:
     else:
         pruned = trainer.prune()
     unshard_(model, arguments.device)
+    # Evaluations are in the history too, under other keys.
     logs = [logs for logs in trainer.state.log_history if "task_loss" in logs]
     return dataclasses.replace(_ended_in(model, pruned, logs), plans=trainer.kept_plans.plans)
 

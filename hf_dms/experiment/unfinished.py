@@ -32,6 +32,7 @@ def is_finished(recipe: Recipe, output: Path, unfinished: Path) -> bool:
     """Whether the result exists already. If a run was killed right after writing it, its working folder is removed."""
     if not (output / REPORT).is_file() or recipe.output.overwrite:
         return False
+    # Killed between the writing of the result and the removal of its folder. Another recipe's folder is not touched.
     if not unfinished.exists() or _read_claim(unfinished) == _plain(recipe):
         remove_unfinished(unfinished, output)
     return True
@@ -60,6 +61,7 @@ def claim(unfinished: Path, recipe: Recipe) -> None:
                 f"{unfinished / CLAIM} is not a recipe that this version of hf_dms wrote, so it is unknown what made "
                 f"the folder. Choose another output.path, or delete {unfinished}."
             ) from None
+        # Without a checkpoint there is nothing to lose.
         if changed and sort_checkpoints(str(folder)):
             if stage != "recover":
                 raise HfDmsError(
@@ -73,6 +75,7 @@ def claim(unfinished: Path, recipe: Recipe) -> None:
     unfinished.mkdir(parents=True, exist_ok=True)
     written = unfinished / f"{CLAIM}.tmp"
     written.write_text(json.dumps(now, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    # In one step, so that a kill leaves the old file or the new one, never a part of it.
     os.replace(written, unfinished / CLAIM)
 
 
@@ -89,6 +92,7 @@ def influences(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
         "data": recipe["data"],
         "finetune": _lasting(recipe["finetune"]),
         "train": {key: value for key, value in _lasting(train).items() if key not in LENGTHS},
+        # The fine-tuning before a search depends on the pipeline only in that np begins with random weights.
         "dms": {"pipeline": "np" if dms["pipeline"] == "np" else "p or p-"},
     }
     if model["supernet"] is not None:  # these decide which of its dims are larger
@@ -99,6 +103,7 @@ def influences(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
     found["train"] = _lasting(train)
     found["dms"] = {key: value for key, value in dms.items() if key != "max_nonfinite_steps"}
     found["lora"] = recipe["lora"]
+    # Evaluations can choose the best checkpoint, and so the number of examples matters.
     if train.get("eval_strategy") not in (None, "no", False):
         found["eval"] = {"examples": recipe["eval"]["examples"]}
     if stage == "recover":
@@ -116,6 +121,7 @@ def _lasting(given: dict[str, Any]) -> dict[str, Any]:
 
 def _plain(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain values of JSON."""
+    # Through JSON, so that tuples and numbers compare equal to what was read from the file.
     return json.loads(json.dumps(recipe.to_dict()))
 
 

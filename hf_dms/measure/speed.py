@@ -181,6 +181,7 @@ def costs_of(config: Any, auto: str, dtype: torch.dtype, run: Run) -> dict[str, 
     macs = run_with(counted, model, inputs, run.new_tokens)
     costs = {phase: {"macs": number} for phase, number in macs.items()}
     if run.new_tokens:
+        # By identity: a tied output embedding is read once.
         weights = {id(m.weight): m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear)}
         cached = outputs[0].past_key_values.layers
         costs["decode"]["bytes"] = sum(weights.values()) + sum(part.keys.nbytes + part.values.nbytes for part in cached)

@@ -84,6 +84,7 @@ def find_stream_modules(walk: LayerWalk, layer: int = 0) -> StreamModules:
             an output passes a norm without a mean, a batch norm or a scale.
     """
     names, stack = _names_in(walk, layer), walk.places[layer][0]
+    # Layers with the same modules write in the same way, so one run per kind of layer is enough.
     if (found := walk.found.get((stack, names))) is not None:
         return found
     for places in _candidates(walk, layer, names):
@@ -102,8 +103,11 @@ def find_stream_modules(walk: LayerWalk, layer: int = 0) -> StreamModules:
 def _candidates(walk: LayerWalk, layer: int, names: LayerNames) -> Iterator[StreamModules]:
     """The ways in which a layer may write into the stream, the simplest first; `find_stream_modules` tries them."""
     module, writes, vectors = walk.layers[layer], names.writes, names.vectors
+    # Least squares of a grouped convolution would have to be solved group by group.
     if any(getattr(module.get_submodule(path), "groups", 1) > 1 for path in writes):
         return
+    # Modules without parameters or children: activations, identities. One of them may end the layer (the ReLU of a
+    # ResNet).
     simple = [path for path, part in module.named_modules() if not [*part.children(), *part.parameters()]]
     with _heard(module, (*writes, *vectors, *simple)) as heard:
         whole = walk.run(layer, 0, StreamModules()).output
@@ -114,6 +118,7 @@ def _candidates(walk: LayerWalk, layer: int, names: LayerNames) -> Iterator[Stre
         if path in heard and vector in heard and same(heard[vector][0], heard[path][1])
     }
     plain = [StreamModules(writes), StreamModules(writes, behind=behind)]
+    # Norms that the stream itself passes (BERT) have the stream's shape, not that of a head or an image.
     if all(path in heard and heard[path][0].shape == whole.shape for path in vectors):
         plain.append(StreamModules(writes, vectors))
     if len(writes) == len(names.parameters):
@@ -158,6 +163,7 @@ def _as_said(layer: nn.Module, places: StreamModules, recorder: StreamRecorder) 
 def _common_scale(run: StreamRecorder) -> float:
     """The common factor by which a layer multiplies its maps' outputs before adding them; nan if there is none."""
     assert run.stream is not None
+    # One column per map: which factors of their outputs give what the layer added?
     outputs = torch.stack([output.double().flatten() for output in run.outputs.values()], dim=1)
     added = run.before_end.double().flatten() - (run.stream.double().flatten() - outputs.sum(1))
     if not added.isfinite().all() or not outputs.isfinite().all():
@@ -220,6 +226,7 @@ class LayerWalk:
         # whatever its architecture.
         with self._skipped() as calls:
             self._base(**inputs, **self._options)
+        # The first layer's input is the state of the batch in front of all layers.
         self.hidden.append(calls[0][0])
         self.calls.append([call for _, call in calls])
         if len(self.bound.spec.stacks) > 1:
@@ -281,6 +288,7 @@ class LayerWalk:
 
         def skip(*args, **kwargs) -> Tensor | tuple[Tensor]:
             if self._in_tuples is None:
+                # Some models unpack what a layer returns. One real call shows it, and after that no layer has to run.
                 self._in_tuples = isinstance(first(*args, **kwargs), tuple)
             if not args:
                 args = (kwargs.pop("hidden_states"),)

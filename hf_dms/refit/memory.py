@@ -41,6 +41,7 @@ def repair_bytes(
         readers = stream_readers(bound, bound.depth, 0)
         maps.append((bound.sizes[stream], sum(bound.product(axes[0]) for axes in readers.values())))
         states += 1
+    # + 1 for a bias, which counts as an input. The largest map decides, since one is solved at a time.
     sums = max((inputs + 1) * (inputs + 1 + outputs) for inputs, outputs in maps)
     return DOUBLE * (HELD_OUT + 2) * sums, itemsize * states * positions * bound.sizes[stream]
 

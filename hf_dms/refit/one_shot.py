@@ -146,6 +146,7 @@ def sizes_below_one_threshold(gates: Gates, costs: Mapping[str, Tensor]) -> Size
     thresholds = torch.cat([score[score.isfinite()] for score in scores.values()]).sort().values
 
     def sizes_above(place: int) -> Sizes:
+        # Protections and multiples hold whatever the threshold says.
         limits = {name: (torch.tensor(d.lowest), torch.tensor(d.highest)) for name, d in gates.dims.items()}
         found = {name: (score > thresholds[place]).sum(-1) for name, score in scores.items()}
         return {name: size.clamp(*limits[name]) for name, size in found.items()}

@@ -64,10 +64,12 @@ def eliminate(
     inverse = torch.cholesky_inverse(factor)
     weight = torch.cholesky_solve(moment, factor)
     if metric is not None:
+        # tr(X G Xᵀ) = |X C|² for G = C Cᵀ: with the root in the weights, every cost is a plain sum of squares.
         weight = weight @ _root(metric)
     alive, gone, costs = torch.arange(len(units), device=gram.device), [], []
     columns = units.to(gram.device)
     while len(alive) > keep:
+        # Costs of all units at once; exact only as long as nothing has been removed since.
         scores = _removal_costs(inverse, weight, columns[alive])
         chosen = alive[scores.argsort()[: min(block, len(alive) - keep)]]
         removed = columns[chosen].flatten()
@@ -76,6 +78,7 @@ def eliminate(
         root, across = torch.linalg.cholesky(inverse[removed][:, removed]), inverse[:, removed]
         gains = torch.linalg.solve_triangular(root, weight[removed], upper=False)
         spread = torch.linalg.solve_triangular(root, across.T, upper=False).T
+        # In place: these are the largest matrices here, `[inputs, inputs]`.
         inverse.addmm_(spread, spread.T, alpha=-1)
         weight.addmm_(spread, gains, alpha=-1)
         costs.append(gains.square().sum(1).view(len(chosen), -1).sum(1))
@@ -97,6 +100,7 @@ def _root(metric: Tensor) -> Tensor:
 
 def _removal_costs(inverse: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
     """tr((H⁻¹_BB)⁻¹ W_B W_Bᵀ) of every unit, `[units]`. The weights have been multiplied by the metric's root."""
+    # The common case, an MLP: (H⁻¹_BB)⁻¹ is one number.
     if columns.shape[1] == 1:
         column = columns[:, 0]
         return weight[column].square().sum(1) / inverse.diagonal()[column]
@@ -114,5 +118,6 @@ def _compact(
     used[removed[removed >= 0]] = False
     if used.double().mean() >= COMPACT_BELOW:
         return inverse, weight, columns
+    # The new place of each old column; -1 for a removed one.
     places = torch.where(used, used.cumsum(0) - 1, -1)
     return inverse[used][:, used], weight[used], torch.where(columns >= 0, places[columns], -1)

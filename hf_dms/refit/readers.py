@@ -76,6 +76,7 @@ class Readers:
     def __init__(self, teacher: LayerWalk, layer: int, plan: Plan) -> None:
         self.teacher, self.layer = teacher, layer
         self.fronts = Shelf(teacher.offload)
+        # The teacher moves on before the student's maps are refitted, so its states in front of the layer are kept.
         for batch in range(len(teacher.hidden)):
             self.fronts.append(teacher.hidden[batch])
         bound, (stack, place) = teacher.bound, teacher.places[layer]
@@ -116,6 +117,7 @@ class Readers:
                 missing = []
                 for path in paths:
                     wanted, found = dense[path][1], cut[path][1]
+                    # The dense map has outputs that the cut took away (heads, MLP channels).
                     wanted = wanted.index_select(-1, self.outputs[path].to(wanted.device)).to(found.device)
                     missing.append((widened(wanted) - widened(found))[counts])
                 parts[number % len(parts)].add_(inputs[counts], torch.cat(missing, dim=-1))
@@ -132,6 +134,7 @@ class Readers:
             if path in places.writes:
                 groups = groups if path == before else {}
             else:
+                # The same tensor object: queries, keys and values read one output of one norm.
                 key = (id(inputs), modules[path].bias is not None)
                 groups.setdefault(key, []).append(path)
         return [*groups.values()]

@@ -75,6 +75,7 @@ def reconstruct_(
     def as_they_are() -> list[Tensor]:
         return [weight.detach().clone() for weight in weights]
 
+    # The least-squares solution is the first candidate, so training can only improve on it.
     least, best = held_out_error(), as_they_are()
     for _ in range(epochs):
         for place in torch.randperm(len(trained), generator=order).tolist():
@@ -101,8 +102,10 @@ def sub_block(student: LayerWalk, places: StreamModules, layer: int, path: str) 
     """
     matrices = [weight for weight in student.layers[layer].parameters() if weight.dim() in (2, 4)]
     with learning(matrices):
+        # What earlier maps of the layer wrote, and what this one writes.
         *before, written = student.run(layer, 0, places, until=path).added.values()
         outputs = [output.square().sum() for output in (*before, written)]
+        # `allow_unused`: None for a weight that an output does not depend on, which is what is asked.
         gradients = [torch.autograd.grad(output, matrices, retain_graph=True, allow_unused=True) for output in outputs]
     reached = [[gradient is not None for gradient in of_matrix] for of_matrix in zip(*gradients)]
     return [weight for weight, (*earlier, now) in zip(matrices, reached) if now and not any(earlier)]

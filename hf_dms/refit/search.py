@@ -68,11 +68,14 @@ class RefittedSearch:
         """
         gates = self.gates
         gates.refit_ratio = (gates.prune_ratio if ratio is None else ratio).detach().clone()
+        # The ratios of the last refresh are set for a moment, because widths follow from the ratios in the gates.
         now = gates.prune_ratio.clone()
         gates.prune_ratio.copy_(gates.refit_ratio)
         widths = {name: _width(gates, name) for name in self.dims}
         gates.prune_ratio.copy_(now)
+        # The walk runs the dense model's layers. With masks on them, refits would make up for what is still there.
         with open_gates(self.model):
+            # The gradient's factors are those of the dense model, which does not change: once is enough.
             if self.factors is None:
                 self.factors = factors_of(self.model, self.bound, self.batches)
             maps = sweep(self.model, self.bound, self.batches, self.factors, widths, **self.options)

@@ -244,6 +244,7 @@ def slope_of(output: Tensor, added: Tensor) -> Slope | None:
     """
     z, to = output.double().flatten(0, -2), added.double().flatten(0, -2)
     rows = torch.ones_like(z[:, :1])
+    # Rows and channels are a product: with one known, the other is a linear fit. They are found in turns.
     for attempt in range(ROUNDS + 1):
         channels = _factor(z * rows, to, 0)
         if same(added, (rows * channels * z).view_as(added).to(added.dtype)):

@@ -38,6 +38,7 @@ def comparison_numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         groups[row["cell"]["target"], row["cell"]["strategy"]].append(row)
     found = []
     for (target, strategy), group in groups.items():
+        # Dicts keep their order: the first strategy of a target is the first that the recipe names.
         first = groups[target, next(name for at, name in groups if at == target)]
         entry = {"target": target, "strategy": strategy, "seeds": len(group)}
         entry |= {"seen": round(_mean([sum(row["seen"].values()) for row in group]))}
@@ -52,6 +53,7 @@ def comparison_numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     def place(entry: dict[str, Any]) -> tuple[float, bool, float]:
         scores = next(iter(entry["texts"].values()))
         last = next(scores[stage] for stage in reversed(("dense", *STAGES)) if stage in scores)
+        # False sorts before True, so the first strategy, which has no difference, comes first.
         return -entry["target"], "difference" in scores, math.inf if math.isnan(last) else sign * last
 
     return sorted(found, key=place)

@@ -219,6 +219,7 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, list[str], str]]:
         cells = [format(value, number) for value in values]
         if "masks" in report:
             cells.insert(1, "" if soft is None else format(soft, number))
+        # Accuracies are compared by their difference in points, everything else by a ratio.
         change = _points(measured) if key in METRICS and key != "perplexity" else f"{values[-1] / values[0]:.3f}"
         rows.append((words, cells, change))
 
@@ -281,6 +282,7 @@ def size_bars(report: dict[str, Any]) -> str:
     wide = {dim: kept for dim, kept in sizes.items() if len(kept) > 1}
     lines = []
     for dim, kept in wide.items():
+        # Rounded up, so that a layer that is there is never blank.
         levels = (math.ceil(len(BARS) * size / units[dim]) for size in kept)
         bars = "".join(BARS[level - 1] if level else " " for level in levels)
         low, high = min(filter(None, kept), default=0), max(kept)

@@ -30,6 +30,7 @@ class Projected(PerUnit):
     def __init__(self, gates: Gates) -> None:
         super().__init__(gates, 0.0)
         for score in self.learned.values():
+            # All scores start equal. Without noise, ties break by index, and the first units of each dim would be shut.
             score.data.add_(TIES * torch.randn_like(score))
 
     def masks(self, progress: float) -> Masks:

@@ -26,10 +26,12 @@ def vector_scores(model: PreTrainedModel, batches: Batches) -> Scores:
     total: Scores = {name: torch.zeros_like(gates.raw_importance(name)) for name in names}
     gates.schedule = dataclasses.replace(schedule, warmup_steps=gates.num_updates + 1)  # masks stay open
     model.eval()
+    # The gates alone: in training mode they record Taylor terms, and the model has no dropout.
     gates.train()
     try:
         for batch in batches:
             model(**batch).loss.backward()
+            # The square is of each batch's term, as in equation 5: batches with opposite gradients must not cancel.
             for name, term in zip(names, gates.step_terms()):
                 total[name] += term.square() / len(batches)
             gates.forget_step_()

@@ -39,6 +39,8 @@ def average_precision(rows: Tensor) -> tuple[float, Tensor]:
         matched, parts = evaluation.evalImgs, min(PARTS, len(rows))
         values = [_mean(evaluation)]
         for part in range(parts):
+            # Matching boxes is the slow part, and does not depend on other images. So it is done once, and only the
+            # sums are made again without a part.
             evaluation.evalImgs = [each if each and each["image_id"] % parts != part else None for each in matched]
             values.append(_mean(evaluation))
     return values[0], torch.tensor(values[1:], dtype=torch.float64)
@@ -48,6 +50,7 @@ def _mean(evaluation: Any) -> float:
     """Mean precision over thresholds, recalls and the classes that have a true box."""
     evaluation.accumulate()
     precision = evaluation.eval["precision"]
+    # pycocotools writes -1 for a class without a true box.
     return float(precision[precision > -1].mean()) if (precision > -1).any() else float("nan")
 
 

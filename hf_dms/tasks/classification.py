@@ -44,6 +44,7 @@ def load_labelled(
     labels = read(train, config)
     held_out_labels = labels if held_out is None or held_out is train else read(held_out, config)
     names, numbers = number_labels(labels, held_out_labels, head)
+    # Labels come first: reading them is quick, and a mistake is found before anything is tokenised.
     examples = prepare(train, [numbers[label] for label in labels.labels])
     if held_out is None:
         return *_split(examples, config, train), names

@@ -110,7 +110,9 @@ def load_examples(config: DataConfig, processor: Any, model_config: Any, head: H
 
     def rows_of(source: Source, numbers: list[int]) -> Any:
         boxes = read_boxes(source, config)
+        # The labels of all boxes come as one flat list, in the order of the rows.
         rest = iter(numbers)
+        # By identity: the held-out source can be the training source itself.
         truths[id(source)] = [(each, [next(rest) for _ in each]) for each in boxes]
         rows = undecoded(source, config)
         examples = BoxedImages(rows, source, config, truths[id(source)], prepare)
@@ -163,6 +165,7 @@ def true_and_found(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
         numbers = labels["class_labels"][:, None].double()
         true = torch.cat([torch.full_like(numbers, TRUE), numbers, torch.ones_like(numbers), labels["boxes"]], -1)
         rows.append(torch.cat([true, each]))
+    # From DETR's centre, width and height to COCO's left, top, width and height.
     rows = [torch.cat([each[:, :3], each[:, 3:5] - each[:, 5:] / 2, each[:, 5:]], -1) for each in rows]
     return pad_sequence(rows, batch_first=True, padding_value=torch.nan)
 
@@ -223,6 +226,7 @@ def _shown(pixels: Tensor, objects: list[tuple[int, list[float], float | None]],
         draw.rectangle((left, top, left + width * image.width, top + height * image.height), outline=colour)
         draw.text((left + 2, top), name, fill=colour)
         words.append(name if probability is None else f"{name} {probability:.0%}")
+    # 64 colours: a page with pictures stays small.
     return data_uri(image.quantize(64)), ", ".join(words) or "nothing"
 
 

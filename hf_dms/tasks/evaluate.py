@@ -51,6 +51,7 @@ def example_scores(
             progress(len(scores), len(batches))
     if task.of_all is None:
         return torch.cat(scores)
+    # Images have different numbers of boxes. Rows of NaN are neither true nor found boxes.
     return pad_sequence([each for batch in scores for each in batch], batch_first=True, padding_value=math.nan)
 
 
@@ -77,6 +78,7 @@ def summary(task: Task, scores: Tensor, dense: Tensor | None = None) -> dict[str
         return result
     mean, error = float(scores.mean()), _standard_error(scores)
     value = math.exp(mean) if task.log_scores else mean
+    # The standard error of exp(x) is exp(x) times that of x, to first order.
     result = {task.metric: value, "stderr": value * error if task.log_scores else error}
     if dense is not None:
         difference = scores - dense
@@ -102,5 +104,6 @@ def evenly_spaced(examples: Any, count: int | None) -> Any:
     """At most `count` examples, evenly spaced; all examples if `count` is None."""
     if count is None or len(examples) <= count:
         return examples
+    # Evenly spaced, because rows are often sorted: by class, by document, by date.
     places = torch.linspace(0, len(examples) - 1, count).long()
     return examples[places] if isinstance(examples, Tensor) else Subset(examples, places.tolist())

@@ -141,6 +141,7 @@ def preparation(processor: Any, config: Any, **sizes: Any) -> Preparation:
     options = dict(sizes)
     for name in ("image_mean", "image_std"):
         values = getattr(processor, name, None)
+        # Processors of grey models are often saved with the three equal numbers of a colour model.
         if channels == 1 and isinstance(values, list | tuple) and len(values) == 3 and len(set(values)) == 1:
             options[name] = list(values[:1])
 

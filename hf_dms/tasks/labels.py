@@ -99,6 +99,7 @@ def head_of(config: Any, ending: str, is_new: bool = False, fewest: int = 2) -> 
     saved_as = config.architectures or ["?" + ending]
     is_fixed = not is_new and any(name.endswith(ending) for name in saved_as)
     kind = config.problem_type
+    # transformers takes a saved head with one output for a regression.
     if kind in (None, "single_label_classification") and is_fixed and config.num_labels < fewest:
         kind = "regression"
     if kind not in (None, "single_label_classification"):
@@ -147,6 +148,7 @@ def labels_of(values: Iterable[tuple[int, Any]], names: list[str] | None, source
             raise HfDmsError(
                 f"{source.cell(row, column)} holds several labels, {value!r:.60}. hf_dms takes one class per example."
             )
+        # By type too: True and 1 and 1.0 are equal in Python, and are different labels here.
         if (type(value), value) not in known:
             known[type(value), value] = _label(value, names, source, row, column)
         labels.append(known[type(value), value])
@@ -154,6 +156,7 @@ def labels_of(values: Iterable[tuple[int, Any]], names: list[str] | None, source
 
 
 def _label(value: Any, names: list[str] | None, source: Source, row: int, column: str) -> Label:
+    # `value != value` is true for NaN only.
     is_missing = value is None or value != value or (isinstance(value, str) and not value.strip())
     if is_missing or (names is not None and not 0 <= value < len(names)):
         raise HfDmsError(f"{source.cell(row, column)} has no label ({value!r}). Leave such rows out, or label them.")

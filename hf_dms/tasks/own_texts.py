@@ -46,6 +46,8 @@ def own_texts(
         )
     texts, sampled = [], 0
     generate: Any = model.generate
+    # Neither the model's mode nor the random state of what follows depends on whether texts were sampled or read from
+    # the cache.
     with evaluating(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         for first in range(0, num_texts, BATCH):

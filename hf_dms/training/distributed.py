@@ -101,6 +101,7 @@ def leave_gates_out_(model: nn.Module, gates: Gates, accelerator: Accelerator) -
     """
     mine = {id(tensor) for tensor in (*gates.parameters(), *gates.buffers())}
     named = (*model.named_parameters(), *model.named_buffers())
+    # By identity, because the wrapped model names them with a prefix (PEFT, the base model's).
     names = [name for name, tensor in named if id(tensor) in mine]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     if accelerator.distributed_type == DistributedType.FSDP:
@@ -140,6 +141,7 @@ def unsharded(model: PreTrainedModel) -> PreTrainedModel:
     original: Any = type(model).__bases__[1]  # fully_shard has replaced the class by one derived from it
     config = config_as_tied(model)
     found = original._from_config(config, dtype=config.dtype, attn_implementation=config._attn_implementation)
+    # `full_tensor` is a collective operation, so all processes must gather in the same order.
     state = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in
              model.state_dict().items()}  # fmt: skip
     found.load_state_dict(state)
@@ -173,6 +175,7 @@ def run_on_main(function: Callable[[], Any]) -> Any:
     state = PartialState()
     if state.num_processes == 1:
         return function()
+    # Result and error are sent together, so that an error cannot leave the other processes waiting.
     outcome: list[Any] = [None, None]
     error = None
     if state.is_main_process:

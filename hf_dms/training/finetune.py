@@ -140,6 +140,7 @@ def box_distance(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> Tens
     """
     if "pred_boxes" not in student:
         return 0.0
+    # The last class is "no object".
     seen = 1 - teacher["logits"].float().softmax(-1)[..., -1]
     distance = (teacher["pred_boxes"].float() - student["pred_boxes"].float()).abs().sum(-1)
     return BOX_WEIGHT * (seen * distance).sum() / seen.sum().clamp(min=1e-6)

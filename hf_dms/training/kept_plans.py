@@ -43,6 +43,7 @@ class KeptPlans(TrainerCallback):
         for level in levels_above(config.target):
             # Passed in this step, once: the target never rises.
             if now <= level < before:
+                # The ratios are near this level, and rounding brings them to it exactly.
                 sizes = round_sizes(gates, at.bound, replace(config, target=level), at.model_config)
                 self.plans[level] = make_plan(gates, sizes)
 
