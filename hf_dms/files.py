@@ -76,6 +76,7 @@ def shards_of(index: Path) -> list[str]:
     """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        # Names only: an index from somebody else must not point outside its folder.
         if all(Path(name).name == name for name in names):
             return names
     except (ValueError, TypeError, KeyError, AttributeError):

@@ -171,6 +171,7 @@ def first_mismatch(tensors: dict[str, Stored], model: PreTrainedModel) -> str | 
 
 
 def _absent(tensors: dict[str, Stored], model: PreTrainedModel) -> list[str]:
+    # A tied tensor is there if it is stored under any of its names.
     return [names[0] for names in _all_names(model) if not any(name in tensors for name in names)]
 
 

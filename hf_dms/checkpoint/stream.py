@@ -159,6 +159,7 @@ def _untied(model: PreTrainedModel, tensors: dict[str, Stored]) -> tuple[PreTrai
 
 def _count(tensors: dict[str, Stored], model: PreTrainedModel) -> int:
     """Parameters in files, tied ones once."""
+    # One of the names of each tensor, so that tied ones count once.
     stored = (next(tensors[name] for name in names if name in tensors) for names in names_by_tensor(model).values())
     return sum(prod(tensor.shape) for tensor in stored)
 

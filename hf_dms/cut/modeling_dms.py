@@ -184,6 +184,7 @@ def resize_(model, within, axes: dict[str, str], attributes: dict[str, str], siz
             prod(sizes[factor] for factor in axis) if sizes.keys() >= {*axis} else size
             for axis, size in zip(_parse(product), old.shape, strict=True)
         )
+        # Only what changes is made anew: the rest keeps the values that the stock class drew.
         if tuple(old.shape) != shape:
             new = torch.empty(shape, dtype=old.dtype, device=old.device)
             setattr(module, leaf, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)

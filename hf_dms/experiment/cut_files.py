@@ -46,6 +46,7 @@ def cut_by_plan(plan: str, model: ModelConfig, output: OutputConfig, share: floa
     check_writable(output.path, output.overwrite, [model.path])
     started = time.time()
     folder = _local(model)
+    # Everything that can be wrong is found here, before a folder is made.
     job = prepare_cut(folder, plan, share)
     if job.left_out:
         print(f"Left out, as {type(job.dense).__name__} has no such parameters: {', '.join(job.left_out)}", flush=True)

@@ -48,6 +48,7 @@ def run_lm_eval(path: str, arguments: list[str]) -> None:
     except ImportError:
         raise HfDmsError("--tasks needs lm-evaluation-harness: pip install 'hf_dms[eval]'.") from None
     command = ["lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={path},dtype=auto", *arguments]
+    # The harness has no function that takes arguments; it reads those of the process.
     with mock.patch.object(sys, "argv", command):
         cli_evaluate()
 
@@ -93,6 +94,7 @@ def measure_files(
             held_out = evenly_spaced(loaded.held_out, examples)
             scores = example_scores(model, task, held_out, loaded.collate, batch_size)
             row = {"path": path, "examples": f"{len(scores)} {loaded.unit}"}
+            # Differences are paired: every model is scored on the same examples as the first.
             rows.append(row | summary(task, scores, first))
             first = scores if first is None else first
     return rows
@@ -129,6 +131,7 @@ def _windows_of_all(
     lengths: Sequence[int] | None,
 ) -> list[list[Examples]]:
     """For each length the windows for each language model. Each model's text is tokenised once."""
+    # Compared as tokens, not as tokenizers: two tokenizers may differ in files and agree on this text.
     streams = [load_streams(data, *each) for each in zip(processors, configs)]
     for path, other in zip(paths, streams):
         if not torch.equal(other.held_out, streams[0].held_out):

@@ -21,6 +21,7 @@ def memory_in_words(prepared: Prepared) -> list[str]:
     """
     recipe, model = prepared.recipe, empty_model(prepared.recipe, prepared.config)
     bound, found = bind(spec_for(prepared.config), model), []
+    # The formulas are for one stack of layers and tokens.
     if len(bound.stacks) > 1 or model.main_input_name != "input_ids":
         return []
     dtype = prepared.config.dtype if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)

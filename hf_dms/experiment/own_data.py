@@ -37,6 +37,7 @@ def with_own_texts(prepared: Prepared) -> Prepared:
     run_on_main(lambda: None if path.exists() else _write(prepared, path))
     data = recipe.data.with_own_texts(str(path))
     examples = load_examples(data, recipe.task, prepared.processor, prepared.config)
+    # The training after the cut has the same data, unless the recipe gives it its own.
     recover_examples = examples if prepared.recover_examples is prepared.examples else prepared.recover_examples
     return dataclasses.replace(prepared, examples=examples, recover_examples=recover_examples)
 
@@ -54,7 +55,9 @@ def _weights(prepared: Prepared) -> list[Any]:
     model = prepared.recipe.model
     folder = Path(model.path)
     if not folder.is_dir():
+        # A branch of the Hub moves; its commit does not.
         return [model.path, prepared.config._commit_hash or model.revision]
+    # Size and time, not a hash of the content, which would read gigabytes at every start.
     files = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))]
     return [str(folder.resolve()), [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]]
 
@@ -68,5 +71,6 @@ def _write(prepared: Prepared, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}")
     unfinished.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    # In one step: a killed run, or a second one that writes the same texts, never leaves a half-written file.
     unfinished.replace(path)
     print_on_main(f"They are {sampled} tokens, kept in {path}.")

@@ -59,6 +59,7 @@ def with_recover_defaults(recipe: Recipe, model: Any, recover_examples: Examples
     given = recipe.recover
     if given.train is None or any(key in given.train for key in LENGTHS):
         return recipe
+    # A strategy without a search leaves the weights as frozen as p- does.
     frozen = recipe.dms.strategy != SEARCH or recipe.dms.pipeline == "p-"
     parameters = model.num_parameters()
     lora = given.lora
@@ -74,6 +75,7 @@ def with_recover_defaults(recipe: Recipe, model: Any, recover_examples: Examples
         teacher = DistillationConfig(weight=1.0, temperature=1.0)
     repair = given.repair
     if repair is None and frozen and not recipe.recovers_afresh and _is_repairable(model):
+        # Where weights trained in the search, they are already fitted to the units that stay.
         repair = RepairConfig()
     half = _dtype(recipe, model) in (torch.bfloat16, torch.float16)
     batches = _ten_searches(recipe) if recipe.recovers_afresh else _batches(recipe, recover_examples, frozen, processes)
@@ -104,6 +106,7 @@ def _rate(recipe: Recipe, parameters: int, frozen: bool, adapters: bool) -> floa
         return RATE_OF_ADAPTERS
     if not recipe.task.generates:
         return RATE_OF_CLASSIFIERS
+    # Larger models take smaller rates; the rule is one over the square root of the size, rounded to one digit.
     rate = RATE * math.sqrt(AT_PARAMETERS / max(parameters, 1))
     return float(f"{min(max(rate, LOWEST_RATE), HIGHEST_RATE):.1g}")
 
@@ -122,6 +125,7 @@ def _batches(recipe: Recipe, examples: Examples, frozen: bool, processes: int) -
         return found | {"num_train_epochs": round(epochs, 1)}
     steps = max(STEPS * cut * (1.0 if frozen else 0.5), FEWEST_STEPS)
     rows = len(examples.train) + (recipe.data.own_sequences if recipe.data.uses_own_texts else 0)
+    # With few texts, 2,000 steps would be dozens of epochs, and the model would learn them by heart.
     through_the_data = MOST_EPOCHS * math.ceil(rows / (size * accumulated))
     return found | {"max_steps": min(round(steps), through_the_data)}
 

@@ -56,6 +56,7 @@ def _paste_one(canvas: Any, image: Any, boxes: list[Box], random: np.random.Gene
         side = int(random.integers(SIDES[0], SIDES[1] + 1))
         article = np.asarray(image.convert("L").resize((side, side), resample=2))  # bilinear
         left, top = (int(place) for place in random.integers(0, CANVAS - side + 1, 2))
+        # The tight box: articles have a black margin of their own.
         rows, columns = np.nonzero(article >= VISIBLE)
         box = (
             left + int(columns.min()),

@@ -45,6 +45,7 @@ def in_supernet(recipe: Recipe, original: PreTrainedModel) -> tuple[Recipe, PreT
         raise HfDmsError(f"model.{error}" if str(error).startswith("supernet") else str(error)) from error
     with torch.device("meta"):
         network = type(original)._from_config(copy.deepcopy(config))
+    # Encoders and image models have no key-value cache to count.
     counted = [name for name in RESOURCES if name != "kv_bytes" or spec_for(config).cache is not None]
     costs: Any = {
         COSTS[name]: int(dense_resource(original, dataclasses.replace(dms, resource=name, resource_scope="model")))
@@ -75,6 +76,7 @@ def search_is_long(
             "trains the shape that was found from fresh weights, for ten times as long as the search."
         )
     seen, trained = examples_of(arguments["search"], examples), examples_of(arguments["recover"], recover_examples)
+    # A search of exactly a tenth must not be warned of because of a rounding error.
     if seen <= SEARCH_SHARE * trained * (1 + 1e-6):
         return None
     return (

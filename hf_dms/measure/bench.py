@@ -72,6 +72,7 @@ def bench(
         for each in paths
     ]
     loads = in_turns(lambda each: {"load": timed(lambda: load_model(each, *how))[1]}, paths, repeats)
+    # Both stay in memory, so that they can run in turns.
     loaded = [load_model(each, *how) for each in paths]
     for entry, model, times in zip(models, loaded, loads):
         entry |= {"num_params": model.num_parameters(), "load_seconds": quartiles(times["load"])}

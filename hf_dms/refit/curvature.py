@@ -109,6 +109,7 @@ class Sums:
         weights = inputs.new_ones(len(inputs)) if weights is None else weights
         if len(self.gram) > inputs.shape[1]:
             inputs = nn.functional.pad(inputs, (0, 1), value=1.0)
+        # `[inputs, positions]`; both products below share it.
         weighted = (inputs * weights[:, None]).to(inputs.dtype).T
         self.gram += weighted @ inputs
         self.moment += weighted @ missing
@@ -272,6 +273,7 @@ def _summing(factors: dict[Key, Tensor], key: Key) -> Any:
         factors[key] = factors.get(key, 0) + (rows.T @ rows).double()
 
     def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+        # A hook on the tensor, not on the module: it sees the gradient of the output itself, whatever comes behind it.
         output.register_hook(add)
 
     return hook

@@ -35,6 +35,7 @@ def update_(modules: Sequence[Any], parts: Sequence[Sums], ridge: float | None, 
     width = modules[0].weight.flatten(1).shape[1]
     if ridge is None:
         ridge = best_ridge(sum(fitted[1:], fitted[0]), last, width) if fitted else FIXED_RIDGE
+    # With the ridge chosen, the held-out part takes part in the fit as well.
     change = ridge_change(sum(fitted, last), width, ridge).T
     if not change.isfinite().all():
         raise HfDmsError(

@@ -62,6 +62,7 @@ class RefittedMap:
         units = writer.units.to(sums.gram.device)
         # The sums hold the errors R = target - A·W of the present output. For the target itself, add AᵀDA·W.
         dense = with_bias(module)
+        # Means over positions, so that ridges and costs do not depend on the number of tokens.
         gram, moment = sums.gram / sums.total, (sums.moment + sums.gram @ dense) / sums.total
         unit = gram.diagonal()[: module.in_features].mean().clamp(min=torch.finfo(gram.dtype).tiny)
         self.dim, self.size, self.num_units = writer.dim, units.shape[1], len(units)
@@ -82,6 +83,7 @@ class RefittedMap:
                 f"The least squares of {writer.path} have no solution: its activations on these batches are not "
                 "finite. Check the data, or use a wider dtype."
             ) from None
+        # Solved in float64 once; float32 is enough to read a width from it, and takes half the memory.
         self.factor, self.solved = factor.float(), solved.float()
         self.widths = sorted({max(1, round(self.num_units * j / levels)) for j in range(levels + 1)})
         self._weights: dict[int, Tensor] = {}

@@ -134,6 +134,7 @@ def repair_(
             where = f"layer {number}" if len(bound.stacks) == 1 else f"layer {number} of {stack}"
             _repair_layer_(student, places, position, targets, readers, masks, ridge, epochs, where)
             if len(layers) > 1:
+                # The last map now writes the stream behind the dropped layers, which their last norm is made for.
                 _take_over_norm_(student.layers[position], teacher.layers[layers[-1]], places, units)
             student.advance(position)
             if progress is not None:

@@ -195,6 +195,7 @@ def base_metadata(path: str, revision: str | None = None) -> dict[str, Any]:
         found = metadata_load(card) or {}
     except (OSError, ValueError, yaml.YAMLError):  # no card, no network or invalid: a card is not worth failing for
         found = {}
+    # The Hub shows a model below its base only if the card names it.
     copied = _copy_of(Path(path))
     return found if copied is None else found | {"base_model": copied}
 

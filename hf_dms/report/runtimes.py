@@ -96,6 +96,7 @@ def _for_sizes(verdict: Verdict, row: Row, config: dict[str, Any]) -> Verdict:
     if _out_of_order(row, config):
         words = "layers were dropped, and it assumes a fixed order of layers instead of reading the order"
         return replace(verdict, status="no", words=f"{words}: wrong outputs, no error")
+    # 256 is the number of weights in a block of llama.cpp's K-quants.
     odd = [f"{key} {config[key]}" for key in TABLE["sizes"]["rows"] if config.get(key, 0) % 256]
     if row.runtime == "llama.cpp" and verdict.status != "no" and odd:
         more = f"K-quants fall back to larger types where rows are not a multiple of 256 ({', '.join(odd)})"

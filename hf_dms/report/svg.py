@@ -35,6 +35,7 @@ def inline(text: str, name: str, title: str, summary: str, colours: dict[str, st
 def _tidy_(element: Element, referred: set[str], colours: dict[str, str]) -> None:
     """Remove elements that draw nothing, and replace colours by CSS variables, in an element and all inside."""
     for child in list(element):
+        # Children first: a group whose children were all removed is empty then, and is removed too.
         _tidy_(child, referred, colours)
         if child.tag in ("metadata", "style") or (child.tag in ("g", "defs") and not len(child)):
             element.remove(child)

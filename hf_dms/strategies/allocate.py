@@ -88,6 +88,7 @@ def sizes_within_budget(gates: Gates, allocation: str = "per_cost") -> Sizes:
 
     def sizes_above(share: float) -> Sizes:
         """Sizes that leave about this share of all units, those with the highest scores."""
+        # The threshold is one of the scores, so each step of the bisection moves by whole units.
         level = levels[min(int((1 - share) * len(levels)), len(levels) - 1)]
         return {name: (worth > level).sum(-1).clamp(min=1) for name, worth in ranked.items()}
 
@@ -105,6 +106,7 @@ def _worth(gates: Gates, name: str, allocation: str) -> Tensor:
         dense = gates.dense_sizes()
         one_less = gates.count(dense | {name: dense[name] - 1})  # one unit less in every row
         cost = (gates.count(dense) - one_less) / dim.num_ratios
+        # A dim that costs nothing is worth infinitely much per cost, and stays whole.
         worth = worth / cost.clamp(min=1e-12)
     return worth
 
@@ -124,6 +126,7 @@ def largest_fitting(gates: Gates, sizes_at: Callable[[float], Sizes]) -> Sizes:
     for _ in range(40):
         share = (low + high) / 2
         sizes = of_every_row(gates, sizes_at(share))
+        # The importance in the gates decides which layers are counted, so it must be set before this.
         fits = gates.resource(gates.dense_sizes() | sizes) <= gates.schedule.target
         low, high, best = (share, high, sizes) if fits else (low, share, best)
     return best

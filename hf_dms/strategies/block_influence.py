@@ -26,6 +26,7 @@ def block_influence_scores(model: PreTrainedModel, batches: Batches) -> Scores:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             before = args[0] if args else kwargs["hidden_states"]
             after: Tensor = output[0] if isinstance(output, tuple) else output
+            # float64: cosines near 1 differ in their last digits only, and those decide.
             total[0, index] += F.cosine_similarity(before.double(), after.double(), dim=-1).sum().cpu()
 
         return hook

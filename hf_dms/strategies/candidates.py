@@ -65,6 +65,7 @@ def evolve(gates: Gates, fitness: Fitness, tries: int, mutate: bool) -> dict[str
     best, fittest = random_genes(gates), -torch.inf
     for number in range(tries):
         genes = random_genes(gates)
+        # A mutation multiplies, because shares of 0.1 and of 0.9 should move by the same factor.
         if mutate and number > tries // 2:
             genes = {n: (g * (SPREAD * torch.randn_like(g)).exp()).clamp(0.02, 1) for n, g in best.items()}
         found = fitness(hard_masks(gates, sizes_of(gates, genes)))

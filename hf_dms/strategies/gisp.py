@@ -37,6 +37,7 @@ def gisp_scores(model: PreTrainedModel, batches: Batches) -> Scores:
             share = batches[(step - 1) * len(batches) // steps : step * len(batches) // steps]
             scores = element_scores(model, share)
             if step < steps:
+                # The last step cuts to the target itself, in `allocate_`.
                 gates.schedule = dataclasses.replace(schedule, target=schedule.target ** (step / steps))
                 gates.rounded = {name: size.long() for name, size in sizes_of_scores(gates, scores).items()}
     finally:

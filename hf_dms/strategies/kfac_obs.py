@@ -34,6 +34,7 @@ def kfac_obs_scores(model: PreTrainedModel, batches: Batches) -> Scores:
         factors = factors_of(model, bound, batches)
         widths = {name: gates.dense_sizes()[name].long() for name in gates.dims}
         for _ in range(WALKS):
+            # The first walk has dense widths; the second sees the activations of the first one's cut.
             maps = sweep(model, bound, batches, factors, widths)
             widths = sizes_below_one_threshold(gates, removal_costs(gates, maps))
     scores: Scores = {name: torch.zeros(dim.rows, dim.units).double() for name, dim in gates.dims.items()}

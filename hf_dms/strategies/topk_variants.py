@@ -124,6 +124,7 @@ class TopK:
         kept = {}
         for name, ratio in self.ratios().items():
             importance, units = self.gates.importance(name), self.gates.dims[name].units
+            # As in the search: the sum of a sharp soft mask has a slope that swings (topk.linear_topk_count).
             kept[name] = linear_topk_count(importance, (1 - ratio) * units) if self.ranks else self._mask(name, ratio)
         return pull(self.gates, kept, progress)
 

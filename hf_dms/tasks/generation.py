@@ -120,6 +120,7 @@ def load_streams(config: DataConfig, tokenizer: Any, model_config: Any = None) -
     start = start_token(tokenizer)
     train = _tokens(train_source, config, tokenizer, start)
     if held_out_source is None:
+        # The end of the stream, not random windows: neighbouring windows of one document would be in both parts.
         place = int(len(train) * (1 - float(config.held_out)))
         train, held_out = train[:place], train[place:]
     else:
@@ -212,6 +213,8 @@ def _tokens(source: Source, config: DataConfig, tokenizer: Any, start: int | Non
 
     def encode(texts: list[str | None], places: list[int]) -> dict[str, list]:
         documents = [text for text in texts if text]
+        # Without special tokens: some tokenizers add an end, some a beginning, some neither. Both are added below,
+        # alike for all.
         ids = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"] if documents else []
         begin = [[start] if start is not None and each[:1] != [start] else [] for each in ids]  # chats can have one
         return {"input_ids": [[*first, *each, *end] for first, each in zip(begin, ids)]}

@@ -108,6 +108,7 @@ def _load_folder(config: DataConfig, folder: Path, split: str) -> tuple[Any, boo
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     if any(file.suffix.lower() in IMAGES for file in files):
         return datasets.load_dataset("imagefolder", data_dir=str(folder), split=split), False
+    # A folder of data often has a json file of information beside it.
     readable = [file for file in files if is_data_file(file) and file.suffix != ".json"] or [
         file for file in files if is_data_file(file)
     ]

@@ -113,6 +113,7 @@ def without_ddp_for_frozen(model: nn.Module, gates: Gates, accelerator: Accelera
     """Context: accelerate prepares a model without DDP if only the gates train: DDP needs a trainable parameter."""
     ddp = accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if ddp and not any(p.requires_grad for p in model.parameters() if p is not gates.prune_ratio):
+        # A model in evaluation mode is moved to its device and not wrapped.
         prepare = functools.partial(accelerator.prepare_model, evaluation_mode=True)
         accelerator.prepare_model = prepare
     try:
@@ -159,6 +160,7 @@ def unshard_(model: PreTrainedModel, device: torch.device) -> None:
     if isinstance(model, FSDPModule):
         found: Any = unsharded(model)
         found.to(device)
+        # The caller's object becomes the plain model, so that everyone who holds it sees that.
         model.__class__, model.__dict__ = found.__class__, found.__dict__
 
 

@@ -79,6 +79,7 @@ def examples_to_refit_on(trainer: Any, positions_per_input: int = POSITIONS_PER_
     # A generator of its own: a refit must not change what the search draws from torch's global one.
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
     batches: list[dict[str, Tensor]] = []
+    # Least squares need several positions per unknown, and the widest map has the most.
     missing, size = positions_per_input * widest, trainer.args.per_device_train_batch_size
     # Some collators draw random numbers (masked language models).
     with torch.random.fork_rng(devices=[]):

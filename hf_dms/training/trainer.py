@@ -265,6 +265,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
             divergence = kl_to_dense(self._unwrapped(), outputs, dense, inputs.get("labels"))
             loss = (1 - weight) * loss + weight * divergence * (share if scaled else 1.0)
         self._step_task_loss += loss.detach() * (1.0 if scaled else share)
+        # After the task's loss was noted: logs show the two apart, and importance does not see the resource.
         loss = loss + self.gates.resource_loss(self.progress).to(loss.device) * (share if scaled else 1.0)
         return (loss, outputs) if return_outputs else loss
 
