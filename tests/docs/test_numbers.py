@@ -41,6 +41,73 @@ def test_the_table_of_supernets_is_made_of_the_rows(monkeypatch):
     assert made in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 
 
+def leaves(value):
+    """Every number in a row, also those within its texts."""
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from leaves(each)
+    elif isinstance(value, str):
+        yield from map(float, re.findall(r"\d+(?:\.\d+)?", value))
+    elif isinstance(value, int | float):
+        yield abs(float(value))
+
+
+def is_among(number, values):
+    """Whether a number as it is printed, such as 1,234.5 or .857, is one of the values, rounded up or down."""
+    half = 0.5001 * 10.0 ** -len(number.partition(".")[2])
+    printed = float(number.replace(",", ""))
+    return any(abs(value - printed) <= half for value in values)
+
+
+def values_of_rows(text):
+    """Every number in the rows of the files that a text names."""
+    files = {file for name in re.findall(r"(\w+\.jsonl)", text) for file in (ROOT / "benchmarks").glob(name)}
+    return {
+        value for file in files for line in file.read_text("utf-8").splitlines() for value in leaves(json.loads(line))
+    }
+
+
+def tables_of_the_benchmarks():
+    page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    for section in page.split("\n## ")[1:]:
+        table = [line for line in section.splitlines() if line.startswith("| ")]
+        if table and "supernet.jsonl" not in section:  # the test above has that one
+            yield pytest.param(section, table, id=section.partition(":")[0])
+
+
+SETTINGS = {
+    "benchmarks/README.md": {"38.5"},  # the aim of a search
+    "docs/method.md": {"0.99", "0.002", "0.05", "0.3", "0.7"},
+    "docs/targets.md": {"0.6", "0.4", "0.8", "0.5", "0.3"},
+    "docs/supernet.md": {"1.5"},
+    "docs/data.md": {"1.5"},
+    "docs/strategies.md": set(),
+}
+
+
+@pytest.mark.parametrize("page", SETTINGS)
+def test_every_measured_number_in_prose_is_in_a_row(page):
+    """Numbers with decimals are what is measured, but for those that somebody set. Formulas and code are left out."""
+    results = set(leaves((ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8").replace(",", "")))
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    for section in text.split("\n## ") if page.startswith("benchmarks") else [text]:
+        tables = page.startswith("benchmarks")  # tables of that page have the test above
+        prose = "\n".join(line for line in section.splitlines() if not (tables and line.startswith("|")))
+        prose = re.sub(r"`[^`]*`|\$[^$]*\$|\]\([^)]*\)|arXiv [\d.]+", "", prose)
+        numbers = set(re.findall(r"(?<![\w.,])\d[\d,]*\.\d+(?![\w.])|(?<![\w.])\.\d+", prose)) - SETTINGS[page]
+        values = results | values_of_rows(section)
+        assert {number for number in numbers if not is_among(number, values)} == set()
+
+
+@pytest.mark.parametrize(("section", "table"), list(tables_of_the_benchmarks()))
+def test_every_measured_number_in_a_table_of_the_benchmarks_is_in_a_row(section, table):
+    """A section names the files of its rows."""
+    values = values_of_rows(section)
+    numbers = {number for line in table[1:] for number in re.findall(r"(?<![\w.,])\d[\d,]*\.\d+|(?<![\w.])\.\d+", line)}
+    assert len(numbers) > 5
+    assert {number for number in numbers if not is_among(number, values)} == set()
+
+
 def readme_section(title):
     return (ROOT / "README.md").read_text(encoding="utf-8").split(f"\n## {title}\n")[1].split("\n## ")[0]
 
