@@ -12,6 +12,7 @@ from hf_dms import DMSConfig, DMSTrainer, save_pruned
 
 path, texts, steps = sys.argv[1:] or ["models/smollm2-135m", "recipes/data/sotu_train.jsonl", "100"]
 model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 rows = load_dataset("json", data_files=texts, split="train")
 trainer = DMSTrainer(
     model=model,

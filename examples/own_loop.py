@@ -23,6 +23,7 @@ optimizer = torch.optim.AdamW(
     [{"params": weights, "lr": 1e-5}, {"params": gates.parameters(), "lr": 0.02, "weight_decay": 0}]
 )
 for step in range(int(steps)):
+    gates.decide_(progress=step / int(steps))  # late in the search: whole layers, heads and KV groups
     batch = tokenizer(next(texts), truncation=True, max_length=256, return_tensors="pt").input_ids
     loss = model(batch, labels=batch).loss + gates.resource_loss(progress=step / int(steps))
     loss.backward()
