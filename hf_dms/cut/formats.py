@@ -134,7 +134,7 @@ def per_layer_values(bound: BoundSpec, sizes: list[dict[str, int]], common: dict
 
 
 def layer_description(bound: BoundSpec) -> dict[str, Any]:
-    """What modeling_dms.py needs to build a layer from its sizes, for a model with one stack of layers."""
+    """The description from which modeling_dms.py builds a layer of given sizes, for a model with one stack."""
     description = _inside_layers(bound, bound.depth)
     recorded = {product: key for key, product in bound.spec.config.items()}
     dims = {name: recorded.get(name, bound.spec.dim(name).size) for name in _dims_of(description)}
@@ -167,9 +167,10 @@ def _inside_layers(bound: BoundSpec, stack: str) -> dict[str, Any]:
 
 
 def _outside_layers(bound: BoundSpec, sizes: dict[str, int]) -> dict[str, Any]:
-    """What modeling_dms.py must know of tensors outside the layers: nothing, where the stock class builds them.
+    """The description of those tensors outside the layers that modeling_dms.py must resize; usually empty.
 
-    That is but where they have a dim whose size its config does not hold, or does not show it (`build_with`).
+    The stock class builds such tensors itself, unless they have a dim whose size its config does not hold, or does not
+    show it (`build_with`).
 
     Args:
         bound: the architecture.

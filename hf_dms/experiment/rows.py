@@ -55,7 +55,7 @@ def _not_default(value: Any) -> Any:
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """What produced a row: commit of the source if it is a git checkout, versions, machine, threads.
+    """The origin of a row: commit of the source if it is a git checkout, versions, machine, threads.
 
     Args:
         device: the device of the computation; unless it is the CPU, its name goes into `accelerator`.

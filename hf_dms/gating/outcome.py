@@ -94,7 +94,7 @@ def _message(verdict: str, learned: float, cut: float, config: DMSConfig) -> str
 
 
 def _whole(config: DMSConfig) -> str:
-    """What the shares are shares of, in words."""
+    """The quantity that the shares refer to, in words."""
     return f"the searched network's {config.resource}" if config.pipeline == "np" else f"the dense {config.resource}"
 
 

@@ -60,7 +60,7 @@ def round_sizes(gates: Gates, bound: BoundSpec, config: DMSConfig, model_config)
 
 
 def rounded_of(gates: Gates) -> Rounded:
-    """What the gates of a model round to as they are now; the last result if nothing has changed since.
+    """The whole sizes of a model's gates at present. If nothing has changed since the last call, its result.
 
     Raises:
         ValueError: see `round_sizes`.
@@ -103,13 +103,14 @@ def check_target(gates: Gates, bound: BoundSpec, config: DMSConfig, model_config
 
 
 class _Rounding:
-    """Attributes:
+    """The rounding of the gates as they are.
 
-    allowed: which sizes there are.
-    learned: sizes that the ratios say, `[num_ratios]` float64 per dim.
-    budget: what the sizes may cost.
-    dense: sizes of all dims before pruning.
-    finest: the dims that absorb what the others leave.
+    Attributes:
+        allowed: the sizes that dims may have.
+        learned: sizes by the ratios, (1 - a)·N, `[num_ratios]` float64 per dim.
+        budget: the largest cost, in the unit of the resource.
+        dense: sizes of all dims before pruning.
+        finest: the dims that absorb what the others leave.
     """
 
     def __init__(self, gates: Gates, bound: BoundSpec, config: DMSConfig, model_config) -> None:
@@ -186,7 +187,7 @@ class _Rounding:
         return {name: size.clamp(low[name].double(), high[name].double()) for name, size in free.items()}
 
     def _relaxed(self, sizes: State) -> float:
-        """What sizes that need not be whole cost, within what is allowed."""
+        """The cost of sizes that need not be whole, clamped to their ranges."""
         low, high = self.allowed.low, self.allowed.high
         return float(self.count({n: s.clamp(low[n].double(), high[n].double()) for n, s in sizes.items()}))
 
@@ -210,7 +211,7 @@ class _Rounding:
         return [name for name in costs if self._kind(name) == kind]
 
     def _kind(self, name: str) -> str:
-        """What a unit of a dim is: a layer, a group of channels (heads, KV groups), or a channel of layers or model."""
+        """The kind of a dim's units: layers, groups of channels (heads, KV groups), or channels of layers or model."""
         if name in self.bound.stacks:
             return "depth"
         # The axis of heads is a product, (kv rep d), longer than the number of KV groups: a unit is several channels.

@@ -23,7 +23,7 @@ from .attach import NORMS, gates_of, masked_inputs, scaled_norms
 
 
 def folded_scales(log_scales: Mapping[str, Tensor], bound: BoundSpec) -> dict[str, Tensor]:
-    """What the weights that read units are multiplied by, by the names of parameters.
+    """The factors of the weights that read units, by the names of parameters.
 
     Args:
         log_scales: θ, `[rows, units]` per dim that has scales, `[norms, units]` per name of `scaled_norms`.

@@ -1,1 +1,1 @@
-"""What a prune came to: numbers, tables, model card, page, figures."""
+"""The results of a prune: numbers, tables, model card, page, figures."""

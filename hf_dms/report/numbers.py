@@ -1,4 +1,4 @@
-"""What a prune came to: the numbers of `dms_report.json`, and a table for the terminal and the model card."""
+"""The results of a prune: the numbers of `dms_report.json`, and a table for the terminal and the model card."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ def sizes_by_layer(plan: Plan, bound: BoundSpec) -> dict[str, list[int]]:
 
 
 def shape(plan: Plan, bound: BoundSpec) -> dict[str, Any]:
-    """What was cut.
+    """The shape of the cut model, and of the dense one.
 
     Returns:
-        `sizes`, see `sizes_by_layer`; `units`, how many of each the dense model has; `kept_layers`, the indices of the
-        dense model's layers that stay, counted through all stacks.
+        `sizes`, see `sizes_by_layer`; `units`, the number of units of each dim in the dense model; `kept_layers`, the
+        indices of the dense model's layers that stay, counted through all stacks.
     """
     layers = [(stack, layer) for stack in bound.stacks for layer in range(bound.sizes[stack])]
     kept = kept_layers(plan, bound)
@@ -74,17 +74,17 @@ def shape(plan: Plan, bound: BoundSpec) -> dict[str, Any]:
 
 
 def sizes_and_costs(model: PreTrainedModel, plan: Plan, sequence_length: int) -> dict[str, Any]:
-    """Exact sizes and costs of the dense model and of the one that `prune` makes of it.
+    """Exact sizes and costs of the dense model and of its cut.
 
     Args:
         model: a model with gates.
-        plan: `plan_of` it.
+        plan: which of its units stay.
         sequence_length: tokens per sequence, for the attention scores in the MACs.
 
     Returns:
         `{"dense": {num_params, macs_per_token, kv_bytes_per_token}, "pruned": {...}}` and what `shape` returns.
-        "pruned" is what is written; for layout padded both have also kept_num_params, ...: what is left without the
-        zeros, which is what the target limits.
+        "pruned" counts what is written. For layout padded both also have kept_num_params, ...: the counts without the
+        zeros, which the target limits.
     """
     model = base_model_of(model)
     gates = gates_of(model)
@@ -158,15 +158,15 @@ def finite(value: Any) -> Any:
 
 # ---- tables and lines for people -------------------------------------------------------------------------------------
 def heading(report: dict[str, Any], name: str) -> str:
-    """What people read for a model of a report: "dense" is "supernet" or "random" where it is no trained model."""
+    """The heading of a model's column: "dense" is "supernet" or "random" if it is not a trained model."""
     return network_of(report.get("recipe")).removesuffix(" model") if name == "dense" else name
 
 
 def network_of(recipe: dict[str, Any] | None) -> str:
-    """What people read for what a search begins with: the dense model, a random model or a supernet.
+    """The name of the network that a search begins with: dense model, random model or supernet.
 
     Args:
-        recipe: its values; None of a cut by a plan.
+        recipe: the recipe as plain values; None for a cut by a plan.
     """
     recipe = recipe or {}
     if recipe.get("model", {}).get("supernet"):
@@ -176,8 +176,7 @@ def network_of(recipe: dict[str, Any] | None) -> str:
 
 
 def notes(report: dict[str, Any]) -> list[str]:
-    """What must be said beside the table: the original beside a supernet, a search off its target, texts that lost
-    more."""
+    """Sentences beside the table: a supernet's original, a search off its target, texts that lost more than others."""
     found = [_beside_the_original(report)] if "original" in report else []
     found += [report["outcome"]["message"]] if report.get("outcome", {}).get("message") else []
     return found + _parted_texts(report)
@@ -200,7 +199,7 @@ def columns_of(report: dict[str, Any]) -> list[str]:
 
 
 def measured_columns(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the table shows side by side: heading → numbers of a model, or of the soft masks that a search ended with.
+    """The columns of the table: heading → numbers of a model, or of the soft masks that a search ended with.
 
     Only the quality on soft masks is measured. That of the pruned model differs by the cost of rounding.
     """
