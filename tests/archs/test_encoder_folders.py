@@ -17,6 +17,7 @@ from helpers.laws import (
     searched,
     tiny,
 )
+from helpers.marks import slow
 from helpers.tiny import relative_difference
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -32,9 +33,21 @@ from hf_dms.cut.verify import outputs_of
 DECODERS = ("Mistral", "Qwen2", "Qwen3", "SmolLM3", "Granite", "Gemma", "Gemma2", "Gemma3")
 SAVED = (*HEADS, *RELATIVES, *CONVNETS, *(getattr(transformers, f"{name}ForCausalLM") for name in DECODERS))
 BY_ARCH = [list(heads) for _, heads in itertools.groupby(SAVED, lambda head: head.config_class)]
-STOCK = {  # every head in one of the two, and every architecture in both, but those that have no stock layout
-    "uniform": [head for heads in BY_ARCH for head in heads[::2] if head not in MOBILES],
-    "padded": [head for heads in BY_ARCH for head in heads[1::2] or heads if head not in MOBILES],
+
+
+def heads_by_layout(by_arch):
+    """Every head per layer; stock in one of the two layouts, every architecture in both, but those without them."""
+    return {
+        "uniform": [head for heads in by_arch for head in heads[::2] if head not in MOBILES],
+        "padded": [head for heads in by_arch for head in heads[1::2] or heads if head not in MOBILES],
+        "per_layer": [head for heads in by_arch for head in heads],
+    }
+
+
+USUAL = ("Model", "ForSequenceClassification", "ForImageClassification", "ForObjectDetection", "ForCausalLM")
+PARTS = {
+    "usual heads": [[head for head in heads if head.__name__.endswith(USUAL)] for heads in BY_ARCH],
+    "all": BY_ARCH,
 }
 
 
@@ -55,15 +68,16 @@ def saved(head, layout, folder, **overrides):
     save_pruned(pruned, folder, inputs=inputs)
     save_file(inputs, f"{folder}.inputs")
     save_file({"expected": outputs_of(pruned, inputs).contiguous()}, f"{folder}.outputs")
-    return {"folder": str(folder), "auto": auto_of(head), "model_type": pruned.config.model_type}
+    job = {"folder": str(folder), "auto": auto_of(head), "model_type": pruned.config.model_type}
+    return job | {"head": head.__name__}
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+@pytest.fixture(scope="module", params=slow(*PARTS))
+def folders(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("folders")
     return {
         layout: [saved(head, layout, root / f"{layout}-{head.__name__}") for head in heads]
-        for layout, heads in (STOCK | {"per_layer": SAVED}).items()
+        for layout, heads in heads_by_layout(PARTS[request.param]).items()
     }
 
 
@@ -101,17 +115,17 @@ def without_hf_dms(folders, tmp_path_factory):
     return classes[: len(stock)], classes[len(stock) :]
 
 
-def test_uniform_and_padded_folders_are_stock(without_hf_dms):
+def test_uniform_and_padded_folders_are_stock(folders, without_hf_dms):
     classes, _ = without_hf_dms
     assert [line.rpartition(" ")[2] for line in classes] == [
-        head.__name__ for heads in STOCK.values() for head in heads
+        job["head"] for layout in ("uniform", "padded") for job in folders[layout]
     ]
     assert all(line.startswith("transformers.models.") for line in classes)
 
 
-def test_per_layer_folders_load_with_trust_remote_code_without_hf_dms(without_hf_dms):
+def test_per_layer_folders_load_with_trust_remote_code_without_hf_dms(folders, without_hf_dms):
     _, classes = without_hf_dms
-    assert [line.rpartition(" ")[2] for line in classes] == [f"Dms{head.__name__}" for head in SAVED]
+    assert [line.rpartition(" ")[2] for line in classes] == [f"Dms{job['head']}" for job in folders["per_layer"]]
     assert all(line.startswith("transformers_modules.") for line in classes)
 
 
@@ -126,10 +140,10 @@ def test_auto_map_names_a_class_for_every_head(folders):
 
 
 def test_a_per_layer_folder_loads_as_what_was_saved_and_under_other_heads(folders):
-    for head, job in zip(SAVED, folders["per_layer"], strict=True):
+    for job in folders["per_layer"]:
         auto, inputs = getattr(transformers, job["auto"]), load_file(job["folder"] + ".inputs")
         whole, base = auto.from_pretrained(job["folder"]), transformers.AutoModel.from_pretrained(job["folder"])
-        assert f"{type(whole).__module__} {type(whole).__name__}" == f"hf_dms.cut.modeling_dms Dms{head.__name__}"
+        assert f"{type(whole).__module__} {type(whole).__name__}" == f"hf_dms.cut.modeling_dms Dms{job['head']}"
         assert (
             relative_difference(outputs_of(whole, inputs), load_file(job["folder"] + ".outputs")["expected"]) < SHIPPED
         )

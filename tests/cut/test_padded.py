@@ -3,6 +3,7 @@
 test_decoders and test_encoders draw this layout too.
 """
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,7 @@ from helpers.laws import (
     tiny,
     written_sizes,
 )
+from helpers.marks import slow
 from helpers.tiny import relative_difference
 from transformers import (
     BertForSequenceClassification,
@@ -59,7 +61,9 @@ def options_for(head):
     return {"prune": dims, "protect": {"min": {"layers": 2}}}
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(
+    "head", [p for _, heads in itertools.groupby(HEADS, lambda head: head.config_class) for p in slow(*heads)]
+)
 def test_a_padded_model_is_stock_and_computes_what_the_per_layer_cut_does(head, tmp_path):
     model = tiny(head)
     gates, sizes = searched(model, layout="padded", **options_for(head))
