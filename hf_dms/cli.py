@@ -381,6 +381,7 @@ def _archs(options: argparse.Namespace) -> int:
             }
             if options.name:
                 lines += [f"  {parameter}: {axes}" for parameter, axes in spec.params.items()]
+                lines += [f"  {path}.*: kept whole" for path in spec.whole]
                 for head, params in spec.heads.items():
                     lines += [f"  {parameter}: {axes}  (…{head})" for parameter, axes in params.items()]
     _show(options, "\n".join(lines), found)

@@ -52,7 +52,8 @@ def heads(spec: ArchSpec) -> list[str]:
     stock: Any = CONFIG_MAPPING[spec.model_type]
     depths = {dim.name for dim in spec.dims if dim.scope == "depth"}
     one_layer = {key: 1 for key, product in spec.config.items() if product in depths and "[" not in key}
-    config = stock(**one_layer, **dict.fromkeys(spec.must_be_false, False))
+    own = {"use_timm_backbone": False}  # a backbone of transformers
+    config = stock(**one_layer, **dict.fromkeys(spec.must_be_false, False), **own)
     found = []
     for auto in AUTO_CLASSES:
         classes = stock_classes(auto, stock)

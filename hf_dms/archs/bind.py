@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import HfDmsError
 from ..resource import Monomial
 from .plain_view import names_by_tensor, plain_buffers, plain_parameters
-from .spec import ArchSpec, Axes, Dim, parse_axes
+from .spec import ArchSpec, Axes, Dim, flat, parse_axes
 from .stages import in_stages
 
 
@@ -121,6 +121,10 @@ class BoundSpec:
                 return depth, int(name.removeprefix(f"{path}.").partition(".")[0])
         return None, None
 
+    def is_whole(self, name: str) -> bool:
+        """Whether a tensor lies in a module that keeps all of its tensors."""
+        return name.startswith(tuple(f"{self.prefix}{path}." for path in self.spec.whole))
+
     def rows_without(self, name: str) -> list[int]:
         """Layers of a dim's stack without this dim (the first block of a stage can have another one in its place)."""
         having = {param.layer for param in self.params.values() if any(name in axis for axis in param.axes)}
@@ -162,7 +166,11 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
     lacking = {dim.name for dim in spec.dims if dim.scope in ("layer", "model")} - used
     limits = tuple(limit for limit in spec.must_equal if lacking.isdisjoint(" ".join(limit).split()))
     spec = spec if limits == spec.must_equal else replace(spec, must_equal=limits)
-    return replace(bound, spec=spec, params=params, buffers=buffers, tied=tied, fixed_layers=fixed)
+    numbers = {factor: int(factor) for param in (*params.values(), *buffers.values()) for factor in flat(param.axes)
+               if factor.isdigit()}  # fmt: skip
+    spec = replace(spec, dims=(*spec.dims, *(Dim(number, number) for number in numbers)))
+    sizes |= numbers
+    return replace(bound, spec=spec, sizes=sizes, params=params, buffers=buffers, tied=tied, fixed_layers=fixed)
 
 
 def _bind_tensors(
@@ -181,6 +189,9 @@ def _bind_tensors(
     fixed: dict[str, set[int]] = {stack: set() for stack in bound.stacks}
     patterns = [(compiled(pattern), pattern) for pattern in lines]
     for name, shape in shapes.items():
+        if bound.is_whole(name):  # each axis is a fixed dim with its size for a name
+            found[name] = BoundParam(tuple((str(size),) for size in shape), None)
+            continue
         matches = [pattern for regex, pattern in patterns if regex.fullmatch(name.removeprefix(bound.prefix))]
         if len(matches) != 1:
             raise HfDmsError(

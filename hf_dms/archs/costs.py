@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ..errors import HfDmsError
 from ..resource import Cost, Monomial
-from .bind import BoundSpec
+from .bind import BoundSpec, compiled
 from .plain_view import plain_module, submodule
-from .positions import recorded_positions
+from .positions import Recorded, recorded_run
 from .spec import flat
 
 
@@ -62,16 +62,34 @@ def _mac_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):
         sequence_length = bound.product(bound.spec.tokens)
     if sequence_length is None:
         raise HfDmsError("resource macs needs dms.sequence_length: the number of tokens per sequence.")
-    recorded = recorded_positions(bound, model) if bound.spec.records_positions else {}
+    recorded = recorded_run(bound, model) if bound.spec.records_positions else Recorded({}, {})
     for name, param in bound.params.items():
         module_path, _, leaf = name.rpartition(".")
+        if bound.is_whole(name):
+            continue
         if leaf == "weight" and isinstance(plain_module(submodule(model, module_path)), (nn.Linear, nn.Conv2d)):
-            positions = recorded.get(module_path, param.positions)
+            positions = recorded.positions.get(module_path, param.positions)
             share = 1.0 if positions is None else positions / sequence_length
             yield flat(param.axes), share, param.stack, param.layer
     if bound.spec.attention:
         for layer in range(bound.num_layers):
             yield tuple(bound.spec.attention.split()), 2.0 * sequence_length, bound.depth, layer
+    for path in bound.spec.whole:
+        yield (), recorded.macs.get(bound.prefix + path, 0.0) / sequence_length, None, None
+    for product, macs, stack, layer in _attention_macs(bound, recorded):
+        factors = tuple(product.split())
+        yield factors, macs / bound.product(factors) / sequence_length, stack, layer
+
+
+def _attention_macs(bound: BoundSpec, recorded: Recorded):
+    """Of every module in `attentions`: its product of dims, the MACs of its attention scores, its stack and layer."""
+    maps = {path: bound.params[f"{path}.weight"].axes for path in recorded.positions if not bound.is_whole(f"{path}.")}
+    in_maps = {path: recorded.positions[path] * bound.product(flat(axes)) for path, axes in maps.items()}
+    for pattern, product in bound.spec.attentions.items():
+        for path, macs in recorded.macs.items():
+            if compiled(pattern).fullmatch(path.removeprefix(bound.prefix)):
+                own = sum(count for inner, count in in_maps.items() if inner.startswith(f"{path}."))
+                yield product, macs - own, *bound.layer_of(path)
 
 
 def _cache_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):

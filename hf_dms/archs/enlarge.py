@@ -15,7 +15,7 @@ from ..errors import HfDmsError
 from .bind import sized
 from .registry import spec_for
 from .spec import ArchSpec
-from .stock import config_values, product_of, prunable_factor, with_values
+from .stock import config_values, held_by_fixed, product_of, prunable_factor, with_values
 
 
 def enlarged_config(
@@ -44,7 +44,8 @@ def enlarged_config(
             f"supernet: the stock config of {spec.model_type} holds no widths that could grow, its class derives them. "
             "Search from a config whose own factors are larger, without a supernet."
         )
-    growing = [name for name in spec.prunable if dims is None or name in dims]
+    held = held_by_fixed(spec)  # tied to a size that does not grow
+    growing = [name for name in spec.prunable if name not in held and (dims is None or name in dims)]
     factors = {name: depth if spec.dim(name).scope == "depth" else width for name in growing}
     sizes = before | {name: math.floor(before[name] * factor + 0.5) for name, factor in factors.items()}
     if sizes == before:

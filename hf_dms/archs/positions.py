@@ -1,23 +1,38 @@
-"""The number of positions of an image at which each linear map and convolution of a model runs, to count its MACs."""
+"""A forward pass of one image without weights, to count MACs: at how many positions each map and convolution runs."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import HfDmsError
 from .bind import BoundSpec
-from .skeleton import skeleton
+from .skeleton import skeleton, without_values
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a forward pass of one image showed.
+
+    Attributes:
+        positions: of every linear map and convolution, by its path: output size for one image / output units.
+        macs: multiply-accumulates of every module with all modules inside it, attention scores included, by its path.
+            Empty if the architecture has neither `whole` modules nor `attentions`.
+    """
+
+    positions: dict[str, int]
+    macs: dict[str, float]
 
 
 @torch.no_grad()
-def recorded_positions(bound: BoundSpec, model: Any) -> dict[str, int]:
-    """Number of positions of every linear map and convolution, by its path: output size for one image / output units.
-
-    They are recorded from a forward pass on the meta device, which computes shapes only.
+def recorded_run(bound: BoundSpec, model: Any) -> Recorded:
+    """Record a forward pass on the meta device, which computes shapes only.
 
     Args:
         bound: the architecture, with the shape of an image.
@@ -37,11 +52,20 @@ def recorded_positions(bound: BoundSpec, model: Any) -> dict[str, int]:
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             module.register_forward_hook(functools.partial(record, path))
     shape = [bound.sizes[name] for name in bound.spec.image.split()]
-    try:
-        empty(torch.empty(1, *shape, device="meta", dtype=empty.dtype))
-    except RuntimeError as error:
-        raise HfDmsError(
-            f"A {type(model).__name__} with this config cannot take an image of {' × '.join(map(str, shape))}, the "
-            f"size that its config names (224 × 224 without one): {error}. Correct image_size in the config."
-        ) from error
-    return found
+    counter = FlopCounterMode(display=False)
+    with contextlib.ExitStack() as stack:
+        if counts := bool(bound.spec.whole or bound.spec.attentions):
+            empty.set_attn_implementation("eager")  # the counter knows others on some devices only
+            stack.enter_context(without_values())
+            stack.enter_context(counter)
+        try:
+            empty(torch.empty(1, *shape, device="meta", dtype=empty.dtype))
+        except RuntimeError as error:
+            raise HfDmsError(
+                f"A {type(model).__name__} with this config cannot take an image of {' × '.join(map(str, shape))}, the "
+                f"size that its config names (224 × 224 without one): {error}. Correct image_size in the config."
+            ) from error
+    root = f"{type(empty).__name__}."
+    by_module = counter.get_flop_counts().items() if counts else ()
+    macs = {name.removeprefix(root): sum(of.values()) / 2 for name, of in by_module if name.startswith(root)}
+    return Recorded(found, macs)

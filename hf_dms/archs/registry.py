@@ -10,6 +10,7 @@ from .bert import BERT
 from .convnext import CONVNEXT
 from .convnextv2 import CONVNEXTV2
 from .deit import DEIT
+from .detr import DETR
 from .dinov2 import DINOV2
 from .distilbert import DISTILBERT
 from .efficientnet import EFFICIENTNET
@@ -33,7 +34,7 @@ from .yolos import YOLOS
 SPECS = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GRANITE, GEMMA, GEMMA2, GEMMA3),
     *(BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, ELECTRA),
-    *(VIT, DEIT, DINOV2, BEIT, DATA2VEC_VISION, YOLOS),
+    *(VIT, DEIT, DINOV2, BEIT, DATA2VEC_VISION, YOLOS, DETR),
     *(CONVNEXT, CONVNEXTV2, RESNET, REGNET, MOBILENET_V2, EFFICIENTNET),
 )
 ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in SPECS}

@@ -7,10 +7,13 @@ tensor.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
 from ..errors import HfDmsError
@@ -29,6 +32,23 @@ def skeleton(cls: Any, config: PreTrainedConfig, dtype: torch.dtype | None = Non
         model = cls._from_config(copy.deepcopy(config), **({} if dtype is None else {"dtype": dtype}))
     model.tie_weights()
     return model
+
+
+@contextlib.contextmanager
+def without_values() -> Iterator[None]:
+    """Context: models on the meta device run even where they look at values, as the masks of attention do.
+
+    transformers skips such looks at fake tensors, and makes the mask.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def attention_of(model: PreTrainedModel) -> str | dict[str, str]:
+    """The attention implementation of a model; if its config holds others, also theirs, by their names in it."""
+    config = model.config
+    inner = {name: getattr(config, name)._attn_implementation for name in config.sub_configs if getattr(config, name)}
+    return {"": config._attn_implementation} | inner if inner else config._attn_implementation
 
 
 def untied_names(model: PreTrainedModel) -> list[str]:

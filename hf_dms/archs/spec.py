@@ -58,7 +58,7 @@ class ArchSpec:
             name of its depth dim.
         dims: the named sizes. The dims with scope "depth" are the numbers of layers of the stacks.
         stages: number of stages, as a config attribute or a function of the config; None for a network without stages.
-        families: words that name a dim of all stages, `"mlp"` → `("mlp0", "mlp1", ...)`. Binding fills it in.
+        families: words that name several dims, `"mlp"` → `("mlp0", "mlp1", ...)`. With stages, binding fills it in.
         params: pattern of a parameter, below the base model or the model → its axes, e.g. `"(kv rep d) hidden"`.
             A layer that a line names by its number is never dropped. If a matrix product does not run at every token
             of a sequence, the number of positions follows an @: `"label pool @ 1"`, `"hidden channels height width @
@@ -66,6 +66,8 @@ class ArchSpec:
         buffers: the same for the buffers of the state dict, such as the running statistics of a batch norm; `""` for a
             single number. They are cut with their units, and never masked or counted.
         variants: config attribute → its value → the fields of this description that differ for such models.
+        whole: modules, below the base model, that keep all of their tensors, whatever these are: a backbone with a
+            config of its own. They have no lines.
         records_positions: whether the positions of all linear maps and convolutions are recorded from a forward pass of
             one image (positions.py). `params` then has none.
         heads: ending of a class name → lines of `params` that only classes with this ending have.
@@ -88,6 +90,8 @@ class ArchSpec:
             attribute, or a power of it, `"d ** -0.5"`. Where `config` is empty, also a module outside the layers.
         build_with: config values with which the stock class can be built for any sizes, if it checks its config.
         attention: product of dims of the attention output at one position, for the cost of attention scores.
+        attentions: where queries and keys differ in number, in place of `attention`: pattern of a module → the product
+            of dims that the cost of its attention scores is proportional to. It needs `records_positions`.
         cache: product of dims of the key (and of the value) at one position; None for a model without a cache.
         tokens: product of dims that is the number of tokens of a sequence; empty if the input decides.
         image: dims of the axes of an input image; empty for text.
@@ -111,6 +115,7 @@ class ArchSpec:
     families: dict[str, tuple[str, ...]] = field(default_factory=dict)
     buffers: dict[str, str] = field(default_factory=dict)
     variants: dict[str, dict[Any, dict[str, Any]]] = field(default_factory=dict)
+    whole: tuple[str, ...] = ()
     records_positions: bool = False
     config_ratios: dict[str, tuple[str, str]] = field(default_factory=dict)
     config_lists: tuple[str, ...] = ("layer_types",)
@@ -125,6 +130,7 @@ class ArchSpec:
     attributes: dict[str, str] = field(default_factory=dict)
     build_with: dict[str, int] = field(default_factory=dict)
     attention: str = ""
+    attentions: dict[str, str] = field(default_factory=dict)
     cache: str | None = None
     tokens: str = ""
     image: str = ""
@@ -204,7 +210,7 @@ class ArchSpec:
 
 # All fields that name dims, except `heads` and `cache`, which are handled separately.
 DIM_LINKS = ("follows", "same_as")  # fields of a Dim
-NAMED_PRODUCTS = ("params", "buffers", "config", "attributes", "outputs")  # name → product
+NAMED_PRODUCTS = ("params", "buffers", "config", "attributes", "attentions", "outputs")  # name → product
 PRODUCTS = ("attention", "tokens", "image")
 LIMITS = ("must_divide", "must_equal", "must_differ")  # pairs of products
 
@@ -295,7 +301,8 @@ def _products(spec: ArchSpec) -> list[tuple[str, str]]:
     """Every product of dims in a description, with the name of its entry."""
     found = [(where, " ".join(flat(parse_axes(text)))) for where, text in _lines(spec)]
     found += [(where, at) for where, text in _lines(spec) if not (at := text.partition("@")[2].strip()).isdigit()]
-    found += [(where, text.partition("**")[0]) for where, text in (spec.config | spec.attributes).items()]
+    sizes = spec.config | spec.attributes | spec.attentions
+    found += [(where, text.partition("**")[0]) for where, text in sizes.items()]
     found += [(where, text.replace("_ ", " ").removesuffix("_")) for where, text in spec.outputs.items()]
     found += [(key, getattr(spec, key)) for key in PRODUCTS] + [("cache", spec.cache or "")]
     found += [(key, product) for key in LIMITS for pair in getattr(spec, key) for product in pair]

@@ -51,6 +51,11 @@ def product_of(sizes: Mapping[str, int], product: str) -> int:
     return prod(sizes[name] for name in product.split())
 
 
+def held_by_fixed(spec: ArchSpec) -> dict[str, str]:
+    """Dims that a stock config ties to a size that is never pruned, and that size. Uniform layers keep them whole."""
+    return {prunable_factor(spec, part): whole for part, whole in spec.must_equal if spec.dim(whole).scope == "fixed"}
+
+
 # ---- what a search may end at ----------------------------------------------------------------------------------------
 def tied_sizes(bound: BoundSpec, config: DMSConfig, pruned: Collection[str]) -> dict[str, str]:
     """Pruned dims whose size another pruned dim decides (`must_equal`), and that other dim.
@@ -64,6 +69,13 @@ def tied_sizes(bound: BoundSpec, config: DMSConfig, pruned: Collection[str]) -> 
         ValueError: layout uniform, and the request prunes only one of two dims that must be pruned together.
     """
     leaders = {}
+    held = held_by_fixed(bound.spec) if config.layout == "uniform" else {}
+    for part in (name for name in held if name in pruned):
+        raise HfDmsError(
+            f"layout uniform: the stock config of {bound.spec.model_type} needs {held[part]} = "
+            f"{bound.sizes[held[part]] // bound.sizes[part]}·{part}, and {held[part]} cannot be pruned, so {part} "
+            "cannot either. Leave it out of dms.prune, or use layout: per_layer or padded."
+        )
     for product, whole in bound.spec.must_equal if config.layout == "uniform" else ():
         part = prunable_factor(bound.spec, product)
         if bound.product(product) != bound.sizes[whole] and {part, whole} & set(pruned):
@@ -231,7 +243,13 @@ def within_limits(spec: ArchSpec, sizes: Mapping[str, int], name: str | None = N
 
 def limits_in_words(spec: ArchSpec) -> list[str]:
     """The limits of an architecture's stock config, for documentation (Markdown)."""
-    limits = [f"`{prunable_factor(spec, part)}` and `{whole}` only together" for part, whole in spec.must_equal]
+    held = held_by_fixed(spec)
+    limits = [f"without {', '.join(f'`{name}`' for name in held)}"] if held else []
+    limits += [
+        f"`{prunable_factor(spec, part)}` and `{whole}` only together"
+        for part, whole in spec.must_equal
+        if whole not in held.values()
+    ]
     attributes = {product: key for key, product in spec.config.items()}
     for divisor, multiple in spec.must_divide:
         names = [f"`{attributes.get(product, product.replace(' ', '·'))}`" for product in (divisor, multiple)]

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..archs.skeleton import attention_of
 from ..cut.verify import check_same, dummy_inputs
 from .folders import new_folder
 
@@ -54,5 +55,5 @@ def save_pruned(
         reloaded: Any = type(pruned).from_pretrained(temporary, dtype=pruned.dtype)
         reloaded.to(pruned.device)
         # Attention kernels differ by rounding, and that is not the question here.
-        reloaded.set_attn_implementation(pruned.config._attn_implementation)
+        reloaded.set_attn_implementation(attention_of(pruned))
         return check_same(pruned, reloaded, inputs if inputs is not None else dummy_inputs(pruned), ("cut", "reloaded"))

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, initialization
 
 from ..archs.bind import BoundSpec
 from ..archs.plain_view import plain_buffers, plain_weight
+from ..archs.skeleton import attention_of
 from ..errors import VerificationError
 from ..gating.scales import folded_scales
 from .formats import pruned_class_and_config
@@ -37,7 +38,7 @@ def cut(model: PreTrainedModel, bound: BoundSpec, plan: Plan, layout: str) -> Pr
     cls, config = pruned_class_and_config(model, bound, plan, layout)
     # Every parameter is replaced below, so time for random numbers would be wasted.
     with initialization.no_init_weights():
-        pruned = cls._from_config(config, dtype=model.dtype, attn_implementation=model.config._attn_implementation)
+        pruned = cls._from_config(config, dtype=model.dtype, attn_implementation=attention_of(model))
     sources = source_names(pruned, bound, plan)
     for name, tensor in (*pruned.named_parameters(), *plain_buffers(pruned)):
         source = plain_weight(model, sources[name])

@@ -14,7 +14,7 @@ from ..archs.bind import BoundSpec, bind
 from ..archs.costs import build_cost
 from ..archs.registry import spec_for
 from ..archs.spec import ArchSpec
-from ..archs.stock import check_layout, tied_sizes
+from ..archs.stock import check_layout, held_by_fixed, tied_sizes
 from ..config import DMSConfig
 from ..errors import HfDmsError
 from ..gates import GatedDim, Gates, SearchSchedule
@@ -127,8 +127,12 @@ def for_stages(config: DMSConfig, spec: ArchSpec) -> DMSConfig:
 
 
 def dims_to_prune(bound: BoundSpec, config: DMSConfig) -> list[str]:
-    """Names of the dims that a request prunes, in the architecture's order."""
-    wanted = bound.spec.prunable if config.prune is None else config.prune
+    """Names of the dims that a request prunes, in the architecture's order.
+
+    A request that names none prunes all that its layout can.
+    """
+    held = held_by_fixed(bound.spec) if config.layout == "uniform" else {}
+    wanted = [name for name in bound.spec.prunable if name not in held] if config.prune is None else config.prune
     return [n for n in bound.prunable if n in wanted and n not in config.protect.get("dims", ())]
 
 

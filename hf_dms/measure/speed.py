@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from ..archs.inputs import num_token_ids
+from ..archs.skeleton import without_values
 from ..cut.register import register
 from ..cut.verify import dummy_inputs
 from ..errors import HfDmsError
@@ -174,7 +175,8 @@ def costs_of(config: Any, auto: str, dtype: torch.dtype, run: Run) -> dict[str, 
     outputs = []
 
     def counted(work: Work) -> tuple[Any, float]:
-        with FlopCounterMode(display=False) as counter:  # under eager attention: others it counts on some devices only
+        # Under eager attention, because the counter knows others on some devices only.
+        with without_values(), FlopCounterMode(display=False) as counter:
             outputs.append(work())
         return outputs[-1], counter.get_total_flops() / 2
 

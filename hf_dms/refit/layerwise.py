@@ -274,6 +274,8 @@ class LayerWalk:
             with self._skipped(outputs) as calls:
                 self._base(**self._inputs[batch], **self._options)
             output = calls[layer + 1][0]
+            before = self.calls[batch][: layer + 1]
+            self.calls[batch] = [*before, *(call for _, call in calls[layer + 1 :])]  # they can hold this output
         self.hidden[batch] = output
 
     @contextlib.contextmanager

@@ -134,8 +134,18 @@ def load_examples(config: DataConfig, processor: Any, model_config: Any, head: H
 
 
 def _fitting(processor: Any, config: Any) -> dict[str, Any]:
-    """Arguments of the processor with which it fits any image into the model's image size."""
+    """Arguments of the processor with which it fits any image into the model's image size.
+
+    Raises:
+        HfDmsError: the model has no image size, and its processor makes images of many.
+    """
     _, height, width = image_shape(config)
+    if height is None and set(dict(processor.size)) != {"height", "width"}:
+        raise HfDmsError(
+            f"model.path: the image processor makes images of many sizes, and a {config.model_type} takes any. Images "
+            "of one batch need one size. Write image_size: [height, width] into the model's config.json; images are "
+            "then scaled to fit into it and padded."
+        )
     if height is None or dict(processor.size) == {"height": height, "width": width}:
         return {}
     return {

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..archs.plain_view import base_model_of, is_packed
-from ..archs.skeleton import config_as_tied
+from ..archs.skeleton import attention_of, config_as_tied
 from ..errors import HfDmsError
 from ..gates import Gates
 from ..gating.attach import copy_search_, gates_of, has_gates
@@ -141,7 +141,7 @@ def unsharded(model: PreTrainedModel) -> PreTrainedModel:
         return model
     original: Any = type(model).__bases__[1]  # fully_shard has replaced the class by one derived from it
     config = config_as_tied(model)
-    found = original._from_config(config, dtype=config.dtype, attn_implementation=config._attn_implementation)
+    found = original._from_config(config, dtype=config.dtype, attn_implementation=attention_of(model))
     # `full_tensor` is a collective operation, so all processes must gather in the same order.
     state = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in
              model.state_dict().items()}  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers.encoders import CONVNETS, DIMS, HEADS, MOBILES, RELATIVES, dims_of, possible
+from helpers.encoders import DIMS, HEADS, MOBILES, RELATIVES, STACKED, dims_of, possible
 from helpers.laws import (
     SHIPPED,
     batch_for,
@@ -31,7 +31,7 @@ from hf_dms.cut.verify import outputs_of
 
 # Decoders are loaded here too: a fresh process takes seconds, another model in it hardly any time.
 DECODERS = ("Mistral", "Qwen2", "Qwen3", "SmolLM3", "Granite", "Gemma", "Gemma2", "Gemma3")
-SAVED = (*HEADS, *RELATIVES, *CONVNETS, *(getattr(transformers, f"{name}ForCausalLM") for name in DECODERS))
+SAVED = (*HEADS, *RELATIVES, *STACKED, *(getattr(transformers, f"{name}ForCausalLM") for name in DECODERS))
 BY_ARCH = [list(heads) for _, heads in itertools.groupby(SAVED, lambda head: head.config_class)]
 
 

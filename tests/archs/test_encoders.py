@@ -4,7 +4,21 @@ import itertools
 
 import pytest
 import torch
-from helpers.encoders import CONVNETS, DIMS, HEADS, MOBILES, REGNETS, RELATIVES, RESNETS, TIED, TWINS, dims_of, possible
+from helpers.encoders import (
+    CONVNETS,
+    DETRS,
+    DIMS,
+    HEADS,
+    MOBILES,
+    REGNETS,
+    RELATIVES,
+    RESNETS,
+    STACKED,
+    TIED,
+    TWINS,
+    dims_of,
+    possible,
+)
 from helpers.laws import (
     EXACT,
     SHIPPED,
@@ -65,6 +79,7 @@ CANNOT = {  # by layout and whether a response norm is in the way
         True,
     ): r"divides by a mean over mlp0, which would count the zeros. Prune others only, as prune: \[layers0",
 }
+HELD = "needs hidden = 6·encoder_heads, and hidden cannot be pruned, so encoder_heads cannot either. Leave it out of d"
 
 
 def prefixes(head):
@@ -78,20 +93,22 @@ def prefixes(head):
     ("head", "dims"),
     ordinary_if(
         lambda head, dims: "For" in head.__name__ and (len(dims) == 1 or dims == dims_of(head)),
-        [(head, dims) for head in CONVNETS for dims in prefixes(head)],
+        [(head, dims) for head in STACKED for dims in prefixes(head)],
     ),
 )
 def test_masked_equals_cut_equals_reloaded_in_stages(head, dims, layout, tmp_path):
     if not possible(head, dims, layout):
         averaged = layout == "padded" and head.config_class.model_type == "convnextv2" and "mlp" in dims
         message = f"{layout}: the stock config of .* holds no widths" if head in MOBILES else CANNOT[layout, averaged]
+        message = HELD if head in DETRS else message
         with pytest.raises(ValueError, match=message):
             attach_(tiny(head), DMSConfig(target=0.9, prune=dims, layout=layout))
         return
     model = tiny(head, dtype=torch.float64)
     gates, sizes = searched(model, prune=dims, layout=layout)
     bound = gates.attachment.bound
-    assert sorted(sizes) == sorted(name for name in bound.prunable if name.rstrip("0123456789") in dims)
+    named = [name for dim in dims for name in bound.spec.families.get(dim, (dim,))]
+    assert sorted(sizes) == sorted(name for name in bound.prunable if name in named)
     *outputs, pruned = masked_cut_reloaded(model, sizes, tmp_path / "out")
     assert_same(*outputs, EXACT)
     assert pruned.num_parameters() < model.num_parameters()
@@ -124,7 +141,7 @@ def test_masked_equals_cut_equals_reloaded(head, dims, layout, tmp_path):
     assert layout == "per_layer" or is_stock(pruned)
 
 
-ALL = sorted({*HEADS, *RELATIVES, *TWINS, *CONVNETS}, key=lambda head: head.__name__)
+ALL = sorted({*HEADS, *RELATIVES, *TWINS, *STACKED}, key=lambda head: head.__name__)
 FIRST = {head.config_class: head for head in reversed(ALL)}
 LAST = {head.config_class: head for head in ALL}
 
@@ -150,11 +167,11 @@ def test_masked_equals_cut_equals_reloaded_as_shipped(head, layout, tmp_path):
 @st.composite
 def requests(draw):
     heads, layout = draw(st.integers(1, 4)), draw(st.sampled_from(["uniform", "per_layer", "padded"]))
-    head = draw(st.sampled_from(HEADS + RELATIVES + CONVNETS))
+    head = draw(st.sampled_from(HEADS + RELATIVES + STACKED))
     layout = "per_layer" if head in MOBILES else layout
     config = (
         stages(draw, head)
-        if head in CONVNETS
+        if head in STACKED
         else dict(
             num_attention_heads=heads,
             hidden_size=heads * draw(st.sampled_from([2, 3, 5])),
@@ -162,7 +179,7 @@ def requests(draw):
             num_hidden_layers=draw(st.integers(1, 3)),
         )
     )
-    if head.main_input_name == "pixel_values" and head not in CONVNETS:
+    if head.main_input_name == "pixel_values" and head not in STACKED:
         config |= patches(draw, head, layout)
     if head.config_class.model_type == "electra":
         config["embedding_size"] = draw(st.sampled_from([config["hidden_size"], 1, 5, 7]))
@@ -171,9 +188,10 @@ def requests(draw):
     dims = tuple(draw(st.lists(st.sampled_from(all_dims), min_size=1, unique=True)))
     dims += ("top",) if head in MOBILES and "top" not in dims else ()  # others may all be the stem's
     if not possible(head, dims, layout):
-        tied = TIED[head.config_class.model_type] & set(all_dims)
+        tied = TIED.get(head.config_class.model_type, set()) & set(all_dims)
         padded = tuple(dim for dim in dims if possible(head, (dim,), layout))
         dims = (padded or ("layers",)) if layout == "padded" else (*sorted({*dims} | tied),)
+        dims = ("mlp", "layers") if head in DETRS else dims
     if head in RESNETS + REGNETS and {*dims} <= {"layers", "squeeze"} and max(config["depths"]) == 1:
         inner = "mid" if head in RESNETS else "groups"
         dims = ("layers", inner) if layout == "padded" else ("layers", *all_dims[:-1])  # no layer of it can go
@@ -209,9 +227,11 @@ def patches(draw, head, layout):
 
 
 def stages(draw, head):
-    """A config of a network in stages."""
+    """A config of a network in stages, or of several stacks."""
     if head in MOBILES:
         return mobile(draw, head)
+    if head in DETRS:
+        return detr(draw)
     count = draw(st.integers(1, 3))
     widths = draw(st.lists(st.integers(1, 6), min_size=count, max_size=count))
     config = dict(
@@ -231,6 +251,15 @@ def stages(draw, head):
     config |= dict(downsample_in_first_stage=draw(st.booleans()), downsample_in_bottleneck=draw(st.booleans()))
     widths = [4 * width for width in widths] if config["layer_type"] == "bottleneck" else widths
     return config | dict(hidden_sizes=widths, embedding_size=draw(st.sampled_from([widths[0], 3])))
+
+
+def detr(draw):
+    """A config of an encoder and a decoder behind a backbone."""
+    heads = {f"{part}_attention_heads": draw(st.sampled_from([1, 2, 3, 4])) for part in ("encoder", "decoder")}
+    sizes = {f"{part}_{size}": draw(st.integers(1, 5)) for part in ("encoder", "decoder") for size in SIZES_OF_PARTS}
+    widths = dict(d_model=draw(st.sampled_from([12, 24])), num_queries=draw(st.integers(1, 6)))
+    kind = dict(position_embedding_type=draw(st.sampled_from(["sine", "learned"])), num_channels=3)
+    return heads | sizes | widths | kind | dict(backbone_config=draw(st.sampled_from(BACKBONES)))
 
 
 def mobile(draw, head):
@@ -263,6 +292,15 @@ def mobile(draw, head):
     )
 
 
+SIZES_OF_PARTS = ("layers", "ffn_dim")
+BACKBONES = (
+    dict(model_type="resnet", hidden_sizes=[8], depths=[1], embedding_size=8, out_features=["stage1"]),
+    dict(model_type="convnext", hidden_sizes=[4, 6], depths=[1, 1], num_stages=2, out_features=["stage1", "stage2"]),
+    dict(model_type="dinov2", hidden_size=12, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    | dict(out_features=["stage1"]),
+)
+
+
 @given(requests())
 def test_the_laws_hold_for_any_config(tmp_path_factory, request_):
     head, config, options, seed, share = request_
@@ -279,8 +317,8 @@ def test_the_laws_hold_for_any_config(tmp_path_factory, request_):
         parts = [pruned.get_submodule(path) for path in bound.stacks.values()] if scope == "layers" else [pruned]
         assert written == sum(parameter.numel() for part in parts for parameter in part.parameters())
     else:
-        length = 1 if head in CONVNETS else bound.sizes.get("tokens", 7)
-        stacks = bound.spec.stacks if head in CONVNETS else None
+        length = 1 if head in STACKED else bound.sizes.get("tokens", 7)
+        stacks = bound.spec.stacks if head in STACKED else None
         found = macs_by_the_flop_counter(pruned, scope, batch_for(pruned, batch=1), length, stacks)
         assert written == pytest.approx(found, rel=1e-12)
 
@@ -396,7 +434,7 @@ def test_importance_of_every_dim_follows_from_training(head):
     assert gates.prune_ratio.grad[gates.lower < gates.upper].abs().min() > 0
 
 
-@pytest.mark.parametrize("head", HEADS + RELATIVES + CONVNETS)
+@pytest.mark.parametrize("head", HEADS + RELATIVES + STACKED)
 def test_open_gates_are_not_seen_and_taken_off_leave_the_model_as_it_was(head):
     model = tiny(head)
     for module in model.modules():

@@ -155,6 +155,7 @@ WRONG = {
     "heads": {"ForX": {"score.weight": "label nothing"}},
     "config": LLAMA.config | {"width": "nothing"},
     "attributes": {"layers.{i}.size": "nothing ** -0.5"},
+    "attentions": {"layers.{i}.attn": "kv nothing"},
     "outputs": {"pooler_output": "nothing"},
     "attention": "kv nothing",
     "cache": "nothing",
@@ -169,7 +170,7 @@ NO_DIMS = {
     *("model_type", "layers", "config_ratios", "config_lists", "config_leaves_out", "unnormed", "must_be_false"),
     *("build_with", "alternative", "alternative_overrides", "alternative_needs"),
     *("stages", "families", "variants", "records_positions", "channels_first", "response_norms"),
-    *("must_be_true", "masked_batch_norms"),
+    *("must_be_true", "masked_batch_norms", "whole"),
 }
 
 
@@ -232,6 +233,7 @@ def test_one_name_for_two_dims_is_used_everywhere():
         params=ELECTRA.params | {"x.weight": "label hidden @ embedding"},
         attributes={"encoder.layer.{i}.size": "embedding ** -0.5"},
         outputs={"pooler_output": "embedding"},
+        attentions={"encoder.layer.{i}": "embedding"},
         attention="embedding", cache="embedding", tokens="embedding", image="embedding type",
         must_divide=(("heads", "embedding"),),
         must_equal=(("embedding", "hidden"), ("heads d", "embedding")),
@@ -239,7 +241,8 @@ def test_one_name_for_two_dims_is_used_everywhere():
     found = spec.with_one_name("embedding", "hidden")
     assert re.search(r"\bembedding\b", str(dataclasses.replace(spec, params={}, heads={})))
     without_keys = dataclasses.replace(
-        found, **{key: tuple(getattr(found, key).values()) for key in ("params", "config", "attributes", "outputs")}
+        found,
+        **{key: tuple(getattr(found, key).values()) for key in NAMED_PRODUCTS if key != "buffers"},
     )
     assert not re.search(r"'embedding'|\bembedding \*\*|embedding type|@ embedding", str(without_keys))
     assert found.dim("pool").follows == "hidden"

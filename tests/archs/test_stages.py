@@ -20,7 +20,7 @@ from hf_dms import DMSConfig, attach_, prune
 from hf_dms.archs.bind import bind
 from hf_dms.archs.convnext import CONVNEXT
 from hf_dms.archs.llama import LLAMA
-from hf_dms.archs.positions import recorded_positions
+from hf_dms.archs.positions import recorded_run
 from hf_dms.archs.resnet import RESNET
 from hf_dms.archs.stages import in_stages
 from hf_dms.gating.attach import gates_of
@@ -91,7 +91,7 @@ def test_a_parameter_that_the_description_lacks_is_named():
 
 def test_positions_are_those_of_the_outputs_of_each_map():
     model = tiny(ConvNextForImageClassification, image_size=(16, 24))
-    found = recorded_positions(bound_of(model), model)
+    found = recorded_run(bound_of(model), model).positions
     stages = "convnext.encoder.stages"
     assert found["convnext.embeddings.patch_embeddings"] == 8 * 12
     assert found[f"{stages}.0.layers.1.dwconv"] == found[f"{stages}.0.layers.1.pwconv2"] == 8 * 12

@@ -12,11 +12,13 @@ from hf_dms.archs.bert import BERT
 from hf_dms.archs.bind import bind
 from hf_dms.archs.electra import ELECTRA
 from hf_dms.archs.llama import LLAMA
+from hf_dms.archs.spec import Dim, with_dims
 from hf_dms.archs.stock import (
     Divisor,
     divisors,
     excluded_sizes,
     has_alternative,
+    held_by_fixed,
     limits_in_words,
     padded_sizes,
     tied_sizes,
@@ -63,6 +65,21 @@ def test_dims_that_the_config_ties_are_pruned_together_in_a_uniform_layout_only(
     assert tied_sizes(bound, per_layer, ["heads"]) == {}
     with pytest.raises(ValueError, match=r"needs hidden = 4·heads, .* Prune both, or use layout: per_layer or padded"):
         tied_sizes(bound, uniform, ["heads"])
+
+
+def test_dims_that_the_config_ties_to_a_fixed_size_stay_whole_in_a_uniform_layout():
+    fixed = replace(BERT, dims=with_dims(BERT.dims, Dim("hidden", "hidden_size")))
+    bound = replace(bound_bert(), spec=fixed)
+    assert held_by_fixed(fixed) == {"heads": "hidden"}
+    assert held_by_fixed(BERT) == {}
+    assert tied_sizes(bound, DMSConfig(target=0.5), ["mlp"]) == {}
+    assert tied_sizes(bound, DMSConfig(target=0.5, layout="padded"), ["heads"]) == {}
+    message = (
+        r"needs hidden = 4·heads, and hidden cannot be pruned, so heads cannot either. Leave it out of dms.prune, or"
+    )
+    with pytest.raises(ValueError, match=message):
+        tied_sizes(bound, DMSConfig(target=0.5), ["mlp", "heads"])
+    assert limits_in_words(fixed) == ["without `heads`"]
 
 
 def test_the_excluded_size_is_that_of_the_dim_that_decides():

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from helpers.scenes import NAMES, SIDE, detector, pictures, save, write_scenes
+from helpers.scenes import NAMES, SIDE, detector, detr, pictures, save, write_scenes
 from helpers.schema import mistakes
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
@@ -25,11 +25,11 @@ def data(tmp_path_factory):
 @pytest.fixture
 def prune(tmp_path, data):
     """A function that writes a recipe for a tiny detector, and runs it; returns (exit code, output folder)."""
-    save(tmp_path / "yolos")
 
-    def run(*overrides, command="prune", **sections):
+    def run(*overrides, command="prune", model=None, **sections):
+        save(tmp_path / "model", model)
         values = {
-            "model": {"path": str(tmp_path / "yolos"), "task": "object-detection", "dtype": "float32"},
+            "model": {"path": str(tmp_path / "model"), "task": "object-detection", "dtype": "float32"},
             "data": {"path": data, "held_out": data},
             "dms": {"target": 0.7, "warmup_steps": 2, "resource_scope": "layers"},
             "train": {"max_steps": 4, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True},
@@ -88,6 +88,21 @@ def test_other_ways_to_choose_take_boxes_too(dms, prune, capsys):
     assert code == 0, capsys.readouterr().err
     report = json.loads((out / "dms_report.json").read_text())
     assert report["pruned"]["num_params"] < report["dense"]["num_params"]
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per_layer"])
+def test_an_encoder_and_decoder_behind_a_backbone_are_pruned_and_recovered(layout, prune, capsys):
+    dms = {"target": 0.8, "warmup_steps": 2, "resource": "macs", "resource_scope": "layers", "layout": layout}
+    recover = {"repair": {"examples": 4}, "distillation": {"weight": 0.5}, "max_steps": 2}
+    code, out = prune(model=detr(image_size=SIDE), dms=dms, recover=recover)
+    assert code == 0, capsys.readouterr().err
+    report = json.loads((out / "dms_report.json").read_text())
+    assert mistakes(report) == []
+    assert report["pruned"]["num_params"] < report["dense"]["num_params"]
+    pruned = AutoModelForObjectDetection.from_pretrained(out, trust_remote_code=True)
+    assert pruned.config.model_type == ("detr" if layout == "uniform" else "dms_detr")
+    inputs = AutoImageProcessor.from_pretrained(out)(pictures(1), return_tensors="pt")
+    assert pruned(pixel_values=inputs["pixel_values"]).pred_boxes.shape == (1, 4, 4)
 
 
 def test_a_bad_box_ends_validate_in_one_line(prune, tmp_path, capsys):

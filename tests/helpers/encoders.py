@@ -29,6 +29,8 @@ CONVNETS = (
     *REGNETS,
     *MOBILES,
 )
+DETRS = heads_of("Detr", "ObjectDetection")
+STACKED = (*CONVNETS, *DETRS)  # several stacks of layers, and MACs of an image
 TWINS = (*heads_of("XLMRoberta", *TASKS, "MaskedLM"), *heads_of("Camembert", *TASKS, "MaskedLM"))
 DIMS = ("heads", "mlp", "hidden", "layers")
 # Dims whose sizes the stock config derives from one another.
@@ -45,6 +47,8 @@ def dims_of(cls):
         return ("groups", "squeeze", "first", "hidden", "embedding", "layers")
     if cls in MOBILES:
         return MOBILES[cls]
+    if cls in DETRS:
+        return ("heads", "mlp", "layers")
     return DIMS[1:] if cls in CONVNETS else DIMS
 
 
@@ -56,6 +60,8 @@ def possible(cls, dims, layout):
     """
     if cls in MOBILES:
         return layout == "per_layer"
+    if cls in DETRS:
+        return layout != "uniform" or "heads" not in dims  # its stock config ties heads to a width that stays
     tied = TIED.get(cls.config_class.model_type, set())
     if layout == "padded" and "mlp" in dims and cls.config_class.model_type == "convnextv2":
         return False  # its response norms would count the zeros

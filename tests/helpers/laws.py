@@ -24,6 +24,12 @@ STAGES = dict(num_channels=2, image_size=16, patch_size=2, num_stages=3, hidden_
 DECODER = {name: value for name, value in TINY.items() if name not in ("head_dim", "num_labels")}
 GEMMA = DECODER | {"head_dim": 4, "hidden_size": 36}  # embeddings are scaled by its root, 6, which is exact
 WINDOWS = dict(sliding_window=4, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+DETECTOR = dict(d_model=24, num_queries=5, dropout=0.0, image_size=[64, 96]) | {
+    "backbone_config": dict(model_type="resnet", hidden_sizes=[8, 12], depths=[1, 2], embedding_size=5)
+    | dict(num_channels=2, out_features=["stage2"]),
+    **dict(num_channels=2, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=20),
+    **dict(decoder_layers=3, decoder_attention_heads=3, decoder_ffn_dim=16),
+}
 SIZES = {
     "bert": TEXT,
     "roberta": TEXT,
@@ -53,6 +59,7 @@ SIZES = {
     )
     | dict(kernel_sizes=[3, 3, 5], in_channels=[32, 24, 20], out_channels=[24, 20, 36], strides=[1, 2, 1])
     | dict(num_block_repeats=[2, 1, 2], expand_ratios=[1, 2, 3], depthwise_padding=[2]),
+    "detr": DETECTOR,
     "llama": DECODER,
     "mistral": DECODER,
     "qwen2": DECODER,
@@ -86,8 +93,9 @@ def tiny(cls, seed=0, dtype=torch.float32, **overrides):
     sizes |= {n: v[:layers] for n, v in listed.items()}
     sizes = {NAMES.get(family, {}).get(name, name): value for name, value in sizes.items()}
     switches = cls._supports_sdpa and family != "data2vec-vision"  # its modules keep their attention
-    attn = "sdpa" if switches else "eager"
-    model = cls._from_config(cls.config_class(**sizes), attn_implementation=attn).eval()
+    config = cls.config_class(**sizes)
+    attn = None if config.sub_configs else "sdpa" if switches else "eager"  # not every config inside has the same
+    model = cls._from_config(config, attn_implementation=attn).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -3,11 +3,22 @@
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as Picture
-from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcessorPil
+from transformers import (
+    DetrConfig,
+    DetrForObjectDetection,
+    DetrImageProcessorPil,
+    YolosConfig,
+    YolosForObjectDetection,
+    YolosImageProcessorPil,
+)
 
 NAMES = ("cat", "dog", "emu")
 SIDE = 16  # pixels
+PARTS = dict(layers=2, ffn_dim=20, attention_heads=4)
 SIZES = dict(hidden_size=24, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4)
+
+
+STAGES = dict(model_type="resnet", hidden_sizes=[8, 12], depths=[1, 1], embedding_size=8, out_features=["stage2"])
 
 
 def detector(seed=0, **options):
@@ -23,8 +34,19 @@ def detector(seed=0, **options):
         | SIZES
         | options
     )
+    return _drawn(YolosForObjectDetection, config, seed)
+
+
+def detr(seed=0, **options):
+    """A tiny DETR, an encoder and a decoder behind a ResNet."""
+    parts = {f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in PARTS.items()}
+    sizes = dict(d_model=24, num_queries=4, backbone_config=STAGES, id2label=dict(enumerate(NAMES)))
+    return _drawn(DetrForObjectDetection, DetrConfig(**sizes | parts | options), seed)
+
+
+def _drawn(cls, config, seed):
     torch.manual_seed(seed)
-    model = YolosForObjectDetection(config).eval()
+    model = cls(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -36,10 +58,15 @@ def processor(**options):
     return YolosImageProcessorPil(**{"size": {"height": SIDE, "width": SIDE}} | options)
 
 
+def detr_processor(**options):
+    return DetrImageProcessorPil(**{"size": {"height": SIDE, "width": SIDE}} | options)
+
+
 def save(folder, model=None):
     """A folder of a detector and its processor."""
-    (model or detector()).save_pretrained(folder)
-    processor().save_pretrained(folder)
+    model = model or detector()
+    model.save_pretrained(folder)
+    (detr_processor if model.config.model_type == "detr" else processor)().save_pretrained(folder)
     return folder
 
 

@@ -9,6 +9,7 @@ from helpers.laws import batch_for, searched, tiny
 from helpers.tiny import tiny_llama
 from transformers import (
     BertForSequenceClassification,
+    DetrForObjectDetection,
     LlamaForSequenceClassification,
     ResNetForImageClassification,
     ViTForImageClassification,
@@ -66,6 +67,9 @@ def test_macs_of_images_and_texts_are_those_of_the_description():
     assert found == {"prefill": {"macs": pytest.approx(3 * tokens * macs_by_the_description(image, "model", None))}}
     found = costs_of(text.config, "AutoModelForSequenceClassification", torch.float32, Run(1, 8))
     assert found["prefill"]["macs"] == pytest.approx(8 * macs_by_the_description(text, "model", 8))
+    detr = tiny(DetrForObjectDetection)
+    found = costs_of(detr.config, "AutoModelForObjectDetection", torch.float32, Run(2, 1))
+    assert found["prefill"]["macs"] == 2 * macs_by_the_description(detr, "model", None)
 
 
 def test_a_decoding_step_reads_all_linear_maps_and_the_cache():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset, Value
-from helpers.scenes import NAMES, SIDE, detector, pictures, processor, write_scenes
+from helpers.scenes import NAMES, SIDE, detector, detr, detr_processor, pictures, processor, write_scenes
 from transformers import ViTImageProcessorPil
 
 from hf_dms.tasks.average_precision import FOUND, TRUE, average_precision
@@ -52,6 +52,20 @@ def test_an_image_of_another_shape_is_fitted_and_filled_up_with_its_boxes(tmp_pa
     assert not example["pixel_values"][:, SIDE // 2 :].any()
     assert torch.allclose(example["labels"]["boxes"] * SIDE, torch.tensor([[6.0, 3.0, 4.0, 2.0]]))
     assert example["labels"]["class_labels"].tolist() == [1]
+
+
+def test_a_model_of_images_of_any_size_needs_one_in_its_config_or_from_its_processor(tmp_path):
+    path = write_scenes(tmp_path / "a.parquet", [[[8, 4, 8, 4]]], [["dog"]], pictures(1, (32, 16)), Value("string"))
+    any_size = detr_processor(size={"shortest_edge": 800, "longest_edge": 1333})
+    with pytest.raises(
+        ValueError, match=r"images of many sizes, and a detr takes any. .* Write image_size: \[height, wid"
+    ):
+        load(path, detr(), any_size)
+    assert load(path, detr(), detr_processor()).train[0]["pixel_values"].shape == (3, SIDE, SIDE)
+    example = load(path, detr(image_size=[SIDE, SIDE]), any_size).train[0]
+    assert example["pixel_values"].shape == (3, SIDE, SIDE)
+    assert not example["pixel_values"][:, SIDE // 2 :].any()
+    assert torch.allclose(example["labels"]["boxes"] * SIDE, torch.tensor([[6.0, 3.0, 4.0, 2.0]]))
 
 
 def test_an_example_is_the_same_alone_and_in_a_batch(tmp_path):
