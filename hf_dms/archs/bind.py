@@ -166,9 +166,9 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
     lacking = {dim.name for dim in spec.dims if dim.scope in ("layer", "model")} - used
     limits = tuple(limit for limit in spec.must_equal if lacking.isdisjoint(" ".join(limit).split()))
     spec = spec if limits == spec.must_equal else replace(spec, must_equal=limits)
-    numbers = {factor: int(factor) for param in (*params.values(), *buffers.values()) for factor in flat(param.axes)
-               if factor.isdigit()}  # fmt: skip
-    spec = replace(spec, dims=(*spec.dims, *(Dim(number, number) for number in numbers)))
+    factors = [name for param in (*params.values(), *buffers.values()) for name in flat(param.axes)]
+    numbers = {name: int(name) for name in factors if name.isdigit()}  # of tensors that stay whole
+    spec = replace(spec, dims=(*spec.dims, *(Dim(name, name) for name in numbers))) if numbers else spec
     sizes |= numbers
     return replace(bound, spec=spec, sizes=sizes, params=params, buffers=buffers, tied=tied, fixed_layers=fixed)
 
