@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from hf_dms import DMSConfig, DMSTrainer
+from hf_dms.experiment.allocator import keep_freed_memory_
 
 SHAPES = {
     "smollm2": {
@@ -160,6 +161,7 @@ def main():
     parser.add_argument("--frozen", action="store_true", help="freeze the weights in the search (p-)")
     parser.add_argument("--lora", type=int, default=0, help="rank of adapters that train in place of the weights")
     asked = parser.parse_args()
+    keep_freed_memory_()  # as `hf-dms prune` does, for the plain steps too
     for shape, layers, tokens in itertools.product(asked.shape, asked.layers, asked.tokens):
         compare(argparse.Namespace(**(vars(asked) | {"shape": shape, "layers": layers, "tokens": tokens})))
 
