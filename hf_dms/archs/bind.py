@@ -158,6 +158,7 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
     kind = type(model).__name__
     shapes = {name: shape for name, _, shape in plain_parameters(model)}
     params, fixed = _bind_tensors(bound, kind, "parameter", shapes, spec.lines(kind))
+    fixed |= {stack: frozenset(range(sizes[stack])) for stack in spec.chained}
     shapes = {name: tuple(buffer.shape) for name, buffer in plain_buffers(model)}
     buffers, _ = _bind_tensors(bound, kind, "buffer", shapes, spec.buffers)
     tied = frozenset(name for names in names_by_tensor(model).values() for name in names[1:])

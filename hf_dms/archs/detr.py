@@ -33,10 +33,10 @@ def linear(path: str, outputs: str, inputs: str) -> dict[str, str]:
     return {f"{path}.weight": f"{outputs} {inputs}", f"{path}.bias": outputs}
 
 
-def _attention(path: str, heads: str, d: str) -> dict[str, str]:
-    """Lines for an attention."""
+def attention(path: str, heads: str, d: str, maps: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")) -> dict[str, str]:
+    """Lines for an attention, with the maps that read the stream."""
     lines: dict[str, str] = {}
-    for name in ("q_proj", "k_proj", "v_proj"):
+    for name in maps:
         lines |= linear(f"{path}.{name}", f"({heads} {d})", "hidden")
     return lines | linear(f"{path}.o_proj", "hidden", f"({heads} {d})")
 
@@ -70,7 +70,7 @@ DETR = ArchSpec(
         Dim("one", "1"),
         *IMAGE,
     ),
-    params={name: line for path, dims in ATTENTIONS.items() for name, line in _attention(path, *dims).items()}
+    params={name: line for path, dims in ATTENTIONS.items() for name, line in attention(path, *dims).items()}
     | mlp("encoder.layers.{i}.mlp", "encoder_mlp")
     | mlp("decoder.layers.{i}.mlp", "decoder_mlp")
     | {f"{path}.{name}": "hidden" for path in NORMS for name in ("weight", "bias")},

@@ -7,6 +7,8 @@ from typing import Any
 from ..errors import HfDmsError
 from .beit import BEIT, DATA2VEC_VISION
 from .bert import BERT
+from .bind import dim_size
+from .conditional_detr import CONDITIONAL_DETR
 from .convnext import CONVNEXT
 from .convnextv2 import CONVNEXTV2
 from .deit import DEIT
@@ -34,7 +36,7 @@ from .yolos import YOLOS
 SPECS = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GRANITE, GEMMA, GEMMA2, GEMMA3),
     *(BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, ELECTRA),
-    *(VIT, DEIT, DINOV2, BEIT, DATA2VEC_VISION, YOLOS, DETR),
+    *(VIT, DEIT, DINOV2, BEIT, DATA2VEC_VISION, YOLOS, DETR, CONDITIONAL_DETR),
     *(CONVNEXT, CONVNEXTV2, RESNET, REGNET, MOBILENET_V2, EFFICIENTNET),
 )
 ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in SPECS}
@@ -49,6 +51,11 @@ def class_name(config: Any) -> str:
 def dense_spec(model_type: str) -> ArchSpec:
     """The description of a supported architecture. For a per-layer model type (`dms_*`), that of its dense one."""
     return ARCHS[model_type.removeprefix("dms_")]
+
+
+def scores_classes_alone(config: Any) -> bool:
+    """Whether a detector gives each class a probability of its own, without a class for no object."""
+    return dim_size(dense_spec(config.model_type).dim("classes"), config) == config.num_labels
 
 
 def spec_for(config: Any) -> ArchSpec:

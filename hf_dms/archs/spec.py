@@ -68,6 +68,8 @@ class ArchSpec:
         variants: config attribute → its value → the fields of this description that differ for such models.
         whole: modules, below the base model, that keep all of their tensors, whatever these are: a backbone with a
             config of its own. They have no lines.
+        chained: stacks (by their depth dims) whose layers are called with something that follows from what the layer
+            before returned, beside that. None of their layers is dropped.
         records_positions: whether the positions of all linear maps and convolutions are recorded from a forward pass of
             one image (positions.py). `params` then has none.
         heads: ending of a class name → lines of `params` that only classes with this ending have.
@@ -116,6 +118,7 @@ class ArchSpec:
     buffers: dict[str, str] = field(default_factory=dict)
     variants: dict[str, dict[Any, dict[str, Any]]] = field(default_factory=dict)
     whole: tuple[str, ...] = ()
+    chained: tuple[str, ...] = ()
     records_positions: bool = False
     config_ratios: dict[str, tuple[str, str]] = field(default_factory=dict)
     config_lists: tuple[str, ...] = ("layer_types",)
@@ -158,7 +161,8 @@ class ArchSpec:
     @property
     def prunable_in_words(self) -> tuple[str, ...]:
         """The same in words: one name for the dims of all stages, and no depth where no layer can be dropped."""
-        dropped = {depth for depth, path in self.stacks.items() if any(f"{path}.{{i" in name for name in self.params)}
+        numbered = {depth for depth, path in self.stacks.items() if any(f"{path}.{{i" in name for name in self.params)}
+        dropped = numbered - {*self.chained}
         found = [name for name in self.prunable if name in dropped or self.dim(name).scope != "depth"]
         return tuple(name for name in found if (of_all := re.sub(r"\d+$", "{s}", name)) == name or of_all not in found)
 
@@ -259,6 +263,11 @@ def _check_stacks(spec: ArchSpec) -> None:
             f"{spec.model_type}: one dim must have scope='depth' and be called {' and one '.join(stacks)}; got "
             f"{depth or 'none'}."
         )
+    for depth_dim in spec.chained:
+        if depth_dim not in stacks:
+            raise HfDmsError(
+                f"{spec.model_type}: `chained` mentions '{depth_dim}', which is none of {', '.join(stacks)}."
+            )
     for dim in spec.dims:
         if dim.scope == "layer" and dim.stack not in stacks:
             raise HfDmsError(

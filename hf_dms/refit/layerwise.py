@@ -211,7 +211,8 @@ class LayerWalk:
         self.calls, self.hidden = Shelf(offload), Shelf(offload)
         self.found: dict[tuple[str, LayerNames], StreamModules] = {}
         self._axis = stream_axis(bound)
-        self._inputs = Shelf(offload)  # inputs of the model, to run the modules between two stacks
+        self._inputs = Shelf(offload)  # inputs of the model, to run the modules between two stacks or chained layers
+        self._done = Shelf(offload)  # per batch, by a layer's number, what it returned, if that matters to later calls
         self._base = base
         self._in_tuples: bool | None = None  # whether layers return more than their hidden state, once one has run
         self._options = {} if bound.spec.cache is None else {"use_cache": False}
@@ -231,6 +232,7 @@ class LayerWalk:
         self.calls.append([call for _, call in calls])
         if len(self.bound.spec.stacks) > 1:
             self._inputs.append(inputs)
+            self._done.append({})
 
     def run(
         self,
@@ -266,11 +268,15 @@ class LayerWalk:
         """Move a batch behind a layer that returned `output`, in front of the next layer.
 
         If that is the first layer of the next stack, the modules between the two stacks are run too. For that the whole
-        model runs with all layers skipped, and the layers of the finished stack return `output`.
+        model runs with all layers skipped, and the layers of the finished stack return `output`. The same happens
+        between the layers of a chained stack, which return what each of them returned.
         """
-        stack = self.places[layer][0]
-        if layer + 1 < len(self.layers) and self.places[layer + 1][0] != stack:
-            outputs = {number: output for number, place in enumerate(self.places) if place[0] == stack}
+        stack, chained = self.places[layer][0], self.bound.spec.chained
+        if layer + 1 < len(self.layers) and (self.places[layer + 1][0] != stack or stack in chained):
+            finished = [number for number, place in enumerate(self.places) if place[0] == stack]
+            outputs = {layer: output} if stack in chained else dict.fromkeys(finished, output)
+            if chained:
+                outputs = self._done[batch] = self._done[batch] | outputs
             with self._skipped(outputs) as calls:
                 self._base(**self._inputs[batch], **self._options)
             output = calls[layer + 1][0]

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from ..archs.inputs import image_shape
+from ..archs.registry import scores_classes_alone
 from ..errors import HfDmsError
 from .average_precision import FOUND, TRUE, average_precision
 from .boxes import check_inside, read_boxes, read_categories
@@ -103,6 +104,11 @@ def load_examples(config: DataConfig, processor: Any, model_config: Any, head: H
         raise HfDmsError(
             f"model.path: the image processor is a {type(processor).__name__}, which takes no boxes. Save one for "
             "detection in its place, such as YolosImageProcessor."
+        )
+    if scores_classes_alone(model_config):
+        raise HfDmsError(
+            f"model.task object-detection takes detectors with a class for no object, as DETR and YOLOS have. A "
+            f"{model_config.model_type} gives each class a probability of its own. Prune it from Python."
         )
     prepare = preparation(processor, model_config, **_fitting(processor, model_config))
     sources = load_sources(config)

@@ -1,10 +1,17 @@
 """DETR beside the laws that all architectures obey: a backbone that stays whole, two stacks, two attentions a layer."""
 
+import pytest
 import torch
 from helpers.laws import batch_for, searched, tiny
 from helpers.refit import bound_of, cut_by
 from helpers.tiny import relative_difference, untouched
-from transformers import DetrForObjectDetection, DetrForSegmentation, DetrModel
+from transformers import (
+    ConditionalDetrForObjectDetection,
+    ConditionalDetrModel,
+    DetrForObjectDetection,
+    DetrForSegmentation,
+    DetrModel,
+)
 
 from hf_dms import DMSConfig, attach_, prune, repair_
 from hf_dms.archs.costs import build_cost
@@ -40,6 +47,11 @@ def test_without_dims_in_the_request_a_stock_detr_keeps_its_heads():
     assert list(gates_of(model).dims) == DIMS[3:]
 
 
+def test_decoder_layers_that_read_more_than_the_stream_are_never_dropped():
+    message = "Nothing is left to prune: no dim of dms.prune can be cut in this model"
+    untouched(tiny(ConditionalDetrModel), message, prune=("decoder_layers",))
+
+
 # ---- what is counted ----
 def test_a_backbone_is_counted_whole():
     model = tiny(DetrModel)
@@ -66,11 +78,12 @@ def test_the_cost_of_an_attention_is_in_queries_times_keys():
 
 
 # ---- a search and a repair of both stacks ----
-def test_importance_of_every_dim_follows_from_boxes_and_classes():
-    model = tiny(DetrForObjectDetection)
+@pytest.mark.parametrize("head", [DetrForObjectDetection, ConditionalDetrForObjectDetection])
+def test_importance_of_every_dim_follows_from_boxes_and_classes(head):
+    model = tiny(head)
     attach_(model, DMSConfig(target=0.5, layout="per_layer"))
     gates = gates_of(model)
-    assert list(gates.dims) == DIMS
+    assert list(gates.dims) == (DIMS if head is DetrForObjectDetection else DIMS[:-1])
     labels = [{"class_labels": torch.tensor([0, 2]), "boxes": torch.rand(2, 4) / 2} for _ in range(2)]
     model.train()(**batch_for(model), labels=labels).loss.backward()
     gates.update_importance_()
@@ -78,10 +91,12 @@ def test_importance_of_every_dim_follows_from_boxes_and_classes():
 
 
 @torch.no_grad()
-def test_a_walk_through_encoder_and_decoder_computes_what_the_model_computes():
-    model = tiny(DetrModel)
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("cls", [DetrModel, ConditionalDetrModel])
+def test_a_walk_through_encoder_and_decoder_computes_what_the_model_computes(cls, offload, tmp_path):
+    model = tiny(cls)
     (batch,) = images(1, 1)
-    walk = LayerWalk(model, bound_of(model), [batch])
+    walk = LayerWalk(model, bound_of(model), [batch], tmp_path if offload else None)
     for layer in range(len(walk.layers)):
         walk.advance(layer)
     expected = model(**batch).last_hidden_state
@@ -89,10 +104,12 @@ def test_a_walk_through_encoder_and_decoder_computes_what_the_model_computes():
 
 
 @torch.no_grad()
-def test_a_repair_brings_boxes_and_classes_closer_on_held_out_images():
-    model = tiny(DetrForObjectDetection)
+@pytest.mark.parametrize("head", [DetrForObjectDetection, ConditionalDetrForObjectDetection])
+def test_a_repair_brings_boxes_and_classes_closer_on_held_out_images(head):
+    model = tiny(head)
     kept = {"encoder_mlp": 2 * (torch.arange(12),), "decoder_mlp": 3 * (torch.arange(12),)}
-    kept |= {"cross_heads": 3 * (torch.tensor([0, 2]),), "decoder_layers": (torch.tensor([0, 2]),)}
+    kept |= {"cross_heads": 3 * (torch.tensor([0, 2]),)}
+    kept |= {"decoder_layers": (torch.tensor([0, 2]),)} if head is DetrForObjectDetection else {}
     pruned = cut_by(model, Plan(kept))
     (held_out,) = images(2, 1)
     expected = model(**held_out)

@@ -441,7 +441,7 @@ def test_open_gates_are_not_seen_and_taken_off_leave_the_model_as_it_was(head):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     before = outputs_of(model, batch_for(model))
-    attach_(model, DMSConfig(target=0.5, warmup_steps=1, layout="per_layer" if head in MOBILES else "uniform"))
+    attach_(model, DMSConfig(target=0.9, warmup_steps=1, layout="per_layer" if head in MOBILES else "uniform"))
     for module in model.train().modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()  # it would see the batch

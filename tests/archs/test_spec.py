@@ -145,7 +145,8 @@ def test_a_description_is_consistent_and_has_no_dim_that_nothing_uses(spec):
     used = {factor for line in lines for factor in flat(parse_axes(line))} | {*spec.stacks}
     used |= {factor for limit in spec.must_equal for product in limit for factor in product.split()}
     used |= {line.partition("@")[2].strip() for line in lines} | {*spec.tokens.split(), *spec.image.split()}
-    written = {*spec.config.values()}  # a fixed size may be there for the config alone
+    written = {*spec.config.values()}  # a fixed size may be there for the config alone, or for an attribute
+    written |= {factor for product in spec.attributes.values() for factor in product.partition("**")[0].split()}
     assert {dim.name for dim in spec.dims if dim.scope != "fixed" or dim.name not in written} <= used
 
 
@@ -170,7 +171,7 @@ NO_DIMS = {
     *("model_type", "layers", "config_ratios", "config_lists", "config_leaves_out", "unnormed", "must_be_false"),
     *("build_with", "alternative", "alternative_overrides", "alternative_needs"),
     *("stages", "families", "variants", "records_positions", "channels_first", "response_norms"),
-    *("must_be_true", "masked_batch_norms", "whole"),
+    *("must_be_true", "masked_batch_norms", "whole", "chained"),
 }
 
 
@@ -207,6 +208,7 @@ def test_every_field_of_a_description_is_checked_and_renamed_or_names_no_dims():
         ({"unnormed": ("proj",)}, "`unnormed` mentions 'proj', but `params` has no 'proj.weight'"),
         ({"channels_first": ("proj",)}, "`channels_first` mentions 'proj', but `params` has no 'proj.weight'"),
         ({"response_norms": ("proj",)}, "`response_norms` mentions 'proj', but `params` has no 'proj.weight'"),
+        ({"chained": ("stages",)}, "`chained` mentions 'stages', which is none of layers"),
         ({"dims": LLAMA.dims[:3]}, "scope='depth' and be called layers"),
     ],
 )

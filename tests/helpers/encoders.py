@@ -29,7 +29,8 @@ CONVNETS = (
     *REGNETS,
     *MOBILES,
 )
-DETRS = heads_of("Detr", "ObjectDetection")
+CONDITIONAL = heads_of("ConditionalDetr", "ObjectDetection")
+DETRS = (*heads_of("Detr", "ObjectDetection"), *CONDITIONAL)
 STACKED = (*CONVNETS, *DETRS)  # several stacks of layers, and MACs of an image
 TWINS = (*heads_of("XLMRoberta", *TASKS, "MaskedLM"), *heads_of("Camembert", *TASKS, "MaskedLM"))
 DIMS = ("heads", "mlp", "hidden", "layers")

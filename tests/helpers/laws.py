@@ -60,6 +60,7 @@ SIZES = {
     | dict(kernel_sizes=[3, 3, 5], in_channels=[32, 24, 20], out_channels=[24, 20, 36], strides=[1, 2, 1])
     | dict(num_block_repeats=[2, 1, 2], expand_ratios=[1, 2, 3], depthwise_padding=[2]),
     "detr": DETECTOR,
+    "conditional_detr": DETECTOR,
     "llama": DECODER,
     "mistral": DECODER,
     "qwen2": DECODER,

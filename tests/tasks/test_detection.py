@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from datasets import Dataset, Value
+from helpers.laws import tiny
 from helpers.scenes import NAMES, SIDE, detector, detr, detr_processor, pictures, processor, write_scenes
-from transformers import ViTImageProcessorPil
+from transformers import ConditionalDetrForObjectDetection, ViTImageProcessorPil
 
 from hf_dms.tasks.average_precision import FOUND, TRUE, average_precision
 from hf_dms.tasks.data import DataConfig
@@ -195,6 +196,12 @@ def test_a_processor_that_takes_no_boxes_is_refused(tmp_path):
     path = write_scenes(tmp_path / "a.parquet", BOXES, CATEGORIES)
     with pytest.raises(ValueError, match="processor is a ViTImageProcessorPil, which takes no boxes"):
         load(path, prepare=ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}))
+
+
+def test_a_detector_without_a_class_for_no_object_is_refused(tmp_path):
+    path = write_scenes(tmp_path / "a.parquet", BOXES, CATEGORIES)
+    with pytest.raises(ValueError, match=r"A conditional_detr gives each class a probability of its own. Prune it f"):
+        load(path, tiny(ConditionalDetrForObjectDetection), detr_processor())
 
 
 def test_what_is_not_installed_is_named_with_the_extra_that_brings_it(tmp_path, monkeypatch):
