@@ -35,7 +35,7 @@ def table(specs: tuple[ArchSpec, ...]) -> str:
     rows: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for spec in specs:
         dims = ", ".join(f"`{name}`" for name in spec.prunable_in_words)
-        stock = "; ".join(["stock", *limits_in_words(spec)]) if spec.config else "no: `per_layer` only"
+        stock = "; ".join(["stock", *limits_in_words(spec)]) if not spec.per_layer_only else "no: `per_layer` only"
         rows[", ".join(heads(spec)), dims, stock].append(f"`{spec.model_type}`")
     lines = [(", ".join(names), *cells) for cells, names in rows.items()]
     header = [("architectures", "heads", "dims", "`layout: uniform`"), ("---",) * 4]

@@ -20,9 +20,10 @@ def build_cost(bound: BoundSpec, model: nn.Module, resource: str, scope: str, se
 
     - params: every parameter, tied ones once.
     - macs: multiply-accumulates per token, that is, those of a sequence divided by its length. They include all
-      `nn.Linear`, all convolutions, and the attention scores over the full square of the sequence. Embedding lookups,
-      norms, activations and rotary embeddings are not counted. A sequence has `sequence_length` tokens, or as many as
-      the architecture says: the patches of an image, or one for a convolutional network.
+      `nn.Linear`, all convolutions, and the attention scores over the full square of the sequence, or of each of its
+      windows. Embedding lookups, norms, activations and rotary embeddings are not counted. A sequence has
+      `sequence_length` tokens, or as many as the architecture says: the patches of an image, or one for a network in
+      stages.
     - kv_bytes: bytes of keys and values per token, in the model's dtype.
 
     Args:

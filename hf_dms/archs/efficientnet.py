@@ -92,6 +92,7 @@ EFFICIENTNET = ArchSpec(
     | {f"{path}.num_batches_tracked": "" for path in NORMS},
     heads={"ForImageClassification": {"classifier.weight": "label top", "classifier.bias": "label"}},
     config={},
+    per_layer_only=True,
     records_positions=True,
     attributes={f"{BLOCK}.depthwise_conv.depthwise_conv.groups": "mid{s}"},
     outputs={"last_hidden_state": "top _ _", "pooler_output": "top"},

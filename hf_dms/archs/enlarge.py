@@ -39,9 +39,9 @@ def enlarged_config(
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not 1 <= factor < math.inf:
             raise HfDmsError(f"supernet.{name} must be a factor of at least 1, got {factor!r}.")
     spec, before = sized(spec_for(config), config)
-    if not spec.config:
+    if spec.per_layer_only:
         raise HfDmsError(
-            f"supernet: the stock config of {spec.model_type} holds no widths that could grow, its class derives them. "
+            f"supernet: the stock config of {spec.model_type} does not hold all widths, its class derives them. "
             "Search from a config whose own factors are larger, without a supernet."
         )
     held = held_by_fixed(spec)  # tied to a size that does not grow

@@ -77,6 +77,7 @@ MOBILENET_V2 = ArchSpec(
     buffers=BUFFERS,
     heads={"ForImageClassification": {"classifier.weight": "label top", "classifier.bias": "label"}},
     config={},
+    per_layer_only=True,
     records_positions=True,
     must_be_true=("first_layer_is_expansion",),
     attributes={

@@ -29,6 +29,7 @@ from .resnet import RESNET
 from .roberta import ROBERTA
 from .smollm3 import SMOLLM3
 from .spec import ArchSpec
+from .swin import SWIN
 from .vit import VIT
 from .xlm_roberta import CAMEMBERT, XLM_ROBERTA
 from .yolos import YOLOS
@@ -36,7 +37,7 @@ from .yolos import YOLOS
 SPECS = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GRANITE, GEMMA, GEMMA2, GEMMA3),
     *(BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, ELECTRA),
-    *(VIT, DEIT, DINOV2, BEIT, DATA2VEC_VISION, YOLOS, DETR, CONDITIONAL_DETR),
+    *(VIT, DEIT, DINOV2, BEIT, DATA2VEC_VISION, SWIN, YOLOS, DETR, CONDITIONAL_DETR),
     *(CONVNEXT, CONVNEXTV2, RESNET, REGNET, MOBILENET_V2, EFFICIENTNET),
 )
 ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in SPECS}
@@ -72,7 +73,7 @@ def spec_for(config: Any) -> ArchSpec:
         return ARCHS[model_type]
     if model_type.startswith("dms_"):
         dense = ARCHS.get(model_type.removeprefix("dms_"))
-        has_stock_form = dense is None or dense.config  # else no stock config holds its widths
+        has_stock_form = dense is None or not dense.per_layer_only
         several_rounds = ", or prune in several rounds with layout: uniform, which gives stock models"
         raise HfDmsError(
             f"model type '{model_type}' was pruned by hf_dms before, with a layout that differs from layer to layer: "

@@ -74,7 +74,8 @@ class ArchSpec:
             one image (positions.py). `params` then has none.
         heads: ending of a class name → lines of `params` that only classes with this ending have.
         config: config attribute (`"depths[1]"` for an entry of a list) → the product of dims that it holds.
-            Empty if a stock config holds no sizes that a cut could change: a cut model then has the per-layer format.
+        per_layer_only: whether the stock config does not hold every size that a cut could change. A cut model then has
+            the per-layer format, and `config` names the sizes that the stock config holds, if any.
         config_ratios: attribute of the stock config → the two attributes of `config` whose quotient it is.
         config_lists: config attributes that are lists with an entry for each layer.
         config_leaves_out: config attributes that the config class computes itself from the number of layers.
@@ -89,11 +90,15 @@ class ArchSpec:
         must_be_false: config flags of variants that this description does not support.
         must_be_true: config flags that a model must have, because this description does not support models without.
         attributes: `"module pattern.attribute"` → the product of dims that a module of a layer stores in this
-            attribute, or a power of it, `"d ** -0.5"`. Where `config` is empty, also a module outside the layers.
+            attribute, or a power of it, `"d ** -0.5"`. With `per_layer_only`, also a module outside the layers.
+        by_number: `"module pattern.attribute"` → the value that the stock class gives this attribute of a layer, as a
+            function of the config and the layer's number in its stack. A layer of a cut model keeps the value of its
+            number in the dense model. Only with `per_layer_only` and stages.
         build_with: config values with which the stock class can be built for any sizes, if it checks its config.
         attention: product of dims of the attention output at one position, for the cost of attention scores.
-        attentions: where queries and keys differ in number, in place of `attention`: pattern of a module → the product
-            of dims that the cost of its attention scores is proportional to. It needs `records_positions`.
+        attentions: where queries and keys differ in number or lie in windows, in place of `attention`: pattern of a
+            module → the product of dims that the cost of its attention scores is proportional to. It needs
+            `records_positions`.
         cache: product of dims of the key (and of the value) at one position; None for a model without a cache.
         tokens: product of dims that is the number of tokens of a sequence; empty if the input decides.
         image: dims of the axes of an input image; empty for text.
@@ -120,6 +125,7 @@ class ArchSpec:
     whole: tuple[str, ...] = ()
     chained: tuple[str, ...] = ()
     records_positions: bool = False
+    per_layer_only: bool = False
     config_ratios: dict[str, tuple[str, str]] = field(default_factory=dict)
     config_lists: tuple[str, ...] = ("layer_types",)
     config_leaves_out: tuple[str, ...] = ()
@@ -131,6 +137,7 @@ class ArchSpec:
     must_be_true: tuple[str, ...] = ()
     heads: dict[str, dict[str, str]] = field(default_factory=dict)
     attributes: dict[str, str] = field(default_factory=dict)
+    by_number: dict[str, Callable[[Any, int], int]] = field(default_factory=dict)
     build_with: dict[str, int] = field(default_factory=dict)
     attention: str = ""
     attentions: dict[str, str] = field(default_factory=dict)
@@ -247,7 +254,7 @@ def check_spec(spec: ArchSpec) -> None:
     recorded = {factor for product in spec.config.values() for factor in product.split()}
     if spec.families:  # with stages, per-layer configs hold sizes by the names of dims
         recorded |= {factor for limit in spec.must_equal for product in limit for factor in product.split()}
-    for name in spec.prunable if spec.config else ():
+    for name in () if spec.per_layer_only else spec.prunable:
         if name not in recorded:
             raise HfDmsError(
                 f"{spec.model_type}: '{name}' can be pruned, but no attribute in `config` holds its size, so the "
@@ -273,6 +280,8 @@ def _check_stacks(spec: ArchSpec) -> None:
             raise HfDmsError(
                 f"{spec.model_type}: dim '{dim.name}' has stack='{dim.stack}', which is none of {', '.join(stacks)}."
             )
+    if spec.by_number and not (spec.per_layer_only and spec.families):
+        raise HfDmsError(f"{spec.model_type}: `by_number` needs per_layer_only=True and stages.")
 
 
 def _check_names(spec: ArchSpec) -> None:

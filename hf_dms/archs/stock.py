@@ -145,12 +145,12 @@ def check_layout(bound: BoundSpec, layout: str, pruned: Collection[str], model_c
         model_config: the dense model's config.
 
     Raises:
-        ValueError: a stock config is asked for that holds no sizes, and see `check_padding`.
+        ValueError: a stock config is asked for that does not hold all sizes, and see `check_padding`.
     """
-    if layout != "per_layer" and not bound.spec.config:
+    if layout != "per_layer" and bound.spec.per_layer_only:
         raise HfDmsError(
-            f"layout {layout}: the stock config of {bound.spec.model_type} holds no widths, its class derives them. "
-            "Use layout: per_layer."
+            f"layout {layout}: the stock config of {bound.spec.model_type} does not hold all widths, its class derives "
+            "them. Use layout: per_layer."
         )
     if layout == "padded":
         check_padding(bound, pruned, model_config)

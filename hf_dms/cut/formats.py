@@ -51,17 +51,16 @@ def pruned_class_and_config(
     cls: Any = type(model)
     stock: Any = type(model.config)
     differ = any(largest[name] != size for layer in sizes for name, size in layer.items())
-    # A class that derives its widths (a config without sizes) can only hold the sizes that it derives: those of the
-    # dense model.
+    # A class that derives widths can only hold those that it derives: the dense model's.
     cut_at_all = any(bound.sizes[name] != size for name, size in largest.items())
-    fits = within_limits(bound.spec, largest) if bound.spec.config else not cut_at_all
+    fits = not cut_at_all if bound.spec.per_layer_only else within_limits(bound.spec, largest)
     stock_can = fits or has_alternative(bound.spec, model.config)
     # layout per_layer is written as a stock model too, where the search happens to end with equal layers: more runtimes
     # load it. Equal layers may still break a limit of the stock class (heads that do not divide hidden).
     if differ or (layout == "per_layer" and not stock_can):
         config_class = modeling_dms.dms_config_class(stock)
         values |= {"model_type": config_class.model_type, "auto_map": modeling_dms.auto_map(stock)}
-        values |= per_layer_values(bound, sizes, common)
+        values |= per_layer_values(bound, _with_numbered(bound, plan, sizes, model.config), common)
         return modeling_dms.dms_model_class(cls), config_class.from_dict(values)
     # Some configs hold a quotient in place of a size (DINOv2: the MLP's width over the hidden size).
     if fits:
@@ -106,7 +105,7 @@ def per_layer_values(bound: BoundSpec, sizes: list[dict[str, int]], common: dict
 
     Args:
         bound: the architecture.
-        sizes: units of every dim in each layer of the cut model.
+        sizes: units of every dim in each layer of the cut model, and its values of `by_number`.
         common: the values of the stock config, which hold for all layers.
     """
     if not bound.spec.families:
@@ -131,6 +130,17 @@ def per_layer_values(bound: BoundSpec, sizes: list[dict[str, int]], common: dict
     return {
         "dms_layers": {"stacks": stacks, "build_with": bound.spec.build_with} | _outside_layers(bound, common_sizes)
     }
+
+
+def _with_numbered(bound: BoundSpec, plan: Plan, sizes: list[dict[str, int]], config: Any) -> list[dict[str, int]]:
+    """Sizes of the cut model's layers, with the values that follow from a layer's number in the dense model."""
+    found = []
+    for layer, (stack, number) in zip(sizes, kept_layers(plan, bound), strict=True):
+        mine = bound.spec.by_number.items()
+        inside = f"{bound.spec.stacks[stack]}.{{i}}."
+        values = {key.removeprefix(inside): of(config, number) for key, of in mine if key.startswith(inside)}
+        found.append(layer | values)
+    return found
 
 
 def layer_description(bound: BoundSpec) -> dict[str, Any]:
@@ -158,9 +168,10 @@ def _inside_layers(bound: BoundSpec, stack: str) -> dict[str, Any]:
         for pattern, axes in (spec.params | spec.buffers).items()
         if pattern.startswith(f"{path}.") and any(map(compiled(pattern).fullmatch, inside))
     }
+    numbered = {pattern: pattern.removeprefix(f"{path}.{{i}}.") for pattern in spec.by_number}
     attributes = {
         pattern.removeprefix(f"{path}."): product
-        for pattern, product in spec.attributes.items()
+        for pattern, product in (spec.attributes | numbered).items()
         if pattern.startswith(f"{path}.")
     }
     return {"path": path, "axes": axes, "attributes": attributes}
@@ -178,9 +189,9 @@ def _outside_layers(bound: BoundSpec, sizes: dict[str, int]) -> dict[str, Any]:
     """
     spec = bound.spec
     hidden = {factor for key in spec.build_with if key in spec.config for factor in spec.config[key].split()}
-    # Without sizes in the config, the stock class builds its streams at their dense width, so their tensors outside the
-    # layers (stem, head) need resizing too.
-    hidden |= {dim.name for dim in spec.dims if dim.scope == "model"} if not spec.config else set()
+    # A stock class that derives its widths builds streams at their dense width, so their tensors outside the layers
+    # (stem, head) need resizing too.
+    hidden |= {dim.name for dim in spec.dims if dim.scope == "model"} if spec.per_layer_only else set()
 
     def unknown(lines: dict[str, str]) -> dict[str, str]:
         outside = {name: text for name, text in lines.items() if not name.startswith(paths)}

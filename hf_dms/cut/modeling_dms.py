@@ -192,6 +192,8 @@ def resize_(model, within, axes: dict[str, str], attributes: dict[str, str], siz
                 module.out_features, module.in_features = shape
             if isinstance(module, nn.Conv2d) and leaf == "weight":
                 module.out_channels, module.in_channels = shape[0], shape[1] * module.groups
+            if isinstance(module, nn.LayerNorm):
+                module.normalized_shape = shape
             resized[module] = None
     for module in resized:
         model._init_weights(module)

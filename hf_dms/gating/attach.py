@@ -125,7 +125,8 @@ def _hooks_for_masks(model: PreTrainedModel, gates: Gates, bound: BoundSpec) -> 
         elif paths := list(norms(bound, name)):
             for path in paths:
                 norm = submodule(model, path)
-                norm.forward = functools.partial(_masked_norm_forward, norm, gates, name, _axis_of(bound, path))
+                shape, axis = norm_shape(bound, path, name), _axis_of(bound, path)
+                norm.forward = functools.partial(_masked_norm_forward, norm, gates, name, shape, axis)
             for path in unnormed(bound, name):
                 hook = functools.partial(_mask_output, gates, name)
                 hooks.append(submodule(model, path).register_forward_hook(hook))
@@ -146,7 +147,7 @@ def _hooks_for_scales(model: PreTrainedModel, gates: Gates, bound: BoundSpec) ->
     """Multiply the outputs of norms by their scales, where they have scales, by the hooks that are returned."""
     return [
         submodule(model, path).register_forward_hook(
-            functools.partial(_scale_norm, gates, name, row, _axis_of(bound, path))
+            functools.partial(_scale_norm, gates, name, row, norm_shape(bound, path, name), _axis_of(bound, path))
         )
         for name, paths in scaled_norms(bound).items()
         if name in gates.scales
@@ -290,12 +291,20 @@ def unit_axis(bound: BoundSpec, path: str) -> int:
 def norms(bound: BoundSpec, name: str) -> Iterator[str]:
     """Paths of the norms over a dim: the modules with a weight vector of that dim, batch norms excepted.
 
-    A batch norm computes statistics of each unit separately, so leaving units out does not change the others.
+    A batch norm computes statistics of each unit separately, so leaving units out does not change the others. The
+    vector may be a product, such as (four hidden) for a norm over the units of four neighbours.
     """
     for parameter, param in bound.params.items():
         path, _, leaf = parameter.rpartition(".")
-        if leaf == "weight" and param.axes == ((name,),) and f"{path}.running_mean" not in bound.buffers:
+        in_vector = len(param.axes) == 1 and name in param.axes[0]
+        if leaf == "weight" and in_vector and f"{path}.running_mean" not in bound.buffers:
             yield path
+
+
+def norm_shape(bound: BoundSpec, path: str, name: str) -> tuple[int, int, int]:
+    """(units before, units of the dim, units after) on the axis of a norm over a dim, by the dim's or scales' name."""
+    param = bound.params[f"{path}.weight"]
+    return _row_and_shape(bound, name.removeprefix(NORMS), param, param.axes[0])[1]
 
 
 def scaled_norms(bound: BoundSpec) -> dict[str, list[str]]:
@@ -394,10 +403,19 @@ def _mask_output(gates: Gates, name: str, module: nn.Module, args: tuple, output
     return MaskUnits.apply(output, gates.log_masks[name][0], (1, gates.dims[name].units, 1))
 
 
-def _scale_norm(gates: Gates, name: str, row: int, axis: int, module: nn.Module, args: tuple, output: Tensor):
+def _scale_norm(
+    gates: Gates,
+    name: str,
+    row: int,
+    shape: tuple[int, int, int],
+    axis: int,
+    module: nn.Module,
+    args: tuple,
+    output: Tensor,
+):
     if (log_scales := gates.log_masks.get(name)) is None:  # the model runs without scales, see `open_gates`
         return None
-    return MaskUnits.apply(output, log_scales[row], (1, output.shape[axis], 1), axis)
+    return MaskUnits.apply(output, log_scales[row], shape, axis)
 
 
 def _gate_residual(gates: Gates, name: str, layer: int, module: nn.Module, args: tuple, kwargs: dict, output):
@@ -410,13 +428,18 @@ def _gate_residual(gates: Gates, name: str, layer: int, module: nn.Module, args:
     return GateResidual.apply(before, output, log_mask)
 
 
-def _masked_norm_forward(norm: nn.Module, gates: Gates, name: str, axis: int, x: Tensor) -> Tensor:
+def _masked_norm_forward(
+    norm: nn.Module, gates: Gates, name: str, shape: tuple[int, int, int], axis: int, x: Tensor
+) -> Tensor:
     centered = isinstance(norm, nn.LayerNorm)
     # The stock RMS norms of transformers name it differently from torch's layer norm.
     eps = norm.eps if centered else norm.variance_epsilon
     bias = norm.bias if centered else None
+    log_mask = gates.log_masks[name][0]
+    if shape[0] * shape[2] > 1:
+        log_mask = log_mask[None, :, None].expand(shape).reshape(-1)
     x = x.movedim(axis, -1)
-    return MaskedNorm.apply(x, gates.log_masks[name][0], norm.weight, bias, eps, centered).movedim(-1, axis)
+    return MaskedNorm.apply(x, log_mask, norm.weight, bias, eps, centered).movedim(-1, axis)
 
 
 def _masked_map_forward(

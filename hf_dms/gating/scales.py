@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 
 from ..archs.bind import BoundSpec
-from .attach import NORMS, gates_of, masked_inputs, scaled_norms
+from .attach import NORMS, gates_of, masked_inputs, norm_shape, scaled_norms
 
 
 def folded_scales(log_scales: Mapping[str, Tensor], bound: BoundSpec) -> dict[str, Tensor]:
@@ -37,7 +37,8 @@ def folded_scales(log_scales: Mapping[str, Tensor], bound: BoundSpec) -> dict[st
     for name, scales in log_scales.items():
         for row, path in enumerate(scaled_norms(bound)[name] if name.startswith(NORMS) else ()):
             own = [f"{path}.{leaf}" for leaf in ("weight", "bias") if f"{path}.{leaf}" in bound.params]
-            factors |= dict.fromkeys(own, scales[row].exp())
+            shape = norm_shape(bound, path, name)
+            factors |= dict.fromkeys(own, scales[row].exp()[None, :, None].expand(shape).reshape(-1))
         # The columns of a map belong to its inputs: W·(s∘x) = (W·diag(s))·x.
         for path, row, shape in masked_inputs(bound, name):
             weight = f"{path}.weight"

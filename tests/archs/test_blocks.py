@@ -1,4 +1,4 @@
-"""MobileNetV2 and EfficientNet: every block a stage of its own, and stock configs that hold no widths."""
+"""MobileNetV2 and EfficientNet: every block a stage of its own, and stock configs that do not hold their widths."""
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from transformers import (
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
     MobileNetV2ForSemanticSegmentation,
+    SwinForImageClassification,
 )
 
 from hf_dms import DMSConfig, attach_, prune, repair_
@@ -24,6 +25,7 @@ from hf_dms.cut.plan import Plan
 from hf_dms.refit.repairable import check_repairable
 
 CLASSES = (MobileNetV2ForImageClassification, EfficientNetForImageClassification)
+ONLY_PER_LAYER = (*CLASSES, SwinForImageClassification)
 
 
 def streams(spec, config):
@@ -80,7 +82,7 @@ def test_groups_of_a_depthwise_convolution_follow_its_width():
         assert block.conv_3x3.convolution.groups == int(sizes[f"mid{number}"])
 
 
-@pytest.mark.parametrize("head", CLASSES)
+@pytest.mark.parametrize("head", ONLY_PER_LAYER)
 def test_a_cut_classifier_takes_other_labels(head, tmp_path):
     model = tiny(head)
     searched(model, layout="per_layer")
@@ -93,10 +95,10 @@ def test_a_cut_classifier_takes_other_labels(head, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["uniform", "padded"])
-@pytest.mark.parametrize("head", CLASSES)
+@pytest.mark.parametrize("head", ONLY_PER_LAYER)
 def test_a_stock_layout_is_an_error_that_names_per_layer(head, layout):
-    message = f"layout {layout}: the stock config of {head.config_class.model_type} holds no widths, its class derives"
-    untouched(tiny(head), f"{message} them. Use layout: per_layer.", layout=layout)
+    message = f"layout {layout}: the stock config of {head.config_class.model_type} does not hold all widths, "
+    untouched(tiny(head), f"{message}its class derives them. Use layout: per_layer.", layout=layout)
 
 
 def test_variants_that_are_not_described_are_errors():
@@ -135,5 +137,5 @@ def test_repair_and_supernets_say_that_they_are_not_for_these(head):
         repair_(cut_by(model, plan), model, plan, [batch_for(model)])
     with pytest.raises(ValueError, match=widths):  # before a run, from the config alone
         check_repairable(model.to("meta"), bound_of(model))
-    with pytest.raises(ValueError, match=r"supernet: the stock config of \w+ holds no widths that could grow"):
+    with pytest.raises(ValueError, match=r"supernet: the stock config of \w+ does not hold all widths"):
         enlarged_config(model.config, width=2, depth=1)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers.encoders import DIMS, HEADS, MOBILES, RELATIVES, STACKED, dims_of, possible
+from helpers.encoders import DIMS, HEADS, PER_LAYER_ONLY, RELATIVES, STACKED, dims_of, possible
 from helpers.laws import (
     SHIPPED,
     batch_for,
@@ -38,8 +38,8 @@ BY_ARCH = [list(heads) for _, heads in itertools.groupby(SAVED, lambda head: hea
 def heads_by_layout(by_arch):
     """Every head per layer; stock in one of the two layouts, every architecture in both, but those without them."""
     return {
-        "uniform": [head for heads in by_arch for head in heads[::2] if head not in MOBILES],
-        "padded": [head for heads in by_arch for head in heads[1::2] or heads if head not in MOBILES],
+        "uniform": [head for heads in by_arch for head in heads[::2] if head not in PER_LAYER_ONLY],
+        "padded": [head for heads in by_arch for head in heads[1::2] or heads if head not in PER_LAYER_ONLY],
         "per_layer": [head for heads in by_arch for head in heads],
     }
 

@@ -1,19 +1,22 @@
 """Encoders obey the laws that Llama does: masked = cut = reloaded, counted = real, stock where the layout says so."""
 
 import itertools
+import math
 
 import pytest
 import torch
 from helpers.encoders import (
-    CONVNETS,
     DETRS,
     DIMS,
     HEADS,
     MOBILES,
+    PER_LAYER_ONLY,
     REGNETS,
     RELATIVES,
     RESNETS,
     STACKED,
+    STAGED,
+    SWINS,
     TIED,
     TWINS,
     dims_of,
@@ -99,8 +102,8 @@ def prefixes(head):
 def test_masked_equals_cut_equals_reloaded_in_stages(head, dims, layout, tmp_path):
     if not possible(head, dims, layout):
         averaged = layout == "padded" and head.config_class.model_type == "convnextv2" and "mlp" in dims
-        message = f"{layout}: the stock config of .* holds no widths" if head in MOBILES else CANNOT[layout, averaged]
-        message = HELD if head in DETRS else message
+        only = f"{layout}: the stock config of .* does not hold all widths"
+        message = only if head in PER_LAYER_ONLY else HELD if head in DETRS else CANNOT[layout, averaged]
         with pytest.raises(ValueError, match=message):
             attach_(tiny(head), DMSConfig(target=0.9, prune=dims, layout=layout))
         return
@@ -168,7 +171,7 @@ def test_masked_equals_cut_equals_reloaded_as_shipped(head, layout, tmp_path):
 def requests(draw):
     heads, layout = draw(st.integers(1, 4)), draw(st.sampled_from(["uniform", "per_layer", "padded"]))
     head = draw(st.sampled_from(HEADS + RELATIVES + STACKED))
-    layout = "per_layer" if head in MOBILES else layout
+    layout = "per_layer" if head in PER_LAYER_ONLY else layout
     config = (
         stages(draw, head)
         if head in STACKED
@@ -232,6 +235,8 @@ def stages(draw, head):
         return mobile(draw, head)
     if head in DETRS:
         return detr(draw)
+    if head in SWINS:
+        return windows(draw)
     count = draw(st.integers(1, 3))
     widths = draw(st.lists(st.integers(1, 6), min_size=count, max_size=count))
     config = dict(
@@ -260,6 +265,25 @@ def detr(draw):
     widths = dict(d_model=draw(st.sampled_from([12, 24])), num_queries=draw(st.integers(1, 6)))
     kind = dict(position_embedding_type=draw(st.sampled_from(["sine", "learned"])), num_channels=3)
     return heads | sizes | widths | kind | dict(backbone_config=draw(st.sampled_from(BACKBONES)))
+def windows(draw):
+    """A config of a Swin, whose stages are at least as large as a window; some pad their windows."""
+    count, window = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    absolute = draw(st.booleans())  # position embeddings are of whole patches only
+    last = draw(st.lists(st.integers(window, window + 3), min_size=2, max_size=2))  # sides of the last stage
+    lacking = draw(st.integers(0, 2 ** (count - 1) - 1))
+    sides = [2 * (side * 2 ** (count - 1) - lacking) for side in last]
+    heads = [draw(st.integers(1, 3)) for _ in range(count)]
+    return dict(
+        depths=draw(st.lists(st.integers(1, 3), min_size=count, max_size=count)),
+        num_heads=heads,
+        embed_dim=math.lcm(*heads) * draw(st.integers(1, 2)),
+        mlp_ratio=draw(st.sampled_from([1.0, 1.5, 3])),
+        window_size=window,
+        patch_size=2,
+        image_size=[side - draw(st.integers(0, not absolute)) for side in sides],
+        qkv_bias=draw(st.booleans()),
+        use_absolute_embeddings=absolute,
+    )
 
 
 def mobile(draw, head):
@@ -415,7 +439,7 @@ def test_a_follower_has_gates_only_where_the_model_has_its_parameters():
         ViTForImageClassification,
         Dinov2ForImageClassification,
         BeitForImageClassification,
-        *CONVNETS[1::2],
+        *STAGED[1::2],
     ],
 )
 def test_importance_of_every_dim_follows_from_training(head):
@@ -441,7 +465,7 @@ def test_open_gates_are_not_seen_and_taken_off_leave_the_model_as_it_was(head):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     before = outputs_of(model, batch_for(model))
-    attach_(model, DMSConfig(target=0.9, warmup_steps=1, layout="per_layer" if head in MOBILES else "uniform"))
+    attach_(model, DMSConfig(target=0.9, warmup_steps=1, layout="per_layer" if head in PER_LAYER_ONLY else "uniform"))
     for module in model.train().modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()  # it would see the batch

@@ -15,7 +15,7 @@ from hf_dms.archs.stock import held_by_fixed
 from hf_dms.gating.attach import gates_of
 
 BASIC = SIZES["resnet"] | dict(layer_type="basic", embedding_size=8, hidden_sizes=[8, 12, 16])
-NAMES = [*(name for name in SIZES if ARCHS[name].config), "resnet-basic"]
+NAMES = [*(name for name in SIZES if not ARCHS[name].per_layer_only), "resnet-basic"]
 
 
 def model_of(name):

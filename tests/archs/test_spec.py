@@ -171,7 +171,7 @@ NO_DIMS = {
     *("model_type", "layers", "config_ratios", "config_lists", "config_leaves_out", "unnormed", "must_be_false"),
     *("build_with", "alternative", "alternative_overrides", "alternative_needs"),
     *("stages", "families", "variants", "records_positions", "channels_first", "response_norms"),
-    *("must_be_true", "masked_batch_norms", "whole", "chained"),
+    *("must_be_true", "masked_batch_norms", "whole", "chained", "per_layer_only", "by_number"),
 }
 
 
@@ -209,6 +209,7 @@ def test_every_field_of_a_description_is_checked_and_renamed_or_names_no_dims():
         ({"channels_first": ("proj",)}, "`channels_first` mentions 'proj', but `params` has no 'proj.weight'"),
         ({"response_norms": ("proj",)}, "`response_norms` mentions 'proj', but `params` has no 'proj.weight'"),
         ({"chained": ("stages",)}, "`chained` mentions 'stages', which is none of layers"),
+        ({"by_number": {"layers.{i}.size": lambda config, number: number}}, "needs per_layer_only=True and stages"),
         ({"dims": LLAMA.dims[:3]}, "scope='depth' and be called layers"),
     ],
 )

@@ -96,8 +96,9 @@ CASES = {
     "mobilenet_v2": lambda: tiny(transformers.MobileNetV2ForImageClassification),
     "efficientnet": lambda: tiny(transformers.EfficientNetForImageClassification),
     "regnet": lambda: tiny(transformers.RegNetForImageClassification),
+    "swin": lambda: tiny(transformers.SwinForImageClassification),
 }
-NO_STOCK_LAYOUT = ("mobilenet_v2", "efficientnet")  # their stock configs hold no widths
+NO_STOCK_LAYOUT = ("mobilenet_v2", "efficientnet", "swin")  # their stock configs do not hold all widths
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-bf16", "bert", "resnet"])

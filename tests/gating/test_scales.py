@@ -13,6 +13,7 @@ from transformers import (
     Gemma2ForCausalLM,
     LlamaForCausalLM,
     ResNetForImageClassification,
+    SwinForImageClassification,
     ViTForImageClassification,
 )
 
@@ -50,10 +51,13 @@ def test_masked_equals_cut(cls, layout):
     assert relative_difference(outputs_of(prune(model), batch), masked) > 1e-3
 
 
-@pytest.mark.parametrize("cls", [ConvNextForImageClassification, ResNetForImageClassification])
-def test_masked_equals_cut_with_convolutions(cls, monkeypatch):
-    model = searched(tiny(cls))
-    assert any(name.startswith("norms.") for name in gates_of(model).scales) == (cls is ConvNextForImageClassification)
+@pytest.mark.parametrize(
+    "cls", [ConvNextForImageClassification, ResNetForImageClassification, SwinForImageClassification]
+)
+def test_masked_equals_cut_in_stages(cls, monkeypatch):
+    model = searched(tiny(cls), layout="per_layer" if cls is SwinForImageClassification else "uniform")
+    has_norms = any(name.startswith("norms.") for name in gates_of(model).scales)
+    assert has_norms == (cls is not ResNetForImageClassification)
     prune(model, inputs=batches_for(model)[0])  # compares the outputs
     monkeypatch.setattr("hf_dms.cut.slicing.folded_scales", lambda log_scales, bound: {})
     with pytest.raises(VerificationError):

@@ -1,4 +1,4 @@
-"""The encoders and convolutional networks of test_encoders.py and test_encoder_folders.py."""
+"""The encoders and networks in stages of test_encoders.py and test_encoder_folders.py."""
 
 from helpers.laws import TASKS, heads_of
 from transformers import CamembertForTokenClassification, XLMRobertaForMaskedLM
@@ -18,20 +18,22 @@ RELATIVES = (
 )
 RESNETS = heads_of("ResNet", "ImageClassification")
 REGNETS = heads_of("RegNet", "ImageClassification")
-MOBILES = {  # their stock configs hold no widths
+MOBILES = {
     **dict.fromkeys(heads_of("MobileNetV2", "ImageClassification"), ("mid", "stem", "first", "hidden", "top")),
     **dict.fromkeys(heads_of("EfficientNet", "ImageClassification"), ("mid", "squeeze", "stem", "hidden", "top")),
 }
-CONVNETS = (
+SWINS = heads_of("Swin", "ImageClassification")
+PER_LAYER_ONLY = MOBILES | dict.fromkeys(SWINS, ("heads", "mlp", "hidden", "layers"))
+STAGED = (
     *heads_of("ConvNext", "ImageClassification"),
     *heads_of("ConvNextV2", "ImageClassification"),
     *RESNETS,
     *REGNETS,
-    *MOBILES,
+    *PER_LAYER_ONLY,
 )
 CONDITIONAL = heads_of("ConditionalDetr", "ObjectDetection")
 DETRS = (*heads_of("Detr", "ObjectDetection"), *CONDITIONAL)
-STACKED = (*CONVNETS, *DETRS)  # several stacks of layers, and MACs of an image
+STACKED = (*STAGED, *DETRS)  # several stacks of layers, and MACs of an image
 TWINS = (*heads_of("XLMRoberta", *TASKS, "MaskedLM"), *heads_of("Camembert", *TASKS, "MaskedLM"))
 DIMS = ("heads", "mlp", "hidden", "layers")
 # Dims whose sizes the stock config derives from one another.
@@ -41,16 +43,16 @@ TIED |= {"regnet": {"groups", "squeeze", "first", "hidden", "embedding"}}
 
 
 def dims_of(cls):
-    """The dims of a model class; a convolutional network's are those of all stages together."""
+    """The dims of a model class; those of a network in stages are of all stages together."""
     if cls in RESNETS:
         return ("reduced", "mid", "hidden", "layers")
     if cls in REGNETS:
         return ("groups", "squeeze", "first", "hidden", "embedding", "layers")
-    if cls in MOBILES:
-        return MOBILES[cls]
+    if cls in PER_LAYER_ONLY:
+        return PER_LAYER_ONLY[cls]
     if cls in DETRS:
         return ("heads", "mlp", "layers")
-    return DIMS[1:] if cls in CONVNETS else DIMS
+    return DIMS[1:] if cls in STAGED else DIMS
 
 
 def possible(cls, dims, layout):
@@ -59,7 +61,7 @@ def possible(cls, dims, layout):
     Tied sizes: in BERT hidden = heads·d, in ConvNeXt mlp = 4·hidden, in ResNet hidden = 4·mid, and in RegNet all but
     layers.
     """
-    if cls in MOBILES:
+    if cls in PER_LAYER_ONLY:
         return layout == "per_layer"
     if cls in DETRS:
         return layout != "uniform" or "heads" not in dims  # its stock config ties heads to a width that stays

@@ -50,6 +50,8 @@ SIZES = {
     "regnet": dict(
         num_channels=2, image_size=16, embedding_size=16, hidden_sizes=[16, 24, 32], depths=[2, 3, 1], groups_width=8
     ),
+    "swin": dict(num_channels=2, image_size=16, patch_size=2, window_size=2, embed_dim=6, mlp_ratio=1.5)
+    | dict(depths=[2, 3, 1], num_heads=[2, 4, 3], drop_path_rate=0.0),
     "mobilenet_v2": dict(
         num_channels=2, image_size=32, depth_multiplier=0.125, depth_divisible_by=1, min_depth=1, expand_ratio=2
     )
