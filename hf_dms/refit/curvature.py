@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -22,7 +22,7 @@ from ..errors import HfDmsError
 from ..gating.attach import masked_inputs
 from .layerwise import LayerWalk, layers_of
 from .shelf import Shelf
-from .stream import StreamModules, slope, unfolded
+from .stream import StreamModules, added_otherwise, slope, unfolded
 
 Key = tuple[int, str]  # a layer, and the path of a map inside it
 
@@ -182,18 +182,11 @@ def collect_(
         missing, weights = aim - widened(found), position_weights(aim, places.relative)
         if places.behind or places.channels or places.scale != 1:
             run = recorder.outputs[path][counts], recorder.added[path][counts]
-            rows, channels = slope(block, places, path, *run) or _no_slope(path)
+            rows, channels = slope(block, places, path, *run) or added_otherwise(path)
             # A channel with factor 0 cannot reach the stream, whatever its map writes.
             missing = torch.where(channels == 0, 0, missing / (rows * channels)).to(missing.dtype)
             weights = weights * rows[:, 0].square()
         sums[number % len(sums)].add_(inputs, missing, weights)
-
-
-def _no_slope(path: str) -> NoReturn:
-    raise HfDmsError(
-        f"repair: what {path} writes is added to the residual stream in another way than in the first layer, or is not "
-        "finite. This architecture cannot be repaired."
-    )
 
 
 def position_weights(aim: Tensor, relative: bool = True) -> Tensor:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,18 @@ from ..archs.restoring import restoring
 from ..errors import HfDmsError
 from ..gating.attach import norms
 from .shelf import Shelf
-from .stream import Stop, StreamModules, StreamRecorder, check_streams, same, slope, stream_axis, stream_dim
+from .stream import (
+    Stop,
+    StreamModules,
+    StreamRecorder,
+    added_otherwise,
+    check_streams,
+    put_in_order,
+    same,
+    slope,
+    stream_axis,
+    stream_dim,
+)
 
 SAME_SCALE = 1e-2  # relative difference below which the fitted scales of two maps count as one common scale
 
@@ -81,7 +93,7 @@ def find_stream_modules(walk: LayerWalk, layer: int = 0) -> StreamModules:
 
     Raises:
         ValueError: the layer is of no known kind. Known: the stream passes norms, or a function at the end of a layer;
-            an output passes a norm without a mean, a batch norm or a scale.
+            an output passes a norm without a mean, a batch norm or a scale, or is put in another order of positions.
     """
     names, stack = _names_in(walk, layer), walk.places[layer][0]
     # Layers with the same modules write in the same way, so one run per kind of layer is enough.
@@ -124,10 +136,38 @@ def _candidates(walk: LayerWalk, layer: int, names: LayerNames) -> Iterator[Stre
     if len(writes) == len(names.parameters):
         plain.append(StreamModules(writes, channels=dict(zip(writes, names.parameters))))
     goes_on = walk.hidden[0].shape == whole.shape
+    written = {path: heard[path] for path in writes if path in heard}
+    if (moved := _moved(walk, layer, written, simple, walk.units_last(whole).shape)) is None:
+        return
     for ending, fresh in itertools.product((None, *endings), (False, True) if goes_on else (True,)):
-        yield from (dataclasses.replace(places, ending=ending, fresh=fresh) for places in plain)
-    if goes_on:
+        yield from (dataclasses.replace(places, moved=moved, ending=ending, fresh=fresh) for places in plain)
+    if goes_on and not moved:
         yield StreamModules(writes, scale=_common_scale(walk.run(layer, 0, StreamModules(writes))))
+
+
+def _moved(
+    walk: LayerWalk, layer: int, heard: Mapping[str, tuple[Tensor, Tensor]], simple: Sequence[str], stream: torch.Size
+) -> dict[str, str] | None:
+    """`StreamModules.moved` of a layer, empty where every linear map writes at the positions of the stream.
+
+    Args:
+        walk: a model, in front of the layer.
+        layer: number of the layer.
+        heard: input and output of the maps that write.
+        simple: paths of the modules without parameters.
+        stream: the shape of the stream, with units on the last axis.
+
+    Returns:
+        None if there is no module in front of which the positions are put in the order of the stream.
+    """
+    module, (args, kwargs) = walk.layers[layer], walk.calls[0][layer]
+    call = functools.partial(module, walk.hidden[0], *args, **kwargs)
+    found = {
+        path: put_in_order(module, path, simple, stream, call)
+        for path, (_, output) in heard.items()
+        if isinstance(module.get_submodule(path), nn.Linear) and output.shape != stream
+    }
+    return None if None in found.values() else {path: place[0] for path, place in found.items() if place}
 
 
 @contextlib.contextmanager
@@ -214,10 +254,14 @@ class LayerWalk:
         self._inputs = Shelf(offload)  # inputs of the model, to run the modules between two stacks or chained layers
         self._done = Shelf(offload)  # per batch, by a layer's number, what it returned, if that matters to later calls
         self._base = base
-        self._in_tuples: bool | None = None  # whether layers return more than their hidden state, once one has run
+        self._in_tuple: int | None = None  # length of the tuple that a layer returns, 0 for a tensor; once one has run
         self._options = {} if bound.spec.cache is None else {"use_cache": False}
         for batch in batches:
             self.add_(batch)
+
+    def units_last(self, hidden: Tensor) -> Tensor:
+        """A layer's hidden state with the units of the stream on the last axis."""
+        return hidden.movedim(self._axis, -1)
 
     def add_(self, batch: Mapping[str, Tensor]) -> None:
         """Add a batch, in front of the first layer; labels are ignored."""
@@ -252,10 +296,15 @@ class LayerWalk:
             hidden: the hidden state in front of the layer. Default: the batch's, which is in front of this layer.
         """
         args, kwargs = self.calls[batch][layer]
-        hidden = self.hidden[batch] if hidden is None else hidden
-        recorder = StreamRecorder(hidden, until, self._axis)
-        with contextlib.suppress(Stop), recorder.on(self.layers[layer], places):
-            output = self.layers[layer](hidden, *args, **kwargs)
+        module, hidden = self.layers[layer], self.hidden[batch] if hidden is None else hidden
+        call = functools.partial(module, hidden, *args, **kwargs)
+        orders = {}
+        for path, after in places.moved.items():
+            found = put_in_order(module, path, [after], self.units_last(hidden).shape, call)
+            _, orders[path] = found or added_otherwise(path)
+        recorder = StreamRecorder(hidden, until, self._axis, orders)
+        with contextlib.suppress(Stop), recorder.on(module, places):
+            output = call()
             recorder.output = output[0] if isinstance(output, tuple) else output
         return recorder
 
@@ -294,15 +343,16 @@ class LayerWalk:
         calls: list[tuple[Tensor, Call]] = []
         first = self.layers[0].forward
 
-        def skip(*args, **kwargs) -> Tensor | tuple[Tensor]:
-            if self._in_tuples is None:
+        def skip(*args, **kwargs) -> Tensor | tuple[Tensor | None, ...]:
+            if self._in_tuple is None:
                 # Some models unpack what a layer returns. One real call shows it, and after that no layer has to run.
-                self._in_tuples = isinstance(first(*args, **kwargs), tuple)
+                whole = first(*args, **kwargs)
+                self._in_tuple = len(whole) if isinstance(whole, tuple) else 0
             if not args:
                 args = (kwargs.pop("hidden_states"),)
             calls.append((args[0], (args[1:], kwargs)))
             output = (outputs or {}).get(len(calls) - 1, args[0])
-            return (output,) if self._in_tuples else output
+            return (output, *[None] * (self._in_tuple - 1)) if self._in_tuple else output
 
         with restoring(self.layers):
             for layer in self.layers:

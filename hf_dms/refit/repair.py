@@ -24,6 +24,8 @@ Special cases:
 - Some models scale or normalise a map's output before it is added to the stream (Granite, DINOv2, ConvNeXt, ResNet,
   Gemma 2 and 3). R is then converted to the map's own output. A norm fixes the size of its output, so a map in front of
   one can correct less.
+- Some maps write at positions in another order than the stream has, and at more of them (the padded windows of a Swin).
+  Their inputs and outputs are put in the order of the stream.
 - Convolutions: positions are places of an image, and inputs are unfolded, one batch at a time. A ResNet's block ends in
   a ReLU, and the target is the stream before it. Where a stage begins a new stream, the first maps that write into it
   (a block's last convolution, then its shortcut) write all of it. Layers between two stages do not change.

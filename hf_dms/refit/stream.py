@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ class StreamModules:
             of the modules that read the stream (Llama, ViT).
         behind: by map, the module that its output passes before it is added: a norm (Gemma 2 and 3, ResNet) or a scale
             per channel (DINOv2).
+        moved: by map, the first module that gets its output with positions in the order of the stream, where the map
+            has them in another order, or more of them (in windows of an image: Swin).
         channels: by map, the parameter of the layer that multiplies its output before it is added (ConvNeXt).
         scale: a number that multiplies the outputs of all maps before they are added (Granite).
         ending: the module that the stream passes at the end of the layer (the ReLU of a ResNet), if there is one.
@@ -45,6 +47,7 @@ class StreamModules:
     writes: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
     behind: Mapping[str, str] = field(default_factory=dict)
+    moved: Mapping[str, str] = field(default_factory=dict)
     channels: Mapping[str, str] = field(default_factory=dict)
     scale: float = 1.0
     ending: str | None = None
@@ -62,7 +65,7 @@ def stream_dim(bound: BoundSpec, stack: str | None = None) -> str:
     Raises:
         HfDmsError: the layers of the stack write streams of different widths.
     """
-    if bound.spec.families and len(bound.stacks) == 1:
+    if bound.spec.families and isinstance(bound.spec.layers, str):  # one list of blocks, each a stage
         raise HfDmsError(
             f"repair: the blocks of a {bound.spec.model_type} write residual streams of different widths, and least "
             "squares follow one stream through a stack of layers. This architecture cannot be repaired."
@@ -96,19 +99,25 @@ class StreamRecorder:
 
     Attributes:
         stream: the current stream; None before the first write into a new one.
-        inputs: by map, its input, with units on the axis where the layer has them.
-        outputs: by map, its output.
+        inputs: by map, its input, with units on the axis where the layer has them, and positions in the stream's order.
+        outputs: by map, its output, with positions in the stream's order.
         added: by map, the tensor that was added to the stream.
         sums: by map, the stream after its write, before a norm that the stream passes.
         normed: by norm in `StreamModules.norms`, its input.
         output: the output of the layer, if it has run to its end, with units on the axis where the layer has them.
         before_end: the stream in front of `StreamModules.ending`, or else the output.
+
+    Args:
+        stream: the hidden state in front of the layer.
+        until: the map after whose write the run stops. None: at the end.
+        axis: the axis of the hidden state that holds units, counted from the end.
+        orders: by map in `StreamModules.moved`, its positions in the stream's order, see `put_in_order`.
     """
 
     output: Tensor
 
-    def __init__(self, stream: Tensor, until: str | None, axis: int) -> None:
-        self.until, self.axis = until, axis
+    def __init__(self, stream: Tensor, until: str | None, axis: int, orders: Mapping[str, Tensor]) -> None:
+        self.until, self.axis, self.orders = until, axis, orders
         self.stream: Tensor | None = self.units_last(stream)
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
@@ -134,8 +143,10 @@ class StreamRecorder:
         listeners: list[tuple[str, Callable]] = [(path, functools.partial(self._normed, path)) for path in places.norms]
         for path in places.writes:
             factor = factors.get(path, places.scale)
-            listeners.append((path, functools.partial(self._wrote, path, path in places.behind, factor)))
+            passes = path in places.behind or path in places.moved
+            listeners.append((path, functools.partial(self._wrote, path, passes, factor)))
         listeners += [(after, functools.partial(self._passed, path)) for path, after in places.behind.items()]
+        listeners += [(after, functools.partial(self._moved, path)) for path, after in places.moved.items()]
         if places.ending is not None:
             listeners.append((places.ending, self._ends))
         hooks = [layer.get_submodule(path).register_forward_hook(listener) for path, listener in listeners]
@@ -154,7 +165,15 @@ class StreamRecorder:
     def _passed(self, path: str, module: nn.Module, args: tuple, output: Tensor) -> None:
         self._add(path, _units_last(module, output))
 
+    def _moved(self, path: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        for tensors in (self.inputs, self.outputs):
+            rows = tensors[path].flatten(0, -2)[self.orders[path]]
+            tensors[path] = rows.view(*output.shape[:-1], rows.shape[-1])
+        self._add(path, output)
+
     def _add(self, path: str, added: Tensor) -> None:
+        if self.stream is not None and added.shape != self.stream.shape:
+            added_otherwise(path)  # at other positions, which an earlier batch did not show
         self.added[path] = added.clone()  # the layer may add to it in place later
         self.sums[path] = self.stream = self.added[path] if self.stream is None else self.stream + added
         if path == self.until:
@@ -166,6 +185,48 @@ class StreamRecorder:
 
     def _ends(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         self._ended = args[0]
+
+
+@torch.no_grad()
+def put_in_order(
+    layer: nn.Module, path: str, paths: Iterable[str], shape: torch.Size, run: Callable[[], object]
+) -> tuple[str, Tensor] | None:
+    """The module that gets a map's output with positions in the order of the stream, and their numbers in the map.
+
+    It is found by a run in which the map's output at each position is the number of the position.
+
+    Args:
+        layer: the layer.
+        path: path of a linear map inside the layer.
+        paths: paths of modules inside the layer; the first to run after the map with an input in `shape` is taken.
+        shape: the shape of the stream.
+        run: runs the layer.
+
+    Returns:
+        Path of the module, and numbers of positions of the map `[positions of the stream]` int64 (the map may have more
+        positions); None if there is no such module.
+    """
+    ran, found = [], list[tuple[str, Tensor]]()
+
+    def number(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        ran.append(path)
+        numbers = torch.arange(output[..., 0].numel(), dtype=torch.float32, device=output.device)  # exact up to 2^24
+        return numbers.view(*output.shape[:-1], 1).expand_as(output)
+
+    def read(after: str, module: nn.Module, args: tuple) -> None:
+        if ran and args and isinstance(args[0], Tensor) and args[0].shape == shape:
+            found.append((after, args[0][..., 0].long().flatten()))
+            raise Stop
+
+    hooks = [layer.get_submodule(path).register_forward_hook(number)]
+    hooks += [layer.get_submodule(each).register_forward_pre_hook(functools.partial(read, each)) for each in paths]
+    try:
+        with contextlib.suppress(Stop):
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
 
 
 def _units_last(module: nn.Module, tensor: Tensor) -> Tensor:
@@ -259,6 +320,14 @@ def _factor(tensor: Tensor, to: Tensor, dim: int) -> Tensor:
     """The factor that brings a tensor closest to another one, by least squares along a dim."""
     square = tensor.square().sum(dim, keepdim=True)
     return (tensor * to).sum(dim, keepdim=True) / square.clamp(min=torch.finfo(square.dtype).tiny)
+
+
+def added_otherwise(path: str) -> NoReturn:
+    """Raise the error for a map whose output is not added to the stream as `StreamModules` says."""
+    raise HfDmsError(
+        f"repair: what {path} writes is added to the residual stream in another way than in the first layer, or is not "
+        "finite. This architecture cannot be repaired."
+    )
 
 
 def same(tensor: Tensor, other: Tensor) -> bool:

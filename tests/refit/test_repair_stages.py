@@ -1,4 +1,4 @@
-"""Repair of convolutional networks in stages: its equations, what it does not change, and the gain on unseen images."""
+"""Repair of networks in stages: its equations, what it does not change, and the gain on unseen images."""
 
 import pytest
 import torch
@@ -12,9 +12,10 @@ from transformers import (
     RegNetForImageClassification,
     ResNetForImageClassification,
     ResNetModel,
+    SwinForImageClassification,
 )
 
-from hf_dms import estimate_batch_norms_, prune, repair_
+from hf_dms import HfDmsError, estimate_batch_norms_, prune, repair_
 from hf_dms.cut.plan import Plan
 from hf_dms.refit.batch_norms import batch_norms, estimate_inner_norms_, taking_statistics
 from hf_dms.refit.interpolate import Interpolation
@@ -31,8 +32,10 @@ MODELS = {
     "convnext": (ConvNextForImageClassification, {}),
     "convnext without scales": (ConvNextForImageClassification, {"layer_scale_init_value": 0.0}),
     "convnextv2": (ConvNextV2ForImageClassification, {}),
+    "swin": (SwinForImageClassification, {}),
+    "swin, padded": (SwinForImageClassification, dict(window_size=3, depths=[2, 2], num_heads=[2, 4])),
 }
-INNER = ("mid", "reduced", "mlp", "groups", "squeeze")
+INNER = ("mid", "reduced", "mlp", "groups", "squeeze", "heads")
 PLANS = {"inner widths": INNER, "layers": ("layers",), "streams": ("hidden",), "all": (*INNER, "hidden", "layers")}
 
 
@@ -128,7 +131,8 @@ def test_a_walk_through_all_stages_computes_what_the_model_computes(name):
     with torch.no_grad():
         for layer in range(len(walk.layers)):
             walk.advance(layer)
-        assert torch.equal(walk.hidden[0], model.base_model(**batch).last_hidden_state)
+        last = model.base_model.layernorm(walk.hidden[0]) if name.startswith("swin") else walk.hidden[0]
+        assert torch.equal(last, model.base_model(**batch).last_hidden_state)
 
 
 @pytest.mark.parametrize(
@@ -283,8 +287,17 @@ def test_a_share_of_a_repair_is_one_of_its_statistics_too():
     assert {name.rpartition(".")[2] for name in changed(pruned, before)} == {"num_batches_tracked"}
 
 
+def test_images_that_fill_one_window_and_others_that_fill_several_are_not_repaired_on_together():
+    model = tiny(SwinForImageClassification, depths=[2], num_heads=[2], image_size=4)
+    plan = Plan({"mlp0": (torch.arange(4), torch.arange(4))})
+    small = next(images(model, 1))
+    model.config.image_size = 8
+    with pytest.raises(HfDmsError, match=r"what attention.o_proj writes is added to the residual stream in another w"):
+        repair_(cut_by(model, plan), model, plan, [small, next(images(model, 1))])
+
+
 # ---- that it helps ----
-CASES = [(name, plan) for name in ("basic", "bottleneck", "regnet", "convnext", "convnextv2") for plan in PLANS]
+CASES = [(name, plan) for name in ("basic", "bottleneck", "regnet", "convnext", "convnextv2", "swin") for plan in PLANS]
 
 
 @pytest.mark.parametrize(("name", "plan"), CASES)
@@ -305,7 +318,8 @@ def test_streams_of_trained_networks_come_closer_on_held_out_images(name, plan):
             hidden = "hidden" + stack.removeprefix("layers")
             units = plan.kept.get(hidden, (slice(None),))[0]
             aim = expected[max(i for i, place in enumerate(stacks) if place[0] == stack)][:, units]
-            weights = 1 / aim.square().mean(1, keepdim=True) if name.startswith("convnext") else 1 / aim.square().mean()
+            size, normed = aim.square(), name.startswith(("convnext", "swin"))
+            weights = 1 / (size.mean(1, keepdim=True) if normed else size.mean())
             yield float(((found[kept.index((stack, last))] - aim).square() * weights).mean())
 
     before = list(errors())
