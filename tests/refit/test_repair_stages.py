@@ -31,6 +31,7 @@ MODELS = {
     "regnet, x": (RegNetForImageClassification, {"layer_type": "x"}),
     "convnext": (ConvNextForImageClassification, {}),
     "convnext without scales": (ConvNextForImageClassification, {"layer_scale_init_value": 0.0}),
+    "convnext of one stage": (ConvNextForImageClassification, dict(num_stages=1, hidden_sizes=[6], depths=[3])),
     "convnextv2": (ConvNextV2ForImageClassification, {}),
     "swin": (SwinForImageClassification, {}),
     "swin, padded": (SwinForImageClassification, dict(window_size=3, depths=[2, 2], num_heads=[2, 4])),
