@@ -342,8 +342,7 @@ def test_the_laws_hold_for_any_config(tmp_path_factory, request_):
         assert written == sum(parameter.numel() for part in parts for parameter in part.parameters())
     else:
         length = 1 if head in STACKED else bound.sizes.get("tokens", 7)
-        stacks = bound.spec.stacks if head in STACKED else None
-        found = macs_by_the_flop_counter(pruned, scope, batch_for(pruned, batch=1), length, stacks)
+        found = macs_by_the_flop_counter(pruned, scope, batch_for(pruned, batch=1), length, bound.spec.stacks)
         assert written == pytest.approx(found, rel=1e-12)
 
 
