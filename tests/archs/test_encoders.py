@@ -265,6 +265,8 @@ def detr(draw):
     widths = dict(d_model=draw(st.sampled_from([12, 24])), num_queries=draw(st.integers(1, 6)))
     kind = dict(position_embedding_type=draw(st.sampled_from(["sine", "learned"])), num_channels=3)
     return heads | sizes | widths | kind | dict(backbone_config=draw(st.sampled_from(BACKBONES)))
+
+
 def windows(draw):
     """A config of a Swin, whose stages are at least as large as a window; some pad their windows."""
     count, window = draw(st.integers(1, 3)), draw(st.integers(1, 4))
