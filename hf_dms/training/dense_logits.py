@@ -20,7 +20,8 @@ from ..cut.verify import open_gates
 from ..errors import HfDmsError
 from ..gating.attach import gates_of
 from ..tasks.registry import task_of_class
-from .finetune import box_distance, distillation_loss, without_labels
+from .finetune import box_distance, distillation_loss
+from .taught import without_labels
 
 NO_DISTRIBUTION = ("regression", "multi_label_classification")  # values of a config's problem_type
 

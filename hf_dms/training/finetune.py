@@ -18,6 +18,7 @@ from .distributed import check_plugin, unshard_
 from .exact_resume import ExactCheckpointsMixin, loss_is_summed_over_micro_batches, train_or_resume_
 from .progress import show_progress_
 from .step_guard import FiniteStepsMixin
+from .taught import LOGITS, keep_logits_, without_labels
 
 BOX_WEIGHT = 5.0  # of the distance of boxes beside the classes: λ_L1 of DETR (Carion et al., arXiv 2005.12872, 9.4)
 
@@ -104,8 +105,21 @@ class DistillationTrainer(FiniteStepsMixin, ExactCheckpointsMixin, Trainer):
         self.distillation = distillation
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
 
+    def get_train_dataloader(self):
+        """Where the teacher's logits can be kept, they are computed first."""
+        if self.teacher is not None:
+            keep_logits_(self)
+        return super().get_train_dataloader()
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        if LOGITS not in columns:
+            columns.append(LOGITS)  # or `remove_unused_columns` takes them out of the examples
+
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         teacher, distillation = self.teacher, self.distillation
+        kept = inputs.pop(LOGITS, None)
         if not model.training or teacher is None or distillation is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         if distillation.weight == 1:  # the loss on the labels does not count, so its memory is saved
@@ -113,19 +127,14 @@ class DistillationTrainer(FiniteStepsMixin, ExactCheckpointsMixin, Trainer):
         else:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)
         with torch.no_grad():
-            taught = teacher(**without_labels(inputs))
+            taught = {"logits": kept} if kept is not None else teacher(**without_labels(inputs))
         summed = loss_is_summed_over_micro_batches(self, num_items_in_batch)
         share = 1 / self.current_gradient_accumulation_steps if summed else 1.0
         weight, temperature = distillation.weight, distillation.temperature
         causal = base_model_of(self.accelerator.unwrap_model(model)).can_generate()  # position i predicts label i + 1
-        divergence = distillation_loss(outputs.logits, taught.logits, temperature, inputs["labels"], shifted=causal)
+        divergence = distillation_loss(outputs.logits, taught["logits"], temperature, inputs["labels"], shifted=causal)
         loss = (1 - weight) * loss + weight * share * (divergence + box_distance(outputs, taught))
         return (loss, outputs) if return_outputs else loss
-
-
-def without_labels(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs of a model without labels, so that it computes logits and no loss."""
-    return {name: value for name, value in inputs.items() if name != "labels"}
 
 
 def box_distance(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> Tensor | float:

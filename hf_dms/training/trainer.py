@@ -37,11 +37,11 @@ from ..tasks.evaluate import evenly_spaced
 from .dense_logits import check_divergence, kl_to_dense, outputs_with_open_masks
 from .distributed import check_launch, check_plugin, leave_gates_out_, unsharded, without_ddp_for_frozen
 from .exact_resume import ExactCheckpointsMixin, loss_is_summed_over_micro_batches
-from .finetune import without_labels
 from .kept_plans import KeptPlans
 from .progress import show_progress_
 from .refitting import RefitCallback
 from .step_guard import FiniteStepsMixin
+from .taught import without_labels
 
 SCALE_RATE = 1.0  # learning rate of the scales at the start, relative to that of the prune ratios; it falls to 0
 

@@ -13,6 +13,7 @@ from transformers import BertForMaskedLM, ViTForImageClassification, default_dat
 
 from hf_dms.errors import NonFiniteError
 from hf_dms.tasks.task import Examples
+from hf_dms.training import taught
 from hf_dms.training.distillation import DistillationConfig
 from hf_dms.training.finetune import DistillationTrainer, distillation_loss, train_
 
@@ -104,6 +105,37 @@ def test_a_teacher_counts_the_same_in_micro_batches(tmp_path):
         found.append(weights(student))
     for name, tensor in found[0].items():
         assert torch.allclose(tensor, found[1][name], atol=1e-6)
+
+
+class Counting(ViTForImageClassification):
+    """A teacher that counts the images it sees."""
+
+    seen = 0
+
+    def forward(self, pixel_values, **kwargs):
+        self.seen += len(pixel_values)
+        return super().forward(pixel_values, **kwargs)
+
+
+@pytest.mark.parametrize(("most", "epochs", "times"), [(2**30, 3, 1), (0, 3, 3), (2**30, 1, 1)])
+def test_a_classifier_s_teacher_sees_an_example_once_where_its_logits_can_be_kept(
+    most, epochs, times, tmp_path, monkeypatch
+):
+    """The student is the same, but for the order of sums in another batch."""
+    images = Images()
+    options = {"num_train_epochs": epochs, "max_steps": -1, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
+    found = []
+    for limit in (most, 0):
+        monkeypatch.setattr(taught, "MOST_BYTES", limit)
+        teacher, student = Counting(tiny(ViTForImageClassification, 1).config), tiny(ViTForImageClassification)
+        teacher.load_state_dict(tiny(ViTForImageClassification, 1).state_dict())
+        folder = tmp_path / str(len(found))
+        train_(student, arguments(folder, **options), examples(images), teacher, DistillationConfig(0.5))
+        found.append((weights(student), teacher.seen))
+    (kept, seen), (computed, _) = found
+    beside = 4 if most == 0 and epochs > 1 else 0  # the first batch says how large the logits are
+    assert seen == times * len(images) + beside
+    assert all(torch.allclose(tensor, computed[name], atol=1e-4) for name, tensor in kept.items())
 
 
 @pytest.mark.parametrize(
