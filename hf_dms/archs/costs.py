@@ -76,7 +76,7 @@ def _mac_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):
         for layer in range(bound.num_layers):
             yield tuple(bound.spec.attention.split()), 2.0 * sequence_length, bound.depth, layer
     for path in bound.spec.whole:
-        yield (), recorded.macs.get(bound.prefix + path, 0.0) / sequence_length, None, None
+        yield (), recorded.macs_of(bound.prefix + path) / sequence_length, None, None
     for product, macs, stack, layer in _attention_macs(bound, recorded):
         factors = tuple(product.split())
         yield factors, macs / bound.product(factors) / sequence_length, stack, layer

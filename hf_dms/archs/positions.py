@@ -29,6 +29,13 @@ class Recorded:
     positions: dict[str, int]
     macs: dict[str, float]
 
+    def macs_of(self, path: str) -> float:
+        """MACs of a module, or of the modules in a list of them, which never runs itself."""
+        if path in self.macs:
+            return self.macs[path]
+        inside = [name for name in self.macs if name.startswith(f"{path}.")]
+        return sum(self.macs[name] for name in inside if not any(name.startswith(f"{other}.") for other in inside))
+
 
 @torch.no_grad()
 def recorded_run(bound: BoundSpec, model: Any) -> Recorded:

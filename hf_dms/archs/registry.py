@@ -27,6 +27,7 @@ from .qwen3 import QWEN3
 from .regnet import REGNET
 from .resnet import RESNET
 from .roberta import ROBERTA
+from .rt_detr import RT_DETR
 from .smollm3 import SMOLLM3
 from .spec import ArchSpec
 from .swin import SWIN
@@ -37,7 +38,7 @@ from .yolos import YOLOS
 SPECS = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GRANITE, GEMMA, GEMMA2, GEMMA3),
     *(BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, ELECTRA),
-    *(VIT, DEIT, DINOV2, BEIT, DATA2VEC_VISION, SWIN, YOLOS, DETR, CONDITIONAL_DETR),
+    *(VIT, DEIT, DINOV2, BEIT, DATA2VEC_VISION, SWIN, YOLOS, DETR, CONDITIONAL_DETR, RT_DETR),
     *(CONVNEXT, CONVNEXTV2, RESNET, REGNET, MOBILENET_V2, EFFICIENTNET),
 )
 ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in SPECS}
@@ -56,7 +57,8 @@ def dense_spec(model_type: str) -> ArchSpec:
 
 def scores_classes_alone(config: Any) -> bool:
     """Whether a detector gives each class a probability of its own, without a class for no object."""
-    return dim_size(dense_spec(config.model_type).dim("classes"), config) == config.num_labels
+    sizes = [dim_size(dim, config) for dim in dense_spec(config.model_type).dims if dim.name == "classes"]
+    return config.num_labels + 1 not in sizes
 
 
 def spec_for(config: Any) -> ArchSpec:

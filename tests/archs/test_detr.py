@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.laws import batch_for, searched, tiny
+from helpers.laws import batch_for, macs_by_the_flop_counter, searched, tiny
 from helpers.refit import bound_of, cut_by
 from helpers.tiny import relative_difference, untouched
 from transformers import (
@@ -11,6 +11,8 @@ from transformers import (
     DetrForObjectDetection,
     DetrForSegmentation,
     DetrModel,
+    RTDetrForObjectDetection,
+    RTDetrModel,
 )
 
 from hf_dms import DMSConfig, attach_, prune, repair_
@@ -19,6 +21,7 @@ from hf_dms.cut.plan import Plan
 from hf_dms.gating.attach import gates_of
 from hf_dms.refit.layerwise import LayerWalk
 
+HEADED = [DetrForObjectDetection, ConditionalDetrForObjectDetection, RTDetrForObjectDetection]
 HEADS = ["encoder_heads", "decoder_heads", "cross_heads"]
 DIMS = [*HEADS, "encoder_mlp", "decoder_mlp", "encoder_layers", "decoder_layers"]
 
@@ -77,11 +80,21 @@ def test_the_cost_of_an_attention_is_in_queries_times_keys():
         assert found["cross_heads"] == head * (2 * width * (queries + places) + 2 * queries * places)
 
 
+@pytest.mark.parametrize("cls", [DetrModel, RTDetrModel])
+def test_whole_modules_and_lists_of_them_are_counted_as_the_flop_counter_does(cls):
+    model = tiny(cls)
+    bound = bound_of(model)
+    counted = build_cost(bound, model, "macs", "model", None)
+    sizes = {name: torch.tensor([size]) for name, size in bound.sizes.items()}
+    batch = {"pixel_values": torch.zeros(1, 2, 64, 96)}
+    assert float(counted.count(sizes)) == macs_by_the_flop_counter(model, "model", batch, 1)
+
+
 # ---- a search and a repair of both stacks ----
-@pytest.mark.parametrize("head", [DetrForObjectDetection, ConditionalDetrForObjectDetection])
+@pytest.mark.parametrize("head", HEADED)
 def test_importance_of_every_dim_follows_from_boxes_and_classes(head):
     model = tiny(head)
-    attach_(model, DMSConfig(target=0.5, layout="per_layer"))
+    attach_(model, DMSConfig(target=0.99, layout="per_layer"))
     gates = gates_of(model)
     assert list(gates.dims) == (DIMS if head is DetrForObjectDetection else DIMS[:-1])
     labels = [{"class_labels": torch.tensor([0, 2]), "boxes": torch.rand(2, 4) / 2} for _ in range(2)]
@@ -92,7 +105,7 @@ def test_importance_of_every_dim_follows_from_boxes_and_classes(head):
 
 @torch.no_grad()
 @pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize("cls", [DetrModel, ConditionalDetrModel])
+@pytest.mark.parametrize("cls", [DetrModel, ConditionalDetrModel, RTDetrModel])
 def test_a_walk_through_encoder_and_decoder_computes_what_the_model_computes(cls, offload, tmp_path):
     model = tiny(cls)
     (batch,) = images(1, 1)
@@ -100,11 +113,12 @@ def test_a_walk_through_encoder_and_decoder_computes_what_the_model_computes(cls
     for layer in range(len(walk.layers)):
         walk.advance(layer)
     expected = model(**batch).last_hidden_state
-    assert relative_difference(model.decoder.layernorm(walk.hidden[0]), expected) < 1e-6
+    found = walk.hidden[0] if cls is RTDetrModel else model.decoder.layernorm(walk.hidden[0])
+    assert relative_difference(found, expected) < 1e-6
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("head", [DetrForObjectDetection, ConditionalDetrForObjectDetection])
+@pytest.mark.parametrize("head", HEADED)
 def test_a_repair_brings_boxes_and_classes_closer_on_held_out_images(head):
     model = tiny(head)
     kept = {"encoder_mlp": 2 * (torch.arange(12),), "decoder_mlp": 3 * (torch.arange(12),)}

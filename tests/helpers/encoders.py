@@ -32,7 +32,8 @@ STAGED = (
     *PER_LAYER_ONLY,
 )
 CONDITIONAL = heads_of("ConditionalDetr", "ObjectDetection")
-DETRS = (*heads_of("Detr", "ObjectDetection"), *CONDITIONAL)
+RT_DETRS = heads_of("RTDetr", "ObjectDetection")
+DETRS = (*heads_of("Detr", "ObjectDetection"), *CONDITIONAL, *RT_DETRS)
 STACKED = (*STAGED, *DETRS)  # several stacks of layers, and MACs of an image
 TWINS = (*heads_of("XLMRoberta", *TASKS, "MaskedLM"), *heads_of("Camembert", *TASKS, "MaskedLM"))
 DIMS = ("heads", "mlp", "hidden", "layers")

@@ -30,6 +30,12 @@ DETECTOR = dict(d_model=24, num_queries=5, dropout=0.0, image_size=[64, 96]) | {
     **dict(num_channels=2, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=20),
     **dict(decoder_layers=3, decoder_attention_heads=3, decoder_ffn_dim=16),
 }
+LEVELS = {name: value for name, value in DETECTOR.items() if name != "num_channels"} | {
+    "backbone_config": dict(model_type="rt_detr_resnet", hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 1, 1])
+    | dict(num_channels=2, embedding_size=4, out_features=["stage2", "stage3", "stage4"]),
+    **dict(encoder_in_channels=(12, 16, 20), encoder_hidden_dim=16, decoder_in_channels=(16, 16, 16)),
+    **dict(d_model=16, decoder_attention_heads=4, decoder_n_points=2, num_denoising=6),
+}
 SIZES = {
     "bert": TEXT,
     "roberta": TEXT,
@@ -63,6 +69,7 @@ SIZES = {
     | dict(num_block_repeats=[2, 1, 2], expand_ratios=[1, 2, 3], depthwise_padding=[2]),
     "detr": DETECTOR,
     "conditional_detr": DETECTOR,
+    "rt_detr": LEVELS,
     "llama": DECODER,
     "mistral": DECODER,
     "qwen2": DECODER,
