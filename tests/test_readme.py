@@ -1,4 +1,4 @@
-"""The Python of docs/python.md runs unchanged, and that of the README on a tiny model."""
+"""The Python of the README and of pages without a test of their own runs, on tiny models."""
 
 import copy
 import json
@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.recipes import WORDS
-from helpers.tiny import Tokens, tiny_llama
+from helpers.tiny import Tokens, search_, tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM, default_data_collator
 
+from hf_dms import DMSConfig, attach_, prune, save_pruned
 from hf_dms.cut.verify import outputs_of
 
 ROOT = Path(__file__).parents[1]
@@ -87,3 +88,51 @@ def test_the_python_of_the_readme_prunes_and_prints_it(dense, tmp_path, monkeypa
     assert 0.7 * whole < pruned <= 0.8 * whole
     assert AutoModelForCausalLM.from_pretrained("smaller").num_parameters() == names["pruned"].num_parameters()
     assert (tmp_path / "smaller" / "tokenizer_config.json").is_file()
+
+
+def blocks_of(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 asks for it
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+def test_the_python_of_the_page_on_adapters_runs(tmp_path, monkeypatch):
+    (code,) = blocks_of("adapters.md")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda path: tiny_llama())
+    names = {"dataset": Tokens(), "collator": default_data_collator}
+    exec(code.replace("max_steps=300", "max_steps=12, disable_tqdm=True"), names)
+    assert type(names["pruned"]).__name__ == "DmsLlamaForCausalLM"
+    assert not any("lora" in name for name, _ in names["pruned"].named_parameters())
+
+
+def test_the_python_of_the_page_on_runtimes_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for layout, folder in (("uniform", "quickstart"), ("per_layer", "smollm2-per-layer")):
+        model = tiny_llama()
+        attach_(model, DMSConfig(target=0.8, layout=layout))
+        search_(model)
+        save_pruned(prune(model), tmp_path / "outputs" / folder)
+    for code in blocks_of("runtimes.md"):
+        exec(code, names := {})
+        found.append(type(names["model"]).__module__.partition(".")[0])
+    assert found == ["transformers", "hf_dms"]
+
+
+def test_the_python_of_the_page_on_several_processes_runs(tmp_path):
+    """In a group of one process, in which the mean over processes is the process's own."""
+    (code,) = blocks_of("distributed.md")
+    found = []
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for run in (code, "model.dms_gates.update_importance_()"):
+            attach_(model := tiny_llama().train(), DMSConfig(target=0.8, warmup_steps=0))
+            batch = Tokens()[0]["input_ids"][None]
+            model(batch, labels=batch).loss.backward()
+            exec(run, {"model": model, "torch": torch})
+            found.append(torch.cat([model.dms_gates.raw_importance(name).flatten() for name in model.dms_gates.dims]))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert found[0].sum() > 0
+    assert torch.equal(*found)
