@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-WORKERS ?= 3
+WORKERS ?= 2
 
 .PHONY: quickstart model data test test-slow test-lowest lint docs
 
@@ -13,7 +13,7 @@ model: models/smollm2-135m models/minilm models/vit
 
 data: models/movie-sentiment models/fashion-mnist
 
-# processes of one thread each, more than two cores: many tests wait for a process of their own. A file stays in one
+# two processes of one thread each; a file stays in one process, so that what its tests share is made once
 test: $(VENV)/installed lint
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=25
 

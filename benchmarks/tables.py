@@ -10,17 +10,13 @@ from hf_dms.experiment.rows import append_row, provenance
 
 
 def add_row(script: str, cells: dict[str, Any], device: str = "cpu") -> None:
-    """Append a row to a table, with what produced it, and print it.
+    """Append a row to a table, with what produced it and the machine's load over the last minute, and print it.
 
     Args:
         script: the path of the script, `__file__`; its name is the table's.
         cells: what the row says, by column.
         device: the type of the device that was measured.
     """
-    append_row(Path(__file__).with_name("tables") / f"{Path(script).stem}.jsonl", row_of(cells, device))
+    row = {"cells": cells, "load": round(os.getloadavg()[0], 1)} | provenance(torch.device(device))
+    append_row(Path(__file__).with_name("tables") / f"{Path(script).stem}.jsonl", row)
     print(" | ".join(f"{column}: {value}" for column, value in cells.items()), flush=True)
-
-
-def row_of(cells: dict[str, Any], device: str) -> dict[str, Any]:
-    """A row: the cells, what produced them, and how busy the machine was (its load over the last minute)."""
-    return {"cells": cells, "load": round(os.getloadavg()[0], 1)} | provenance(torch.device(device))

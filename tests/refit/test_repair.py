@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.laws import tiny
+from helpers.marks import ordinary_if
 from helpers.refit import batches_for, captured, cut_by, layers_of, text, weights_of_positions
 from helpers.tiny import relative_difference, search_, token_batch
 from transformers import (
@@ -137,7 +138,12 @@ CASES += [(cls, plan, 0.9) for cls in SCALING for plan in ("per_layer", "depth",
 CASES += [(cls, plan, 0.97) for cls in NORMALISING for plan in ("per_layer", "uniform", "depth", "first layer gone")]
 
 
-@pytest.mark.parametrize(("cls", "plan", "share"), CASES)
+@pytest.mark.parametrize(
+    ("cls", "plan", "share"),
+    ordinary_if(
+        lambda cls, plan, _: ((*CLASSES, *SCALING, *NORMALISING).index(cls) + list(PLANS).index(plan)) % 2 == 0, CASES
+    ),
+)
 def test_stream_and_outputs_come_closer_on_held_out_data(cls, plan, share):
     model = tiny(cls)
     layout, plan = "uniform" if plan == "uniform" else "per_layer", PLANS[plan]
