@@ -94,15 +94,8 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
     """
     folder = unfinished_folder(recipe) if folder is None else folder
     if recipe.hub.repo_id is not None:
-        check_repo_id(recipe.hub.repo_id)
-        path, base = recipe.model.path, recipe.model.base
-        if Path(path).is_dir():
-            check_not_base(recipe.hub.repo_id, recipe.hub.revision, base or base_metadata(path).get("base_model"))
-        else:
-            check_not_base(recipe.hub.repo_id, recipe.hub.revision, base or path, recipe.model.revision)
-        check_token()
-    # The order is that of cost: names and folders, then the config, then the data (which may take minutes to read), and
-    # weight files last.
+        _check_hub(recipe, recipe.hub.repo_id)
+    # In the order of cost: names and folders, the config, the data (which may take minutes to read), weight files last.
     check_place(recipe.output.path, sources_of(recipe))
     arguments = {"search": training_arguments(recipe, "train", folder / "search")}
     check_training_arguments(arguments["search"])
@@ -121,17 +114,15 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
         with saying_where("recover."):
             recover_examples = load_more_examples(recipe.recover.data, recipe.task, processor, config, examples)
     texts = load_texts(recipe, recipe.eval.texts, processor, config, examples)
-    # Before any model is built: the number of classes decides the size of the head.
-    config.update(examples.config)
+    config.update(examples.config)  # before any model is built: the number of classes decides the size of the head
     original = None
     if recipe.model.supernet is not None:
         recipe, config, original = in_supernet(recipe, empty_model(recipe, config))
     empty = empty_model(recipe, config)
     bound = bind(spec_for(config), empty)
-    # From here on the target is a fraction, whatever the recipe gave.
+    # From here on the target is a fraction, whatever the recipe gave: lengths follow from the share that is cut.
     recipe = dataclasses.replace(recipe, dms=with_share(recipe.dms, bound, empty))
     _check_sizes(recipe)
-    # After the target is a fraction: lengths follow from the share that is cut.
     recipe = with_recover_defaults(recipe, empty, recover_examples, arguments["search"].world_size)
     if recipe.recover.train is not None:
         arguments["recover"] = training_arguments(recipe, "recover", folder / "recover")
@@ -148,6 +139,17 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
     lora = {section: lora_config(recipe, section) for section in ("lora", "recover.lora")}
     _check_adapters(recipe, config, lora)
     return Prepared(recipe, config, processor, examples, texts, recover_examples, arguments, lora, original)
+
+
+def _check_hub(recipe: Recipe, repo_id: str) -> None:
+    """Check that the result can be pushed, and not over its base."""
+    check_repo_id(repo_id)
+    path, base = recipe.model.path, recipe.model.base
+    if Path(path).is_dir():
+        check_not_base(repo_id, recipe.hub.revision, base or base_metadata(path).get("base_model"))
+    else:
+        check_not_base(repo_id, recipe.hub.revision, base or path, recipe.model.revision)
+    check_token()
 
 
 def load_texts(

@@ -58,8 +58,7 @@ def reconstruct_(
     groups = [{"params": [copy], "lr": RATE * float(copy.square().mean().sqrt())} for copy in copies]
     optimizer = torch.optim.Adam(groups, betas=BETAS)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, epochs * len(trained))
-    # A generator of its own, so that the same batches give the same repair.
-    order = torch.Generator().manual_seed(0)
+    order = torch.Generator().manual_seed(0)  # of its own, so that the same batches give the same repair
 
     def error(number: int) -> Tensor:
         found = student.run(layer, number, places, until=path).sums[path]
@@ -86,9 +85,7 @@ def reconstruct_(
             optimizer.step()
             schedule.step()
             for weight, copy in zip(weights, copies):
-                # The layer computes with weights in its own precision; the copies gather steps that are smaller than
-                # its resolution.
-                weight.copy_(copy)
+                weight.copy_(copy)  # rounded to the layer's precision; the copies gather steps below its resolution
         if (now := held_out_error()) < least:
             least, best = now, as_they_are()
     for weight, value in zip(weights, best):

@@ -41,7 +41,7 @@ def train_(
     Args:
         model: the model. All of its weights train, unless `lora` is given.
         arguments: the Trainer's arguments.
-        examples: the training data.
+        examples: the training data. An example must be the same each time (see taught.py) if there is a teacher.
         teacher: the dense model, for distillation.
         distillation: weight and temperature of the teacher.
         lora: `peft.LoraConfig` of adapters that train in place of the weights. They are merged at the end.
@@ -77,8 +77,7 @@ def train_(
     trainer.accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
     if lora is not None:
         trained.merge_and_unload()
-        # PEFT froze the base weights.
-        model.requires_grad_(True)
+        model.requires_grad_(True)  # PEFT froze the base weights
     unshard_(model, arguments.device)
     for name, dtype in precisions.items():
         parameter = model.get_parameter(name)

@@ -31,7 +31,8 @@ class Taught(torch.utils.data.Dataset):
 def keep_logits_(trainer: Any) -> None:
     """Add the teacher's logits to a distilling Trainer's training examples, in place, if that saves work.
 
-    They are computed in the order of the examples, so that a resumed training gets the same numbers. Nothing is done
+    They are computed in the order of the examples, so that a resumed training gets the same numbers. An example must be
+    the same each time that it is read: logits of one random crop would be wrong for the next one. Nothing is done
     for a single epoch, for several processes (each would compute all of them), for models with more than one prediction
     per example, whose logits are too large to keep, or above `MOST_BYTES`.
 

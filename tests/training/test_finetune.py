@@ -155,18 +155,27 @@ def test_the_cache_setting_survives_a_training(tmp_path):
     assert model.config.use_cache
 
 
-def test_a_training_resumes_bit_for_bit_with_its_log(tmp_path):
+@pytest.mark.parametrize(
+    ("make", "data"),
+    [
+        (lambda seed: tiny_llama(seed=seed, attention_dropout=0.1), Tokens),
+        (lambda seed: tiny(ViTForImageClassification, seed, hidden_dropout_prob=0.1), Images),
+    ],
+    ids=["llama", "vit, whose teacher's logits are kept"],
+)
+def test_a_training_resumes_bit_for_bit_with_its_log(make, data, tmp_path):
     """A checkpoint lies in the middle of an epoch, and between two logs."""
     found = []
     for resume in (None, str(tmp_path / "checkpoint-3")):
         args = arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=3, logging_steps=4)
-        model = tiny_llama(seed=1 if resume else 0, attention_dropout=0.1)
+        model = make(1 if resume else 0)
         trainer = DistillationTrainer(
-            model=model, args=args, train_dataset=Tokens(), teacher=tiny_llama(seed=2),
+            model=model, args=args, train_dataset=data(), teacher=make(2),
             distillation=DistillationConfig(0.5), max_nonfinite_steps=3,
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=resume)
         found.append((weights(model), stories(trainer)))
+        assert isinstance(trainer.train_dataset, taught.Taught) == (data is Images)
     assert bit_equal(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]
 
