@@ -122,29 +122,42 @@ def repair_(
         masks, judges = list[Tensor | None](), list[Mapping[str, Tensor]]()
         _add_batches_((teacher, student), masks, judges, batches)
         _check_batches(masks, epochs)
-        passed, ranges = 0, _kept_ranges(bound, plan)
-        for position, layers in enumerate(ranges):
-            # Layers that are dropped before the first kept one: the dense model runs them, the cut model has none.
-            for layer in range(passed, layers.start):
-                teacher.advance(layer)
-            # `targets_of_layers` moves the dense model behind all layers of the range.
-            passed = layers.stop
-            stack, number = teacher.places[layers.start]
-            units = _kept_stream(bound, plan, stack)
-            readers = readers_of(teacher, layers.start, plan)
-            places, targets = targets_of_layers(teacher, layers, units)
-            where = f"layer {number}" if len(bound.stacks) == 1 else f"layer {number} of {stack}"
-            _repair_layer_(student, places, position, targets, readers, masks, ridge, epochs, where)
-            if len(layers) > 1:
-                # The last map now writes the stream behind the dropped layers, which their last norm is made for.
-                _take_over_norm_(student.layers[position], teacher.layers[layers[-1]], places, units)
-            student.advance(position)
-            if progress is not None:
-                progress(position + 1, len(ranges))
+        _repair_layers_(teacher, student, plan, masks, ridge, epochs, progress)
         if line is not None:
             line.keep_best_share_(judges)
             if callable(interpolate):
                 interpolate(line.share)
+
+
+def _repair_layers_(
+    teacher: LayerWalk,
+    student: LayerWalk,
+    plan: Plan,
+    masks: list[Tensor | None],
+    ridge: float | None,
+    epochs: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Repair the layers of the cut model one after the other, in place; arguments as in `repair_`."""
+    bound = teacher.bound
+    passed, ranges = 0, _kept_ranges(bound, plan)
+    for position, layers in enumerate(ranges):
+        # Layers that are dropped before the first kept one: the dense model runs them, the cut model has none.
+        for layer in range(passed, layers.start):
+            teacher.advance(layer)
+        passed = layers.stop  # `targets_of_layers` moves the dense model behind all layers of the range
+        stack, number = teacher.places[layers.start]
+        units = _kept_stream(bound, plan, stack)
+        readers = readers_of(teacher, layers.start, plan)
+        places, targets = targets_of_layers(teacher, layers, units)
+        where = f"layer {number}" if len(bound.stacks) == 1 else f"layer {number} of {stack}"
+        _repair_layer_(student, places, position, targets, readers, masks, ridge, epochs, where)
+        if len(layers) > 1:
+            # The last map now writes the stream behind the dropped layers, which their last norm is made for.
+            _take_over_norm_(student.layers[position], teacher.layers[layers[-1]], places, units)
+        student.advance(position)
+        if progress is not None:
+            progress(position + 1, len(ranges))
 
 
 def _add_batches_(
