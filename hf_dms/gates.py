@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .errors import HfDmsError
 from .resource import Cost, Sizes, resource_loss, scheduled_target
-from .topk import linear_topk_count, log_soft_topk_mask, num_kept, topk_mask
+from .topk import linear_count, log_soft_topk_mask, num_kept, topk_mask, units_above
 
 
 @dataclass(frozen=True)
@@ -458,13 +458,18 @@ class Gates(nn.Module):
             `[...]` float64, on the gates' device.
         """
         device = self.prune_ratio.device
-        cost, sizes = self.cost if cost is None else cost.to(device), {n: size.to(device) for n, size in sizes.items()}
-        kept = {
-            stack: linear_topk_count(self.importance(stack)[0], sizes[stack].squeeze(-1))
-            for stack in cost.stacks
-            if stack in self.dims
-        }
-        return cost.count(sizes, kept)
+        return self.counter(device, cost)({name: size.to(device) for name, size in sizes.items()})
+
+    def counter(self, device: torch.device, cost: Cost | None = None) -> Callable[[Sizes], Tensor]:
+        """`count` as a function of sizes on a device. The layers are ranked once, by their importance as it is now."""
+        cost = (self.cost if cost is None else cost).to(device)
+        above = {s: units_above(self.importance(s)[0].to(device)) for s in cost.stacks if s in self.dims}
+
+        def count(sizes: Sizes) -> Tensor:
+            kept = {stack: linear_count(order, sizes[stack].squeeze(-1)) for stack, order in above.items()}
+            return cost.count(sizes, kept)
+
+        return count
 
     def target(self, progress: float) -> float:
         """The falling target at a point of the search, as a fraction of the dense resource; 1 while warming up."""

@@ -43,6 +43,7 @@ class Cost:
         Returns:
             `[...]` float64.
         """
+        sizes = _in_double(sizes)
         total = torch.zeros((), dtype=torch.float64, device=next(iter(sizes.values())).device)
         for stack in self.stacks:
             cost, kept = self.per_layer(sizes, stack), (layers_kept or {}).get(stack)
@@ -54,6 +55,7 @@ class Cost:
     def per_layer(self, sizes: Sizes, stack: str = "layers") -> Tensor:
         """Cost of each layer of a stack, `[..., layers]` float64."""
         # Each term `[..., layers]`, or `[..., 1]` if it holds only dims of the whole model: broadcast before the sum.
+        sizes = _in_double(sizes)
         terms = [coefficient * _product(sizes, monomial) for monomial, coefficient in self.stacks[stack].items()]
         return torch.stack(torch.broadcast_tensors(*terms)).sum(0)
 
@@ -70,11 +72,16 @@ class Cost:
         return Cost(model={}, stacks=self.stacks)
 
 
+def _in_double(sizes: Sizes) -> Sizes:
+    # float32 has 24 bits, so a count above 16.7 million parameters would be off by some. Rounding counts thousands of
+    # times, and to look at a dtype takes less time than to convert what is converted.
+    return {name: size if size.dtype is torch.float64 else size.double() for name, size in sizes.items()}
+
+
 def _product(sizes: Sizes, monomial: Monomial) -> Tensor:
-    # float64: float32 has 24 bits, so a count above 16.7 million parameters would be off by some.
     if not monomial:
         return torch.ones(1, dtype=torch.float64, device=next(iter(sizes.values())).device)
-    return math.prod((sizes[dim].double() for dim in monomial[1:]), start=sizes[monomial[0]].double())
+    return math.prod((sizes[dim] for dim in monomial[1:]), start=sizes[monomial[0]])
 
 
 def resource_loss(resource: Tensor, target: Tensor | float) -> Tensor:

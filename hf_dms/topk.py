@@ -171,6 +171,14 @@ def linear_topk_count(importance: Tensor, units_kept: Tensor) -> Tensor:
     Returns:
         `[..., units]` in [0, 1], differentiable in `units_kept`.
     """
-    num_units = importance.shape[-1]
-    from_the_top = num_units - 1 - ranks(importance.detach())
-    return (units_kept.unsqueeze(-1) - from_the_top).clamp(0, 1)
+    return linear_count(units_above(importance), units_kept)
+
+
+def units_above(importance: Tensor) -> Tensor:
+    """How many units are more important than each unit, `[..., units]` int64: 0 for the best."""
+    return importance.shape[-1] - 1 - ranks(importance.detach())
+
+
+def linear_count(above: Tensor, units_kept: Tensor) -> Tensor:
+    """`linear_topk_count` of units whose `units_above` are known."""
+    return (units_kept.unsqueeze(-1) - above).clamp(0, 1)

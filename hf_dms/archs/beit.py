@@ -21,6 +21,7 @@ TABLE = "relative_position_bias.relative_position_bias_table"
 def num_distances(config: Any) -> int:
     """Number of rows of a table: one per distance of two patches along both sides, and three for the class token."""
     (height, width), (patch_height, patch_width) = sides(config.image_size), sides(config.patch_size)
+    # The three: from the class token to a patch, from a patch to it, and from it to itself.
     return (2 * (height // patch_height) - 1) * (2 * (width // patch_width) - 1) + 3
 
 
@@ -50,6 +51,7 @@ BEIT = replace(
         "shared_position_bias.relative_position_bias_table": "distances heads",
     },
     variants=_one_choice_of_heads(DIMS),
+    # Names of layers, for backbones. The stock class derives them from the number of layers, which a cut changes.
     config_leaves_out=("stage_names", "out_features", "out_indices"),
     outputs={},
 )

@@ -6,6 +6,7 @@ cost of the model, the slices of tensors, the values of the config.
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -188,12 +189,12 @@ def _bind_tensors(
     model_type = bound.spec.model_type
     found: dict[str, BoundParam] = {}
     fixed: dict[str, set[int]] = {stack: set() for stack in bound.stacks}
-    patterns = [(compiled(pattern), pattern) for pattern in lines]
+    patterns = tuple(lines)
     for name, shape in shapes.items():
         if bound.is_whole(name):  # each axis is a fixed dim with its size for a name
             found[name] = BoundParam(tuple((str(size),) for size in shape), None)
             continue
-        matches = [pattern for regex, pattern in patterns if regex.fullmatch(name.removeprefix(bound.prefix))]
+        matches = _matching(patterns, name.removeprefix(bound.prefix))
         if len(matches) != 1:
             raise HfDmsError(
                 f"{model_type}: {what} '{name}' {shape} matches {len(matches)} lines of the "
@@ -285,6 +286,12 @@ def _positions(text: str, sizes: dict[str, int]) -> int | None:
     return int(positions) if positions.isdigit() else sizes[positions]
 
 
+@functools.lru_cache(maxsize=10_000)  # a model is bound several times: by attach_, by prune, when it is saved
+def _matching(patterns: tuple[str, ...], name: str) -> tuple[str, ...]:
+    return tuple(pattern for pattern in patterns if compiled(pattern).fullmatch(name))
+
+
+@functools.cache  # re keeps 512 expressions, and the descriptions have more
 def compiled(pattern: str) -> re.Pattern[str]:
     """The regular expression for a pattern of names: `{i}` stands for any layer, `{i>0}` for any but the first."""
     escaped = re.escape(pattern)

@@ -31,10 +31,12 @@ CONVNEXT = ArchSpec(
         "embeddings.patch_embeddings.bias": "hidden0",
         "embeddings.layernorm.weight": "hidden0",
         "embeddings.layernorm.bias": "hidden0",
+        # Between two stages, so not in a layer: the first stage has none.
         "encoder.stages.{s}.downsampling_layer.0.weight": "hidden{s-1}",
         "encoder.stages.{s}.downsampling_layer.0.bias": "hidden{s-1}",
         "encoder.stages.{s}.downsampling_layer.1.weight": "hidden{s} hidden{s-1} two two",
         "encoder.stages.{s}.downsampling_layer.1.bias": "hidden{s}",
+        # Depthwise: one input channel per kernel. The number of groups follows the width.
         "encoder.stages.{s}.layers.{i}.dwconv.weight": "hidden{s} one kernel kernel",
         "encoder.stages.{s}.layers.{i}.dwconv.bias": "hidden{s}",
         "encoder.stages.{s}.layers.{i}.layernorm.weight": "hidden{s}",
@@ -50,9 +52,11 @@ CONVNEXT = ArchSpec(
     heads={"ForImageClassification": {"classifier.weight": "label hidden{last}", "classifier.bias": "label"}},
     config={"hidden_sizes[{s}]": "hidden{s}", "depths[{s}]": "layers{s}"},
     records_positions=True,
+    # These two norms see [batch, channels, height, width], where the others see the channels last.
     channels_first=("embeddings.layernorm", "encoder.stages.{s}.downsampling_layer.0"),
     outputs={"last_hidden_state": "hidden{last} _ _", "pooler_output": "hidden{last}"},
     tokens="one",
     image="channels height width",
+    # The stock class multiplies by four, so with a stock layout the two are only pruned together.
     must_equal=(("four hidden{s}", "mlp{s}"),),
 )

@@ -12,5 +12,6 @@ CONVNEXTV2 = replace(
         "encoder.stages.{s}.layers.{i}.grn.weight": "one one one mlp{s}",
         "encoder.stages.{s}.layers.{i}.grn.bias": "one one one mlp{s}",
     },
+    # It divides by a mean over the units, so a unit that is 0 would still count. Gates replace that mean.
     response_norms=("encoder.stages.{s}.layers.{i}.grn",),
 )

@@ -42,6 +42,7 @@ def build_cost(bound: BoundSpec, model: nn.Module, resource: str, scope: str, se
     outside: dict[Monomial, float] = defaultdict(float)
     layered: dict[str, dict[Monomial, Tensor]] = {stack: {} for stack in bound.stacks}
     for factors, coefficient, stack, layer in terms:
+        # Fixed sizes go into the coefficient, so the polynomial has only what a search can change.
         monomial, number = bound.monomial(factors)
         if stack is None:
             outside[monomial] += coefficient * number
@@ -66,14 +67,17 @@ def _mac_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):
     recorded = recorded_run(bound, model) if bound.spec.records_positions else Recorded({}, {})
     for name, param in bound.params.items():
         module_path, _, leaf = name.rpartition(".")
+        # Counted below, as one number: what stays whole costs the same at any size of the rest.
         if bound.is_whole(name):
             continue
+        # A map runs once per token, unless a run on the meta device or the description says how often it runs.
         if leaf == "weight" and isinstance(plain_module(submodule(model, module_path)), (nn.Linear, nn.Conv2d)):
             positions = recorded.positions.get(module_path, param.positions)
             share = 1.0 if positions is None else positions / sequence_length
             yield flat(param.axes), share, param.stack, param.layer
     if bound.spec.attention:
         for layer in range(bound.num_layers):
+            # Scores and weighted values: two products with every token of the sequence.
             yield tuple(bound.spec.attention.split()), 2.0 * sequence_length, bound.depth, layer
     for path in bound.spec.whole:
         yield (), recorded.macs_of(bound.prefix + path) / sequence_length, None, None
@@ -89,6 +93,7 @@ def _attention_macs(bound: BoundSpec, recorded: Recorded):
     for pattern, product in bound.spec.attentions.items():
         for path, macs in recorded.macs.items():
             if compiled(pattern).fullmatch(path.removeprefix(bound.prefix)):
+                # What torch counted in the module includes its linear maps. They are terms of their own.
                 own = sum(count for inner, count in in_maps.items() if inner.startswith(f"{path}."))
                 yield product, macs - own, *bound.layer_of(path)
 
@@ -100,4 +105,5 @@ def _cache_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None
         )
     bytes_per_number = next(model.parameters()).dtype.itemsize
     for layer in range(bound.num_layers):
+        # Keys and values.
         yield tuple(bound.spec.cache.split()), 2.0 * bytes_per_number, bound.depth, layer

@@ -99,5 +99,6 @@ DETR = ArchSpec(
     attentions={path: f"{heads} {d}" for path, (heads, d) in ATTENTIONS.items()},
     tokens="one",
     image="channels height width",
+    # The stock class splits the width among the heads: fewer heads would be wider ones.
     must_equal=tuple((f"{heads} {d}", "hidden") for heads, d in ATTENTIONS.values()),
 )

@@ -47,10 +47,14 @@ DINOV2 = replace(
     },
     heads={"ForImageClassification": {"classifier.weight": "label (two hidden) @ 1", "classifier.bias": "label"}},
     config_ratios={"mlp_ratio": ("intermediate_size", "hidden_size")},
+    # Names of layers, for backbones. The stock class derives them from the number of layers, which a cut changes.
     config_leaves_out=("stage_names", "out_features", "out_indices"),
+    # The largest model only, whose MLP is gated, with other names.
     must_be_false=("use_swiglu_ffn",),
     attributes={"encoder.layer.{i}.attention.num_attention_heads": "heads"},
+    # Any ratio will do: the per-layer class resizes each layer after it is built.
     build_with={"mlp_ratio": 1},
     outputs={},
+    # The config holds their ratio, which must be whole.
     must_divide=(("hidden", "mlp"),),
 )

@@ -63,5 +63,6 @@ DISTILBERT = replace(
         "transformer.layer.{i}.attention.attention_head_size": "d",
         "transformer.layer.{i}.attention.scaling": "d ** -0.5",
     },
+    # The stock class checks that the heads divide the width. One head divides any width; each layer is resized later.
     build_with={"n_heads": 1},
 )

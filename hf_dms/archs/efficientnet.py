@@ -47,6 +47,7 @@ def _kernel(config: Any, stage: int) -> int:
 
 
 BLOCK = "encoder.blocks.{s}"
+# Convolutions have no biases of their own: a batch norm follows each, except inside squeeze-and-excitation.
 KERNELS = {
     "embeddings.convolution": "stem channels three three",
     "encoder.blocks.0.expansion.expand_conv": "mid0 stem one one",
@@ -71,6 +72,7 @@ EFFICIENTNET = ArchSpec(
     stages=lambda config: len(_blocks(config)),
     layers="encoder.blocks",
     dims=(
+        # A residual stream runs through blocks of equal width. `same_as` makes one dim of those that are equal in size.
         Dim("mid0", lambda config: _mid(config, 0), scope="model", same_as="stem"),
         Dim("mid{s}", _mid, scope="model", same_as="hidden{s-1}"),
         Dim("squeeze{s}", _squeeze, scope="model"),
@@ -91,6 +93,7 @@ EFFICIENTNET = ArchSpec(
     buffers={f"{path}.{name}": axes for path, axes in NORMS.items() for name in NORM[2:]}
     | {f"{path}.num_batches_tracked": "" for path in NORMS},
     heads={"ForImageClassification": {"classifier.weight": "label top", "classifier.bias": "label"}},
+    # Widths follow from coefficients of the whole network: no stock config holds the width of one block.
     config={},
     per_layer_only=True,
     records_positions=True,

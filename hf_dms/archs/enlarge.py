@@ -104,6 +104,7 @@ def _with_sizes(
     except (ValueError, TypeError) as error:
         raise _not_held(spec, sizes) from error
     leading = [dim.name for dim in spec.dims if dim.follows is None]
+    # A config can accept values and still build other sizes from them.
     if any(found.get(name) != sizes[name] for name in leading):
         raise _not_held(spec, sizes)
     return enlarged

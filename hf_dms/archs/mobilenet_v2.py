@@ -76,11 +76,13 @@ MOBILENET_V2 = ArchSpec(
     params=PARAMS,
     buffers=BUFFERS,
     heads={"ForImageClassification": {"classifier.weight": "label top", "classifier.bias": "label"}},
+    # The widths are in the code of the stock class, times one number of the config.
     config={},
     per_layer_only=True,
     records_positions=True,
     must_be_true=("first_layer_is_expansion",),
     attributes={
+        # A depthwise convolution checks its groups against its channels when it runs.
         "conv_stem.conv_3x3.convolution.groups": "stem",
         "layer.{s}.conv_3x3.convolution.groups": "mid{s}",
     },

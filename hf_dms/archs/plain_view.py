@@ -37,13 +37,10 @@ def plain_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str,
         module: the model, or a part of it.
         prefix: prefix of the names.
     """
-    module = plain_module(module)
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            yield prefix + name, parameter, _shape(module, name, parameter)
-    for name, child in module._modules.items():
-        if child is not None and prefix + name != "dms_gates":
-            yield from plain_parameters(child, f"{prefix}{name}.")
+    for path, plain in _plain_modules(module, prefix):
+        for name, parameter in plain._parameters.items():
+            if parameter is not None:
+                yield path + name, parameter, _shape(plain, name, parameter)
 
 
 def plain_buffers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -53,13 +50,22 @@ def plain_buffers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Te
         module: the model, or a part of it.
         prefix: prefix of the names.
     """
-    module = plain_module(module)
-    for name, buffer in module._buffers.items():
-        if buffer is not None and name not in module._non_persistent_buffers_set:
-            yield prefix + name, buffer
-    for name, child in module._modules.items():
-        if child is not None and prefix + name != "dms_gates":
-            yield from plain_buffers(child, f"{prefix}{name}.")
+    for path, plain in _plain_modules(module, prefix):
+        for name, buffer in plain._buffers.items():
+            if buffer is not None and name not in plain._non_persistent_buffers_set:
+                yield path + name, buffer
+
+
+def _plain_modules(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of a plain model, parents first, with the prefix of its tensors' names. Gates are left out."""
+    # A stack in place of recursion: nested generators would hand each name up through all levels of the model.
+    waiting = [(prefix, module)]
+    while waiting:
+        path, each = waiting.pop()
+        plain = plain_module(each)
+        yield path, plain
+        children = [(f"{path}{name}.", child) for name, child in plain._modules.items() if child is not None]
+        waiting += [child for child in reversed(children) if child[0] != "dms_gates."]
 
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:
@@ -249,4 +255,9 @@ def _check_layer(path: str, layer: Any, owners: dict[int, list[str]]) -> None:
 
 def _is(module: object, name: str) -> bool:
     """Whether a module is an instance of PEFT's class of this name."""
-    return any(cls.__name__ == name and cls.__module__.startswith("peft.") for cls in type(module).__mro__)
+    return _is_subclass(type(module), name)
+
+
+@functools.cache  # it is asked of every module of a model, and a model has few classes
+def _is_subclass(cls: type, name: str) -> bool:
+    return any(each.__name__ == name and each.__module__.startswith("peft.") for each in cls.__mro__)

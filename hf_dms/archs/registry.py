@@ -46,6 +46,7 @@ ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in SPECS}
 
 def class_name(config: Any) -> str:
     """The class name of a saved model, from its config; empty if the config has none."""
+    # transformers writes a list, but a config that was made by hand can hold anything.
     names = config.architectures
     return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
 

@@ -16,6 +16,7 @@ import re
 from .spec import ArchSpec, Dim
 from .vit import IMAGE
 
+# Two parameters and two running statistics: all have one entry per channel, and a cut slices all four.
 NORM = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -28,14 +29,17 @@ def normed_convolutions(convolutions: dict[str, str]) -> tuple[dict[str, str], d
     params: dict[str, str] = {}
     buffers: dict[str, str] = {}
     for path, axes in convolutions.items():
+        # The first axis of a kernel: the channels that it writes, which the norm behind it scales.
         units = re.findall(r"\([^)]*\)|\S+", axes)[0]
         params[f"{path}.convolution.weight"] = axes
         params |= {f"{path}.normalization.{name}": units for name in NORM[:2]}
         buffers |= {f"{path}.normalization.{name}": units for name in NORM[2:]}
+        # One number for all channels: it has no axis.
         buffers[f"{path}.normalization.num_batches_tracked"] = ""
     return params, buffers
 
 
+# What is not repeated in every block. A shortcut belongs to the first block of a stage, which no cut drops.
 OUTSIDE = {
     "embedder.embedder": "embedding channels seven seven",
     "encoder.stages.0.layers.0.shortcut": "hidden0 embedding one one",
@@ -60,6 +64,8 @@ BASIC = normed_convolutions(
         "encoder.stages.{s}.layers.{i}.layer.1": "hidden{s} mid{s} three three",
     }
 )
+# With a ReLU behind it, a channel that its batch norm sets to 0 stays 0, as if it had been cut. Other activations may
+# map 0 to something else. Then masks are on the inputs of the convolutions, as in any architecture.
 SCALED = (
     "embedder.embedder.normalization",
     "encoder.stages.{s}.layers.0.shortcut.normalization",
@@ -88,6 +94,7 @@ RESNET = ArchSpec(
     ),
     params=BOTTLENECK[0],
     buffers=BOTTLENECK[1],
+    # Number 0 of the classifier flattens its input, and has no parameters.
     heads={"ForImageClassification": {"classifier.1.weight": "label hidden{last}", "classifier.1.bias": "label"}},
     config={"embedding_size": "embedding", "hidden_sizes[{s}]": "hidden{s}", "depths[{s}]": "layers{s}"},
     variants={
@@ -105,6 +112,8 @@ RESNET = ArchSpec(
     outputs={"last_hidden_state": "hidden{last} _ _", "pooler_output": "hidden{last} _ _"},
     tokens="one",
     image="channels height width",
+    # The stock config has one size per stage, from which the class derives those inside its blocks.
     must_equal=(("reduced{s}", "mid{s}"), ("four reduced{s}", "hidden{s}")),
+    # The stock class gives the first block a shortcut only if its width changes there.
     must_differ=(("embedding", "hidden0"),),
 )

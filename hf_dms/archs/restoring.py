@@ -17,6 +17,7 @@ from torch import Tensor, nn
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Context: models are in evaluation mode. Afterwards every module has its former mode."""
+    # `train()` afterwards would also set modules that were in evaluation mode before, such as frozen batch norms.
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()

@@ -51,12 +51,14 @@ RT_DETR = replace(
     | linear(f"{CROSS}.attention_weights", "(cross_heads levels points)", "hidden")
     | linear(f"{CROSS}.value_proj", "(cross_heads decoder_d)", "hidden")
     | linear(f"{CROSS}.output_proj", "hidden", "(cross_heads decoder_d)"),
+    # All of them stay whole, also where they repeat for every layer.
     heads={},
     whole=(
         *(*OUTSIDE, *PREDICTIONS),
         *(f"encoder.{name}" for name in CONVOLUTIONS),
         *(f"decoder.{name}" for name in OF_DECODER),
     ),
+    # A layer looks where the prediction heads of the layer before it point. Without that layer it would look elsewhere.
     chained=("decoder_layers",),
     must_be_false=(),
     attributes={_here(name): size for name, size in DETR.attributes.items() if not name.startswith(CROSS)}

@@ -51,13 +51,19 @@ def attention_of(model: PreTrainedModel) -> str | dict[str, str]:
     return {"": config._attn_implementation} | inner if inner else config._attn_implementation
 
 
-def untied_names(model: PreTrainedModel) -> list[str]:
+def untied_names(model: PreTrainedModel, built: PreTrainedModel | None = None) -> list[str]:
     """Names of parameters that the config ties to another one, but that are separate tensors in the model.
+
+    Args:
+        model: the model.
+        built: its skeleton, if there is one already.
 
     Raises:
         ValueError: the config ties several tensors, and only some of them are tied in the model.
     """
-    groups = [names for names in names_by_tensor(skeleton(type(model), model.config)).values() if len(names) > 1]
+    built = skeleton(type(model), model.config) if built is None else built
+    # Tensors with several names are tied. In the model they must be the same tensor under all of these names.
+    groups = [names for names in names_by_tensor(built).values() if len(names) > 1]
     owners = {name: tensor for tensor, names in names_by_tensor(model).items() for name in names}
     apart = [[name for name in names[1:] if owners.get(name) != owners.get(names[0])] for names in groups]
     if any(apart) and [names[1:] for names in groups] != apart:

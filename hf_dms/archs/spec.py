@@ -6,6 +6,7 @@ bind.py matches the description with a live model. Nothing outside this room may
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -226,6 +227,7 @@ PRODUCTS = ("attention", "tokens", "image")
 LIMITS = ("must_divide", "must_equal", "must_differ")  # pairs of products
 
 
+@functools.cache
 def parse_axes(text: str) -> Axes:
     """`"(kv rep d) hidden"` → `(("kv", "rep", "d"), ("hidden",))`. The part after an @ is ignored."""
     return tuple(tuple(token.strip("()").split()) for token in re.findall(r"\([^)]*\)|\S+", text.partition("@")[0]))

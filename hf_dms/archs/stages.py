@@ -34,6 +34,7 @@ def in_stages(spec: ArchSpec, count: int) -> ArchSpec:
         for field in fields(spec)
         if field.name not in ("stages", "families")
     }
+    # A recipe may say `mlp` for all of `mlp0`, `mlp1`, ...
     families = {
         dim.name.replace("{s}", ""): tuple(dim.name.replace("{s}", str(stage)) for stage in range(count))
         for dim in spec.dims
@@ -83,6 +84,7 @@ def _filled(value: Any, stage: int, count: int) -> Any:
         return tuple(_filled(entry, stage, count) for entry in value)
     if is_dataclass(value) and not isinstance(value, type):
         changes = {field.name: _filled(getattr(value, field.name), stage, count) for field in fields(value)}
+        # The size of a dim of one stage: its function takes the config alone from here on.
         if isinstance(value, Dim) and "{s}" in value.name and callable(value.size):
             changes["size"] = functools.partial(value.size, stage=stage)
         return replace(value, **changes)

@@ -39,6 +39,7 @@ SWIN = ArchSpec(
         Dim("hidden{s}", _width, scope="model"),
         Dim("layers{s}", "depths[{s}]", scope="depth"),
         Dim("d{s}", lambda config, stage: _width(config, stage) // config.num_heads[stage]),
+        # All pairs of places in a window: their distances along each side.
         Dim("distances", lambda config: (2 * config.window_size - 1) ** 2),
         Dim("patches", num_patches),
         Dim("label", "num_labels"),
@@ -70,6 +71,7 @@ SWIN = ArchSpec(
         f"{BLOCK}.mlp.fc1.bias": "mlp{s}",
         f"{BLOCK}.mlp.fc2.weight": "hidden{s} mlp{s}",
         f"{BLOCK}.mlp.fc2.bias": "hidden{s}",
+        # Four patches side by side: a unit of the stage before has four entries here.
         f"{MERGING}.norm.weight": "(four hidden{s-1})",
         f"{MERGING}.norm.bias": "(four hidden{s-1})",
         f"{MERGING}.reduction.weight": "hidden{s} (four hidden{s-1})",
@@ -78,6 +80,7 @@ SWIN = ArchSpec(
     },
     heads={"ForImageClassification": {"classifier.weight": "label hidden{last}", "classifier.bias": "label"}},
     config={"depths[{s}]": "layers{s}"},
+    # The stock config has no width for a single stage, and no width of an MLP.
     per_layer_only=True,
     by_number={f"{BLOCK}.shift_size": lambda config, number: number % 2 * (config.window_size // 2)},
     attributes={f"{BLOCK}.attention.num_attention_heads": "heads{s}"},

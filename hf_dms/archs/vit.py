@@ -78,6 +78,7 @@ VIT = ArchSpec(
         "layers.{i}.mlp.fc2.bias": "hidden",
         "layernorm.weight": "hidden",
         "layernorm.bias": "hidden",
+        # At one position: it reads the class token alone. That matters for MACs.
         "pooler.dense.weight": "pool hidden @ 1",
         "pooler.dense.bias": "pool",
     },

@@ -92,7 +92,7 @@ def prune(
     else:
         check_searched(gates)
         warn_of_outcome(model)
-    return cut_to(model, plan_of(model), inputs)
+    return cut_to(model, _plan_of(model), inputs)
 
 
 def cut_to(model: PreTrainedModel, plan: Plan, inputs: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
@@ -149,8 +149,12 @@ def plan_of(model: PreTrainedModel) -> Plan:
         ValueError: the model has no gates, or the target cannot be reached.
     """
     model = base_model_of(model)
+    recount_(gates_of(model), model)
+    return _plan_of(model)
+
+
+def _plan_of(model: PreTrainedModel) -> Plan:
     gates = gates_of(model)
-    recount_(gates, model)
     with _ranked(model):
         return make_plan(gates, sizes_of(gates))
 

@@ -93,9 +93,12 @@ def check_as_built(model: PreTrainedModel) -> None:
     Raises:
         ValueError: a parameter is missing, added, of another shape, tied or untied.
     """
-    config = config_as_tied(model)
+    built = skeleton(type(model), model.config)
+    untied = untied_names(model, built)
+    if untied:
+        built = skeleton(type(model), config_as_tied(model))
     # Names of both: a parameter that is only in one of the two would be lost, or random, in the cut model.
-    found, expected = _shapes_and_owners(model), _shapes_and_owners(skeleton(type(model), config))
+    found, expected = _shapes_and_owners(model), _shapes_and_owners(built)
     for name in [*found, *expected]:
         if found.get(name) != expected.get(name):
             raise HfDmsError(
@@ -105,7 +108,7 @@ def check_as_built(model: PreTrainedModel) -> None:
                 "quantised, or the parameter resized, tied or untied by hand. Put gates on the model as "
                 "from_pretrained returns it, and change it afterwards."
             )
-    if untied := untied_names(model):
+    if untied:
         warnings.warn(
             f"tie_word_embeddings is true in this model's config, but {untied[0]} is a tensor of its own. Both are "
             "kept and counted, and the cut model's config will say false.",

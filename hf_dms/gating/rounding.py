@@ -38,7 +38,7 @@ ABOVE = 0.01  # learned resource above the target by no more than this share of 
 BELOW = 0.03  # the same below it
 CLOSE = 0.01  # a coarse size that was learned no more than this share of a step beside a half is rounded both ways
 LARGEST = 1e9  # a factor of learned sizes, beyond any that is needed
-BISECTIONS = 64  # after these a factor near 1 is known to 1e-10
+BISECTIONS = 34  # after these a factor near 1 is known to 1e-10
 
 
 def round_sizes(gates: Gates, bound: BoundSpec, config: DMSConfig, model_config) -> Sizes:
@@ -109,13 +109,18 @@ class _Rounding:
         allowed: the sizes that dims may have.
         learned: sizes by the ratios, (1 - a)·N, `[num_ratios]` float64 per dim.
         budget: the largest cost, in the unit of the resource.
-        dense: sizes of all dims before pruning.
+        dense: sizes of all dims before pruning, float64.
+        counted: the cost of sizes of all dims.
         finest: the dims that absorb what the others leave.
     """
 
     def __init__(self, gates: Gates, bound: BoundSpec, config: DMSConfig, model_config) -> None:
         self.gates, self.bound, self.target = gates, bound, config.target
-        self.budget, self.dense = config.target * gates.dense_resource, gates.dense_sizes()
+        self.budget = config.target * gates.dense_resource
+        self.dense = {name: size.cpu().double() for name, size in gates.dense_sizes().items()}
+        # On the CPU, where whole sizes are decided: it counts hundreds of times, and an accelerator would be waited for
+        # each time.
+        self.counted = gates.counter(torch.device("cpu"))
         self.allowed = AllowedSizes(gates, bound, config, model_config)
         self.learned: State = {}
         for name in self.allowed.low:
@@ -295,11 +300,22 @@ class _Rounding:
         def at(factor: float) -> State:
             return wanted | {name: factor * wanted[name] for name in self.finest}
 
-        return at(self._largest(lambda factor: self.count(self.allowed.nearest(at(factor))) <= self.budget))
+        fitting: dict[str, bool] = {}  # most factors of a bisection lead to whole sizes that were counted before
+
+        def fits(factor: float) -> bool:
+            state = self.allowed.nearest(at(factor))
+            key = str([size.tolist() for size in state.values()])
+            if key not in fitting:
+                fitting[key] = bool(self.count(state) <= self.budget)
+            return fitting[key]
+
+        return at(self._largest(fits))
 
     def _largest(self, fits: Callable[[float], Any]) -> float:
         """The largest factor that fits, by bisection; 0 if none is found."""
-        low, high = 0.0, LARGEST
+        low, high = 0.0, 1.0
+        while high < LARGEST and fits(high):  # the factor is near 1, or a small multiple of it
+            low, high = high, 2 * high
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
             low, high = (middle, high) if fits(middle) else (low, middle)
@@ -364,4 +380,4 @@ class _Rounding:
     def count(self, state: State) -> Tensor:
         """The limited resource, `[...]` float64, of sizes `[..., num_ratios]`."""
         sizes = {name: self.rows(state, name).double() for name in self.gates.dims}
-        return self.gates.count(self.dense | sizes).cpu()
+        return self.counted(self.dense | sizes)

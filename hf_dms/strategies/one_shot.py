@@ -88,7 +88,9 @@ def choose_(model: PreTrainedModel, name: str | Criterion, batches: Batches = ()
     check_dims(criterion, str(name), gates)
     if criterion.needs_data and not batches:
         raise HfDmsError(f"Criterion {name} needs batches of data, got none.")
+    # Once, because iterative criteria run over them several times.
     batches = [send_to_device(batch, model.device) for batch in batches]
+    # From here on a one-shot choice is a search that has ended: the same gates, rounding, cut and proof.
     allocate_(gates, criterion.scores(model, batches), criterion.allocation)
     model.eval()
 

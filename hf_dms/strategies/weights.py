@@ -22,4 +22,5 @@ def random_scores(model: PreTrainedModel, batches: Batches) -> Scores:
 
 
 MAGNITUDE = Criterion(magnitude_scores, needs_data=False)
+# Random scores say nothing about how many units a layer needs, so all layers get equal shares.
 RANDOM = Criterion(random_scores, allocation="equal", needs_data=False)

@@ -41,6 +41,7 @@ class ExactCheckpointsMixin(OverTrainer):
         super().__init__(*args, **kwargs)
         self.add_callback(_CheckpointsLast())
         self._saving = False
+        self._unwrapped_from: tuple[Any, Any] = (None, None)
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
@@ -90,7 +91,10 @@ class ExactCheckpointsMixin(OverTrainer):
             super()._load_best_model()
 
     def _unwrapped(self) -> Any:
-        return self.accelerator.unwrap_model(self.model)
+        # Several times a step; `unwrap_model` looks on the disk for DeepSpeed each time.
+        if self._unwrapped_from[0] is not self.model:
+            self._unwrapped_from = self.model, self.accelerator.unwrap_model(self.model)
+        return self._unwrapped_from[1]
 
 
 def train_or_resume_(trainer: Any, keep: bool = False) -> None:
