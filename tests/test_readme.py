@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.laws import searched, tiny
 from helpers.recipes import WORDS
 from helpers.tiny import Tokens, search_, tiny_llama
-from transformers import AutoConfig, AutoModelForCausalLM, default_data_collator
+from transformers import AutoConfig, AutoModelForCausalLM, ResNetBackbone, default_data_collator
 
 from hf_dms import DMSConfig, attach_, prune, save_pruned
 from hf_dms.cut.verify import outputs_of
@@ -104,6 +105,20 @@ def test_the_python_of_the_page_on_adapters_runs(tmp_path, monkeypatch):
     exec(code.replace("max_steps=300", "max_steps=12, disable_tqdm=True"), names)
     assert type(names["pruned"]).__name__ == "DmsLlamaForCausalLM"
     assert not any("lora" in name for name, _ in names["pruned"].named_parameters())
+
+
+def test_the_python_of_the_page_on_architectures_loads_a_backbone(tmp_path, monkeypatch):
+    (code,) = blocks_of("architectures.md")
+    monkeypatch.chdir(tmp_path)
+    model = tiny(ResNetBackbone, hidden_sizes=[8, 12, 16, 20], depths=[1, 2, 1, 1])
+    searched(model, prune=("mid", "hidden"), layout="per_layer")
+    save_pruned(prune(model), "cut")
+    names: dict = {}
+    exec(code, names)
+    assert type(names["backbone"]).__name__ == "DmsResNetBackbone"
+    sizes = names["backbone"].config.hidden_sizes
+    assert names["backbone"].channels == [sizes[1], sizes[3]]
+    assert sizes[3] < 20
 
 
 def test_the_python_of_the_page_on_runtimes_runs(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections import defaultdict
@@ -54,11 +55,14 @@ def heads(spec: ArchSpec) -> list[str]:
     one_layer = {key: 1 for key, product in spec.config.items() if product in depths and "[" not in key}
     own = {"use_timm_backbone": False}  # a backbone of transformers
     config = stock(**one_layer, **dict.fromkeys(spec.must_be_false, False), **own)
+    config = stock.from_dict(json.loads(config.to_json_string(use_diff=False)))  # as from a file: lists, no tuples
     found = []
     for auto in AUTO_CLASSES:
         classes = stock_classes(auto, stock)
         if classes and all(_binds(spec, cls, config) for cls in classes):
-            words = re.sub(r"([a-z])([A-Z])", r"\1 \2", auto.removeprefix("AutoModel").removeprefix("For"))
+            words = re.sub(
+                r"([a-z])([A-Z])", r"\1 \2", auto.removeprefix("Auto").removeprefix("Model").removeprefix("For")
+            )
             found.append(" ".join(word if word.isupper() else word.lower() for word in words.split()) or "base")
     return found
 

@@ -221,9 +221,10 @@ def _check_variant(spec: ArchSpec, model: nn.Module) -> None:
     Raises:
         ValueError: the model is a backbone, or its config has a flag that the description does not support.
     """
-    if type(model).__name__.endswith("Backbone"):
+    if (kind := type(model).__name__).endswith("Backbone") and "Backbone" not in spec.heads:
         raise HfDmsError(
-            f"{type(model).__name__} names its outputs after layers, which may be pruned. Load the base model instead."
+            f"{kind} names its outputs after layers, which may be pruned, or takes their widths from a config that "
+            "cannot hold pruned ones. Load the base model instead."
         )
     for wanted, attributes in ((False, spec.must_be_false), (True, spec.must_be_true)):
         for attribute in attributes:

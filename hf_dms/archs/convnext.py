@@ -48,13 +48,31 @@ CONVNEXT = ArchSpec(
         "encoder.stages.{s}.layers.{i}.layer_scale_parameter": "hidden{s}",
         "layernorm.weight": "hidden{last}",
         "layernorm.bias": "hidden{last}",
+        # Of a backbone, which has no norm at its end: one for each feature map.
+        "hidden_states_norms.stem.weight": "hidden0",
+        "hidden_states_norms.stem.bias": "hidden0",
+        "hidden_states_norms.stage{s+1}.weight": "hidden{s}",
+        "hidden_states_norms.stage{s+1}.bias": "hidden{s}",
     },
-    heads={"ForImageClassification": {"classifier.weight": "label hidden{last}", "classifier.bias": "label"}},
+    heads={
+        "ForImageClassification": {"classifier.weight": "label hidden{last}", "classifier.bias": "label"},
+        "Backbone": {},
+    },
     config={"hidden_sizes[{s}]": "hidden{s}", "depths[{s}]": "layers{s}"},
     records_positions=True,
-    # These two norms see [batch, channels, height, width], where the others see the channels last.
-    channels_first=("embeddings.layernorm", "encoder.stages.{s}.downsampling_layer.0"),
-    outputs={"last_hidden_state": "hidden{last} _ _", "pooler_output": "hidden{last}"},
+    # These norms see [batch, channels, height, width], where the others see the channels last.
+    channels_first=(
+        "embeddings.layernorm",
+        "encoder.stages.{s}.downsampling_layer.0",
+        "hidden_states_norms.stem",
+        "hidden_states_norms.stage{s+1}",
+    ),
+    outputs={
+        "last_hidden_state": "hidden{last} _ _",
+        "pooler_output": "hidden{last}",
+        "feature_maps.stem": "hidden0 _ _",
+        "feature_maps.stage{s+1}": "hidden{s} _ _",
+    },
     tokens="one",
     image="channels height width",
     # The stock class multiplies by four, so with a stock layout the two are only pruned together.

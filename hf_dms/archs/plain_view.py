@@ -255,9 +255,10 @@ def _check_layer(path: str, layer: Any, owners: dict[int, list[str]]) -> None:
 
 def _is(module: object, name: str) -> bool:
     """Whether a module is an instance of PEFT's class of this name."""
-    return _is_subclass(type(module), name)
+    cls: Any = type(module)
+    return _is_subclass(cls, name)
 
 
 @functools.cache  # it is asked of every module of a model, and a model has few classes
-def _is_subclass(cls: type, name: str) -> bool:
+def _is_subclass(cls: Any, name: str) -> bool:
     return any(each.__name__ == name and each.__module__.startswith("peft.") for each in cls.__mro__)

@@ -95,7 +95,10 @@ RESNET = ArchSpec(
     params=BOTTLENECK[0],
     buffers=BOTTLENECK[1],
     # Number 0 of the classifier flattens its input, and has no parameters.
-    heads={"ForImageClassification": {"classifier.1.weight": "label hidden{last}", "classifier.1.bias": "label"}},
+    heads={
+        "ForImageClassification": {"classifier.1.weight": "label hidden{last}", "classifier.1.bias": "label"},
+        "Backbone": {},
+    },
     config={"embedding_size": "embedding", "hidden_sizes[{s}]": "hidden{s}", "depths[{s}]": "layers{s}"},
     variants={
         "hidden_act": {"relu": {"masked_batch_norms": SCALED}},
@@ -109,7 +112,12 @@ RESNET = ArchSpec(
         },
     },
     records_positions=True,
-    outputs={"last_hidden_state": "hidden{last} _ _", "pooler_output": "hidden{last} _ _"},
+    outputs={
+        "last_hidden_state": "hidden{last} _ _",
+        "pooler_output": "hidden{last} _ _",
+        "feature_maps.stem": "embedding _ _",
+        "feature_maps.stage{s+1}": "hidden{s} _ _",
+    },
     tokens="one",
     image="channels height width",
     # The stock config has one size per stage, from which the class derives those inside its blocks.

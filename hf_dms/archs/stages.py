@@ -1,6 +1,7 @@
 """Networks with stages: a description is written once for all stages, and repeated here for each of them.
 
-In any of its texts, `{s}` is the stage, `{s-1}` the stage before it, and `{last}` the last stage. An entry of a tuple
+In any of its texts, `{s}` is the stage, `{s-1}` the stage before it, `{s+1}` the number of a stage counted from 1, and
+`{last}` the last stage. An entry of a tuple
 or a mapping that mentions `{s}` stands for one entry per stage. An entry that mentions `{s-1}` stands for one entry per
 stage except the first. So `Dim("hidden{s}", "hidden_sizes[{s}]")` is one dim per stage, and
 `"hidden{s} hidden{s-1} two two"` is a convolution from one stage's width to the next one's. The size of such a dim may
@@ -17,7 +18,7 @@ from typing import Any
 
 from .spec import ArchSpec, Dim
 
-PLACE = re.compile(r"\{(s|s-1|last)\}")
+PLACE = re.compile(r"\{(s|s-1|s\+1|last)\}")
 
 
 def in_stages(spec: ArchSpec, count: int) -> ArchSpec:
@@ -59,7 +60,7 @@ def _written_out(value: Any, count: int) -> Any:
 def _stages(entry: Any, count: int) -> range:
     """The stages for which an entry is repeated. Entries of a mapping inside it are repeated separately."""
     places = {place for text in _texts(entry) for place in PLACE.findall(text)}
-    return range(1 if "s-1" in places else 0, count) if places & {"s", "s-1"} else range(1)
+    return range(1 if "s-1" in places else 0, count) if places - {"last"} else range(1)
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -78,7 +79,7 @@ def _filled(value: Any, stage: int, count: int) -> Any:
     if isinstance(value, dict):
         return _written_out(value, count)
     if isinstance(value, str):
-        numbers = {"s": stage, "s-1": stage - 1, "last": count - 1}
+        numbers = {"s": stage, "s-1": stage - 1, "s+1": stage + 1, "last": count - 1}
         return PLACE.sub(lambda place: str(numbers[place[1]]), value)
     if isinstance(value, tuple):
         return tuple(_filled(entry, stage, count) for entry in value)

@@ -127,9 +127,9 @@ def per_layer_values(bound: BoundSpec, sizes: list[dict[str, int]], common: dict
         recorded = [{name: layer[name] for name in names} for layer, names in zip(mine, used)]
         stacks.append(description | {"sizes": recorded})
     common_sizes = widest(sizes)
-    return {
-        "dms_layers": {"stacks": stacks, "build_with": bound.spec.build_with} | _outside_layers(bound, common_sizes)
-    }
+    layout = {"stacks": stacks, "build_with": bound.spec.build_with} | _outside_layers(bound, common_sizes)
+    # Whether the config holds what a backbone needs to know: the widths of the stages that it returns.
+    return {"dms_layers": layout | ({"backbone": True} if "Backbone" in bound.spec.heads else {})}
 
 
 def _with_numbered(bound: BoundSpec, plan: Plan, sizes: list[dict[str, int]], config: Any) -> list[dict[str, int]]:

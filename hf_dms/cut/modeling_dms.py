@@ -28,6 +28,7 @@ AUTO_CLASSES = (
     "AutoModelForQuestionAnswering",
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
+    "AutoBackbone",
 )
 
 
@@ -85,6 +86,11 @@ def dms_model_class(stock: Any) -> Any:
 
     @functools.wraps(stock.__init__)
     def __init__(self, config, *args, **kwargs) -> None:
+        if stock.__name__.endswith("Backbone") and not config.dms_layers.get("backbone"):
+            raise ValueError(
+                f"This checkpoint of model type '{config.model_type}' cannot be loaded as a backbone: layers that a "
+                "backbone's outputs are named after may be gone, or their widths are not in the config. Use AutoModel."
+            )
         with _common_sizes(config), warnings.catch_warnings():
             # A stock ResNet's inner width is a quarter of its outer one, rounded down.
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")
@@ -194,6 +200,8 @@ def resize_(model, within, axes: dict[str, str], attributes: dict[str, str], siz
                 module.out_channels, module.in_channels = shape[0], shape[1] * module.groups
             if isinstance(module, nn.LayerNorm):
                 module.normalized_shape = shape
+            if isinstance(module, nn.BatchNorm2d):
+                (module.num_features,) = shape  # a detector builds frozen norms by it
             resized[module] = None
     for module in resized:
         model._init_weights(module)

@@ -80,7 +80,7 @@ def outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def all_outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every tensor that a model returns, by name: logits, hidden states, a pooler's output.
+    """Every tensor that a model returns, by name: logits, hidden states, a pooler's output, a backbone's feature maps.
 
     Args:
         model: the model.
@@ -89,8 +89,12 @@ def all_outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict
     batch = {name: tensor.to(model.device) for name, tensor in inputs.items() if name != "labels"}
     batch = {name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
     output = model(**batch)
-    named = output.items() if isinstance(output, Mapping) else ((str(i), value) for i, value in enumerate(output))
-    return {name: value for name, value in named if isinstance(value, Tensor)}
+    named = dict(output) if isinstance(output, Mapping) else {str(i): value for i, value in enumerate(output)}
+    # A backbone returns a tuple of them, in the order of the stages that its config names.
+    if (maps := named.get("feature_maps")) is not None:
+        stages: Any = model.out_features
+        named |= {f"feature_maps.{stage}": value for stage, value in zip(stages, maps, strict=True)}
+    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
 
 def output_units(bound: BoundSpec, plan: Plan) -> dict[str, tuple[int, Tensor]]:
