@@ -13,11 +13,13 @@ if TYPE_CHECKING:
 
 
 def register_unless_command_line() -> None:
-    """Register now, except in the `hf-dms` command, which does it when a command runs.
+    """Register now, except in the commands `hf-dms` and `python -m hf_dms`, which do it when a command runs.
 
     Registering imports transformers' config classes. That takes seconds, and `hf-dms --help` should not wait for it.
     """
-    if Path(sys.argv[0] if sys.argv else "").stem != "hf-dms":
+    is_script = Path(sys.argv[0] if sys.argv else "").stem == "hf-dms"
+    # While Python looks for a module to run, `argv` does not have its name yet.
+    if not is_script and sys.orig_argv[1:3] != ["-m", "hf_dms"]:
         register()
 
 

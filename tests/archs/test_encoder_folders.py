@@ -44,7 +44,9 @@ def heads_by_layout(by_arch):
     }
 
 
-USUAL = ("Model", "ForSequenceClassification", "ForImageClassification", "ForObjectDetection", "ForCausalLM")
+# Base models of other architectures are loaded from their classifiers' folders.
+USUAL = ("BertModel", "ViTModel", "ResNetModel", "ForSequenceClassification", "ForImageClassification")
+USUAL += ("ForObjectDetection", "ForCausalLM")
 PARTS = {
     "usual heads": [[head for head in heads if head.__name__.endswith(USUAL)] for heads in BY_ARCH],
     "all": BY_ARCH,

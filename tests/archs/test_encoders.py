@@ -45,9 +45,13 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    ConditionalDetrForObjectDetection,
+    ConvNextForImageClassification,
     Dinov2ForImageClassification,
     ElectraForMaskedLM,
     ElectraForSequenceClassification,
+    MobileNetV2ForImageClassification,
+    RTDetrForObjectDetection,
     ViTForImageClassification,
     ViTModel,
 )
@@ -66,6 +70,11 @@ from hf_dms.gating.rounding import round_sizes
 ONE_OF_EACH = {
     *(BertForSequenceClassification, ViTForImageClassification, ElectraForMaskedLM, Dinov2ForImageClassification),
     BeitForImageClassification,
+}
+# Of these, each dim alone is for the slow suite: ConvNeXt V2, EfficientNet and DETR have the same dims.
+RELATED = {
+    *(ConvNextForImageClassification, MobileNetV2ForImageClassification),
+    *(ConditionalDetrForObjectDetection, RTDetrForObjectDetection),
 }
 CANNOT = {  # by layout and whether a response norm is in the way
     (
@@ -96,7 +105,8 @@ def prefixes(head):
     ("head", "dims", "layout"),
     ordinary_if(
         lambda head, dims, layout: (
-            "For" in head.__name__ and (dims == dims_of(head) or (len(dims) == 1 and layout == "per_layer"))
+            "For" in head.__name__
+            and (dims == dims_of(head) or (len(dims) == 1 and layout == "per_layer" and head not in RELATED))
         ),
         [
             (head, dims, layout)
