@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -24,10 +25,14 @@ def test_help_needs_neither_torch_nor_transformers(tmp_path):
     assert "prune" in done.stdout
 
 
-def test_the_package_runs_as_a_module():
-    done = subprocess.run([sys.executable, "-m", "hf_dms", "--help"], capture_output=True, text=True)
+def test_the_package_runs_as_a_module_whose_help_imports_neither():
+    command = [sys.executable, "-m", "hf_dms", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"})
     assert done.returncode == 0, done.stderr
     assert "usage: hf-dms" in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "hf_dms.cli" in imported
+    assert not {"torch", "transformers"} & imported
 
 
 def test_an_architecture_is_told_with_its_dims(capsys):

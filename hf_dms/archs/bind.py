@@ -219,7 +219,7 @@ def _check_variant(spec: ArchSpec, model: nn.Module) -> None:
     """Check that a description supports the variant that a model is.
 
     Raises:
-        ValueError: the model is a backbone, or its config has a flag that the description does not support.
+        ValueError: the model is a backbone, or its config has a flag, that the description does not support.
     """
     if (kind := type(model).__name__).endswith("Backbone") and "Backbone" not in spec.heads:
         raise HfDmsError(
