@@ -137,6 +137,7 @@ class BoundSpec:
 
     def monomial(self, factors: tuple[str, ...]) -> tuple[Monomial, float]:
         """Split a product of dims into its prunable dims and the product of the sizes of the others."""
+        # Sorted, so that the terms of q_proj (kv hidden) and o_proj (hidden kv) add up to one.
         gated = tuple(sorted(name for name in factors if self.spec.dim(name).scope in ("layer", "model")))
         return gated, float(prod(self.sizes[name] for name in factors if name not in gated))
 
@@ -152,10 +153,11 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
         ValueError: the description does not support this variant; or no line, or several lines, match a parameter; or
             its shape is not the product of its dims.
     """
+    # First: otherwise an unsupported variant would be reported as a parameter without a line.
     _check_variant(spec, model)
     spec, sizes = sized(spec, model.config)
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
-    bound = BoundSpec(spec, prefix, sizes, {}, frozenset())
+    bound = BoundSpec(spec, prefix, sizes, {}, frozenset())  # still without tensors: matching them needs the rest of it
     kind = type(model).__name__
     shapes = {name: shape for name, _, shape in plain_parameters(model)}
     params, fixed = _bind_tensors(bound, kind, "parameter", shapes, spec.lines(kind))
@@ -194,6 +196,7 @@ def _bind_tensors(
         if bound.is_whole(name):  # each axis is a fixed dim with its size for a name
             found[name] = BoundParam(tuple((str(size),) for size in shape), None)
             continue
+        # A head's names have no prefix, so its lines stand beside those of the base model.
         matches = _matching(patterns, name.removeprefix(bound.prefix))
         if len(matches) != 1:
             raise HfDmsError(
@@ -248,6 +251,7 @@ def sized(spec: ArchSpec, config: Any) -> tuple[ArchSpec, dict[str, int]]:
 
 def for_config(spec: ArchSpec, config: Any) -> ArchSpec:
     """The description for a model with this config: the right variant, with every stage written out."""
+    # The variant first: what it changes mentions `{s}` as well.
     return in_stages(spec.variant(config), num_stages(spec, config))
 
 

@@ -42,6 +42,7 @@ class Dim:
 
 def with_dims(dims: tuple[Dim, ...], *changed: Dim) -> tuple[Dim, ...]:
     """Dims with some replaced by others of the same name, and new ones added at the end."""
+    # A dict, in which a replaced dim keeps its place: gates, ratios and reports go by the order of the dims.
     by_name = {dim.name: dim for dim in dims} | {dim.name: dim for dim in changed}
     return tuple(by_name.values())
 
@@ -128,7 +129,7 @@ class ArchSpec:
     records_positions: bool = False
     per_layer_only: bool = False
     config_ratios: dict[str, tuple[str, str]] = field(default_factory=dict)
-    config_lists: tuple[str, ...] = ("layer_types",)
+    config_lists: tuple[str, ...] = ("layer_types",)  # many decoders list each layer's attention: full or sliding
     config_leaves_out: tuple[str, ...] = ()
     unnormed: tuple[str, ...] = ()
     channels_first: tuple[str, ...] = ()
@@ -169,6 +170,7 @@ class ArchSpec:
     @property
     def prunable_in_words(self) -> tuple[str, ...]:
         """The same in words: one name for the dims of all stages, and no depth where no layer can be dropped."""
+        # Where each line names its layer by number, as in a MobileNetV2, no layer can go.
         numbered = {depth for depth, path in self.stacks.items() if any(f"{path}.{{i" in name for name in self.params)}
         dropped = numbered - {*self.chained}
         found = [name for name in self.prunable if name in dropped or self.dim(name).scope != "depth"]
@@ -176,6 +178,8 @@ class ArchSpec:
 
     def lines(self, class_name: str) -> dict[str, str]:
         """The lines of `params` and `heads` that apply to a model class."""
+        # Heads need lines of their own because their names collide: BERT's `classifier.weight` reads the pooler in one
+        # class and every token in another. Endings of names, because families share heads (BertFor..., RobertaFor...).
         head = next((head for head in self.heads if class_name.endswith(head)), None)
         return self.params if head is None else self.params | self.heads[head]
 
@@ -198,8 +202,9 @@ class ArchSpec:
         """
 
         def renamed(text: str) -> str:
-            return re.sub(rf"\b{dim}\b", name, text)
+            return re.sub(rf"\b{dim}\b", name, text)  # whole words: `mid1` is not a part of `mid10`
 
+        # Keys stay: they name modules and config attributes, which can be called like a dim (`mlp`).
         def lines(of: dict[str, str]) -> dict[str, str]:
             return {key: renamed(text) for key, text in of.items()}
 
@@ -227,7 +232,7 @@ PRODUCTS = ("attention", "tokens", "image")
 LIMITS = ("must_divide", "must_equal", "must_differ")  # pairs of products
 
 
-@functools.cache
+@functools.cache  # all layers share a few texts, and every bind, count and cut asks for those of every parameter
 def parse_axes(text: str) -> Axes:
     """`"(kv rep d) hidden"` → `(("kv", "rep", "d"), ("hidden",))`. The part after an @ is ignored."""
     return tuple(tuple(token.strip("()").split()) for token in re.findall(r"\([^)]*\)|\S+", text.partition("@")[0]))
@@ -256,6 +261,7 @@ def check_spec(spec: ArchSpec) -> None:
     recorded = {factor for product in spec.config.values() for factor in product.split()}
     if spec.families:  # with stages, per-layer configs hold sizes by the names of dims
         recorded |= {factor for limit in spec.must_equal for product in limit for factor in product.split()}
+    # With `per_layer_only` a cut model's config records the sizes itself, in `dms_layers`.
     for name in () if spec.per_layer_only else spec.prunable:
         if name not in recorded:
             raise HfDmsError(
@@ -282,6 +288,8 @@ def _check_stacks(spec: ArchSpec) -> None:
             raise HfDmsError(
                 f"{spec.model_type}: dim '{dim.name}' has stack='{dim.stack}', which is none of {', '.join(stacks)}."
             )
+    # Such values are saved among the sizes of layers in `dms_layers`, which only networks with stages have. And a stock
+    # format would lose them: its class computes them from the new numbers.
     if spec.by_number and not (spec.per_layer_only and spec.families):
         raise HfDmsError(f"{spec.model_type}: `by_number` needs per_layer_only=True and stages.")
 
@@ -300,6 +308,7 @@ def _check_names(spec: ArchSpec) -> None:
         for path in getattr(spec, key):
             if re.sub(r"\d+", "#", f"{path}.weight") not in weights:
                 raise HfDmsError(f"{spec.model_type}: `{key}` mentions '{path}', but `params` has no '{path}.weight'.")
+    # `parse_axes` takes any text: an unclosed bracket would silently become axes of their own.
     for where, text in _lines(spec):
         if text and not re.fullmatch(r"(\(\w+( \w+)*\)|\w+)( (\(\w+( \w+)*\)|\w+))*( @ \w+)?", text):
             raise HfDmsError(
