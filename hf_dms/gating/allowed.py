@@ -122,6 +122,7 @@ class AllowedSizes:
                 nearest = int(float(wanted[name]) / step + HALF) * step
                 state[name] = torch.tensor([min(max(nearest, low), high)])
                 return
+        # The multiple is fixed, or none lies in its range: the divisor gives way.
         sizes = (
             range(int(self.low[limit.dim]), int(self.high[limit.dim]) + 1, self.step[limit.dim])
             if limit.dim in state

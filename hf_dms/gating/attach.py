@@ -93,7 +93,9 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
     check_target(gates, bound, dms_config, model.config)
     if dms_config.scales:
         gates.scales = _scales(gates, bound, dms_config)
+    # A new module is in training mode, a model from `from_pretrained` in evaluation mode.
     gates.train(model.training)
+    # A submodule, so that optimizers find the ratios in `model.parameters()`, and `train()` and `to()` reach the gates.
     model.add_module("dms_gates", gates)
     # All masks are computed before the first layer runs, in one batch per dim: 30 layers would otherwise sort 30 times.
     # With checkpointing, layers run again in the backward pass and read the same masks.
@@ -124,6 +126,7 @@ def _hooks_for_masks(model: PreTrainedModel, gates: Gates, bound: BoundSpec) -> 
         # A dim with norms is a residual stream: masking its norms masks every read.
         elif paths := list(norms(bound, name)):
             for path in paths:
+                # A hook would see the norm's output only, and its statistics must leave units out.
                 norm = submodule(model, path)
                 shape, axis = norm_shape(bound, path, name), _axis_of(bound, path)
                 norm.forward = functools.partial(_masked_norm_forward, norm, gates, name, shape, axis)
@@ -135,6 +138,7 @@ def _hooks_for_masks(model: PreTrainedModel, gates: Gates, bound: BoundSpec) -> 
             for path, row, shape in at_norms:
                 norm = submodule(model, path)
                 norm.forward = functools.partial(_masked_batch_norm_forward, norm, gates, name, row, shape)
+            # Never both: the mask would count twice.
             for path, row, shape in () if at_norms else masked_inputs(bound, name):
                 hooks += _mask_reader(submodule(model, path), gates, name, row, shape, unit_axis(bound, path))
             for path, row in response_norms(bound, name):
@@ -185,6 +189,7 @@ def freeze_(model: nn.Module) -> None:
     """Freeze the weights of a model with gates until `detach_`, in place: only the prune ratios train."""
     gates, base = gates_of(model), base_model_of(model)
     for name, parameter in base.named_parameters():
+        # Only what trained until now, so that `detach_` leaves weights that the user froze frozen.
         if parameter.requires_grad and parameter is not gates.prune_ratio:
             parameter.requires_grad_(False)
             gates.attachment.frozen.append(name)
@@ -203,6 +208,7 @@ def frozen_mode_(model: nn.Module) -> None:
     """
     gates, base = gates_of(model), base_model_of(model)
     for module in base.modules():
+        # The model's own flag stays, because a Trainer tells a training step from an evaluation by it.
         if module not in (base, gates) and not isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.training = getattr(module, "gradient_checkpointing", False)
 
@@ -262,6 +268,7 @@ def masked_inputs(bound: BoundSpec, name: str) -> Iterator[tuple[str, int, tuple
     """
     for parameter, param in bound.params.items():
         path, _, leaf = parameter.rpartition(".")
+        # Two axes are those of a linear map, four those of a convolution; both have their inputs on axis 1.
         if leaf == "weight" and len(param.axes) in (2, 4) and name in param.axes[1]:
             yield path, *_row_and_shape(bound, name, param, param.axes[1])
 
@@ -421,6 +428,7 @@ def _scale_norm(
 def _gate_residual(gates: Gates, name: str, layer: int, module: nn.Module, args: tuple, kwargs: dict, output):
     # transformers' models call their layers with or without a keyword.
     before = args[0] if args else kwargs["hidden_states"]
+    # The dim of a stack has one row, and its units are the layers.
     log_mask = gates.log_masks[name][0][layer]
     # Some layers also return attention weights, which a depth mask leaves alone.
     if isinstance(output, tuple):
@@ -437,6 +445,7 @@ def _masked_norm_forward(
     bias = norm.bias if centered else None
     log_mask = gates.log_masks[name][0]
     if shape[0] * shape[2] > 1:
+        # Every unit's mask at each of its positions; the backward of `expand` adds their gradients up.
         log_mask = log_mask[None, :, None].expand(shape).reshape(-1)
     x = x.movedim(axis, -1)
     return MaskedNorm.apply(x, log_mask, norm.weight, bias, eps, centered).movedim(-1, axis)
@@ -445,6 +454,7 @@ def _masked_norm_forward(
 def _masked_map_forward(
     module: Any, gates: Gates, name: str, row: int, shape: tuple[int, int, int], axis: int, x: Tensor
 ) -> Tensor:
+    # The forward of the class: `module.forward` is this function.
     if (log_mask := gates.log_masks[name][row]) is None:
         return type(module).forward(module, x)
     # With frozen weights the map saves no input for the backward, so masked inputs are the only tensor that is saved.
@@ -453,6 +463,7 @@ def _masked_map_forward(
     weight = MaskKernel.apply(module.weight, log_mask, shape)
     if isinstance(module, nn.Linear):
         return F.linear(x, weight, module.bias)
+    # `F.conv2d` would leave out a padding mode other than zeros.
     return module._conv_forward(x, weight, module.bias)
 
 
@@ -466,6 +477,7 @@ def _masked_batch_norm_forward(
     before = dict(own)
     mask = mask_of(log_mask)[None, :, None].expand(shape).reshape(-1)
     try:  # run the stock forward with masked parameters: it handles statistics, momentum and frozen variants
+        # Weight and bias alike: m·(w·x̂ + b).
         own.update({key: parameter * mask.to(parameter.dtype) for key, parameter in before.items()})
         return type(norm).forward(norm, x)
     finally:

@@ -112,7 +112,7 @@ def check_as_built(model: PreTrainedModel) -> None:
         warnings.warn(
             f"tie_word_embeddings is true in this model's config, but {untied[0]} is a tensor of its own. Both are "
             "kept and counted, and the cut model's config will say false.",
-            stacklevel=3,
+            stacklevel=3,  # the caller of attach_
         )
 
 

@@ -110,6 +110,7 @@ def for_stages(config: DMSConfig, spec: ArchSpec) -> DMSConfig:
     families = spec.families
 
     def names(given: Iterable[str]) -> tuple[str, ...]:
+        # Each name once, in order: `mlp` and `mlp0` may both be given.
         return tuple(dict.fromkeys(name for word in given for name in families.get(word, (word,))))
 
     def values(given: Mapping[str, int]) -> dict[str, int]:
@@ -160,6 +161,7 @@ def gated_dims(bound: BoundSpec, config: DMSConfig) -> dict[str, str | None]:
     """
     names = dims_to_prune(bound, config)
     leaders: dict[str, str | None] = dict.fromkeys(names) | tied_sizes(bound, config, names)
+    # Some classes lack a following dim: only a BERT with a pooler has `pool`.
     used = {factor for param in bound.params.values() for axis in param.axes for factor in axis}
     return leaders | {dim.name: dim.follows for dim in bound.spec.dims if dim.follows in names and dim.name in used}
 

@@ -37,6 +37,7 @@ from .allowed import AllowedSizes, State
 ABOVE = 0.01  # learned resource above the target by no more than this share of it counts as on target
 BELOW = 0.03  # the same below it
 CLOSE = 0.01  # a coarse size that was learned no more than this share of a step beside a half is rounded both ways
+# Everything may fit whatever the factor, because sizes are clamped to their ranges: the search needs an end.
 LARGEST = 1e9  # a factor of learned sizes, beyond any that is needed
 BISECTIONS = 34  # after these a factor near 1 is known to 1e-10
 
@@ -69,6 +70,7 @@ def rounded_of(gates: Gates) -> Rounded:
     # `_version` counts in-place changes of a tensor: comparing it costs nothing, where comparing the importance itself
     # would read every unit on each evaluation batch. The id tells a new buffer from an old one.
     versions = tuple((id(gates.raw_importance(name)), gates.raw_importance(name)._version) for name in gates.dims)
+    # The dense resource too: `recount_` changes it when a vocabulary was resized.
     key = (gates.prune_ratio.tolist(), versions, [*gates.decided], at.config.target, gates.dense_resource)
     if gates.rounding is None or gates.rounding[0] != key:
         rounding = _Rounding(gates, at.bound, at.config, at.model_config)
@@ -131,9 +133,10 @@ class _Rounding:
             self.learned[name] = (1 - ratio) * dim.units
 
     def solve(self) -> Sizes:
+        # If the smallest sizes fit, every loop below ends at sizes that fit.
         self.smallest()
         if self.gates.decided.keys() == self.gates.dims.keys():
-            self.finest = []
+            self.finest = []  # `coarse` then names every dim
             return {name: size.clone() for name, size in self.gates.decided.items()}
         # Which dims are finest depends on the sizes around them (what a channel costs depends on `hidden`), so they are
         # found again for the scaled sizes.
@@ -212,6 +215,7 @@ class _Rounding:
                 costs[name] = cost
         if not costs:
             return [name for name in state if name not in self.gates.decided]
+        # A network with stages has a dim of this kind in each stage, and all of them absorb alike.
         kind = self._kind(min(costs, key=lambda name: costs[name]))
         return [name for name in costs if self._kind(name) == kind]
 
@@ -267,6 +271,7 @@ class _Rounding:
                 lower = wanted[name].clone()
                 lower[i] = int(state[name][i]) - self.allowed.step_at(state, name)
                 candidate = self.allowed.nearest(wanted | nothing | {name: lower})
+                # A size that is smallest already, or that of a dropped layer, saves nothing.
                 if (saved := float(self.count(state) - self.count(candidate))) > 0:
                     choices.append((self._importance_lost(state, candidate) / saved, name, lower))
             if not choices:
@@ -284,6 +289,7 @@ class _Rounding:
             # Protected units, of infinite importance, stay in both states. Their difference would be NaN.
             importance = self.gates.importance(name).cpu().nan_to_num(posinf=0.0).sort(dim=-1, descending=True).values
             # kept[r, k] is the importance of the k best units of row r, with 0 in front for k = 0.
+            # float64, because the result is a small difference of long sums.
             kept = F.pad(importance.double().cumsum(-1), (1, 0))
             before, after = (
                 kept.gather(-1, self.rows(sizes, name).unsqueeze(-1)).squeeze(-1) for sizes in (state, other)

@@ -60,6 +60,7 @@ def _with_share_of_shape(config: DMSConfig, bound: BoundSpec, model: PreTrainedM
     gates = build_gates(bound, model, shaped, device=torch.device("cpu"))
     smallest, cost = smallest_sizes(gates, bound, shaped, model.config)
     for name, size in sizes.items():
+        # A dim whose size follows from another one's is not in `smallest`.
         found = smallest.get(name, torch.tensor([size]))
         whole = bound.sizes[name]  # of a protected layer
         if not all(int(each) in (size, whole) for each in found):
