@@ -102,6 +102,8 @@ def _worth(gates: Gates, name: str, allocation: str) -> Tensor:
     # Rows that share a ratio lose one unit each at a time: the k-th smallest of all rows go together.
     if dim.num_ratios == 1 and dim.rows > 1:
         worth = worth.sum(0, keepdim=True)
+    # The greedy rule of a knapsack: what buys the least per resource goes first. A unit's cost depends on the sizes of
+    # the other dims, which are not known yet, so the dense ones stand for them.
     if allocation == "per_cost":
         dense = gates.dense_sizes()
         one_less = gates.count(dense | {name: dense[name] - 1})  # one unit less in every row
@@ -113,6 +115,7 @@ def _worth(gates: Gates, name: str, allocation: str) -> Tensor:
 
 def _equal_sizes(gates: Gates, share: float) -> Sizes:
     return {
+        # Fractions of units: rounding makes whole sizes, after every strategy (gating/rounding.py).
         name: torch.full((dim.num_ratios,), share * dim.units).clamp(min=1)
         for name, dim in gates.dims.items()
         if dim.follows is None

@@ -39,6 +39,7 @@ def gisp_scores(model: PreTrainedModel, batches: Batches) -> Scores:
             if step < steps:
                 # The last step cuts to the target itself, in `allocate_`.
                 gates.schedule = dataclasses.replace(schedule, target=schedule.target ** (step / steps))
+                # `element_scores` runs in evaluation mode, and hard masks take these sizes.
                 gates.rounded = {name: size.long() for name, size in sizes_of_scores(gates, scores).items()}
     finally:
         gates.schedule, gates.rounded = schedule, None

@@ -25,7 +25,7 @@ from .allocate import Criterion, Scores
 from .learned import Masks, PerUnit, kept_resource, learner
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
-START = 3.0
+START = 3.0  # a gate is then open with probability 0.99, so training begins near the dense model
 NOISE = 1e-6  # u stays this far from 0 and 1, where its logarithms are infinite
 
 
@@ -69,6 +69,7 @@ class HardConcrete(PerUnit):
 
     def penalty(self, progress: float) -> Tensor:
         schedule = self.gates.schedule
+        # The search's own falling target, so that both have the same budget at each step. CoFi's falls linearly.
         target = scheduled_target(schedule.target, progress, schedule.target_ramp, schedule.target_schedule)
         excess = kept_resource(self.gates, {n: open_probability(a) for n, a in self.learned.items()}) - target
         return self.multipliers[0] * excess + self.multipliers[1] * excess.square()

@@ -62,4 +62,5 @@ def rising(costs: Tensor) -> Tensor:
     return ((steps - places).cummax(0).values + places).view(torch.float32)
 
 
+# One pass for the gradients behind G, and one for each walk.
 KFAC_OBS = Criterion(kfac_obs_scores, dims=("layer",), passes=1 + WALKS)

@@ -86,6 +86,7 @@ def masked_by(model: PreTrainedModel) -> Iterator[Masks]:
     for name in gates.dims:
         if name in bound.stacks:
             for layer, module in enumerate(submodule(model, bound.stacks[name]).children()):
+                # A fixed layer may change width or resolution, so its input cannot stand in for its output.
                 if layer not in bound.fixed_layers[name]:
                     hook = _on_residual(masks, name, layer)
                     handles.append(module.register_forward_hook(hook, with_kwargs=True))

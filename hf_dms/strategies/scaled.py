@@ -48,6 +48,7 @@ class Scaled(PerUnit):
     def penalty(self, progress: float) -> Tensor:
         width = WIDEST * (NARROWEST / WIDEST) ** progress
         dense = 1 + width**2  # a factor that makes a model with all scales 1 count as the dense one
+        # At most 1: a scale above 1 makes a unit louder, not dearer.
         kept = {name: (dense * soft_count(scale, width)).clamp(max=1) for name, scale in self.learned.items()}
         return pull(self.gates, kept, progress)
 
@@ -67,6 +68,7 @@ def fold_(model: PreTrainedModel, scales: Masks) -> None:
     for name, scale in scales.items():
         for path, row, shape in masked_inputs(bound, name):
             weight: Tensor = submodule(model, path).weight  # type: ignore[assignment]
+            # W (s ∘ x) = (W ∘ s) x: a scale goes into the columns of the maps that read its unit.
             weight.movedim(1, -1).mul_(scale[row][None, :, None].expand(shape).reshape(-1).to(weight.dtype))
 
 

@@ -31,7 +31,7 @@ from .learned import Masks, PerUnit, learner, pull, straight_through, train_mask
 from .taylor import vector_scores
 
 TAU = 0.1
-WIDTHS = 16
+WIDTHS = 16  # as many as a search over refitted weights interpolates between (refit/levels.py)
 HOTTEST, COLDEST = 5.0, 0.5  # temperature of single-number selection, at the start and at the end
 
 
@@ -41,12 +41,14 @@ class ElementSelection(PerUnit):
     rate = 0.1
 
     def __init__(self, gates: Gates) -> None:
+        # σ(3) = 0.95: it starts near the dense model, as the search does.
         super().__init__(gates, 3.0)
 
     def masks(self, progress: float) -> Masks:
         return {name: hard_gumbel(logit, torch.rand_like(logit)) for name, logit in self.learned.items()}
 
     def penalty(self, progress: float) -> Tensor:
+        # The expected cost, not that of the sample: its gradient does not depend on the noise.
         return pull(self.gates, self.scores(), progress)
 
     def scores(self) -> Scores:
@@ -141,6 +143,7 @@ def number_selection_scores(model: PreTrainedModel, batches: Batches) -> Scores:
     return {name: values + order[name] for name, values in scores.items()}
 
 
+# global: the penalty has weighed what a unit costs already, so scores are not divided by it again.
 DIMS = ("layer", "depth")
 ELEMENT_SELECTION = Criterion(learner(ElementSelection), allocation="global", dims=DIMS)
 PAS = Criterion(learner(PaS), allocation="global", dims=DIMS)

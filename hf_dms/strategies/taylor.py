@@ -47,6 +47,7 @@ def element_scores(model: PreTrainedModel, batches: Batches) -> Scores:
     gates = gates_of(model)
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     model.eval()
+    # The weights may be frozen, and w·dL/dw needs their gradients.
     model.requires_grad_(True)
     try:
         for batch in batches:

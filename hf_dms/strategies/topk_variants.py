@@ -75,10 +75,12 @@ class TopK:
         estimated: whether the mask is `estimated_topk`.
     """
 
+    # The search's default (2 / steps) at 200 steps.
     rate = 0.01
 
     def __init__(self, gates: Gates, kind: str = "taylor", ranks: bool = True, estimated: bool = False) -> None:
         self.gates, self.kind, self.ranks, self.estimated = gates, kind, ranks, estimated
+        # A copy: the ratios of the gates are set from the scores at the end, as for every criterion (`allocate_`).
         self.ratio = gates.prune_ratio.detach().clone().requires_grad_()
         self.steps = 0
 
@@ -125,6 +127,8 @@ class TopK:
         for name, ratio in self.ratios().items():
             importance, units = self.gates.importance(name), self.gates.dims[name].units
             # As in the search: the sum of a sharp soft mask has a slope that swings (topk.linear_topk_count).
+            # By `minmax`, (1 − a)·N is not what stays, so a mask is counted: a new one without the hook, because
+            # importance must not see the resource's gradient.
             kept[name] = linear_topk_count(importance, (1 - ratio) * units) if self.ranks else self._mask(name, ratio)
         return pull(self.gates, kept, progress)
 

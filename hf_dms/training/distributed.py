@@ -40,6 +40,7 @@ def check_launch(arguments: TrainingArguments) -> None:
         ValueError: the processes would run independently; FSDP was asked for and would not be used; or the launch uses
             DeepSpeed ZeRO-3.
     """
+    # Reading `device` makes the process group and sets `distributed_state`.
     kind = arguments.distributed_state.distributed_type if arguments.device is not None else None
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     if kind == DistributedType.NO and num_processes > 1:
@@ -149,6 +150,7 @@ def unsharded(model: PreTrainedModel) -> PreTrainedModel:
     trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     if has_gates(model):
         copy_search_(model, found)
+        # The copy's gates have frozen nothing themselves, and `detach_` thaws what their list names.
         gates_of(found).attachment.frozen.extend(gates_of(model).attachment.frozen)
     for name, parameter in found.named_parameters():
         parameter.requires_grad_(trains[name])

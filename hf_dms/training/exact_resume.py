@@ -39,6 +39,7 @@ class ExactCheckpointsMixin(OverTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # Behind the Trainer's own callbacks, because it changes what they decided about saving.
         self.add_callback(_CheckpointsLast())
         self._saving = False
         self._unwrapped_from: tuple[Any, Any] = (None, None)
@@ -113,6 +114,7 @@ def train_or_resume_(trainer: Any, keep: bool = False) -> None:
         # (experiment/unfinished.py).
         if state.global_step >= state.max_steps:
             print_on_main(f"This is finished already: its end is loaded from {checkpoints[-1]}.")
+            # Callers read steps and logs from it, and only `train` would load it.
             trainer.state = state
             if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
                 trainer._load_best_model()
@@ -164,6 +166,7 @@ class _CheckpointsLast(TrainerCallback):
         control.should_save &= not self.postponed
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        # With save_strategy epoch, Trainer asks for the checkpoint here: it forces a log as after any other step.
         postponed = self.postponed
         self.on_step_end(args, state, control)
         control.should_save |= postponed or self.postponed

@@ -76,10 +76,12 @@ def train_(
     # For mixed precision accelerate has replaced `forward`; the model would go on computing under autocast.
     trainer.accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
     if lora is not None:
+        # The result can be dropped: PEFT puts the plain maps back into `model` itself.
         trained.merge_and_unload()
         model.requires_grad_(True)  # PEFT froze the base weights
     unshard_(model, arguments.device)
     for name, dtype in precisions.items():
+        # One by one: some classes keep parts in float32 (`_keep_in_fp32_modules`), which `model.to` would round too.
         parameter = model.get_parameter(name)
         parameter.data = parameter.data.to(dtype)
     model.eval()
@@ -106,6 +108,7 @@ class DistillationTrainer(FiniteStepsMixin, ExactCheckpointsMixin, Trainer):
 
     def get_train_dataloader(self):
         """Where the teacher's logits can be kept, they are computed first."""
+        # Not in `__init__`: a training that is finished is only loaded, and needs no logits.
         if self.teacher is not None:
             keep_logits_(self)
         return super().get_train_dataloader()
@@ -128,6 +131,7 @@ class DistillationTrainer(FiniteStepsMixin, ExactCheckpointsMixin, Trainer):
         with torch.no_grad():
             taught = {"logits": kept} if kept is not None else teacher(**without_labels(inputs))
         summed = loss_is_summed_over_micro_batches(self, num_items_in_batch)
+        # The divergence is a mean over this micro-batch, and the summed losses are parts of the step's mean.
         share = 1 / self.current_gradient_accumulation_steps if summed else 1.0
         weight, temperature = distillation.weight, distillation.temperature
         causal = base_model_of(self.accelerator.unwrap_model(model)).can_generate()  # position i predicts label i + 1
@@ -179,4 +183,6 @@ def distillation_loss(
         if shifted:
             divergence, labels = divergence[..., :-1], labels[..., 1:]
         divergence = divergence[labels != -100]
+    # T² because the gradients of softened targets shrink as 1/T² (Hinton et al., section 2); the weight then means the
+    # same at every T.
     return temperature**2 * divergence.sum() / max(divergence.numel(), 1)

@@ -35,6 +35,7 @@ class KeptPlans(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         gates: Gates = self.trainer.gates
+        # A constant target passes no level. Without an update there is no importance to choose units by.
         if gates.schedule.target_schedule == "constant" or gates.num_updates == 0:
             return
         steps = (state.global_step - 1, state.global_step)

@@ -40,6 +40,7 @@ class ProgressBar(ProgressCallback):
         if self.training_bar is not None:
             self.training_bar.set_description_str(self.stage)
             self.training_bar.initial = self.training_bar.n = state.global_step  # steps of the run before a resume
+            # Else the bar would count the steps before the resume a second time.
             self.current_step = state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
@@ -62,6 +63,7 @@ class ProgressLines(PrinterCallback):
         self._print(state, f"{state.max_steps} steps{resumed}")
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        # The mark of a training log. Its loss is missing where it was not finite (step_guard.py).
         if "learning_rate" in logs:
             elapsed, done = time.monotonic() - self.began, state.global_step - self.first_step
             left = elapsed / max(done, 1) * (state.max_steps - state.global_step)

@@ -36,6 +36,7 @@ class RefitCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         step, gates = state.global_step, self.trainer.gates
         due = step in refresh_steps(self.trainer.dms_config.warmup_steps, state.max_steps)
+        # A resumed search knows the ratios of its last refit, but the refits are in no checkpoint: they are made again.
         if not due and (self.search is not None or gates.refit_ratio is None):
             return
         if self.search is None:

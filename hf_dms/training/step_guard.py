@@ -38,6 +38,8 @@ class FiniteStepsMixin(OverTrainer):
         self._step_loss = torch.zeros((), device=self.args.device)
         self._grad_norm = torch.zeros((), device=self.args.device)
         self.add_callback(SkippedSteps())
+        # A callback, because its event is the only hook between a step's last backward pass and the optimizer:
+        # `training_step` runs once per micro-batch, and does not know which one is the last.
         self.add_callback(_BeforeOptimizer(self))
 
     @property
@@ -78,6 +80,7 @@ class FiniteStepsMixin(OverTrainer):
 
     # ---- the decision ------------------------------------------------------------------------------------------------
     def _skipped(self) -> SkippedSteps:
+        # Not kept in an attribute: a Trainer with restore_callback_states_from_checkpoint makes the callback anew.
         return next(each for each in self.callback_handler.callbacks if isinstance(each, SkippedSteps))
 
     def _finish_backward_(self) -> None:
@@ -124,6 +127,8 @@ class SkippedSteps(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"total": self.total, "in_a_row": self.in_a_row}}
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        # Trainer restores callbacks only if restore_callback_states_from_checkpoint is set, and it fails to save one
+        # that the state of an older checkpoint does not name.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         vars(self).update(saved["attributes"])
 

@@ -69,6 +69,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         model: Any = args[0] if args else kwargs.get("model")
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         self._source = Path(model.name_or_path).resolve() if getattr(model, "name_or_path", "") else None
+        # Before Trainer's own `__init__`, which makes the output folder and, with push_to_hub, the repository.
         _check_places(model, kwargs.get("args", args[1] if len(args) > 1 else None), self._source)
         # Trainer refuses to train packed weights without adapters. Here only ratios train.
         with packed_weights_may_stay(model if dms_config.pipeline == "p-" else None):
@@ -77,6 +78,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         check_training_arguments(self.args)
         check_plugin(self.accelerator, self.model)
         self.dms_config = dms_config
+        # With epochs the number of steps is known only when training begins, and `_GateCallback` checks it.
         if self.args.max_steps > 0:
             dms_config.check_length(self.args.max_steps)
         if dms_config.pipeline == "np":
@@ -90,7 +92,8 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         if dms_config.kl_weight:
             check_divergence(self.model)
         # The gates have their own Adam: with the user's optimizer (SGD, RMSprop, weight decay) the resource would
-        # depend on settings that were chosen for the weights.
+        # depend on settings that were chosen for the weights. It has no schedule either: Trainer's decay would stop the
+        # ratios before they have followed the falling target.
         learned = [[self.gates.prune_ratio], [*self.gates.scales.values()]]
         self.gate_optimizer = torch.optim.Adam([{"params": tensors} for tensors in learned if tensors])
         self._step_task_loss = torch.zeros((), device=self.args.device)
@@ -217,6 +220,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
 
     def _some_batches(self, count: int) -> Iterator[dict[str, Tensor]]:
         """At most `count` batches of the training data: evenly spaced, or the first ones of a stream."""
+        # Not `get_train_dataloader`: that one shuffles, and gives each process other rows. All must measure the same.
         size, rows = self.args.train_batch_size, self.train_dataset
         if not isinstance(rows, IterableDataset):
             some = evenly_spaced(rows, count * size)
@@ -252,6 +256,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         # times.
         scaled = loss_is_summed_over_micro_batches(self, num_items_in_batch)
         share = 1 / self.current_gradient_accumulation_steps
+        # With open masks the divergence and its gradient are 0, and the dense forward pass would be for nothing.
         weight = 0.0 if self.gates.is_warming_up else self.dms_config.kl_weight
         dense = outputs_with_open_masks(self._unwrapped(), model, inputs) if weight else None
         outputs = None
@@ -304,6 +309,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         return [*self.gates.step_terms(), self._step_task_loss]
 
     def _take_step_(self) -> None:
+        # Before the optimizer's step: it hands the scales their gradients.
         self.gates.update_importance_()
         self._task_loss += self._step_task_loss
         # By now an average over processes (`_finish_backward_`).
@@ -325,6 +331,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         self._step_task_loss.zero_()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        # Trainer sends logs of training, evaluations and its summary through here; only their keys tell them apart.
         if "loss" in logs:
             logs |= self._search_logs()
         elif "eval_loss" in logs:
