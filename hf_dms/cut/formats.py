@@ -148,6 +148,7 @@ def layer_description(bound: BoundSpec) -> dict[str, Any]:
     description = _inside_layers(bound, bound.depth)
     recorded = {product: key for key, product in bound.spec.config.items()}
     dims = {name: recorded.get(name, bound.spec.dim(name).size) for name in _dims_of(description)}
+    # A function cannot be in config.json, so its value is.
     dims = {name: str(bound.sizes[name]) if callable(size) else size for name, size in dims.items()}
     for key in ("axes", "attributes"):  # the same lines for every layer, so the layer's number is left out
         description[key] = {name.removeprefix("{i}."): text for name, text in description[key].items()}
@@ -224,6 +225,7 @@ def _alternative_class_and_config(cls: Any, stock: Any, bound: BoundSpec, values
     """The class and config of the same model in another stock class that has fewer limits (Mistral for Llama)."""
     config_class = transformers.CONFIG_MAPPING[str(bound.spec.alternative)]
     old, new = (config.__name__.removesuffix("Config") for config in (stock, config_class))
+    # The other config lacks them: `pretraining_tp` is Llama's own, and `alternative_needs` are all false.
     drop = {"model_type", "pretraining_tp", *bound.spec.alternative_needs}
     values = {key: value for key, value in values.items() if key not in drop} | bound.spec.alternative_overrides
     return getattr(transformers, cls.__name__.replace(old, new)), config_class.from_dict(values)

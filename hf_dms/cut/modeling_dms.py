@@ -32,6 +32,7 @@ AUTO_CLASSES = (
 )
 
 
+# Cached, because the Auto classes find a config's models by its class: a second class would be unknown to them.
 @functools.cache
 def dms_config_class(stock: Any) -> Any:
     """The config class of per-layer models of a stock architecture.
@@ -84,6 +85,7 @@ def dms_model_class(stock: Any) -> Any:
         # by the name of the class, so the new class needs an entry of its own.
         conversion_mapping.register_checkpoint_conversion_mapping(f"Dms{stock.__name__}", renaming, overwrite=True)
 
+    # With the stock signature, which transformers' own model tests read.
     @functools.wraps(stock.__init__)
     def __init__(self, config, *args, **kwargs) -> None:
         if stock.__name__.endswith("Backbone") and not config.dms_layers.get("backbone"):
@@ -103,6 +105,7 @@ def dms_model_class(stock: Any) -> Any:
         "__doc__": f"`{stock.__name__}` with layers that differ in width.",
         "__annotations__": {"config": config_class},
         "config_class": config_class,
+        # `save_pretrained` copies this file beside the weights of a class that has an auto class.
         "_auto_class": auto_class_of(stock),
     }
     return type(f"Dms{stock.__name__}", (stock,), namespace)
@@ -184,7 +187,7 @@ def resize_(model, within, axes: dict[str, str], attributes: dict[str, str], siz
         path, _, leaf = name.rpartition(".")
         module = within.get_submodule(path)
         old = getattr(module, leaf)
-        if old is None:
+        if old is None:  # a map without bias
             continue
         shape = tuple(
             prod(sizes[factor] for factor in axis) if sizes.keys() >= {*axis} else size
@@ -203,6 +206,7 @@ def resize_(model, within, axes: dict[str, str], attributes: dict[str, str], siz
             if isinstance(module, nn.BatchNorm2d):
                 (module.num_features,) = shape  # a detector builds frozen norms by it
             resized[module] = None
+    # Once each, and only now: a module's weight and bias both have their shapes.
     for module in resized:
         model._init_weights(module)
 

@@ -122,6 +122,7 @@ def load_plan(path: str | os.PathLike, bound: BoundSpec) -> tuple[Plan, str]:
 
 def packed_scales(plan: Plan) -> dict[str, list[str]]:
     """The scales of a plan as text: little-endian float32 in base64, one text per row."""
+    # Digits that keep every bit of a float32 would take twice the room.
     return {
         name: [base64.b64encode(row.numpy().astype("<f4").tobytes()).decode("ascii") for row in rows]
         for name, rows in plan.log_scales.items()

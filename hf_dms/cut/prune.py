@@ -114,6 +114,7 @@ def cut_to(model: PreTrainedModel, plan: Plan, inputs: Mapping[str, Tensor] | No
     # same way, or the comparison in float32 would find that difference.
     rounds = model.dtype in HALF and can_be_upcast(model)
     scaled = folded(model) if rounds else contextlib.nullcontext()
+    # In this order: `folded` takes the scales that `_scaled_by` has set.
     with _ranked_by(gates, plan), _scaled_by(gates, plan), hard_masked(model, sizes), exact_packed_maps(model), scaled:
         inputs = inputs if inputs is not None else dummy_inputs(model)
         check_same(model, pruned, inputs, ("masked", "cut"), output_units(bound, plan))

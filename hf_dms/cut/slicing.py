@@ -50,6 +50,7 @@ def cut(model: PreTrainedModel, bound: BoundSpec, plan: Plan, layout: str) -> Pr
     pruned.to(model.device)  # buffers that are not in the state dict
     pruned.tie_weights()
     if model.can_generate():
+        # The class has made one from the config, without what the dense model's generation_config.json says.
         pruned.generation_config = copy.deepcopy(model.generation_config)
     return pruned.eval()
 
