@@ -126,6 +126,7 @@ def measure(loaded: list[Any], configs: list[Any], auto: str, run: Run, repeats:
     Returns:
         A measurement for each phase, as `bench` returns it, without reasons.
     """
+    # One input for both: no cut changes the vocabulary or the size of images.
     inputs = inputs_for(loaded[0], run)
     times = in_turns(lambda model: run_with(timed, model, inputs, run.new_tokens), loaded, repeats)
     costs = [costs_of(config, auto, model.dtype, run) for config, model in zip(configs, loaded)]

@@ -133,6 +133,7 @@ def in_turns(measure: Callable[[Subject], Mapping[str, Any]], subjects: list[Sub
     for turn in range(repeats + 1):
         for subject, measurements in zip(subjects, found):
             for name, measured in measure(subject).items():
+                # The first turn pays for caches, allocations and the choice of kernels.
                 if turn > 0:
                     measurements.setdefault(name, []).append(measured)
     return found
@@ -178,6 +179,7 @@ def costs_of(config: Any, auto: str, dtype: torch.dtype, run: Run) -> dict[str, 
         # Under eager attention, because the counter knows others on some devices only.
         with without_values(), FlopCounterMode(display=False) as counter:
             outputs.append(work())
+        # The counter takes a multiplication and an addition as two.
         return outputs[-1], counter.get_total_flops() / 2
 
     macs = run_with(counted, model, inputs, run.new_tokens)
@@ -196,6 +198,7 @@ def widths(model: nn.Module) -> dict[int, set[str]]:
     """Every width of a linear map in the layers, and the names of the modules that have it."""
     found: dict[int, set[str]] = {}
     for name, module in model.named_modules():
+        # A number in the path: the module is in a list of layers.
         if isinstance(module, nn.Linear) and any(part.isdigit() for part in name.split(".")):
             for width in module.weight.shape:
                 found.setdefault(width, set()).add(name.rpartition(".")[2])

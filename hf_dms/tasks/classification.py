@@ -136,10 +136,13 @@ def load_examples(config: DataConfig, tokenizer: Any, model_config: Any, head: H
     def prepare(source: Source, numbers: list[int]) -> Any:
         rows = map_texts(source, config, tokenizer, lambda texts, places: encode(texts, places, source, numbers))
         ids = rows.data.column("input_ids")
+        # In Arrow, where the tokens are: as Python integers they would take many times the memory.
         longest, largest = (
             compute.max(each(ids)).as_py() for each in (compute.list_value_length, compute.list_flatten)
         )
         check_length(longest, f"A text of {source.key} has", model_config)
+        # A padding token is often added to a tokenizer later, beyond the model's vocabulary, and occurs in batches
+        # only.
         check_ids(max(largest, padding.pad_token_id), tokenizer, model_config)
         return rows
 
@@ -149,6 +152,7 @@ def load_examples(config: DataConfig, tokenizer: Any, model_config: Any, head: H
             if text is None:
                 raise HfDmsError(f"{source.cell(place, column)} has no text. Leave such rows out, or fill them.")
         encoded = dict(tokenizer(texts, truncation=True, max_length=config.sequence_length))
+        # Only now, because most tokenizers make special tokens of an empty text, on which a model can run.
         for row, place in zip(encoded["input_ids"], places):
             if not row:
                 raise HfDmsError(f"{source.cell(place, column)} is empty. Leave such rows out, or fill them.")

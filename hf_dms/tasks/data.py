@@ -128,6 +128,7 @@ class DataConfig:
             )
         files = {"path": self.path, "held_out": self.held_out} | {f"mix.{path}": path for path in self.mix}
         for key, value in files.items():
+            # Any other name that does not exist may be a dataset on the Hub, or a split.
             if isinstance(value, str) and is_data_file(value) and not Path(value).exists():
                 raise HfDmsError(f"data.{key}: there is no file '{value}' (looked in {Path.cwd()}).")
 

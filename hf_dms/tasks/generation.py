@@ -59,6 +59,7 @@ def load_examples(config: DataConfig, tokenizer: Any, model_config: Any, labels:
 
 def _windows_of_source(config: DataConfig, path: str, tokenizer: Any, model_config: Any) -> Any:
     """All windows of a further source, as a dataset; errors name it in place of data.path."""
+    # `held_out=path` takes all of it: nothing is measured on a further text.
     source = DataConfig(path=path, held_out=path, sequence_length=config.sequence_length)
     try:
         streams = load_streams(source, tokenizer, model_config)
@@ -201,6 +202,7 @@ def as_dataset(sequences: Tensor) -> Any:
     """Sequences as a `datasets.Dataset` of a causal model's arguments. The labels are the tokens themselves."""
     from datasets import Dataset
 
+    # The model shifts the labels itself.
     rows = sequences.numpy()
     return Dataset.from_dict({"input_ids": rows, "labels": rows}).with_format("torch")
 
@@ -219,10 +221,12 @@ def _tokens(source: Source, config: DataConfig, tokenizer: Any, start: int | Non
         begin = [[start] if start is not None and each[:1] != [start] else [] for each in ids]  # chats can have one
         return {"input_ids": [[*first, *each, *end] for first, each in zip(begin, ids)]}
 
+    # int32, because `datasets` would store Python integers as int64, twice as large.
     documents = map_texts(source, config, tokenizer, encode, features=Features({"input_ids": List(Value("int32"))}))
     if not len(documents):
         what = f"column '{config.text_column}'" if config.template is None else "what data.template makes of it"
         raise HfDmsError(f"{source.key}: {source.path} has no text in {what}.")
+    # In Arrow too: as Python integers, the tokens would take many times the memory.
     flat = documents.data.column("input_ids").combine_chunks().flatten()
     return torch.from_numpy(flat.to_numpy(zero_copy_only=False).astype("int64"))
 

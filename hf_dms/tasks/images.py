@@ -52,6 +52,7 @@ class Pictures(Dataset):
         """A whole batch; a DataLoader calls this method if there is one."""
         images = [decoded(self.rows, index, self.source, self.column) for index in indices]
         pixels = self.prepare(images)["pixel_values"]
+        # The label alone, or the image's bytes would be read a second time.
         rest = self.rows.select_columns(["labels"])
         return [{"pixel_values": each, "labels": rest[index]["labels"]} for each, index in zip(pixels, indices)]
 

@@ -168,12 +168,14 @@ def _label(value: Any, names: list[str] | None, source: Source, row: int, column
             f"{source.cell(row, column)} holds {value!r}, which is not a class. Labels are names or whole numbers; "
             "regression is not supported."
         )
+    # 1.0 is the class 1, which must not be called 1.0.
     return Label(str(number) if isinstance(value, float) else str(value), number)
 
 
 def _whole(value: Any) -> int | None:
     """The whole number of a value or its text; None if it is not a whole number."""
     if isinstance(value, str):
+        # Up to 15 digits, which a float holds exactly.
         text = value.strip()
         return int(float(text)) if re.fullmatch(r"-?\d{1,15}(\.0*)?", text) else None
     if isinstance(value, float):
@@ -206,6 +208,7 @@ def number_labels(train: LabelColumn, held_out: LabelColumn, head: Head) -> tupl
 def _read_as_classes(labels: set[Label], head: Head, option: str) -> dict[Label, int] | None:
     """The class of each label, by the rule that reads all labels; None if no rule does."""
     by_name, count = _by_name(labels, head.names), len(head.names)
+    # In a ClassLabel the author has said that these are names, so digits among them are not numbers.
     if by_name is not None and all(label.is_class_name for label in labels):
         return by_name
     by_number = _in_range({label: label.number for label in labels}, count)

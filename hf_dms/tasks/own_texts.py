@@ -52,6 +52,8 @@ def own_texts(
         torch.manual_seed(seed)
         for first in range(0, num_texts, BATCH):
             begin = torch.full((min(BATCH, num_texts - first), 1), start, device=model.device)
+            # All sampling options, because the defaults (top_k 50) and many models' own narrow the distribution. The
+            # mask, because the token that begins a text may be the one that pads.
             tokens = generate(
                 input_ids=begin,
                 attention_mask=torch.ones_like(begin),

@@ -116,6 +116,7 @@ def _load_folder(config: DataConfig, folder: Path, split: str) -> tuple[Any, boo
         raise HfDmsError(f"data.path: the folder {folder} holds neither images nor {', '.join(BUILDERS)} files.")
     options = OPTIONS.get(suffix_of(readable[0]), {})
     try:
+        # By the folder and not by its files, because `datasets` takes files named like splits as splits.
         rows = datasets.load_dataset(str(folder.absolute()), config.name, split=split, **options)
         rows.data.validate(full=True)
         return rows, True
@@ -144,6 +145,7 @@ def _one_error(path: str, key: str) -> Iterator[None]:
     except HfDmsError:
         raise
     except Exception as error:  # the readers raise errors of many kinds: pandas', pyarrow's, decoders', StopIteration
+        # `datasets` wraps a reader's error in one that says nothing of the cause.
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__

@@ -41,6 +41,7 @@ def map_texts(
         rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
         return encode([_text(row, place, source, config, tokenizer) for row, place in zip(rows, places)], places)
 
+    # Without the other columns: `encode_batch` takes all values of a batch, and images would be decoded for that.
     return source.rows.select_columns(columns).map(
         encode_batch,
         with_indices=True,
@@ -154,6 +155,7 @@ def padding_of(tokenizer: Any, config: Any) -> tuple[Any, dict[str, int]]:
         tokenizer.pad_token = token
     if known is None:
         return tokenizer, {"pad_token_id": tokenizer.pad_token_id}
+    # Encoders, which have tables of positions, read their first token, and the mask hides padding from it.
     if may_be_longer(config) and known != tokenizer.pad_token_id:
         raise HfDmsError(
             f"model.path: the tokenizer pads with token {tokenizer.pad_token_id}, and the model takes {known} "
