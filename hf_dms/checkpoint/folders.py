@@ -31,6 +31,7 @@ def new_folder(
     """
     target = Path(folder)
     check_writable(target, overwrite, sources)
+    # Beside the target, because a rename is one step only within a file system.
     temporary = target.with_name(f".{target.name}.writing")
     with only_writer(target):
         shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
@@ -62,6 +63,7 @@ def only_writer(folder: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     finally:
+        # Before the release: after it, the file may be the lock of another process.
         with suppress(OSError):  # Windows does not remove a file that is open
             os.remove(lock.lock_file)
         lock.release()

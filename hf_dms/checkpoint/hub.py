@@ -76,6 +76,7 @@ def push(
         again = push_command(path, repo_id, private, revision, commit_message)
         message = f"{_reason(error, repo_id)}\n{path} is unchanged. To push it again: {again}"
         # No chained traceback: an error of the HTTP library can show the header with the token.
+        # "\0" without a token: an empty text would be found between all letters.
         raise HfDmsError(message.replace(token or get_token() or "\0", "<token>")) from None
     return str(url) if revision is None else f"{url}/tree/{revision}"
 

@@ -174,6 +174,7 @@ def _count_kept(job: StreamedCut) -> int:
 def _cut(job: StreamedCut, source: str, name: str) -> Tensor:
     tensor, shape = read(job.tensors[source]), tensor_of(job.pruned, name).shape
     if source in job.factors:
+        # The factors are float32: the product is rounded once, as `slicing.cut` rounds it.
         tensor = (tensor * job.factors[source]).to(tensor.dtype)
     return cut_tensor(tensor, shape, job.bound, source, job.plan, job.layout).contiguous()
 

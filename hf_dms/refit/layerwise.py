@@ -38,6 +38,7 @@ from .stream import (
     stream_dim,
 )
 
+# Loose, because it only chooses a candidate: `_as_said` then checks the scale by a run of the layer.
 SAME_SCALE = 1e-2  # relative difference below which the fitted scales of two maps count as one common scale
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -102,6 +103,7 @@ def find_stream_modules(walk: LayerWalk, layer: int = 0) -> StreamModules:
     for places in _candidates(walk, layer, names):
         if _as_said(walk.layers[layer], places, recorder := walk.run(layer, 0, places)):
             relative = any(norms(walk.bound, stream_dim(walk.bound, stack)))
+            # `sums` has the maps in the order in which they ran; the description may list them in another.
             found = dataclasses.replace(places, writes=tuple(recorder.sums), relative=relative)
             walk.found[stack, names] = found
             return found
@@ -135,6 +137,7 @@ def _candidates(walk: LayerWalk, layer: int, names: LayerNames) -> Iterator[Stre
         plain.append(StreamModules(writes, vectors))
     if len(writes) == len(names.parameters):
         plain.append(StreamModules(writes, channels=dict(zip(writes, names.parameters))))
+    # A layer that returns another shape must begin a new stream; one that returns the same shape may.
     goes_on = walk.hidden[0].shape == whole.shape
     written = {path: heard[path] for path in writes if path in heard}
     if (moved := _moved(walk, layer, written, simple, walk.units_last(whole).shape)) is None:
@@ -194,6 +197,7 @@ def _as_said(layer: nn.Module, places: StreamModules, recorder: StreamRecorder) 
     """Whether the stream that the recorder computed equals the one that the layer returned."""
     if not recorder.sums or recorder.stream is None or not same(recorder.before_end, recorder.stream):
         return False
+    # A norm that the stream passes gets the sum so far, or else something was added that is not in `writes`.
     if not all(same(into, total) for into, total in zip(recorder.normed.values(), recorder.sums.values())):
         return False
     runs = ((path, output, recorder.added[path]) for path, output in recorder.outputs.items())
@@ -205,6 +209,7 @@ def _common_scale(run: StreamRecorder) -> float:
     assert run.stream is not None
     # One column per map: which factors of their outputs give what the layer added?
     outputs = torch.stack([output.double().flatten() for output in run.outputs.values()], dim=1)
+    # `run` added the outputs themselves; less them, its stream is the one in front of the layer.
     added = run.before_end.double().flatten() - (run.stream.double().flatten() - outputs.sum(1))
     if not added.isfinite().all() or not outputs.isfinite().all():
         return math.nan
@@ -255,6 +260,7 @@ class LayerWalk:
         self._done = Shelf(offload)  # per batch, by a layer's number, what it returned, if that matters to later calls
         self._base = base
         self._in_tuple: int | None = None  # length of the tuple that a layer returns, 0 for a tensor; once one has run
+        # A cache would be among the arguments of each call, and grow whenever a layer runs again.
         self._options = {} if bound.spec.cache is None else {"use_cache": False}
         for batch in batches:
             self.add_(batch)
@@ -351,6 +357,7 @@ class LayerWalk:
             if not args:
                 args = (kwargs.pop("hidden_states"),)
             calls.append((args[0], (args[1:], kwargs)))
+            # Layers run in order, so the place of a call in the list is the number of its layer.
             output = (outputs or {}).get(len(calls) - 1, args[0])
             return (output, *[None] * (self._in_tuple - 1)) if self._in_tuple else output
 

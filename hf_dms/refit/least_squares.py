@@ -86,5 +86,6 @@ def best_ridge(fitted: Sums, held_out: Sums, width: int) -> float:
     best, before = RIDGES.index(FIXED_RIDGE), -1
     while best != before:
         before = best
+        # From the larger ridge down: `min` takes the first of equal errors.
         best = min(range(min(best + 1, len(RIDGES) - 1), max(best - 1, 0) - 1, -1), key=error)
     return RIDGES[best]

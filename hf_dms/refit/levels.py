@@ -28,6 +28,7 @@ from .layerwise import LayerWalk, find_stream_modules, targets_of_layers
 from .order import Elimination, eliminate
 from .stream import stream_dim
 
+# 0.1 was the best of three ridges for a repair on 16,384 tokens (benchmarks/README.md).
 ORDER_RIDGE, REFIT_RIDGE = 0.01, 0.1  # relative to the mean square of a map's inputs
 BLOCK = 8  # units of one input each that are removed before costs are computed again
 LEVELS = 16  # a search interpolates between this many widths
@@ -67,6 +68,7 @@ class RefittedMap:
         unit = gram.diagonal()[: module.in_features].mean().clamp(min=torch.finfo(gram.dtype).tiny)
         self.dim, self.size, self.num_units = writer.dim, units.shape[1], len(units)
         try:
+            # The ridge ρ pulls towards the present weights: (H + ρI) W = M + ρ W_dense.
             damped = [(_damped(gram, ridge * unit), moment + ridge * unit * dense) for ridge in ridges]
             # A unit of several inputs (a head) is a block already, and there are few of them.
             block = block if self.size == 1 else 1
@@ -107,6 +109,7 @@ class RefittedMap:
         Returns:
             `[outputs, bias and inputs in the map's order]`, up to the next level's width.
         """
+        # Within the list at both ends: the smallest and the largest width have a neighbour on one side only.
         position = min(max(bisect.bisect_right(self.widths, float(width.detach())), 1), len(self.widths) - 1)
         lowest, highest = self.widths[position - 1], self.widths[position]
         above = self.weight(highest)
@@ -161,6 +164,7 @@ def sweep(
     found: dict[Key, RefittedMap] = {}
     everything = torch.arange(bound.sizes[stream_dim(bound)])
     with evaluating(model):
+        # One model serves as both: maps are replaced only after the teacher has passed their layer.
         teacher, student = LayerWalk(model, bound, batches), LayerWalk(model, bound, batches)
         places = find_stream_modules(teacher)
         by_path = {writer.path: writer for writer in writers(bound, places, widths)}

@@ -1,7 +1,7 @@
 """How much memory least squares take. It follows from a model's sizes, so it is known before the weights are loaded.
 
 - Repair holds one map's sums at a time: AᵀDA `[inputs, inputs]` and AᵀDR `[inputs, outputs]` in float64. There is one
-  copy for each part of the batches (they are split to choose the ridge), and one more while the map is solved. Repair
+  copy for each part of the batches (they are split to choose the ridge), and two more while the map is solved. Repair
   also keeps the hidden states of all batches, for both models, and the targets of one layer. `offload` moves these to
   files.
 - A search over refitted weights keeps, for every map that reads a pruned dim, in float32: a Cholesky factor
@@ -43,6 +43,7 @@ def repair_bytes(
         states += 1
     # + 1 for a bias, which counts as an input. The largest map decides, since one is solved at a time.
     sums = max((inputs + 1) * (inputs + 1 + outputs) for inputs, outputs in maps)
+    # Each part, their sum, and what is solved from it.
     return DOUBLE * (HELD_OUT + 2) * sums, itemsize * states * positions * bound.sizes[stream]
 
 

@@ -120,6 +120,7 @@ def removal_costs(gates: Gates, maps: Mapping[Key, RefittedMap]) -> dict[str, Te
     for (layer, _), refitted in sorted(maps.items()):
         dim = gates.dims[refitted.dim]
         total = costs.setdefault(dim.name, torch.zeros(dim.rows, dim.units).double())
+        # The loss grows by half the weighted squared error, see `stream_factors`.
         total[layer] = refitted.elimination.costs / 2
     return costs
 
@@ -139,10 +140,12 @@ def sizes_below_one_threshold(gates: Gates, costs: Mapping[str, Tensor]) -> Size
     for name, cost in costs.items():
         dim = gates.dims[name]
         one_less = dense | {name: dense[name] - 1}
+        # `one_less` has one unit less in every row.
         per_unit = float(gates.count(dense) - gates.count(one_less)) / dim.rows
         cost = cost.mean(0, keepdim=True).expand_as(cost) if dim.shared else cost
         # A unit can cost less than the one removed before it. The running maximum, from the end, keeps the order.
         scores[name] = (cost / per_unit).flip(-1).cummax(-1).values.flip(-1)
+    # Infinite: the unit that always stays.
     thresholds = torch.cat([score[score.isfinite()] for score in scores.values()]).sort().values
 
     def sizes_above(place: int) -> Sizes:

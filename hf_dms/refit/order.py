@@ -78,6 +78,7 @@ def eliminate(
         root, across = torch.linalg.cholesky(inverse[removed][:, removed]), inverse[:, removed]
         gains = torch.linalg.solve_triangular(root, weight[removed], upper=False)
         spread = torch.linalg.solve_triangular(root, across.T, upper=False).T
+        # spread·spreadᵀ = H⁻¹[:,B] (H⁻¹_BB)⁻¹ H⁻¹[B,:] and spread·gains = H⁻¹[:,B] (H⁻¹_BB)⁻¹ W_B.
         # In place: these are the largest matrices here, `[inputs, inputs]`.
         inverse.addmm_(spread, spread.T, alpha=-1)
         weight.addmm_(spread, gains, alpha=-1)
@@ -115,6 +116,7 @@ def _compact(
     """Drop the rows and columns of removed units from the matrices, once enough units are gone to pay for the copy."""
     used = torch.ones(len(inverse), dtype=torch.bool, device=inverse.device)
     removed = columns[torch.cat(gone)].flatten()
+    # -1: columns that an earlier call has dropped.
     used[removed[removed >= 0]] = False
     if used.double().mean() >= COMPACT_BELOW:
         return inverse, weight, columns

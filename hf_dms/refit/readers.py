@@ -132,9 +132,11 @@ class Readers:
         heard = _heard(student, layer, 0, [*readers, *places.writes], until=before)
         for path, (inputs, _) in heard.items():  # in the order in which they ran
             if path in places.writes:
+                # Maps in front of an earlier write were changed before that write.
                 groups = groups if path == before else {}
             else:
                 # The same tensor object: queries, keys and values read one output of one norm.
+                # Those with a bias apart: it is one more input in the sums.
                 key = (id(inputs), modules[path].bias is not None)
                 groups.setdefault(key, []).append(path)
         return [*groups.values()]

@@ -31,6 +31,7 @@ def check_repairable(model: PreTrainedModel, bound: BoundSpec) -> None:
         HfDmsError: its layers do not write into the residual stream as `find_stream_modules` knows it.
     """
     check_streams(bound)  # a small model cannot be built where every block has a stream of its own
+    # per_layer, because the small sizes need not be within a stock config's limits.
     cls, config = pruned_class_and_config(model, bound, _small(bound), "per_layer")
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -249,6 +249,7 @@ def unfolded(module: Any, inputs: Tensor) -> Tensor:
     if not isinstance(module, nn.Conv2d):
         return inputs
     if module.kernel_size == (1, 1) and not any(module.padding):
+        # A kernel of one place reads a view of the inputs, where `unfold` would copy them.
         height, width = module.stride
         return inputs[:, :, ::height, ::width].movedim(1, -1)
     options: Any = (module.kernel_size, module.dilation, module.padding, module.stride)
@@ -335,4 +336,5 @@ def same(tensor: Tensor, other: Tensor) -> bool:
     if tensor.shape != other.shape:
         return False
     difference = (tensor.double() - other.double()).abs().max()
+    # `<=`, because tensors of zeros are the same, and NaN is nothing's.
     return bool(difference <= TOLERANCE[tensor.dtype] * other.double().abs().max())
