@@ -33,6 +33,7 @@ def new_folder(
     check_writable(target, overwrite, sources)
     # Beside the target, because a rename is one step only within a file system.
     temporary = target.with_name(f".{target.name}.writing")
+    # The lock comes first: another process's temporary folder has the same name.
     with only_writer(target):
         shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
         temporary.mkdir()

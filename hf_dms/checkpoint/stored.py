@@ -134,6 +134,7 @@ def stored_tensors(files: Iterable[Path], model: PreTrainedModel) -> tuple[dict[
                         "This cannot be cut from files: load the model and use hf_dms.prune."
                     )
                 if name in parameters:
+                    # `get_slice` knows the shape from the header, without reading the tensor.
                     tensors[name] = Stored(file, key, tuple(content.get_slice(key).get_shape()))
                 else:
                     others.append(key)

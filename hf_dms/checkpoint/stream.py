@@ -119,6 +119,7 @@ def write_cut(job: StreamedCut, folder: Path, target: Path) -> dict[str, int]:
 def _dense_on_meta(folder: Path, file: Path) -> PreTrainedModel:
     """The model of a folder without its weights."""
     config = load_saved(AutoConfig, folder)
+    # An architecture without a description is refused before anything else is said about its config.
     spec_for(config)
     if getattr(config, "quantization_config", None) is not None:
         raise HfDmsError(f"{folder} is quantised: packed weights cannot be cut. Use the unquantised checkpoint.")
@@ -206,6 +207,7 @@ def _write_shard(job: StreamedCut, names: dict[str, str], file: Path) -> None:
 def _write_all_but_weights(job: StreamedCut, folder: Path, target: Path) -> None:
     if job.pruned.can_generate() and (folder / GENERATION_CONFIG_NAME).is_file():
         job.pruned.generation_config = GenerationConfig.from_pretrained(folder)
+    # No tensors: the model is on the meta device, and its weights are written one by one.
     job.pruned.save_pretrained(target, state_dict={})
     (target / PLAN_FILE).write_text(plan_to_json(job.plan, job.bound, job.layout), encoding="utf-8")
 

@@ -45,6 +45,7 @@ def dms_config_class(stock: Any) -> Any:
         """Skip the stock check: it reads sizes that differ per layer here. Building the layers checks them."""
 
     def __post_init__(self, **kwargs) -> None:
+        # With the first config, not on import: the modules of all model classes take seconds to import.
         register_models(stock)
         super(cls, self).__post_init__(**kwargs)
 

@@ -171,7 +171,7 @@ def make_plan(gates: Gates, sizes: Sizes) -> Plan:
         theta = rows.detach().float().cpu()
         if name in kept:
             scales[name] = tuple(row[units] for row, units in zip(theta, kept[name]))
-        elif name not in gates.dims:
+        elif name not in gates.dims:  # of norms: whole, because they are folded into dense weights before these are cut
             scales[name] = theta.unbind(0)
     return Plan(kept, scales)
 

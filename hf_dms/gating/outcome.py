@@ -61,6 +61,7 @@ def search_outcome(model: nn.Module) -> SearchOutcome:
 
 def warn_of_outcome(model: nn.Module) -> None:
     """Warn, once, if a search ended above or clearly below its target, or if `round_to` is too coarse for it."""
+    # Once, because the trainer warns at the end of a search, and `prune` after it.
     if message := search_outcome(model)["message"]:
         logger.warning_once(message)
 

@@ -82,4 +82,5 @@ class Interpolation:
                     f"These have {', '.join(batch)}."
                 )
             total += float(loss)
+        # No comparison with NaN is true, so `min` could take it for the least.
         return total / len(batches) if math.isfinite(total) else math.inf

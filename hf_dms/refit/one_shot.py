@@ -64,6 +64,7 @@ def one_shot_obs_plan(model: PreTrainedModel, dms_config: DMSConfig, batches: Ba
         costs = removal_costs(gates, maps)
         widths = sizes_below_one_threshold(gates, costs)
     set_sizes_(gates, widths)
+    # One threshold for all leaves a part of the budget over; the rounding fills it.
     return make_plan(gates, round_sizes(gates, bound, dms_config, model.config))
 
 

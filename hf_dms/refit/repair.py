@@ -113,6 +113,7 @@ def repair_(
     """
     _check(pruned, dense, plan, ridge)
     plan = plan_of(dense) if plan is None else plan
+    # Not the one of the gates: with a plan, the dense model needs none.
     bound = bind(spec_for(dense.config), dense)
     # A copy of the weights as they are before the first layer changes.
     line = Interpolation(pruned) if interpolate else None
@@ -148,6 +149,7 @@ def _repair_layers_(
         passed = layers.stop  # `targets_of_layers` moves the dense model behind all layers of the range
         stack, number = teacher.places[layers.start]
         units = _kept_stream(bound, plan, stack)
+        # Before `targets_of_layers`, which moves the dense model on.
         readers = readers_of(teacher, layers.start, plan)
         places, targets = targets_of_layers(teacher, layers, units)
         where = f"layer {number}" if len(bound.stacks) == 1 else f"layer {number} of {stack}"
@@ -304,6 +306,7 @@ def _check_layers(student: LayerWalk, plan: Plan) -> None:
         found = [layer for layer, place in zip(student.layers, student.places) if place[0] == stack]
         inside, stream = f"{path}.{int(kept[0])}.", stream_dim(bound, stack)
         written = (name for name, param in bound.params.items() if param.axes[0] == (stream,))
+        # Any parameter with the stream on its first axis shows how wide the stream of the cut model is.
         own = next(name.removeprefix(inside) for name in written if name.startswith(inside))
         width, dense = len(found[0].get_parameter(own)), (bound.sizes[stack], bound.sizes[stream])
         if (len(found), width) != (len(kept), len(units)) or kept[-1] >= dense[0] or units[-1] >= dense[1]:

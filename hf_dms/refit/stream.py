@@ -85,6 +85,7 @@ def check_streams(bound: BoundSpec) -> None:
 
 def stream_axis(bound: BoundSpec) -> int:
     """The axis of a layer's hidden state that holds the units of the stream, counted from the end."""
+    # Any word stands for one axis: where the description says nothing, the units are on the last one.
     dims = bound.spec.outputs.get("last_hidden_state", "stream").split()
     return next(place for place, dim in enumerate(dims) if dim != "_") - len(dims)
 
@@ -143,6 +144,7 @@ class StreamRecorder:
         listeners: list[tuple[str, Callable]] = [(path, functools.partial(self._normed, path)) for path in places.norms]
         for path in places.writes:
             factor = factors.get(path, places.scale)
+            # What passes another module first is added where that module returns.
             passes = path in places.behind or path in places.moved
             listeners.append((path, functools.partial(self._wrote, path, passes, factor)))
         listeners += [(after, functools.partial(self._passed, path)) for path, after in places.behind.items()]
