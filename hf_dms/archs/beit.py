@@ -34,6 +34,7 @@ def _one_choice_of_heads(dims: tuple[Dim, ...]) -> dict[str, Any]:
 DIMS = with_dims(tuple(dim for dim in VIT.dims if dim.name != "pool"), Dim("distances", num_distances))
 OUTSIDE = {name: axes for name, axes in VIT.params.items() if not name.startswith(("layers.", "pooler."))} | {
     "embeddings.mask_token": "one one hidden",
+    # With `use_mean_pooling` the last norm is in the pooler, behind the mean; without, it is ViT's `layernorm`.
     "pooler.layernorm.weight": "hidden",
     "pooler.layernorm.bias": "hidden",
 }
@@ -53,7 +54,7 @@ BEIT = replace(
     variants=_one_choice_of_heads(DIMS),
     # Names of layers, for backbones. The stock class derives them from the number of layers, which a cut changes.
     config_leaves_out=("stage_names", "out_features", "out_indices"),
-    outputs={},
+    outputs={},  # `pooler_output` is as wide as the stream: the pooler has no map
 )
 
 DATA2VEC_DIMS = with_dims(DIMS, Dim("d", "hidden_size // num_attention_heads"))
@@ -71,7 +72,7 @@ DATA2VEC_VISION = replace(
         f"encoder.{TABLE}": "distances heads",
     },
     variants=_one_choice_of_heads(DATA2VEC_DIMS),
-    config_leaves_out=(),
+    config_leaves_out=(),  # not the config of a backbone: it names no layers
     attributes=YOLOS.attributes,
     build_with=YOLOS.build_with,
     must_equal=YOLOS.must_equal,

@@ -14,7 +14,8 @@ BERT = ArchSpec(
         Dim("mlp", "intermediate_size", scope="layer"),
         Dim("hidden", "hidden_size", scope="model"),
         Dim("layers", "num_hidden_layers", scope="depth"),
-        Dim("pool", "hidden_size", scope="model", follows="hidden"),  # width of the pooler's output
+        # Width of the pooler's output. Its units are its own, but the config has one number for both widths.
+        Dim("pool", "hidden_size", scope="model", follows="hidden"),
         Dim("d", "hidden_size // num_attention_heads"),
         Dim("vocab", "vocab_size"),
         Dim("position", "max_position_embeddings"),
@@ -43,7 +44,7 @@ BERT = ArchSpec(
         "encoder.layer.{i}.output.dense.bias": "hidden",
         "encoder.layer.{i}.output.LayerNorm.weight": "hidden",
         "encoder.layer.{i}.output.LayerNorm.bias": "hidden",
-        "pooler.dense.weight": "pool hidden @ 1",
+        "pooler.dense.weight": "pool hidden @ 1",  # it reads the first token alone
         "pooler.dense.bias": "pool",
     },
     heads={
@@ -51,6 +52,7 @@ BERT = ArchSpec(
         "ForTokenClassification": {"classifier.weight": "label hidden", "classifier.bias": "label"},
         "ForQuestionAnswering": {"qa_outputs.weight": "label hidden", "qa_outputs.bias": "label"},
         "ForMaskedLM": {
+            # The decoder shares its weight with the word embeddings, so it reads the units of the stream again.
             "cls.predictions.transform.dense.weight": "hidden hidden",
             "cls.predictions.transform.dense.bias": "hidden",
             "cls.predictions.transform.LayerNorm.weight": "hidden",
@@ -62,11 +64,12 @@ BERT = ArchSpec(
     },
     config={
         "num_attention_heads": "heads",
-        "head_dim": "d",
+        "head_dim": "d",  # BertConfig has none. A per-layer one needs it: hidden_size / heads is wrong with fewer heads
         "intermediate_size": "mlp",
         "hidden_size": "hidden",
         "num_hidden_layers": "layers",
     },
+    # BertSelfAttention derives these from the config, which shows one head while a per-layer model is built.
     attributes={
         "encoder.layer.{i}.attention.self.num_attention_heads": "heads",
         "encoder.layer.{i}.attention.self.attention_head_size": "d",

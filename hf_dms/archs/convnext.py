@@ -22,7 +22,7 @@ CONVNEXT = ArchSpec(
         Dim("one", "1"),
         Dim("two", "2"),
         Dim("four", "4"),
-        Dim("kernel", "7"),
+        Dim("kernel", "7"),  # written in the code of the stock class, as are the four and the two
         *IMAGE,
         *PATCH,
     ),
@@ -36,7 +36,8 @@ CONVNEXT = ArchSpec(
         "encoder.stages.{s}.downsampling_layer.0.bias": "hidden{s-1}",
         "encoder.stages.{s}.downsampling_layer.1.weight": "hidden{s} hidden{s-1} two two",
         "encoder.stages.{s}.downsampling_layer.1.bias": "hidden{s}",
-        # Depthwise: one input channel per kernel. The number of groups follows the width.
+        # Depthwise: one input channel per kernel. The number of groups follows the width. It reads the stream without a
+        # norm, which does no harm: it mixes no units, and the norm behind it is masked.
         "encoder.stages.{s}.layers.{i}.dwconv.weight": "hidden{s} one kernel kernel",
         "encoder.stages.{s}.layers.{i}.dwconv.bias": "hidden{s}",
         "encoder.stages.{s}.layers.{i}.layernorm.weight": "hidden{s}",
@@ -56,8 +57,9 @@ CONVNEXT = ArchSpec(
     },
     heads={
         "ForImageClassification": {"classifier.weight": "label hidden{last}", "classifier.bias": "label"},
-        "Backbone": {},
+        "Backbone": {},  # no further lines, but without an entry here binding refuses backbones
     },
+    # The widths of MLPs are not in it, see `must_equal`.
     config={"hidden_sizes[{s}]": "hidden{s}", "depths[{s}]": "layers{s}"},
     records_positions=True,
     # These norms see [batch, channels, height, width], where the others see the channels last.
@@ -73,7 +75,7 @@ CONVNEXT = ArchSpec(
         "feature_maps.stem": "hidden0 _ _",
         "feature_maps.stage{s+1}": "hidden{s} _ _",
     },
-    tokens="one",
+    tokens="one",  # so MACs are those of an image: stages have different numbers of positions
     image="channels height width",
     # The stock class multiplies by four, so with a stock layout the two are only pruned together.
     must_equal=(("four hidden{s}", "mlp{s}"),),

@@ -7,6 +7,7 @@ from .convnext import CONVNEXT
 CONVNEXTV2 = replace(
     CONVNEXT,
     model_type="convnextv2",
+    # The stock class keeps these weights in the shape in which they are broadcast over [batch, height, width, units].
     params={name: axes for name, axes in CONVNEXT.params.items() if not name.endswith("layer_scale_parameter")}
     | {
         "encoder.stages.{s}.layers.{i}.grn.weight": "one one one mlp{s}",

@@ -19,7 +19,7 @@ from .vit import IMAGE
 ATTENTIONS = {  # path → heads, size of a head
     "encoder.layers.{i}.self_attn": ("encoder_heads", "encoder_d"),
     "decoder.layers.{i}.self_attn": ("decoder_heads", "decoder_d"),
-    "decoder.layers.{i}.encoder_attn": ("cross_heads", "decoder_d"),
+    "decoder.layers.{i}.encoder_attn": ("cross_heads", "decoder_d"),  # the stock class gives both attentions one size
 }
 NORMS = (
     *(f"encoder.layers.{{i}}.{name}_layer_norm" for name in ("self_attn", "final")),
@@ -49,7 +49,7 @@ def mlp(path: str, units: str) -> dict[str, str]:
 DETR = ArchSpec(
     model_type="detr",
     layers={"encoder_layers": "encoder.layers", "decoder_layers": "decoder.layers"},
-    families={
+    families={  # written by hand, since these are not stages
         "heads": ("encoder_heads", "decoder_heads", "cross_heads"),
         "mlp": ("encoder_mlp", "decoder_mlp"),
         "layers": ("encoder_layers", "decoder_layers"),
@@ -93,11 +93,13 @@ DETR = ArchSpec(
         "decoder_layers": "decoder_layers",
     },
     must_be_false=("auxiliary_loss",),
+    # The attentions derive these from the config, which shows one head while a per-layer model is built.
     attributes={f"{path}.head_dim": d for path, (_, d) in ATTENTIONS.items()}
     | {f"{path}.scaling": f"{d} ** -0.5" for path, (_, d) in ATTENTIONS.items()},
     build_with={"encoder_attention_heads": 1, "decoder_attention_heads": 1},  # any width is a multiple of it
+    # Recorded, since the queries of the decoder are fewer than the positions of the feature map that they read.
     attentions={path: f"{heads} {d}" for path, (heads, d) in ATTENTIONS.items()},
-    tokens="one",
+    tokens="one",  # so MACs are those of an image
     image="channels height width",
     # The stock class splits the width among the heads: fewer heads would be wider ones.
     must_equal=tuple((f"{heads} {d}", "hidden") for heads, d in ATTENTIONS.values()),

@@ -46,6 +46,8 @@ DINOV2 = replace(
         "layernorm.bias": "hidden",
     },
     heads={"ForImageClassification": {"classifier.weight": "label (two hidden) @ 1", "classifier.bias": "label"}},
+    # Dinov2Config has no intermediate_size. The one that `config` (ViT's) adds is there to form the ratio, and to tell
+    # per-layer models their widths.
     config_ratios={"mlp_ratio": ("intermediate_size", "hidden_size")},
     # Names of layers, for backbones. The stock class derives them from the number of layers, which a cut changes.
     config_leaves_out=("stage_names", "out_features", "out_indices"),
@@ -54,7 +56,7 @@ DINOV2 = replace(
     attributes={"encoder.layer.{i}.attention.num_attention_heads": "heads"},
     # Any ratio will do: the per-layer class resizes each layer after it is built.
     build_with={"mlp_ratio": 1},
-    outputs={},
+    outputs={},  # without a pooler's map, `pooler_output` is the class token as it is
     # The config holds their ratio, which must be whole.
     must_divide=(("hidden", "mlp"),),
 )

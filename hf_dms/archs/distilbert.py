@@ -43,6 +43,7 @@ DISTILBERT = replace(
     heads=BERT.heads
     | {
         "ForSequenceClassification": {
+            # In place of a pooler: it reads the first token, and is as wide as the stream.
             "pre_classifier.weight": "pool hidden @ 1",
             "pre_classifier.bias": "pool",
             "classifier.weight": "label pool @ 1",
@@ -57,6 +58,7 @@ DISTILBERT = replace(
             "vocab_projector.bias": "vocab",
         },
     },
+    # `head_dim` is for per-layer models, as in BERT.
     config={"n_heads": "heads", "head_dim": "d", "hidden_dim": "mlp", "dim": "hidden", "n_layers": "layers"},
     attributes={
         "transformer.layer.{i}.attention.n_heads": "heads",

@@ -27,6 +27,7 @@ def _rounded(config: Any, channels: int) -> int:
 
 def _read(config: Any, stage: int) -> int:
     entry, first = _blocks(config)[stage]
+    # Blocks that repeat an entry of the lists read what the entry writes.
     return _rounded(config, config.in_channels[entry] if first else config.out_channels[entry])
 
 
@@ -39,6 +40,7 @@ def _mid(config: Any, stage: int) -> int:
 
 
 def _squeeze(config: Any, stage: int) -> int:
+    # Of what the block reads, not of the wider units that the network squeezes: so does the stock class.
     return max(1, int(_read(config, stage) * config.squeeze_expansion_ratio))
 
 
@@ -73,6 +75,7 @@ EFFICIENTNET = ArchSpec(
     layers="encoder.blocks",
     dims=(
         # A residual stream runs through blocks of equal width. `same_as` makes one dim of those that are equal in size.
+        # Block 0 has no block before it, so its dims have lines of their own.
         Dim("mid0", lambda config: _mid(config, 0), scope="model", same_as="stem"),
         Dim("mid{s}", _mid, scope="model", same_as="hidden{s-1}"),
         Dim("squeeze{s}", _squeeze, scope="model"),
@@ -97,6 +100,7 @@ EFFICIENTNET = ArchSpec(
     config={},
     per_layer_only=True,
     records_positions=True,
+    # No `masked_batch_norms`: the activation is a Swish, which does not commute with a factor.
     attributes={f"{BLOCK}.depthwise_conv.depthwise_conv.groups": "mid{s}"},
     outputs={"last_hidden_state": "top _ _", "pooler_output": "top"},
     tokens="one",

@@ -25,8 +25,9 @@ ELECTRA = replace(
     },
     heads=BERT.heads
     | {
-        "ForSequenceClassification": ROBERTA.heads["ForSequenceClassification"],
+        "ForSequenceClassification": ROBERTA.heads["ForSequenceClassification"],  # the modules have the same names
         "ForMaskedLM": {
+            # Back to the width of the embeddings, with which `generator_lm_head` is tied.
             "generator_predictions.dense.weight": "embedding hidden",
             "generator_predictions.dense.bias": "embedding",
             "generator_predictions.LayerNorm.weight": "embedding",
@@ -36,6 +37,6 @@ ELECTRA = replace(
         },
     },
     config={"embedding_size": "embedding", **BERT.config},
-    unnormed=("embeddings_project",),
+    unnormed=("embeddings_project",),  # the norm of the embeddings is in front of it
     must_differ=(("embedding", "hidden"),),  # the stock class has no projection between widths that are equal
 )

@@ -13,7 +13,7 @@ GEMMA = replace(
     LLAMA,
     model_type="gemma",
     dims=with_dims(LLAMA.dims, Dim("hidden", "hidden_size")),
-    must_divide=(),
+    must_divide=(),  # GemmaConfig has no such check
     alternative=None,
 )
 GEMMA2 = replace(
@@ -24,7 +24,7 @@ GEMMA2 = replace(
         "layers.{i}.pre_feedforward_layernorm.weight": "hidden",
         "layers.{i}.post_feedforward_layernorm.weight": "hidden",
     },
-    must_divide=LLAMA.must_divide,
+    must_divide=LLAMA.must_divide,  # Gemma2Config and Gemma3TextConfig check it again; only the heads can give way
 )
 GEMMA3 = replace(
     GEMMA2,

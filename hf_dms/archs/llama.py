@@ -13,15 +13,17 @@ LLAMA = ArchSpec(
         Dim("mlp", "intermediate_size", scope="layer"),
         Dim("hidden", "hidden_size", scope="model"),  # the residual stream: one gate for the model
         Dim("layers", "num_hidden_layers", scope="depth"),
-        Dim("rep", "num_attention_heads // num_key_value_heads"),  # query heads per KV group
-        Dim("d", "head_dim"),
+        # Query heads per KV group: `repeat_kv` gives every group the same number, so only whole groups go.
+        Dim("rep", "num_attention_heads // num_key_value_heads"),
+        Dim("d", "head_dim"),  # rotary positions rotate unit i together with unit i + d/2
         Dim("vocab", "vocab_size"),
         Dim("label", "num_labels"),
-        Dim("span", "2"),  # start and end of an answer
+        Dim("span", "2"),  # start and end of an answer; the class does not ask num_labels, as BERT's does
     ),
     params={
         "embed_tokens.weight": "vocab hidden",
         "layers.{i}.input_layernorm.weight": "hidden",
+        # The query heads of a group lie side by side: `repeat_kv` repeats each key in place.
         "layers.{i}.self_attn.q_proj.weight": "(kv rep d) hidden",
         "layers.{i}.self_attn.q_proj.bias": "(kv rep d)",
         "layers.{i}.self_attn.k_proj.weight": "(kv d) hidden",
@@ -39,6 +41,7 @@ LLAMA = ArchSpec(
         "layers.{i}.mlp.down_proj.bias": "hidden",
         "norm.weight": "hidden",
         "lm_head.weight": "vocab hidden",
+        # At every token, also to classify a text: the class picks the last token's logits afterwards.
         "score.weight": "label hidden",
         "score.bias": "label",
         "qa_outputs.weight": "span hidden",
@@ -52,11 +55,12 @@ LLAMA = ArchSpec(
         "hidden_size": "hidden",
         "num_hidden_layers": "layers",
     },
+    # No `attributes`: LlamaAttention has its head_dim from the config, and `view` finds the number of heads.
     attention="kv rep d",
     cache="kv d",
     # LlamaConfig refuses other sizes even with head_dim set. MistralConfig does not; tensors and maths are the same.
     must_divide=(("kv rep", "hidden"),),
     alternative="mistral",
-    alternative_overrides={"sliding_window": None},
-    alternative_needs=("attention_bias", "mlp_bias"),
+    alternative_overrides={"sliding_window": None},  # MistralConfig's default attends to the last 4096 tokens only
+    alternative_needs=("attention_bias", "mlp_bias"),  # a Mistral has none of these biases
 )

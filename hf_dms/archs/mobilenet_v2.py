@@ -34,11 +34,13 @@ def _width(config: Any, stage: int) -> int:
 
 
 def _mid(config: Any, stage: int) -> int:
+    # Rounded twice, as in the stock class, which widens the rounded width that a block reads.
     before = _times(config, (FIRST, *WIDTHS)[stage], config.depth_multiplier)
     return _times(config, before, config.expand_ratio)
 
 
 def _top(config: Any) -> int:
+    # Networks narrower than the original one may keep its full width at the end.
     finegrained = config.finegrained_output and config.depth_multiplier < 1
     return TOP if finegrained else _times(config, TOP, config.depth_multiplier)
 
@@ -46,7 +48,7 @@ def _top(config: Any) -> int:
 PARAMS, BUFFERS = normed_convolutions(
     {
         "conv_stem.first_conv": "stem channels three three",
-        "conv_stem.conv_3x3": "stem one three three",
+        "conv_stem.conv_3x3": "stem one three three",  # depthwise: one input channel per kernel
         "conv_stem.reduce_1x1": "first stem one one",
         "layer.0.expand_1x1": "mid0 first one one",
         "layer.{s}.expand_1x1": "mid{s} hidden{s-1} one one",
@@ -64,6 +66,8 @@ MOBILENET_V2 = ArchSpec(
         Dim("mid{s}", _mid, scope="model"),
         Dim("stem", lambda config: _times(config, 32, config.depth_multiplier), scope="model"),
         Dim("first", lambda config: _times(config, FIRST, config.depth_multiplier), scope="model"),
+        # A block with a stride of 2 adds nothing to a stream. If it keeps the width, the two are one dim all the same:
+        # that is right as well, with fewer choices.
         Dim("hidden0", lambda config: _width(config, 0), scope="model", same_as="first"),
         Dim("hidden{s}", _width, scope="model", same_as="hidden{s-1}"),
         Dim("top", _top, scope="model"),
@@ -79,8 +83,9 @@ MOBILENET_V2 = ArchSpec(
     # The widths are in the code of the stock class, times one number of the config.
     config={},
     per_layer_only=True,
+    # No `masked_batch_norms`: a ReLU6 stops at 6, so it does not commute with a factor.
     records_positions=True,
-    must_be_true=("first_layer_is_expansion",),
+    must_be_true=("first_layer_is_expansion",),  # else the stem has one more convolution
     attributes={
         # A depthwise convolution checks its groups against its channels when it runs.
         "conv_stem.conv_3x3.convolution.groups": "stem",

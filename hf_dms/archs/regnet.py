@@ -27,7 +27,7 @@ def _group_width(config: Any, stage: int) -> int:
 
 
 def _first_squeeze(config: Any, stage: int) -> int:
-    return round([config.embedding_size, *config.hidden_sizes][stage] / 4)
+    return round([config.embedding_size, *config.hidden_sizes][stage] / 4)  # a quarter of what the stage reads
 
 
 INNER = "(groups{s} group_width{s})"
@@ -47,6 +47,8 @@ PARAMS, BUFFERS = normed_convolutions(
 )
 
 
+# With ReLUs only, as in a ResNet. Squeeze and excitation takes the mean of a unit over the image and gives the unit a
+# factor: both commute with its mask.
 SCALED = (  # not the one in front of the groups, whose convolution mixes no units
     "embedder.embedder.normalization",
     f"{BLOCK}.0.shortcut.normalization",
@@ -80,6 +82,7 @@ REGNET = ArchSpec(
         Dim("layers{s}", "depths[{s}]", scope="depth"),
         Dim("group_width{s}", _group_width),
         Dim("quarter{s}", lambda config, stage: _group_width(config, stage) // 4),
+        # The number in the config. Where a stage is narrower than it, `_groups` makes one group of the stage.
         Dim("widest_group", "groups_width"),
         Dim("label", "num_labels"),
         Dim("one", "1"),
@@ -96,7 +99,8 @@ REGNET = ArchSpec(
         "depths[{s}]": "layers{s}",
         "groups_width": "widest_group",
     },
-    build_with={"groups_width": 10**9},  # one group, whatever the width
+    # One group, whatever the width: a cut width need not be a multiple of the groups that the class would make.
+    build_with={"groups_width": 10**9},
     variants={"hidden_act": {"relu": {"masked_batch_norms": SCALED}}},
     records_positions=True,
     must_be_true=("downsample_in_first_stage",),
@@ -104,6 +108,7 @@ REGNET = ArchSpec(
     outputs={"last_hidden_state": "hidden{last} _ _", "pooler_output": "hidden{last} _ _"},
     tokens="one",
     image="channels height width",
+    # The stock class derives all of these from the widths of the stages and of the stem.
     must_equal=(
         ("group_width{s} groups{s}", "hidden{s}"),
         ("quarter{s} groups{s}", "squeeze{s}"),

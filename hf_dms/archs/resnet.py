@@ -88,6 +88,7 @@ RESNET = ArchSpec(
     stages=lambda config: len(config.depths),
     layers={"layers{s}": "encoder.stages.{s}.layers"},
     dims=(
+        # A bottleneck is narrow between its first and its last convolution: what the first writes, and the second.
         Dim("reduced{s}", "hidden_sizes[{s}] // 4", scope="layer", stack="layers{s}"),
         Dim("mid{s}", "hidden_sizes[{s}] // 4", scope="layer", stack="layers{s}"),
         *FIXED,
@@ -97,9 +98,10 @@ RESNET = ArchSpec(
     # Number 0 of the classifier flattens its input, and has no parameters.
     heads={
         "ForImageClassification": {"classifier.1.weight": "label hidden{last}", "classifier.1.bias": "label"},
-        "Backbone": {},
+        "Backbone": {},  # no further lines, but without an entry here binding refuses backbones
     },
     config={"embedding_size": "embedding", "hidden_sizes[{s}]": "hidden{s}", "depths[{s}]": "layers{s}"},
+    # The two change different fields, so both can apply to one model.
     variants={
         "hidden_act": {"relu": {"masked_batch_norms": SCALED}},
         "layer_type": {
@@ -118,7 +120,7 @@ RESNET = ArchSpec(
         "feature_maps.stem": "embedding _ _",
         "feature_maps.stage{s+1}": "hidden{s} _ _",
     },
-    tokens="one",
+    tokens="one",  # MACs per image
     image="channels height width",
     # The stock config has one size per stage, from which the class derives those inside its blocks.
     must_equal=(("reduced{s}", "mid{s}"), ("four reduced{s}", "hidden{s}")),

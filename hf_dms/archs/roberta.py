@@ -9,6 +9,7 @@ ROBERTA = replace(
     model_type="roberta",
     heads=BERT.heads
     | {
+        # There is no pooler below this head. Its own inner layer does the same, so its width goes by the same name.
         "ForSequenceClassification": {
             "classifier.dense.weight": "pool hidden @ 1",
             "classifier.dense.bias": "pool",

@@ -22,6 +22,7 @@ OF_DECODER = ("query_pos_head", "class_embed", "bbox_embed")
 
 def _here(name: str) -> str:
     """A module of DETR's encoder under its name here."""
+    # A list of encoders, one per entry of `encode_proj_layers`. By default it has one entry, the coarsest map.
     return name.replace("encoder.layers.", "encoder.aifi.0.layers.") if name.startswith("encoder.") else name
 
 
@@ -40,11 +41,11 @@ RT_DETR = replace(
     dims=with_dims(
         tuple(dim for dim in DETR.dims if dim.name not in ("classes", "coordinates")),
         Dim("encoder_d", "encoder_hidden_dim // encoder_attention_heads"),
-        Dim("encoder_hidden", "encoder_hidden_dim"),
+        Dim("encoder_hidden", "encoder_hidden_dim"),  # projections between the two let the decoder have another width
         Dim("levels", "num_feature_levels"),
         Dim("points", "decoder_n_points"),
         Dim("two", "2"),
-        Dim("channels", lambda config: config.backbone_config.num_channels),
+        Dim("channels", lambda config: config.backbone_config.num_channels),  # RTDetrConfig itself has none
     ),
     params=_lines()
     | linear(f"{CROSS}.sampling_offsets", "(cross_heads levels points two)", "hidden")
@@ -60,9 +61,11 @@ RT_DETR = replace(
     ),
     # A layer looks where the prediction heads of the layer before it point. Without that layer it would look elsewhere.
     chained=("decoder_layers",),
-    must_be_false=(),
+    must_be_false=(),  # no norm behind the layers, so `auxiliary_loss` does not matter
+    # The deformable attention stores no size of a head: it divides d_model by n_heads.
     attributes={_here(name): size for name, size in DETR.attributes.items() if not name.startswith(CROSS)}
     | {f"{CROSS}.n_heads": "cross_heads", f"{CROSS}.d_model": "cross_heads decoder_d"},
+    # The cross-attention computes no scores: a linear map gives the weight of each point.
     attentions={_here(name): size for name, size in DETR.attentions.items() if name != CROSS},
     must_equal=(
         ("encoder_heads encoder_d", "encoder_hidden"),

@@ -22,7 +22,7 @@ def _width(config: Any, stage: int) -> int:
 
 
 BLOCK = "encoder.layers.{s}.blocks.{i}"
-MERGING = "encoder.layers.{s-1}.downsample"
+MERGING = "encoder.layers.{s-1}.downsample"  # the stock class keeps it in the stage that it reads
 
 SWIN = ArchSpec(
     model_type="swin",
@@ -32,7 +32,7 @@ SWIN = ArchSpec(
         Dim("heads{s}", "num_heads[{s}]", scope="layer", stack="layers{s}"),
         Dim(
             "mlp{s}",
-            lambda config, stage: int(config.mlp_ratio * _width(config, stage)),
+            lambda config, stage: int(config.mlp_ratio * _width(config, stage)),  # the ratio can be a fraction
             scope="layer",
             stack="layers{s}",
         ),
@@ -51,7 +51,7 @@ SWIN = ArchSpec(
     params={
         "embeddings.patch_embeddings.projection.weight": "hidden0 channels patch_height patch_width",
         "embeddings.patch_embeddings.projection.bias": "hidden0",
-        "embeddings.position_embeddings": "one patches hidden0",
+        "embeddings.position_embeddings": "one patches hidden0",  # only with `use_absolute_embeddings`
         "embeddings.norm.weight": "hidden0",
         "embeddings.norm.bias": "hidden0",
         f"{BLOCK}.layernorm_before.weight": "hidden{s}",
@@ -83,9 +83,10 @@ SWIN = ArchSpec(
     # The stock config has no width for a single stage, and no width of an MLP.
     per_layer_only=True,
     by_number={f"{BLOCK}.shift_size": lambda config, number: number % 2 * (config.window_size // 2)},
+    # head_dim and scaling stay as they are: the class is built with its dense widths and heads.
     attributes={f"{BLOCK}.attention.num_attention_heads": "heads{s}"},
     records_positions=True,
-    attentions={f"{BLOCK}.attention": "heads{s} d{s}"},
+    attentions={f"{BLOCK}.attention": "heads{s} d{s}"},  # recorded, since windows can be padded and stages differ
     outputs={"last_hidden_state": "hidden{last}", "pooler_output": "hidden{last}"},
     tokens="one",
     image="channels height width",

@@ -9,6 +9,7 @@ from .spec import ArchSpec, Dim
 
 def head_dim_of(config) -> int:
     """The size of a head, as the stock class computes it."""
+    # Not a field of the config class: a dense model's config lacks it, a cut model's has it.
     return getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
 
 
@@ -47,7 +48,7 @@ VIT = ArchSpec(
         Dim("hidden", "hidden_size", scope="model"),
         Dim("layers", "num_hidden_layers", scope="depth"),
         Dim("d", head_dim_of),
-        Dim("pool", "pooler_output_size"),
+        Dim("pool", "pooler_output_size"),  # a number of its own, unlike BERT's, so it need not follow `hidden`
         Dim("label", "num_labels"),
         Dim("one", "1"),
         Dim("patches", num_patches),

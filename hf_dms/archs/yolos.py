@@ -20,6 +20,7 @@ INNER = ("class_1", "class_2", "box_1", "box_2")  # inner widths of the two MLPs
 def _predictor(path: str, first: str, second: str, given: str) -> dict[str, str]:
     """Lines for an MLP of three linear maps on the detection tokens."""
     layers = {"0": f"{first} hidden", "1": f"{second} {first}", "2": f"{given} {second}"}
+    # The class hands them the last tokens alone.
     lines = {f"{path}.layers.{layer}.weight": f"{axes} @ detections" for layer, axes in layers.items()}
     return lines | {f"{path}.layers.{layer}.bias": axes.partition(" ")[0] for layer, axes in layers.items()}
 
@@ -44,6 +45,7 @@ YOLOS = replace(
         *(Dim(name, "hidden_size", scope="model", follows="hidden") for name in INNER),
     ),
     params={name: axes for name, axes in VIT.params.items() if not name.startswith("layers.")}
+    # BERT's norms stand behind attention and MLP. Those of YOLOS stand in front of them, under ViT's names.
     | _as_here({name: axes for name, axes in BERT.params.items() if ".layer." in name and "LayerNorm" not in name})
     | {
         "embeddings.detection_tokens": "one detections hidden",
