@@ -27,11 +27,14 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 for a mistake of the user. The message then says how to fix it.
     """
+    # `eval --tasks` hands options that it does not know to lm-evaluation-harness.
     options, rest = _parser().parse_known_args(arguments)
     if rest and not getattr(options, "tasks", None):
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
+    # `import hf_dms` has left it out for the command line, so that --help does not wait for it.
     register()
+    # `datasets` reads this when it is imported, which only the commands do.
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if not sys.stderr.isatty():
         _no_bars_()

@@ -337,5 +337,6 @@ class DMSConfig:
         """
         rate = self.gate_learning_rate
         if rate is None:
+            # A step of Adam is about as long as its rate, so a ratio can cross [0, 1] in half of the search.
             rate = min(max(2 / max(num_steps, 1), 0.002), 0.05)
         return dataclasses.replace(self, gate_learning_rate=rate)

@@ -95,6 +95,7 @@ def load_saved(auto: Any, path: str | Path, **options: Any) -> Any:
     """
     kind = next((word for word in ("Tokenizer", "ImageProcessor") if word in auto.__name__), "model").lower()
     is_model = hasattr(auto, "from_config") or hasattr(auto, "_from_config")
+    # False, not left out: transformers would ask at the terminal whether to run the code in a folder.
     options |= {"output_loading_info": True} if is_model else {"trust_remote_code": False}
     try:
         found = auto.from_pretrained(path, **options)
@@ -158,6 +159,7 @@ def keeps_source(model: Any) -> bool:
 
 def _save_elsewhere(model: Any, source: str, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
     check_not_source(save_directory, source)
+    # The class's method, because the attribute of the model is this function.
     return type(model).save_pretrained(model, save_directory, *args, **kwargs)
 
 

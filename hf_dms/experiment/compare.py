@@ -148,6 +148,7 @@ def cells_of(recipe: Recipe) -> list[Cell]:
     if not config.strategies:
         raise HfDmsError("compare.strategies is required: names of strategies, such as {dms: {}, taylor: {}}.")
     named = {name: _strategy(name, settings or {}) for name, settings in config.strategies.items()}
+    # Seeds are the outermost loop, so that a comparison that is stopped early has all strategies of a seed.
     combinations = itertools.product(config.seeds, config.targets or [recipe.dms.target], named.items())
     return [Cell(name, settings, target, seed) for seed, target, (name, settings) in combinations]
 

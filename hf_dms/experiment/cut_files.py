@@ -70,6 +70,7 @@ def _local(model: ModelConfig) -> Path:
     """The folder of a model, downloaded if it is a Hub id."""
     if Path(model.path).is_dir():
         return Path(model.path)
+    # Not from folders inside the repository (`*/*`): they often hold the model in other formats, such as ONNX.
     wanted = ["*.safetensors", "*.json", *PROCESSOR_FILES]
     try:
         return Path(

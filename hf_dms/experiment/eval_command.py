@@ -153,4 +153,5 @@ def _fitting(tokens: int) -> list[int]:
     for length in LENGTHS:
         if length > tokens:
             print(f"Windows of {length} tokens are left out: the text has {tokens}.", file=sys.stderr)
+    # A window of one token has none to predict.
     return fitting or [max(tokens, 2)]

@@ -101,6 +101,7 @@ def make_vit(out: Path, scratch: Path) -> None:
     torch.manual_seed(0)  # the head
     model = as_vit(dino, first, grid, IMAGE_SIZE, FASHION_LABELS)
     model.save_pretrained(out)
+    # Bicubic, with ImageNet's means and deviations, as DINOv2 was trained.
     ViTImageProcessorPil(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, resample=3,
         image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
@@ -160,6 +161,7 @@ def make_fashion_mnist(out: Path, scratch: Path) -> None:
     features = Features({"image": Image(), "label": ClassLabel(names=list(FASHION_LABELS))})
     for name, prefix, count in (("train", "train", 6000), ("heldout", "t10k", 2000)):
         with gzip.open(files / f"{prefix}-images-idx3-ubyte.gz") as file:
+            # Behind the header of an IDX file: four numbers for images, two for labels.
             pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 28, 28)[:count]
         with gzip.open(files / f"{prefix}-labels-idx1-ubyte.gz") as file:
             labels = np.frombuffer(file.read(), np.uint8, offset=8)[:count]
@@ -180,6 +182,7 @@ def make_fashion_detection(out: Path, scratch: Path) -> None:
     make_fashion_mnist(articles, scratch)
     objects = {"bbox": List(List(Value("float32"))), "category": List(ClassLabel(names=list(FASHION_LABELS)))}
     for seed, (name, count) in enumerate(NUM_SCENES.items()):
+        # The cache is scratch too, or a copy would stay in the user's.
         rows = Dataset.from_parquet(str(articles / f"{name}.parquet"), cache_dir=str(scratch / "cache"))[:]
         made = list(scenes(rows["image"], rows["label"], count, seed))
         Dataset.from_list(made, features=Features({"image": Image(), "objects": objects})).to_parquet(

@@ -102,6 +102,7 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
     if recipe.finetune:
         arguments["finetune"] = training_arguments(recipe, "finetune", folder / "finetune")
     if recipe.model.quantization:
+        # Only to learn whether bitsandbytes is installed; the dtype is known later.
         packing(recipe, torch.float32)
     config = load_model_config(recipe)
     _check_task(recipe, config)
@@ -267,6 +268,7 @@ def check_weights(recipe: Recipe, model: Any, download: bool = False) -> None:
     except HfDmsError as error:
         if local:
             raise
+        # The folder of the whole repository: weights lie in its snapshots/COMMIT.
         cache = folder.parents[1]
         raise HfDmsError(
             f"model.path: {error} If '{path}' is complete on the Hub, delete {cache}, and it is downloaded again."
@@ -353,7 +355,9 @@ def training_arguments(recipe: Recipe, section: str, output_dir: Path) -> Any:
     for key in ("push_to_hub", "hub_token"):
         if key in given:  # the recipe is part of what is pushed, token included; and checkpoints are not the result
             raise HfDmsError(f"{section}.{key}: give hub.repo_id, and the token by `hf auth login` or HF_TOKEN.")
+    # One checkpoint is enough to resume from, and it is as large as the model with its optimizer's state.
     defaults: dict[str, Any] = {"logging_steps": 10, "report_to": "none", "save_total_limit": 1}
+    # torch warns of pinned memory where there is no accelerator.
     accelerated = torch.accelerator.is_available()
     defaults |= {"dataloader_pin_memory": accelerated, "use_cpu": not accelerated}  # bf16 on a CPU needs use_cpu
     values = defaults | coerce_fields(TrainingArguments, given, section)

@@ -189,6 +189,7 @@ def _check_mix(recipe: Recipe) -> None:
 
 
 def _section(values: dict[str, Any], name: str) -> Any:
+    # YAML reads a section without keys as null.
     given = values.get(name) or {}
     if not isinstance(given, dict):
         raise HfDmsError(f"{name} must be a section with keys, got {given!r}.")
@@ -211,6 +212,7 @@ def _build_recover(given: dict[str, Any] | None) -> RecoverConfig:
     lora = _subsection(given, "lora", "recover.")
     own = [option.name for option in dataclasses.fields(RecoverConfig)]
     train = {key: value for key, value in given.items() if key not in own}
+    # A section with repair and nothing else asks for no training; an empty one asks for that of recover.py.
     repairs_alone = [key for key, value in given.items() if value is not None] == ["repair"]
     options = {key: given[key] for key in ("float32", "weights") if given.get(key) is not None}
     return RecoverConfig(**sections, **options, lora=lora, train=None if repairs_alone else train)

@@ -71,6 +71,7 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
         written = run_on_main(lambda: _save(pruned, prepared, report, plans))
         run_on_main(lambda: remove_unfinished(unfinished, output))
         print_on_main("\n" + "\n\n".join([report_table(written), size_bars(written), *notes(written)]))
+        # Last of all: a push that fails loses nothing, and `hf-dms push` can repeat it.
         if recipe.hub.repo_id:
             print_on_main(f"\nPushed to {run_on_main(lambda: push(output, **dataclasses.asdict(recipe.hub)))}")
         return written
@@ -93,6 +94,7 @@ def _start(recipe: Recipe, output: Path, unfinished: Path) -> Prepared | None:
 
     if not run_on_main(start):
         return None
+    # The other processes prepare only now, so that a mistake in the recipe is found, and printed, once.
     return built[0] if built else prepare(recipe)
 
 
@@ -150,6 +152,7 @@ def _save(pruned: PreTrainedModel, prepared: Prepared, report: Report, plans: di
     recipe, examples = prepared.recipe, prepared.examples
     output, written = Path(recipe.output.path), as_written(report)
     name = recipe.hub.repo_id or output.name
+    # With np nothing of the base's weights is in the result.
     base = {} if recipe.dms.pipeline == "np" else base_metadata(recipe.model.path, recipe.model.revision)
     card = model_card(written, name, base)
     page = render(written, pruned.config.to_dict(), name)

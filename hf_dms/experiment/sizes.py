@@ -77,6 +77,7 @@ def save_sizes(
         pruned, report, files = _made(dense, here, plan, scores, measured)
         print_on_main(f"Saving to {output.path} ...")
         run_on_main(functools.partial(save, pruned, here, report, files))
+        # A mark of this run's own: with output.overwrite, a folder may be there from an older one.
         work.mkdir(parents=True, exist_ok=True)
         (work / "saved").touch()
 
@@ -86,6 +87,7 @@ def _made(
 ) -> tuple[PreTrainedModel, Report, dict[str, str]]:
     """The model of a plan, its report, and the file of the plan."""
     recipe, started = prepared.recipe, time.time()
+    # For the counts and the cut alone; repair and distillation need the dense model without gates.
     attach_(dense, recipe.dms)
     try:
         bound, length = gates_of(dense).attachment.bound, gates_of(dense).attachment.config.sequence_length

@@ -122,6 +122,7 @@ def _choose(dense: PreTrainedModel, prepared: Prepared) -> Searched:
     recipe, arguments, name = prepared.recipe, _arguments(prepared, "search"), prepared.recipe.dms.strategy
     print_on_main(f"Choosing structure by {name} ...")
     dense.to(arguments.device)
+    # Strategies read the first examples, which in a file are often of one kind. A search's loader shuffles too.
     examples = shuffled(prepared.examples, arguments.seed)
     count = examples_of(arguments, examples)
     pruned, seen = cut_by_criterion(dense, recipe, name, examples, count, arguments.train_batch_size)
@@ -259,6 +260,7 @@ def score(model: PreTrainedModel, prepared: Prepared, text: str | None = None) -
 def scores_on_soft_masks(model: PreTrainedModel, measure: Any) -> Tensor:
     """Scores on the soft masks at the end of the search. The difference from hard masks is the cost of rounding."""
     model.eval()
+    # Training mode of the gates, and not `Gates.soft_masks`: refitted maps (refit/search.py) run in no other mode.
     gates_of(model).train()
     try:
         return measure(model)
@@ -293,12 +295,14 @@ def load_model(prepared: Prepared, **packed: Any) -> PreTrainedModel:
     Raises:
         ValueError: a weight file is damaged or missing, or weights are missing in it that the recipe does not train.
     """
+    # A copy: the model keeps the config, a Trainer changes `use_cache` in it, and stages load the model again.
     recipe, config = prepared.recipe, copy.deepcopy(prepared.config)
     dtype = recipe.model.dtype if recipe.model.dtype == "auto" else getattr(torch, recipe.model.dtype)
     if recipe.dms.pipeline == "np":
         dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
         options = {"attn_implementation": recipe.model.attn_implementation} if recipe.model.attn_implementation else {}
         return model_class(recipe).from_config(config, dtype=dtype, **options)
+    # Before transformers loads the model: it gives missing weights random values, and only warns.
     check_weights(recipe, empty_model(recipe, config), download=True)
     model, loading = model_class(recipe).from_pretrained(
         recipe.model.path,

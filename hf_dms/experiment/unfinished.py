@@ -101,6 +101,7 @@ def influences(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
         return found
     found["model"]["quantization"] = model["quantization"]
     found["train"] = _lasting(train)
+    # `max_nonfinite_steps` decides when a search gives up, not where it goes.
     found["dms"] = {key: value for key, value in dms.items() if key != "max_nonfinite_steps"}
     found["lora"] = recipe["lora"]
     # Evaluations can choose the best checkpoint, and so the number of examples matters.

@@ -106,7 +106,9 @@ def save(
         options: for `Figure.savefig`.
     """
     rows = math.ceil(len(panels) / columns)
+    # The salt, like the missing date in `svg`, makes the same report the same bytes.
     with context(["default", STYLE | {"font.size": font_size, "svg.hashsalt": panels[0].name}]):
+        # Not by pyplot, which would keep the figure and choose a backend with windows.
         figure = Figure((size[0] * columns, size[1] * rows), layout="constrained")
         for axes, panel in zip(figure.subplots(rows, columns, squeeze=False).flat, panels):
             panel.draw(axes)
@@ -187,6 +189,7 @@ def bars_panel(dim: str, kept: list[int], units: int, network: str = "dense mode
             bars(axes, gone, [units] * len(gone), {}, label="layer dropped", **look)
         axes.set(xlim=(-0.6, len(kept) - 0.4), ylim=(0, units))
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+        # The dense size is a tick itself; another one close below it would overlap its label.
         below = (y for y in MaxNLocator(4, integer=True).tick_values(0, units) if 0 <= y < 0.9 * units)
         axes.set_yticks([*below, units])
         _finish(axes, (f"layer of the {network}", f"{dim} (of {units:,})"), legend=True)
@@ -236,6 +239,7 @@ def search_panels(report: dict[str, Any]) -> list[Panel]:
 
     kinds: dict[str, list[str]] = {}
     for dim in dims:
+        # Dims of stages end in the number of their stage.
         kinds.setdefault(dim.rstrip("0123456789") if len(dims) > MOST_LINES else dim, []).append(dim)
     bands: Bands = {
         kind: [

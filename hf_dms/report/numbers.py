@@ -141,6 +141,7 @@ def without_local_paths(values: Any, key: str = "") -> Any:
         return {name: value if name == "eval" else without_local_paths(value, name) for name, value in values.items()}
     if not isinstance(values, str) or not values:
         return values
+    # A bare word, such as the name of a strategy, can by chance be a folder's name too.
     may_be = key in ("path", "held_out") or "/" in values or "\\" in values
     absolute = Path(values).is_absolute() or values.startswith("~")
     local = absolute or (may_be and Path(values).exists())

@@ -39,6 +39,7 @@ PAGE = "report.html"
 TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("hf_dms.report", ""),
     autoescape=True,
+    # A key that the report lacks is an error, not an empty place on the page.
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,

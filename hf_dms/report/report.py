@@ -209,6 +209,7 @@ def schema() -> dict[str, Any]:
     fields = dataclasses.fields(Report)
     hints = typing.get_type_hints(Report, include_extras=True)
     optional = {field.name for field in fields if field.default is None}
+    # A report is one of three: of a search, of a choice without one (its `search` is empty), or of a cut by a plan.
     choice = {
         "required": [key for key in OF_A_SEARCH if key != "masks"],
         "properties": {"masks": False, "search": {"maxItems": 0}},
