@@ -130,6 +130,7 @@ class Gates(nn.Module):
         self._taylor: dict[str, Tensor] = {}
         self._gathered: set[str] = set()  # dims that a backward pass has reached since the last update
         lower, upper = self._bounds()
+        # At the start as little is pruned as the sizes permit. A vector, because FSDP refuses parameters without axes.
         self.prune_ratio = nn.Parameter(lower.clone().to(device))
         self.register_buffer("lower", lower.to(device))
         self.register_buffer("upper", upper.to(device))
@@ -145,6 +146,7 @@ class Gates(nn.Module):
         for dim in self.dims.values():
             if dim.follows is None:
                 low, high = 1 - torch.tensor(dim.highest) / dim.units, 1 - torch.tensor(dim.lowest) / dim.units
+                # A ratio that all rows share must suit the row with the least room.
                 lower.append(low.max()[None] if dim.shared else low)
                 upper.append(high.min()[None] if dim.shared else high)
         return torch.cat(lower).float(), torch.cat(upper).float()
@@ -191,7 +193,7 @@ class Gates(nn.Module):
         """
         for name, tensor in self.search_state().items():
             if name == "refit_ratio" or name.startswith("decided"):
-                continue
+                continue  # a state has these only from some point of a search on
             if name not in state or state[name].shape != tensor.shape:
                 found = "is missing" if name not in state else f"has shape {tuple(state[name].shape)}"
                 raise HfDmsError(
@@ -206,6 +208,7 @@ class Gates(nn.Module):
             size = state.get(f"decided_{name}", torch.ones(dim.rows))
             if size.shape != (dim.rows,) or not ((size >= 1) & (size <= dim.units)).all():
                 raise HfDmsError(f"search state: decided_{name} holds sizes that {name} cannot have.")
+        # From the request's bounds, which `_fix_` may have narrowed since; it narrows them for what the state decided.
         lower, upper = self._bounds()
         self.lower.copy_(lower), self.upper.copy_(upper)
         self._fix_({name: state[f"decided_{name}"] for name in self.dims if f"decided_{name}" in state})
@@ -241,8 +244,10 @@ class Gates(nn.Module):
                 self.log_masks[name] = (None,) * dim.rows
                 continue
             if not soft:
+                # The logarithm of 0 is -inf, of which the exponential is 0 again (`mask_of`).
                 log_mask = topk_mask(self.importance(name), self.hard_units(name)).log()
             elif self.is_warming_up:
+                # log 1, a leaf: there is a gradient for the importance, and none for the ratios.
                 log_mask = torch.zeros(dim.rows, dim.units, device=self.prune_ratio.device, requires_grad=True)
             elif name in self.decided:  # no ratio to train; the gradient is there for the importance of what is kept
                 mask = topk_mask(self.importance(name), self.decided[name].to(self.prune_ratio.device))
@@ -256,6 +261,7 @@ class Gates(nn.Module):
 
     def _keep_log_mask_(self, name: str, log_mask: Tensor) -> None:
         if self._gathers():
+            # On the whole tensor, in front of `unbind`: one hook and one sum per dim, however many layers read it.
             log_mask.register_hook(_Accumulate(self._taylor, self._gathered, name))
         self.log_masks[name] = log_mask.unbind(0)
 
@@ -337,6 +343,7 @@ class Gates(nn.Module):
         self.decided = dict(sizes)
         for name, size in sizes.items():
             if (dim := self.dims[name]).follows is None:
+                # Both bounds too, so that clamping takes back what an optimizer still does to the ratio.
                 for ratios in (self.prune_ratio, self.lower, self.upper):
                     self._of_dim(ratios, name).copy_(1 - size[: dim.num_ratios] / dim.units)
 
@@ -347,10 +354,12 @@ class Gates(nn.Module):
         """
         start = self.prune_ratio.clone()
         moving = self.lower < self.upper
+        # Factor 0 gives the smallest sizes; the largest one makes even the dim whole of which least is left.
         low, width = torch.zeros((), device=start.device), 1 / (1 - start[moving]).min().clamp(min=1e-3)
         for _ in range(GRIDS):
             factors = low + width * torch.linspace(0, 1, GRID_POINTS, device=start.device)
             ratios = (1 - factors[:, None] * (1 - start)).clamp(self.lower, self.upper)
+            # The cost grows with the factor, so the factors that fit come first. If none fits, the smallest is taken.
             best = self._fits(ratios).sum().clamp(min=1) - 1
             low, width = factors[best], width / (GRID_POINTS - 1)
             self.prune_ratio.copy_(ratios[best])
@@ -408,6 +417,7 @@ class Gates(nn.Module):
         Raises:
             ValueError: no backward pass went through the model in training mode, so there is nothing to add.
         """
+        # `_taylor` would not tell: `step_terms` fills it with zeros. Refitted dims have no masks to gather from.
         if not self._gathered and not self.refitted:
             raise HfDmsError(
                 "update_importance_: no backward pass went through the model in training mode since the last call, so "
@@ -445,6 +455,7 @@ class Gates(nn.Module):
             sizes: default `soft_sizes()`, differentiable in the prune ratios.
         """
         sizes = self.soft_sizes() if sizes is None else sizes
+        # Divided in float64, in which the counts are exact; a share is precise enough in float32.
         return (self.count(sizes) / self.dense_resource).float()
 
     def count(self, sizes: Sizes, cost: Cost | None = None) -> Tensor:
@@ -492,6 +503,7 @@ class Gates(nn.Module):
     # ---- what nn.Module does by default and gates must not do --------------------------------------------------------
     def _apply(self, fn, recurse: bool = True):
         """Follow the model to another device, but stay float32 when it is cast."""
+        # `fn` may move, cast or both; an empty tensor shows where it moves things.
         device = fn(self.lower.new_empty(0)).device
         self.cost = self.cost.to(device)
         self.scales = {name: scale.to(device) for name, scale in self.scales.items()}
@@ -519,4 +531,5 @@ class _Accumulate:
     def __call__(self, grad: Tensor) -> None:
         self.gathered.add(self.name)
         total = self.totals.get(self.name)
+        # A clone, because the next micro-batches add to it in place, and autograd may use `grad` elsewhere.
         self.totals[self.name] = grad.detach().clone() if total is None else total.add_(grad)

@@ -150,7 +150,7 @@ class MaskedNorm(torch.autograd.Function):
         return y if bias is None else y.add_(bias * mask)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # it reuses memory in place, through which no second derivative could pass
     def backward(ctx, grad: Tensor):
         # Names: x̂ = (x - μ)·r, g the gradient of y. The chain rule has three paths from y to x and m: through x - μ
         # directly, through the variance v (in r), and through the mean μ. All sums over positions become matrix

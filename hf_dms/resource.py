@@ -49,6 +49,7 @@ class Cost:
             cost, kept = self.per_layer(sizes, stack), (layers_kept or {}).get(stack)
             total = total + (cost if kept is None else cost * kept.double()).sum(-1)
         for monomial, coefficient in self.model.items():
+            # Outside the layers there are only dims of the whole model, with one entry each.
             total = total + coefficient * _product(sizes, monomial).squeeze(-1)
         return total
 
@@ -98,6 +99,7 @@ def resource_loss(resource: Tensor, target: Tensor | float) -> Tensor:
         >>> resource_loss(torch.tensor([0.4, 0.5, 1.0]), 0.5)
         tensor([0.0000, 0.0000, 0.6931])
     """
+    # The ReLU, so that below the target only the task moves the ratios; the budget is met, not undercut.
     return torch.relu(torch.log(resource / target))
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 # the mass that is missing at a = 0, about ln(2)·N/λ units, stays under 0.3 % of a dim of 32 units or more, and under
 # 0.1 unit of a shorter one. benchmarks/README.md has the effect on the loss.
 MIN_STEEPNESS = 256.0
-MAX_STEEPNESS_PER_UNIT = 8.0
+MAX_STEEPNESS_PER_UNIT = 8.0  # with λ = 8 N the lowest unit starts at sigmoid(8/2) = 0.98
 
 
 def ranks(importance: Tensor) -> Tensor:
@@ -31,6 +31,7 @@ def ranks(importance: Tensor) -> Tensor:
         `[..., units]` int64.
     """
     order = importance.argsort(dim=-1, stable=True)
+    # Ranks are the inverse permutation of this order. To scatter is cheaper than to sort `order` once more.
     positions = torch.arange(importance.shape[-1], device=importance.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, positions)
 
@@ -50,6 +51,7 @@ def normalize_importance(importance: Tensor) -> Tensor:
         >>> normalize_importance(torch.tensor([3.0, 100.0, -1.0, 4.0]))
         tensor([0.3750, 0.8750, 0.1250, 0.6250])
     """
+    # Never half precision, whatever the model's: bfloat16 holds whole numbers up to 256 only, so ranks would be equal.
     dtype = torch.float64 if importance.dtype == torch.float64 else torch.float32
     return (ranks(importance.detach()).to(dtype) + 0.5) / importance.shape[-1]
 
@@ -137,6 +139,7 @@ def topk_mask(importance: Tensor, num_units_kept: Tensor) -> Tensor:
     """
     dtype = torch.float64 if importance.dtype == torch.float64 else torch.float32
     num_units = importance.shape[-1]
+    # By ranks, not by a threshold on importance: equal units would all pass it or none.
     return (ranks(importance.detach()) >= num_units - num_units_kept.unsqueeze(-1)).to(dtype)
 
 

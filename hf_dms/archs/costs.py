@@ -47,6 +47,7 @@ def build_cost(bound: BoundSpec, model: nn.Module, resource: str, scope: str, se
         if stack is None:
             outside[monomial] += coefficient * number
         else:
+            # One coefficient per layer: the first block of a stage, say, has other parameters than the rest.
             zeros = torch.zeros(bound.sizes[stack], dtype=torch.float64)
             layered[stack].setdefault(monomial, zeros)[layer] += coefficient * number
     cost = Cost(dict(outside), layered)
@@ -70,7 +71,8 @@ def _mac_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):
         # Counted below, as one number: what stays whole costs the same at any size of the rest.
         if bound.is_whole(name):
             continue
-        # A map runs once per token, unless a run on the meta device or the description says how often it runs.
+        # A map runs once per token, unless a run on the meta device or the description says how often it runs. Norms
+        # and embeddings have weights too, but multiply no matrices.
         if leaf == "weight" and isinstance(plain_module(submodule(model, module_path)), (nn.Linear, nn.Conv2d)):
             positions = recorded.positions.get(module_path, param.positions)
             share = 1.0 if positions is None else positions / sequence_length

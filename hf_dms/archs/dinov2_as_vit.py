@@ -40,6 +40,7 @@ def as_vit(
         image_size: side of the ViT's images, in pixels.
         labels: names of the classes of the head, which is random.
     """
+    # The epsilon is DINOv2's; a ViT's default is 1e-12.
     config = ViTConfig(
         hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=6, intermediate_size=1536,
         layer_norm_eps=1e-6, image_size=image_size, patch_size=PATCH_SIZE, id2label=dict(enumerate(labels)),
@@ -72,6 +73,7 @@ def _layers(dino: dict[str, Tensor]) -> dict[str, Tensor]:
             for kind in ("weight", "bias"):
                 tensor = dino[f"encoder.layer.{i}.{old}.{kind}"]
                 if scale is not None:
+                    # A factor per output of the map: per row of its weight, per entry of its bias.
                     by_row = dino[f"encoder.layer.{i}.{scale}.lambda1"]
                     tensor = tensor * (by_row[:, None] if tensor.dim() == 2 else by_row)
                 state[f"layers.{i}.{new}.{kind}"] = tensor

@@ -36,6 +36,7 @@ def enlarged_config(
         ValueError: a factor is below 1, or no stock config of the architecture has these sizes.
     """
     for name, factor in (("width", width), ("depth", depth)):
+        # A bool is an int in Python, and YAML reads `yes` as true.
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not 1 <= factor < math.inf:
             raise HfDmsError(f"supernet.{name} must be a factor of at least 1, got {factor!r}.")
     spec, before = sized(spec_for(config), config)
@@ -71,6 +72,7 @@ def _follow_(sizes: dict[str, int], spec: ArchSpec, growing: Collection[str]) ->
                 "pruned, so that only one would grow. Let dms.prune name both, or neither."
             )
         sizes[whole] = size
+    # Afterwards, since `must_equal` may have changed what has to be divided. Up, so that nothing gets less than asked.
     for product, whole in spec.must_divide:
         divisor = product_of(sizes, product)
         multiple = -(-sizes[whole] // divisor) * divisor

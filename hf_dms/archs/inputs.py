@@ -29,6 +29,7 @@ def may_be_longer(config: Any) -> bool:
 
 def image_shape(config: Any) -> tuple[int, int | None, int | None]:
     """Channels, height and width of a model's images; height and width are None if any size is allowed."""
+    # RT-DETR's config has no number of channels; that of its backbone has.
     channels, size = getattr(config, "num_channels", 3), getattr(config, "image_size", None)
     if size is None or _plain_type(config) in INTERPOLATES:
         return channels, None, None

@@ -90,7 +90,7 @@ def plain_module(module: nn.Module) -> nn.Module:
     """
     if _is(module, "ModulesToSaveWrapper"):
         wrapper: Any = module
-        active = wrapper.active_adapters[:1] if not wrapper.disable_adapters else []
+        active = wrapper.active_adapters[:1] if not wrapper.disable_adapters else []  # PEFT runs the first, if several
         return wrapper.modules_to_save[active[0]] if active else wrapper.original_module
     return module.get_base_layer() if _is(module, "BaseTunerLayer") else module  # type: ignore[operator]
 
@@ -121,8 +121,10 @@ def plain_weight(model: nn.Module, name: str) -> Tensor:
     module = plain_module(layer)
     adapted = layer is not module and not layer.merged and not layer.disable_adapters
     if leaf == "weight" and is_packed(module):
+        # Not by `merge`, which packs the sum again and so rounds it.
         weight = unpacked(module)
         for adapter in layer.active_adapters if adapted else ():
+            # An adapter that is active in the model need not adapt this layer.
             if adapter in layer._get_available_adapters():
                 weight = weight + layer.get_delta_weight(adapter)
         return weight
@@ -144,7 +146,7 @@ def with_adapters(model: Any, config: Any, seed: int) -> Any:
     """
     from peft import get_peft_model
 
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # PEFT draws from torch's own generator and takes no other
     return get_peft_model(model, config)
 
 
@@ -184,6 +186,7 @@ def packed_weights_may_stay(model: Any) -> Iterator[None]:
     Args:
         model: a model with frozen weights, packed or not; None changes nothing.
     """
+    # By this attribute Trainer tells that a packed model has adapters to train. It refuses one without.
     packed = getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False)
     if packed:
         model._hf_peft_config_loaded = True

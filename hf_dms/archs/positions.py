@@ -52,6 +52,7 @@ def recorded_run(bound: BoundSpec, model: Any) -> Recorded:
 
     def record(path: str, module: nn.Linear | nn.Conv2d, args: tuple, output: Tensor) -> None:
         units = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+        # A sum, because a module can run several times, as `query_scale` of Conditional DETR does before every layer.
         found[path] = found.get(path, 0) + output.numel() // units
 
     empty = skeleton(type(model), model.config).eval()
@@ -72,7 +73,8 @@ def recorded_run(bound: BoundSpec, model: Any) -> Recorded:
                 f"A {type(model).__name__} with this config cannot take an image of {' × '.join(map(str, shape))}, the "
                 f"size that its config names (224 × 224 without one): {error}. Correct image_size in the config."
             ) from error
-    root = f"{type(empty).__name__}."
+    root = f"{type(empty).__name__}."  # with which the counter's paths begin
     by_module = counter.get_flop_counts().items() if counts else ()
+    # A multiply-accumulate is two of the counter's operations.
     macs = {name.removeprefix(root): sum(of.values()) / 2 for name, of in by_module if name.startswith(root)}
     return Recorded(found, macs)

@@ -58,6 +58,7 @@ def dense_spec(model_type: str) -> ArchSpec:
 
 def scores_classes_alone(config: Any) -> bool:
     """Whether a detector gives each class a probability of its own, without a class for no object."""
+    # RT-DETR's prediction heads stay whole, so it has no such dim. It has no class for no object either.
     sizes = [dim_size(dim, config) for dim in dense_spec(config.model_type).dims if dim.name == "classes"]
     return config.num_labels + 1 not in sizes
 

@@ -79,6 +79,7 @@ def in_precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 def _stacked_layers(module: nn.Module) -> Iterator[nn.Module]:
     """The modules in the outermost lists of modules."""
     for child in module.children():
+        # Not into lists inside a layer: their modules are upcast with the layer.
         yield from child.children() if isinstance(child, nn.ModuleList) else _stacked_layers(child)
 
 

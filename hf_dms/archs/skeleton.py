@@ -28,9 +28,10 @@ def skeleton(cls: Any, config: PreTrainedConfig, dtype: torch.dtype | None = Non
         config: its config; the model gets a copy.
         dtype: precision of the parameters. Default: the config's.
     """
+    # A copy, because the model keeps the config, and its dtype is written into it.
     with torch.device("meta"), initialization.no_init_weights():
         model = cls._from_config(copy.deepcopy(config), **({} if dtype is None else {"dtype": dtype}))
-    model.tie_weights()
+    model.tie_weights()  # otherwise a part of the initialisation
     return model
 
 
@@ -48,6 +49,7 @@ def attention_of(model: PreTrainedModel) -> str | dict[str, str]:
     """The attention implementation of a model; if its config holds others, also theirs, by their names in it."""
     config = model.config
     inner = {name: getattr(config, name)._attn_implementation for name in config.sub_configs if getattr(config, name)}
+    # transformers takes such a mapping back, with "" for the model itself.
     return {"": config._attn_implementation} | inner if inner else config._attn_implementation
 
 

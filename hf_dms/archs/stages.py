@@ -60,6 +60,7 @@ def _written_out(value: Any, count: int) -> Any:
 def _stages(entry: Any, count: int) -> range:
     """The stages for which an entry is repeated. Entries of a mapping inside it are repeated separately."""
     places = {place for text in _texts(entry) for place in PLACE.findall(text)}
+    # `{last}` alone names one stage, so its entry stands once.
     return range(1 if "s-1" in places else 0, count) if places - {"last"} else range(1)
 
 

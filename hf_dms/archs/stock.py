@@ -42,6 +42,7 @@ def has_alternative(spec: ArchSpec, model_config: Any) -> bool:
 def prunable_factor(spec: ArchSpec, product: str) -> str:
     """The only dim of a product that is not fixed: `"kv rep"` → `"kv"`."""
     fixed = {dim.name for dim in spec.dims if dim.scope == "fixed"}
+    # The documentation asks it of descriptions whose stages are not written out, where `{s-1}` is no dim's name.
     (name,) = [name for name in product.split() if name.replace("{s-1}", "{s}") not in fixed]
     return name
 
@@ -84,6 +85,7 @@ def tied_sizes(bound: BoundSpec, config: DMSConfig, pruned: Collection[str]) -> 
                 f"{bound.product(product)} of '{product}', which a search keeps equal. Use layout: per_layer."
             )
         if part in pruned and whole in pruned:
+            # The factor leads: each number of heads gives a hidden size, but few hidden sizes a number of heads.
             leaders[whole] = part
         elif part in pruned or whole in pruned:
             layouts = "per_layer" if whole in pruned else "per_layer or padded"
@@ -128,6 +130,7 @@ def excluded_sizes(bound: BoundSpec, leaders: Mapping[str, str | None]) -> dict[
     excluded: dict[str, int] = {}
     for fixed, name in bound.spec.must_differ:
         if name in leaders:
+            # In units of the leader, whose size is what a search changes. With a rest, no size leads there.
             leader = leaders[name] or name
             size, rest = divmod(bound.sizes[fixed] * bound.sizes[leader], bound.sizes[name])
             excluded |= {leader: size} if rest == 0 else {}
@@ -202,7 +205,7 @@ def padded_sizes(bound: BoundSpec, layers: list[dict[str, int]], model_config: A
     """
     sizes = widest(layers)
     if has_alternative(bound.spec, model_config):
-        return sizes
+        return sizes  # the other class has no limits
     for _ in bound.spec.must_equal:  # repeat, because one limit can change a size that another one mentions
         for product, whole in bound.spec.must_equal:
             if product_of(sizes, product) != sizes[whole]:  # the dense sizes fulfil every limit
@@ -213,7 +216,7 @@ def padded_sizes(bound: BoundSpec, layers: list[dict[str, int]], model_config: A
             # The dense size is allowed, and between two multiples of a divisor there are fewer steps than that size.
             wider = range(sizes[name], sizes[name] + bound.sizes[name] + 1)
             allowed = (size for size in wider if within_limits(bound.spec, sizes | {name: size}, name))
-            sizes[name] = next(allowed, sizes[name])
+            sizes[name] = next(allowed, sizes[name])  # none fits: `pruned_class_and_config` has the message
     return sizes
 
 
