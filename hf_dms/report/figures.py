@@ -34,6 +34,8 @@ LINES = ("-", "--", ":", "-.")  # lines must differ without colour too
 MOST_LINES = 12  # of a panel: a legend of more leaves no room for it
 FEW = 12  # lines with fewer points get a marker at each point
 SOFT, RULE = COLOURS["soft"], COLOURS["rule"]
+# parse_math: names of texts are the user's, and a $ in them begins no formula. fonttype: letters stay text, for the
+# page's fonts and for screen readers.
 STYLE = {
     **{f"axes.spines.{side}": False for side in ("top", "left", "right")},
     **{"axes.edgecolor": RULE, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "axes.xmargin": 0},

@@ -31,7 +31,7 @@ Masks = dict[str, Tensor]  # per dim `[rows, units]`
 class Relaxation(Protocol):
     """A differentiable stand-in for the choice of units."""
 
-    rate: float  # learning rate of Adam
+    rate: float  # learning rate of Adam; none was tuned
 
     def parameters(self) -> Iterable[Tensor]:
         """The tensors that are trained."""

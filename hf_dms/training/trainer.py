@@ -241,6 +241,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         example = next(iter(dataset), None) if isinstance(dataset, IterableDataset) else dataset[0]
         if example is None:
             return None
+        # As in Trainer's own loaders: rows may have columns that the model does not take.
         batch = self._get_collator_with_removed_columns(self.data_collator)([example])
         return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
 
