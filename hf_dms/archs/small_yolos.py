@@ -38,6 +38,7 @@ def small_yolos(
         cells: the image is split into `cells` × `cells` parts, each with a detection token.
         sizes: of YolosConfig, in place of `SIZES`.
     """
+    # Two sides, since the stock class indexes them. No positions between the layers: they cannot be pruned (yolos.py).
     config = YolosConfig(
         image_size=[image_size] * 2, patch_size=patch_size, num_detection_tokens=cells**2,
         use_mid_position_embeddings=False, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
@@ -50,6 +51,7 @@ def small_yolos(
         patches = embeddings.patch_embeddings.projection.weight
         nn.init.normal_(patches, 0, patches[0].numel() ** -0.5)
         embeddings.position_embeddings[0, 1 : 1 + side**2] = waves(torch.arange(side).float(), width)
+        # In patches, of which the first has its centre at place 0.
         centres = (torch.arange(cells) + 0.5) * side / cells - 0.5
         embeddings.position_embeddings[0, 1 + side**2 :] = waves(centres, width)
         embeddings.detection_tokens.normal_(0, TOKEN_DEVIATION)

@@ -54,7 +54,7 @@ def _written_out(value: Any, count: int) -> Any:
         }
     if isinstance(value, tuple):
         return tuple(_filled(entry, stage, count) for entry in value for stage in _stages(entry, count))
-    return _filled(value, 0, count)
+    return _filled(value, 0, count)  # a text outside lists belongs to no stage: only `{last}` means something in it
 
 
 def _stages(entry: Any, count: int) -> range:

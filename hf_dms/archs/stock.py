@@ -88,6 +88,7 @@ def tied_sizes(bound: BoundSpec, config: DMSConfig, pruned: Collection[str]) -> 
             # The factor leads: each number of heads gives a hidden size, but few hidden sizes a number of heads.
             leaders[whole] = part
         elif part in pruned or whole in pruned:
+            # `check_padding` would refuse a residual stream next, so padded is no advice for one.
             layouts = "per_layer" if whole in pruned else "per_layer or padded"
             raise HfDmsError(
                 f"layout uniform: the stock config of {bound.spec.model_type} needs {whole} = "
