@@ -72,6 +72,8 @@ class ArchSpec:
             config of its own. They have no lines.
         chained: stacks (by their depth dims) whose layers are called with something that follows from what the layer
             before returned, beside that. None of their layers is dropped.
+        query_scores: a module, below the base model, that scores each place of an image for each class. The decoder's
+            queries are the places with the largest scores, the largest one first. Empty if queries are weights.
         records_positions: whether the positions of all linear maps and convolutions are recorded from a forward pass of
             one image (positions.py). `params` then has none.
         heads: ending of a class name → lines of `params` that only classes with this ending have.
@@ -126,6 +128,7 @@ class ArchSpec:
     variants: dict[str, dict[Any, dict[str, Any]]] = field(default_factory=dict)
     whole: tuple[str, ...] = ()
     chained: tuple[str, ...] = ()
+    query_scores: str = ""
     records_positions: bool = False
     per_layer_only: bool = False
     config_ratios: dict[str, tuple[str, str]] = field(default_factory=dict)

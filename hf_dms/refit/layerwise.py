@@ -234,6 +234,8 @@ class LayerWalk:
         bound: its architecture, or that of the model that it was cut from.
         batches: keyword arguments of forward passes; they are read once.
         offload: a folder for calls and hidden states. Default: memory.
+        leader: the walk of another model through the same batches, which is never behind this one. Where a detector
+            chooses its queries in each image, this model takes those that the other one chose, in the same order.
 
     Raises:
         HfDmsError: the layers of a stack write streams of different widths.
@@ -245,6 +247,7 @@ class LayerWalk:
         bound: BoundSpec,
         batches: Iterable[Mapping[str, Tensor]] = (),
         offload: str | os.PathLike | None = None,
+        leader: LayerWalk | None = None,
     ) -> None:
         check_streams(bound)
         base: Any = model.base_model
@@ -258,6 +261,8 @@ class LayerWalk:
         self._axis = stream_axis(bound)
         self._inputs = Shelf(offload)  # inputs of the model, to run the modules between two stacks or chained layers
         self._done = Shelf(offload)  # per batch, by a layer's number, what it returned, if that matters to later calls
+        self._scores = Shelf(offload)  # per batch, the scores by which a detector chose its queries
+        self._leader = leader
         self._base = base
         self._in_tuple: int | None = None  # length of the tuple that a layer returns, 0 for a tensor; once one has run
         # A cache would be among the arguments of each call, and grow whenever a layer runs again.
@@ -275,7 +280,7 @@ class LayerWalk:
         inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
         # The model runs with its layers skipped: embeddings, masks and rotary tables are computed as it computes them,
         # whatever its architecture.
-        with self._skipped() as calls:
+        with self._skipped() as calls, self._choosing(len(self.hidden)):
             self._base(**inputs, **self._options)
         # The first layer's input is the state of the batch in front of all layers.
         self.hidden.append(calls[0][0])
@@ -332,12 +337,37 @@ class LayerWalk:
             outputs = {layer: output} if stack in chained else dict.fromkeys(finished, output)
             if chained:
                 outputs = self._done[batch] = self._done[batch] | outputs
-            with self._skipped(outputs) as calls:
+            with self._skipped(outputs) as calls, self._choosing(batch):
                 self._base(**self._inputs[batch], **self._options)
             output = calls[layer + 1][0]
             before = self.calls[batch][: layer + 1]
             self.calls[batch] = [*before, *(call for _, call in calls[layer + 1 :])]  # they can hold this output
         self.hidden[batch] = output
+
+    @contextlib.contextmanager
+    def _choosing(self, batch: int) -> Iterator[None]:
+        """Context: record by which scores a detector chooses its queries in a batch, or replace them by the leader's.
+
+        Otherwise the same row of both models would belong to different places of the image.
+        """
+        if not (path := self.bound.spec.query_scores):
+            yield
+            return
+
+        def hook(module: nn.Module, args: tuple, scores: Tensor) -> Tensor | None:
+            if self._leader is not None:
+                return self._leader._scores[batch].to(scores.device)
+            if batch == len(self._scores):
+                self._scores.append(scores)
+            else:
+                self._scores[batch] = scores
+            return None
+
+        handle = self._base.get_submodule(path).register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @contextlib.contextmanager
     def _skipped(self, outputs: Mapping[int, Tensor] | None = None) -> Iterator[list[tuple[Tensor, Call]]]:

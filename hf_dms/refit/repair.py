@@ -118,7 +118,8 @@ def repair_(
     # A copy of the weights as they are before the first layer changes.
     line = Interpolation(pruned) if interpolate else None
     with evaluating(dense, pruned), open_gates(dense), _folder_in(offload) as folder:
-        teacher, student = LayerWalk(dense, bound, offload=folder), LayerWalk(pruned, bound, offload=folder)
+        teacher = LayerWalk(dense, bound, offload=folder)
+        student = LayerWalk(pruned, bound, offload=folder, leader=teacher)
         _check_layers(student, plan)
         masks, judges = list[Tensor | None](), list[Mapping[str, Tensor]]()
         _add_batches_((teacher, student), masks, judges, batches)

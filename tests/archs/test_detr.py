@@ -137,6 +137,26 @@ def test_a_repair_brings_boxes_and_classes_closer_on_held_out_images(head):
     assert all(after < 0.9 * earlier for earlier, after in zip(before, errors()))
 
 
+@torch.no_grad()
+def test_a_repair_compares_the_same_places_of_an_image_where_queries_are_chosen():
+    """A cut encoder scores places in another order. If it chose alone, whole decoder layers would change."""
+    model, batches = tiny(RTDetrModel), images(1, 8)
+    kept = {"encoder_mlp": 2 * (torch.arange(12),)}
+    pruned = cut_by(model, Plan(kept))
+    bound = bound_of(model)
+    teacher = LayerWalk(model, bound, batches)
+    students = [LayerWalk(pruned, bound, batches, leader=leader) for leader in (None, teacher)]
+    for walk in (teacher, *students):
+        for layer in range(2):  # the encoder
+            walk.advance(layer)
+    alone, led = (relative_difference(walk.hidden[0], teacher.hidden[0]) for walk in students)
+    assert led < alone / 2
+    repair_(pruned, model, Plan(kept), batches)
+    names = [name for name, _ in model.named_parameters() if name.startswith("decoder.layers")]
+    changed = max(relative_difference(pruned.get_parameter(name), model.get_parameter(name)) for name in names)
+    assert changed < 0.1  # 0.8 if it chose alone
+
+
 def test_a_cut_keeps_the_attention_implementations_of_its_configs():
     model = tiny(DetrForObjectDetection)
     assert model.config._attn_implementation == "sdpa"
