@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..archs.bind import BoundSpec
 from ..archs.costs import build_cost
 from ..archs.plain_view import base_model_of
+from ..archs.stock import widest
 from ..config import RESOURCES
 from ..cut.formats import written_sizes
 from ..cut.modeling_dms import AUTO_CLASSES
@@ -95,7 +96,7 @@ def sizes_and_costs(model: PreTrainedModel, plan: Plan, sequence_length: int) ->
     counts = {("dense", ""): dense, ("pruned", ""): _on(gates, dense | sizes)}
     if config.layout == "padded":
         counts |= {(key, "kept_"): at for (key, _), at in counts.items()}
-        padded = written_sizes(bound, plan, config.layout, model.config)[0]
+        padded = widest(written_sizes(bound, plan, config.layout, model.config))  # each layer has its stack's dims only
         counts["pruned", ""] = {name: torch.full_like(size, padded[name]) for name, size in dense.items()}
     for resource in RESOURCES:
         if resource == "kv_bytes" and bound.spec.cache is None:
