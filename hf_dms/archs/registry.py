@@ -63,6 +63,11 @@ def scores_classes_alone(config: Any) -> bool:
     return config.num_labels + 1 not in sizes
 
 
+def chooses_queries(config: Any) -> bool:
+    """Whether a detector chooses its queries in each image, so that query 1 of two models need not mean one place."""
+    return bool(dense_spec(config.model_type).query_scores)
+
+
 def spec_for(config: Any) -> ArchSpec:
     """The description of a model's architecture.
 

@@ -16,7 +16,7 @@ from transformers.utils import is_bitsandbytes_available, logging
 
 from ..archs.bind import bind
 from ..archs.plain_view import with_adapters
-from ..archs.registry import spec_for
+from ..archs.registry import chooses_queries, spec_for
 from ..checkpoint.folders import check_place
 from ..checkpoint.hub import check_not_base, check_repo_id, check_token
 from ..checkpoint.stored import hub_weights, missing_weights
@@ -34,6 +34,7 @@ from ..report.card import base_metadata
 from ..report.report import Original
 from ..strategies.one_shot import check_dims, criterion_of
 from ..tasks.evaluate import evenly_spaced
+from ..tasks.labels import SHOWN
 from ..tasks.registry import TASKS, load_examples, load_more_examples
 from ..tasks.task import Examples
 from ..training.trainer import check_training_arguments
@@ -110,6 +111,7 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
     examples = load_examples(recipe.data.without_own_texts(), recipe.task, processor, config, new_head=new_head)
     if recipe.dms.strategy == SEARCH:
         recipe.dms.check_length(_steps_of(arguments["search"], len(examples.train)))
+    _check_classes(recipe, config, examples)
     recover_examples = examples
     if recipe.recover.data is not None:
         with saying_where("recover."):
@@ -213,6 +215,18 @@ def _check_task(recipe: Recipe, config: Any) -> None:
         raise HfDmsError(
             f"model.task: there is no {recipe.model.task} model of type '{config.model_type}'. "
             f"Tasks are {', '.join(TASKS)}."
+        )
+
+
+def _check_classes(recipe: Recipe, config: Any, examples: Examples) -> None:
+    """Check that a detector whose base model scores classes, to choose its queries, keeps their number."""
+    count = len(examples.labels)
+    if chooses_queries(config) and recipe.dms.pipeline != "np" and count != config.num_labels:
+        raise HfDmsError(
+            f"model.path: a {config.model_type} scores classes in its base model too, whose weights are for "
+            f"{config.num_labels}, and the data has {count}: {', '.join(examples.labels[:SHOWN])}. Load it in "
+            "transformers with their id2label and ignore_mismatched_sizes=True, save it, and give that folder with a "
+            "finetune section."
         )
 
 

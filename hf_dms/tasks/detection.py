@@ -15,13 +15,13 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from ..archs.inputs import image_shape
-from ..archs.registry import scores_classes_alone
 from ..errors import HfDmsError
 from .average_precision import FOUND, TRUE, average_precision
 from .boxes import check_inside, read_boxes, read_categories
 from .classification import config_values, load_labelled, sample_rows
 from .data import DataConfig
 from .evaluate import evenly_spaced
+from .found_boxes import found_boxes
 from .images import CHECKED, IMAGE_CLASSIFICATION, Preparation, as_image, data_uri, decoded, preparation, undecoded
 from .labels import Head
 from .sources import Source, load_sources
@@ -105,11 +105,6 @@ def load_examples(config: DataConfig, processor: Any, model_config: Any, head: H
             f"model.path: the image processor is a {type(processor).__name__}, which takes no boxes. Save one for "
             "detection in its place, such as YolosImageProcessor."
         )
-    if scores_classes_alone(model_config):
-        raise HfDmsError(
-            f"model.task object-detection takes detectors with a class for no object, as DETR and YOLOS have. A "
-            f"{model_config.model_type} gives each class a probability of its own. Prune it from Python."
-        )
     prepare = preparation(processor, model_config, **_fitting(processor, model_config))
     sources = load_sources(config)
     truths: dict[int, list[tuple[Tensor, list[int]]]] = {}  # by source
@@ -163,19 +158,15 @@ def _fitting(processor: Any, config: Any) -> dict[str, Any]:
 
 # ---- the metric ------------------------------------------------------------------------------------------------------
 def true_and_found(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
-    """True boxes and found boxes of a batch, as rows for `average_precision`: `[batch, rows, 7]`.
-
-    Every detection query finds its most probable class other than "no object", as in DETR's postprocessing.
+    """True boxes and found boxes (`found_boxes`) of a batch, as rows for `average_precision`: `[batch, rows, 7]`.
 
     Args:
-        model: a detector with `pred_boxes`, and `logits` over the classes and "no object".
+        model: a detector.
         batch: its inputs, and `labels`.
     """
     outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
-    scores, classes = outputs.logits.double().softmax(-1)[..., :-1].max(-1)
-    found = torch.cat(
-        [torch.full_like(scores, FOUND)[..., None], classes[..., None], scores[..., None], outputs.pred_boxes], -1
-    )
+    scores, classes, boxes = found_boxes(model, outputs)
+    found = torch.cat([torch.full_like(scores, FOUND)[..., None], classes[..., None], scores[..., None], boxes], -1)
     rows = []
     for each, labels in zip(found, batch["labels"]):
         numbers = labels["class_labels"][:, None].double()
@@ -205,10 +196,9 @@ def detected(
         return samples
     rows = sample_rows(examples, options)
     pixels = examples.collate(rows)["pixel_values"]
-    outputs = model(pixel_values=pixels.to(model.device))
-    scores, classes = outputs.logits.float().softmax(-1)[..., :-1].max(-1)
+    all_found = found_boxes(model, model(pixel_values=pixels.to(model.device)))
     answered = []
-    for sample, row, *found in zip(samples, rows, scores.tolist(), classes.tolist(), outputs.pred_boxes.tolist()):
+    for sample, row, *found in zip(samples, rows, *(each.tolist() for each in all_found)):
         sure = [(number, box, score) for score, number, box in zip(*found) if score >= SHOWN_FROM]
         picture, words = _shown(row["pixel_values"], sure, examples)
         outputs_of, pictures = sample["outputs"] | {name: words}, sample["pictures"] | {name: picture}

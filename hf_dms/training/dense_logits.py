@@ -2,7 +2,7 @@
 
 With frozen weights (pipeline p-), the model with every mask open is the dense model, so no second copy is needed. It
 works for heads that give one distribution per prediction (of a token, an example or an object query, whose box is
-taught too).
+taught too), and for detectors with one per query and class.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..cut.verify import open_gates
 from ..errors import HfDmsError
 from ..gating.attach import gates_of
 from ..tasks.registry import task_of_class
-from .finetune import box_distance, distillation_loss
+from .finetune import divergence
 from .taught import without_labels
 
 NO_DISTRIBUTION = ("regression", "multi_label_classification")  # values of a config's problem_type
@@ -71,7 +71,7 @@ def outputs_with_open_masks(model: PreTrainedModel, prepared: nn.Module, inputs:
 def kl_to_dense(model: nn.Module, outputs: Any, dense: Any, labels: Any) -> Tensor:
     """KL(dense ‖ searched model) at temperature 1 over all classes, mean over predictions: a float32 scalar.
 
-    For a detector plus the distance of its boxes, see `box_distance`.
+    For a detector plus the distance of its boxes, see `divergence`.
 
     Args:
         model: the model; a causal one predicts the label of the next position.
@@ -88,8 +88,7 @@ def kl_to_dense(model: nn.Module, outputs: Any, dense: Any, labels: Any) -> Tens
             "dms.kl_weight: the Trainer below DMSMixin computes its loss without logits that have a gradient (TRL's "
             "SFTTrainer does). Write kl_weight: 1, which leaves that loss out, or 0."
         )
-    causal = base_model_of(model).can_generate()  # it predicts the next label
-    return distillation_loss(logits, _logits(dense), 1.0, labels, shifted=causal) + box_distance(outputs, dense)
+    return divergence(model, outputs, dense, 1.0, labels)
 
 
 def _logits(outputs: Any) -> Tensor:

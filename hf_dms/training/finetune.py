@@ -11,16 +11,16 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from ..archs.plain_view import base_model_of, with_adapters
+from ..archs.registry import chooses_queries, scores_classes_alone
 from ..config import DMSConfig
 from ..tasks.task import Examples
+from .detectors import box_distance, sigmoid_divergence
 from .distillation import DistillationConfig
 from .distributed import check_plugin, unshard_
 from .exact_resume import ExactCheckpointsMixin, loss_is_summed_over_micro_batches, train_or_resume_
 from .progress import show_progress_
 from .step_guard import FiniteStepsMixin
 from .taught import LOGITS, keep_logits_, without_labels
-
-BOX_WEIGHT = 5.0  # of the distance of boxes beside the classes: λ_L1 of DETR (Carion et al., arXiv 2005.12872, 9.4)
 
 
 def train_(
@@ -90,7 +90,7 @@ def train_(
 class DistillationTrainer(FiniteStepsMixin, ExactCheckpointsMixin, Trainer):
     """A Trainer with the loss (1 - w)·loss + w·T²·KL(teacher / T ‖ student / T), if there is a teacher.
 
-    For a detector, `box_distance` is added to the KL.
+    `divergence` says what the KL is for a detector.
 
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, section 2.
     """
@@ -134,28 +134,32 @@ class DistillationTrainer(FiniteStepsMixin, ExactCheckpointsMixin, Trainer):
         # The divergence is a mean over this micro-batch, and the summed losses are parts of the step's mean.
         share = 1 / self.current_gradient_accumulation_steps if summed else 1.0
         weight, temperature = distillation.weight, distillation.temperature
-        causal = base_model_of(self.accelerator.unwrap_model(model)).can_generate()  # position i predicts label i + 1
-        divergence = distillation_loss(outputs.logits, taught["logits"], temperature, inputs["labels"], shifted=causal)
-        loss = (1 - weight) * loss + weight * share * (divergence + box_distance(outputs, taught))
+        student = self.accelerator.unwrap_model(model)
+        distance = divergence(student, outputs, taught, temperature, inputs["labels"])
+        loss = (1 - weight) * loss + weight * share * distance
         return (loss, outputs) if return_outputs else loss
 
 
-def box_distance(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> Tensor | float:
-    """Σ p·‖b_teacher - b_student‖₁ / Σ p over the queries of a detector, p the probability that the teacher sees an
-    object there, times the weight of boxes in DETR's loss; 0 for a model without boxes.
+def divergence(
+    model: Any, student: Mapping[str, Any], teacher: Mapping[str, Any], temperature: float, labels: Any
+) -> Tensor:
+    """How far the outputs of a model are from its teacher's: a float32 scalar.
 
-    The cut keeps the detection queries, so a query of the student learns from the same one of the teacher.
+    `distillation_loss` of the logits; for a detector plus `box_distance`. A detector that gives each class a
+    probability of its own has `sigmoid_divergence`.
 
     Args:
-        student, teacher: outputs with `logits` `[batch, queries, classes + 1]`, the last class being no object, and
-            `pred_boxes` `[batch, queries, 4]` relative to the image.
+        model: the student; a causal one predicts the label of the next position.
+        student, teacher: the outputs of both, with `logits`, and `pred_boxes` of a detector.
+        temperature: that of the logits.
+        labels: see `distillation_loss`.
     """
-    if "pred_boxes" not in student:
-        return 0.0
-    # The last class is "no object".
-    seen = 1 - teacher["logits"].float().softmax(-1)[..., -1]
-    distance = (teacher["pred_boxes"].float() - student["pred_boxes"].float()).abs().sum(-1)
-    return BOX_WEIGHT * (seen * distance).sum() / seen.sum().clamp(min=1e-6)
+    base: Any = base_model_of(model)
+    if "pred_boxes" in student and scores_classes_alone(base.config):
+        return sigmoid_divergence(student, teacher, temperature, chooses_queries(base.config))
+    logits = student["logits"], teacher["logits"]
+    classes = distillation_loss(*logits, temperature, labels, shifted=base.can_generate())
+    return classes + box_distance(student, teacher)
 
 
 def distillation_loss(

@@ -3,16 +3,18 @@
 import json
 
 import pytest
-import torch
 import yaml
-from helpers.scenes import NAMES, SIDE, detector, detr, pictures, save, write_scenes
+from datasets import Value
+from helpers.scenes import LARGE_SIDE, NAMES, SIDE, conditional_detr, detr, pictures, rt_detr, save, write_scenes
 from helpers.schema import mistakes
-from transformers import AutoImageProcessor, AutoModelForObjectDetection
+from transformers import AutoImageProcessor, AutoModelForObjectDetection, RTDetrForObjectDetection
 
 from hf_dms.cli import main
-from hf_dms.training.finetune import box_distance
 
-RANDOM = torch.Generator().manual_seed(0)
+ALONE = {  # detectors that give each class a probability of its own
+    "conditional_detr": lambda: conditional_detr(image_size=SIDE),
+    "rt_detr": lambda: rt_detr(image_size=LARGE_SIDE),
+}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +92,7 @@ def test_other_ways_to_choose_take_boxes_too(dms, prune, capsys):
     assert report["pruned"]["num_params"] < report["dense"]["num_params"]
 
 
-@pytest.mark.parametrize("layout", ["uniform", "per_layer"])
+@pytest.mark.parametrize("layout", ["uniform", "per_layer", "padded"])
 def test_an_encoder_and_decoder_behind_a_backbone_are_pruned_and_recovered(layout, prune, capsys):
     dms = {"target": 0.8, "warmup_steps": 2, "resource": "macs", "resource_scope": "layers", "layout": layout}
     recover = {"repair": {"examples": 4}, "distillation": {"weight": 0.5}, "max_steps": 2}
@@ -100,7 +102,8 @@ def test_an_encoder_and_decoder_behind_a_backbone_are_pruned_and_recovered(layou
     assert mistakes(report) == []
     assert report["pruned"]["num_params"] < report["dense"]["num_params"]
     pruned = AutoModelForObjectDetection.from_pretrained(out, trust_remote_code=True)
-    assert pruned.config.model_type == ("detr" if layout == "uniform" else "dms_detr")
+    assert pruned.num_parameters() == report["pruned"]["num_params"]
+    assert pruned.config.model_type == ("dms_detr" if layout == "per_layer" else "detr")
     inputs = AutoImageProcessor.from_pretrained(out)(pictures(1), return_tensors="pt")
     assert pruned(pixel_values=inputs["pixel_values"]).pred_boxes.shape == (1, 4, 4)
 
@@ -118,21 +121,65 @@ def test_a_comparison_of_detectors_is_refused(prune, capsys):
     assert "compare pairs the scores of single examples" in capsys.readouterr().err
 
 
-def test_the_boxes_of_a_teacher_count_where_it_sees_an_object():
-    boxes = torch.rand(1, 2, 4, generator=RANDOM)
-    logits = torch.tensor([[[9.0, 0.0, 0.0], [0.0, 0.0, 30.0]]])  # one query sees an object, one sees none
-    teacher = {"logits": logits, "pred_boxes": boxes}
-    moved = boxes.clone()
-    moved[0, 1] += 0.5
-    assert float(box_distance({"pred_boxes": moved}, teacher)) == pytest.approx(0, abs=1e-6)
-    moved[0, 0] += 0.1
-    assert float(box_distance({"pred_boxes": moved}, teacher)) == pytest.approx(5 * 0.4, rel=1e-5)
-    assert box_distance({"logits": logits}, {"logits": logits}) == 0
+# ---- classes with a probability each ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("layout", ["uniform", "per_layer"])
+@pytest.mark.parametrize("kind", ALONE)
+def test_a_detector_that_scores_each_class_alone_goes_from_recipe_to_folder(kind, layout, prune, data, capsys):
+    dms = {"target": 0.85, "warmup_steps": 2, "resource_scope": "layers", "layout": layout}
+    recover = {"repair": {"examples": 4}, "distillation": {"weight": 0.5}, "max_steps": 2}
+    model = ALONE[kind]()
+    assert prune(command="validate", model=model, dms=dms, recover=recover)[0] == 0, capsys.readouterr().err
+    code, out = prune(model=model, dms=dms, finetune={"max_steps": 2}, recover=recover)
+    assert code == 0, capsys.readouterr().err
+    report = json.loads((out / "dms_report.json").read_text())
+    assert mistakes(report) == []
+    for name in ("dense", "pruned", "repaired", "recovered"):
+        assert 0 <= report[name]["mean_average_precision"] <= 1
+    assert report["pruned"]["num_params"] < report["dense"]["num_params"]
+    assert sorted(report["samples"][1]["pictures"]) == ["dense", "recovered"]
+    assert "mAP: 12 held-out images of `a.parquet`" in (out / "README.md").read_text()
+    pruned = AutoModelForObjectDetection.from_pretrained(out, trust_remote_code=True)
+    assert pruned.config.id2label == dict(enumerate(NAMES))
+    inputs = AutoImageProcessor.from_pretrained(out)(pictures(1), return_tensors="pt")
+    assert pruned(pixel_values=inputs["pixel_values"]).logits.shape == (1, 4, len(NAMES))
+    capsys.readouterr()
+    assert main(["eval", str(out), "--data", data]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["mean_average_precision"] == pytest.approx(report["recovered"]["mean_average_precision"])
 
 
-def test_the_teacher_of_a_search_is_the_dense_detector():
-    """Without a cut there is nothing to learn: the divergence of a model from itself is 0."""
-    model = detector()
-    with torch.no_grad():
-        outputs = model(pixel_values=torch.randn(2, 3, SIDE, SIDE, generator=RANDOM))
-    assert float(box_distance(outputs, outputs)) == 0
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"dms": {"pipeline": "p-", "kl_weight": 0.5}, "recover": {}},
+        {"dms": {"pipeline": "np"}, "recover": {"weights": "fresh", "max_steps": 2}},
+        {"dms": {"layout": "padded"}, "recover": {"max_steps": 2}},
+        {"dms": {"strategy": "taylor"}, "recover": {"distillation": {"weight": 1.0}, "max_steps": 2}},
+    ],
+    ids=["frozen", "fresh", "padded", "taylor"],
+)
+@pytest.mark.parametrize("kind", ALONE)
+def test_other_ways_take_classes_with_a_probability_each(kind, sections, prune, capsys):
+    warmup = {} if "strategy" in sections["dms"] else {"warmup_steps": 2}
+    dms = {"target": 0.85, "resource_scope": "layers"} | warmup | sections["dms"]
+    code, out = prune(model=ALONE[kind](), eval={"samples": 0}, **sections | {"dms": dms})
+    assert code == 0, capsys.readouterr().err
+    report = json.loads((out / "dms_report.json").read_text())
+    assert report["pruned"]["num_params"] < report["dense"]["num_params"]
+
+
+def test_a_base_model_that_scores_classes_keeps_their_number(prune, tmp_path, capsys):
+    boxes, names = [[[1, 1, 6, 5]]] * 4, [["fox"], ["ox"]] * 2
+    path = write_scenes(tmp_path / "b.parquet", boxes, names, kind=Value("string"))
+    sections = dict(data={"path": path, "held_out": path}, finetune={"max_steps": 2}, eval={"samples": 0})
+    model = rt_detr(image_size=LARGE_SIDE, id2label={0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"})
+    assert prune(command="validate", model=model.model, **sections)[0] == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "a rt_detr scores classes in its base model too, whose weights are for 3, and the data has 2: fox, o" in line
+    # What the message says works.
+    options = dict(id2label={0: "fox", 1: "ox"}, ignore_mismatched_sizes=True)
+    changed = RTDetrForObjectDetection.from_pretrained(tmp_path / "model", **options)
+    assert prune(model=changed, **sections)[0] == 0, capsys.readouterr().err
+    # Random weights have no classes yet.
+    sections |= {"finetune": {}, "output": {"path": str(tmp_path / "other")}}
+    assert prune("dms.pipeline=np", command="validate", model=model, **sections)[0] == 0, capsys.readouterr().err

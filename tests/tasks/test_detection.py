@@ -1,17 +1,31 @@
 """Images with boxes become a detector's inputs, its results are measured by COCO's mAP, and bad boxes are reported."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset, Value
-from helpers.laws import tiny
-from helpers.scenes import NAMES, SIDE, detector, detr, detr_processor, pictures, processor, write_scenes
-from transformers import ConditionalDetrForObjectDetection, ViTImageProcessorPil
+from helpers.scenes import (
+    LARGE_SIDE,
+    NAMES,
+    SIDE,
+    conditional_detr,
+    detector,
+    detr,
+    detr_processor,
+    pictures,
+    processor,
+    rt_detr,
+    write_scenes,
+)
+from transformers import ViTImageProcessorPil
 
 from hf_dms.tasks.average_precision import FOUND, TRUE, average_precision
 from hf_dms.tasks.data import DataConfig
+from hf_dms.tasks.detection import detected, samples, true_and_found
 from hf_dms.tasks.evaluate import example_scores, summary
+from hf_dms.tasks.found_boxes import found_boxes
 from hf_dms.tasks.registry import TASKS, load_examples
 
 TASK = TASKS["object-detection"]
@@ -118,6 +132,22 @@ def test_categories_by_number_and_names_that_several_classes_share_are_read_as_f
         assert load(path, coco).train[0]["labels"]["class_labels"].tolist() == [3]
 
 
+@pytest.mark.parametrize(("make", "kind"), [(conditional_detr, "conditional_detr"), (rt_detr, "rt_detr")])
+def test_detectors_with_a_probability_per_class_take_fixed_and_fitted_images(make, kind, tmp_path):
+    boxes, names = [[[8, 4, 8, 4]], []], [["dog"], []]
+    path = write_scenes(tmp_path / "a.parquet", boxes, names, pictures(2, (32, 16)), Value("string"))
+    side, any_size = LARGE_SIDE if kind == "rt_detr" else SIDE, {"shortest_edge": 9, "longest_edge": 99}
+    fixed = load(path, make(), detr_processor(kind))
+    fitted = load(path, make(image_size=[side, side]), detr_processor(kind, size=any_size))
+    for examples, top in ((fixed, 0.375), (fitted, 0.1875)):  # stretched to a square, or filled up below
+        example = examples.train[0]
+        assert example["pixel_values"].shape == (3, side, side)
+        assert torch.allclose(example["labels"]["boxes"], torch.tensor([[0.375, top, 0.25, 2 * top / 3]]))
+        batch = examples.collate([example, examples.train[1]])
+        assert make().train()(**batch).loss.isfinite()
+        assert make().train()(**examples.collate([examples.train[1]] * 2)).loss.isfinite()
+
+
 @pytest.mark.parametrize(
     ("box", "message"),
     [
@@ -198,12 +228,6 @@ def test_a_processor_that_takes_no_boxes_is_refused(tmp_path):
         load(path, prepare=ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}))
 
 
-def test_a_detector_without_a_class_for_no_object_is_refused(tmp_path):
-    path = write_scenes(tmp_path / "a.parquet", BOXES, CATEGORIES)
-    with pytest.raises(ValueError, match=r"A conditional_detr gives each class a probability of its own. Prune it f"):
-        load(path, tiny(ConditionalDetrForObjectDetection), detr_processor())
-
-
 def test_what_is_not_installed_is_named_with_the_extra_that_brings_it(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_dms.tasks.detection.NEEDED", ("pycocotools", "no_such_module"))
     with pytest.raises(ValueError, match=r"needs no_such_module: pip install 'hf_dms\[detection\]'"):
@@ -230,6 +254,63 @@ def test_a_detector_s_own_boxes_are_found_with_a_precision_of_one(tmp_path):
     measured = summary(TASK, other, scores)
     assert measured["mean_average_precision"] < 0.5
     assert measured["difference"] == pytest.approx(measured["mean_average_precision"] - 1)
+
+
+class Finding:
+    """A detector with given outputs."""
+
+    def __init__(self, model, logits, boxes):
+        self.config, self.outputs = model.config, SimpleNamespace(logits=logits, pred_boxes=boxes)
+
+    def __call__(self, pixel_values):
+        return self.outputs
+
+
+def test_each_pair_of_a_query_and_a_class_with_a_probability_of_its_own_is_a_box():
+    """The first query is a rider, of probability 3/4, and a person, of 2/3; the second one a person, of 1/2."""
+    logits = torch.tensor([[[math.log(3), math.log(2), -9.0], [-8.0, 0.0, -7.0]]])
+    boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.4], [0.8, 0.8, 0.2, 0.2]]])
+    model = Finding(conditional_detr(), logits, boxes)
+    probabilities, classes, found = found_boxes(model, model.outputs)
+    assert probabilities[0, :3].tolist() == pytest.approx([3 / 4, 2 / 3, 1 / 2])
+    assert classes.tolist() == [[0, 1, 1, 2, 0, 2]]
+    assert torch.equal(found[0], boxes[0, [0, 0, 1, 1, 1, 0]])
+    labels = [{"class_labels": torch.tensor([0, 1]), "boxes": boxes[0, [0, 0]]}]
+    rows = true_and_found(model, {"pixel_values": None, "labels": labels})
+    assert torch.allclose(rows[0, 0], torch.tensor([TRUE, 0, 1, 0.4, 0.3, 0.2, 0.4], dtype=torch.float64))
+    assert average_precision(rows)[0] == pytest.approx(1)
+    # With the best class of each query alone, the person would be found at the wrong place only.
+    best = rows[:, [row for row in range(rows.shape[1]) if row != 3]]
+    assert float(rows[0, 3, 2]) == pytest.approx(2 / 3)
+    assert average_precision(best)[0] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("kind", ["conditional_detr", "rt_detr"])
+def test_boxes_are_those_of_the_postprocessing_of_transformers(kind):
+    generator = torch.Generator().manual_seed(0)
+    classes, queries = 40, 50
+    logits = torch.randn(2, queries, classes, generator=generator)
+    boxes = torch.rand(2, queries, 4, generator=generator)
+    names = dict(enumerate(map(str, range(classes))))
+    model = Finding({"conditional_detr": conditional_detr, "rt_detr": rt_detr}[kind](id2label=names), logits, boxes)
+    expected = detr_processor(kind).post_process_object_detection(model.outputs, threshold=0.0)
+    for image, (found, labels, of_boxes) in enumerate(zip(*found_boxes(model, model.outputs))):
+        count = {"conditional_detr": 100, "rt_detr": queries}[kind]  # the latter keeps as many pairs as queries
+        assert (len(found), len(expected[image]["scores"])) == (100, count)
+        assert torch.allclose(found[:count].float(), expected[image]["scores"])
+        assert torch.equal(labels[:count], expected[image]["labels"])
+        corners = torch.cat([of_boxes[:, :2] - of_boxes[:, 2:] / 2, of_boxes[:, :2] + of_boxes[:, 2:] / 2], -1)
+        assert torch.allclose(corners[:count], expected[image]["boxes"], atol=1e-6)
+
+
+def test_a_sample_shows_the_pairs_of_at_least_one_half(tmp_path):
+    examples = load(write_scenes(tmp_path / "a.parquet", BOXES[:1], CATEGORIES[:1]))
+    logits = torch.tensor([[[math.log(3), math.log(2), -9.0], [-8.0, -0.1, -7.0]]])
+    model = Finding(conditional_detr(), logits, torch.full((1, 2, 4), 0.5))
+    model.device = torch.device("cpu")
+    options = SimpleNamespace(samples=1)
+    (sample,) = detected(samples(examples, None, options), "dense", model, None, examples, options)
+    assert sample["outputs"] == {"dense": "cat 75%, dog 67%"}
 
 
 def test_scores_do_not_depend_on_the_batch(tmp_path):
