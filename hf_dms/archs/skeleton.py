@@ -63,6 +63,8 @@ def untied_names(model: PreTrainedModel, built: PreTrainedModel | None = None) -
     Raises:
         ValueError: the config ties several tensors, and only some of them are tied in the model.
     """
+    if built is None and not _ties(model):
+        return []
     built = skeleton(type(model), model.config) if built is None else built
     # Tensors with several names are tied. In the model they must be the same tensor under all of these names.
     groups = [names for names in names_by_tensor(built).values() if len(names) > 1]
@@ -87,6 +89,12 @@ def config_as_tied(model: PreTrainedModel) -> PreTrainedConfig:
     if untied_names(model):
         config.tie_word_embeddings = False
     return config
+
+
+def _ties(model: PreTrainedModel) -> bool:
+    """Whether a config of the model, or of a model in it, ties tensors."""
+    models = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    return any(each._tied_weights_keys and getattr(each.config, "tie_word_embeddings", False) for each in models)
 
 
 def _first(apart: list[list[str]]) -> str:

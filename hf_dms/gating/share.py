@@ -60,8 +60,8 @@ def _with_share_of_shape(config: DMSConfig, bound: BoundSpec, model: PreTrainedM
     gates = build_gates(bound, model, shaped, device=torch.device("cpu"))
     smallest, cost = smallest_sizes(gates, bound, shaped, model.config)
     for name, size in sizes.items():
-        # A dim whose size follows from another one's is not in `smallest`.
-        found = smallest.get(name, torch.tensor([size]))
+        leader = gates.dims[name].follows
+        found = smallest[name] if leader is None else gates.following_units(name, smallest[leader])
         whole = bound.sizes[name]  # of a protected layer
         if not all(int(each) in (size, whole) for each in found):
             raise HfDmsError(

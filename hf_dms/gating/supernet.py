@@ -105,7 +105,8 @@ def random_model(cls: Any, config: PreTrainedConfig, seed: int, dtype: torch.dty
         dtype: precision of the weights.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # Not torch.manual_seed: it seeds the accelerators too, whose state is not restored here.
+        torch.default_generator.manual_seed(seed)
         return cls._from_config(copy.deepcopy(config), dtype=dtype)
 
 

@@ -84,7 +84,7 @@ def examples_to_refit_on(trainer: Any, positions_per_input: int = POSITIONS_PER_
     missing, size = positions_per_input * widest, trainer.args.per_device_train_batch_size
     # Some collators draw random numbers (masked language models).
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the accelerators, for good
         for start in range(0, len(order), size):
             batch = collate([data[i] for i in order[start : start + size]])
             batches.append(

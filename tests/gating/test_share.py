@@ -3,7 +3,7 @@
 import pytest
 from helpers.laws import tiny
 from helpers.tiny import search_, tiny_llama
-from transformers import ResNetForImageClassification
+from transformers import BertForSequenceClassification, ResNetForImageClassification
 
 from hf_dms import DMSConfig, attach_, choose_, plan_of, prune
 from hf_dms.gating.attach import gates_of
@@ -68,6 +68,13 @@ def test_what_it_means_can_be_given_again():
 def test_shapes_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         attached(tiny_llama(), **options)
+
+
+def test_sizes_that_belong_together_must_agree():
+    """In a stock BERT, hidden = heads · head size, which is 4 here."""
+    with pytest.raises(ValueError, match="dms.sizes: hidden cannot be 16 here, 12 is nearest"):
+        attached(tiny(BertForSequenceClassification), sizes={"heads": 3, "hidden": 16}, layout="uniform")
+    attached(tiny(BertForSequenceClassification), sizes={"heads": 3, "hidden": 12}, layout="uniform")
 
 
 def test_a_shape_that_the_stock_config_forbids_is_refused():

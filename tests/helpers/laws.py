@@ -4,6 +4,7 @@ import torch
 import transformers
 from helpers.tiny import TINY, lowest_target, relative_difference, search_, token_batch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import initialization
 
 from hf_dms import DMSConfig, attach_, prune
 from hf_dms.archs.bind import bind
@@ -105,7 +106,8 @@ def tiny(cls, seed=0, dtype=torch.float32, **overrides):
     switches = cls._supports_sdpa and family != "data2vec-vision"  # its modules keep their attention
     config = cls.config_class(**sizes)
     attn = None if config.sub_configs else "sdpa" if switches else "eager"  # not every config inside has the same
-    model = cls._from_config(config, attn_implementation=attn).eval()
+    with initialization.no_init_weights():  # a third of the time; all weights are drawn below
+        model = cls._from_config(config, attn_implementation=attn).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, initialization
 
 from hf_dms import DMSConfig, attach_
 from hf_dms.archs.bind import BoundSpec
@@ -37,7 +37,8 @@ def tiny_llama(
 ) -> PreTrainedModel:
     """A Llama whose weights are drawn from normal(0, 0.3), its norms' from normal(1, 0.3): no unit is like another."""
     config = LlamaConfig(**(TINY | overrides))
-    model = cls._from_config(config, attn_implementation=attn).eval()
+    with initialization.no_init_weights():  # a third of the time; all weights are drawn below
+        model = cls._from_config(config, attn_implementation=attn).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
