@@ -231,19 +231,23 @@ class Gates(nn.Module):
         """Whether every mask is still exactly 1. The first steps only gather importance, before a ratio moves."""
         return self.num_updates < self.schedule.warmup_steps
 
+    @property
+    def is_soft(self) -> bool:
+        """Whether the model runs on soft masks."""
+        return self.training or self.soft_in_evaluation
+
     def compute_masks_(self) -> None:
         """Compute the masks of all dims for one forward pass: soft in training mode, hard in evaluation mode."""
-        soft = self.training or self.soft_in_evaluation
         if self.training:
             self.clamp_ratios_()
         self.log_masks = {}
         for name in self._scaled_norms():
             self._keep_log_mask_(name, self.scales[name].clone().requires_grad_(self._gathers()))
         for name, dim in self.dims.items():
-            if soft and name in self.refitted:  # its maps leave units out themselves, at the refitted width
+            if self.is_soft and name in self.refitted:  # its maps leave units out themselves, at the refitted width
                 self.log_masks[name] = (None,) * dim.rows
                 continue
-            if not soft:
+            if not self.is_soft:
                 # The logarithm of 0 is -inf, of which the exponential is 0 again (`mask_of`).
                 log_mask = topk_mask(self.importance(name), self.hard_units(name)).log()
             elif self.is_warming_up:

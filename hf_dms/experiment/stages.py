@@ -260,12 +260,8 @@ def score(model: PreTrainedModel, prepared: Prepared, text: str | None = None) -
 def scores_on_soft_masks(model: PreTrainedModel, measure: Any) -> Tensor:
     """Scores on the soft masks at the end of the search. The difference from hard masks is the cost of rounding."""
     model.eval()
-    # Training mode of the gates, and not `Gates.soft_masks`: refitted maps (refit/search.py) run in no other mode.
-    gates_of(model).train()
-    try:
+    with gates_of(model).soft_masks():
         return measure(model)
-    finally:
-        gates_of(model).eval()
 
 
 def speeds(model: PreTrainedModel, pruned: PreTrainedModel, prepared: Prepared) -> dict[str, dict[str, float]]:

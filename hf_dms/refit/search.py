@@ -130,6 +130,6 @@ def _width(gates: Gates, name: str) -> Tensor:
 
 
 def _forward(masked: Any, gates: Gates, refitted: RefittedMap, layer: int, inputs: Tensor) -> Tensor:
-    if not gates.training:
+    if not gates.is_soft:
         return masked(inputs)
     return refitted.apply(inputs, _width(gates, refitted.dim)[layer])

@@ -20,14 +20,16 @@ def block_influence_scores(model: PreTrainedModel, batches: Batches) -> Scores:
     gates = gates_of(model)
     bound = gates.attachment.bound
     layers = list(submodule(model, bound.layers_path).children())
-    total, count = torch.zeros(1, len(layers), dtype=torch.float64), 0
+    total, count = torch.zeros(2, 1, len(layers), dtype=torch.float64)
 
     def add(index: int) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             before = args[0] if args else kwargs["hidden_states"]
             after: Tensor = output[0] if isinstance(output, tuple) else output
             # float64: cosines near 1 differ in their last digits only, and those decide.
-            total[0, index] += F.cosine_similarity(before.double(), after.double(), dim=-1).sum().cpu()
+            cosines = F.cosine_similarity(before.double(), after.double(), dim=-1)
+            total[0, index] += cosines.sum().cpu()
+            count[0, index] += cosines.numel()
 
         return hook
 
@@ -37,12 +39,11 @@ def block_influence_scores(model: PreTrainedModel, batches: Batches) -> Scores:
     try:
         for batch in batches:
             model(**{key: value for key, value in batch.items() if key != "labels"})
-            count += next(iter(batch.values())).shape[:2].numel()
     finally:
         gates.rounded = None
         for handle in handles:
             handle.remove()
-    return {bound.depth: 1 - total / max(count, 1)}
+    return {bound.depth: 1 - total / count.clamp(min=1)}
 
 
 BLOCK_INFLUENCE = Criterion(block_influence_scores, allocation="global", dims=("depth",))

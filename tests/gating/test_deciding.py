@@ -177,9 +177,9 @@ WIDE = dict(intermediate_size=200)
 STEPS = dict(max_steps=24, save_strategy="steps")
 
 
-def ended(folder, decide_at, **options):
+def ended(folder, decide_at, changes=(), **options):
     config = dict(decide_at=decide_at, gate_learning_rate=0.05, target=0.7, prune=("kv", "mlp", "layers"))
-    return trained(folder, config, tiny_llama(**WIDE), **(STEPS | options))
+    return trained(folder, config | dict(changes), tiny_llama(**WIDE), **(STEPS | options))
 
 
 def test_the_loss_on_soft_masks_at_the_end_is_that_of_the_cut(tmp_path):
@@ -189,8 +189,11 @@ def test_the_loss_on_soft_masks_at_the_end_is_that_of_the_cut(tmp_path):
     assert gaps[1.0] > 3 * gaps[0.7]
 
 
-def test_both_losses_are_those_of_a_forward_pass_on_soft_and_on_hard_masks(tmp_path):
-    trainer = ended(tmp_path, 0.7)
+@pytest.mark.parametrize(
+    "changes", [{}, dict(search_over="refitted", pipeline="p-", prune=("kv", "mlp"), warmup_steps=0, layout="per_layer")]
+)
+def test_both_losses_are_those_of_a_forward_pass_on_soft_and_on_hard_masks(changes, tmp_path):
+    trainer = ended(tmp_path, 0.7, changes)
     found_soft, found_cut = trainer.soft_and_cut_loss()
     assert found_cut == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
     entries = len(trainer.state.log_history)

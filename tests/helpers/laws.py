@@ -108,15 +108,16 @@ def tiny(cls, seed=0, dtype=torch.float32, **overrides):
     attn = None if config.sub_configs else "sdpa" if switches else "eager"  # not every config inside has the same
     with initialization.no_init_weights():  # a third of the time; all weights are drawn below
         model = cls._from_config(config, attn_implementation=attn).eval()
+    model.tie_weights()  # the context leaves it out
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             mean = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
             parameter.normal_(mean, 0.3, generator=generator)
         for name, buffer in model.named_buffers():
-            if name.endswith("running_mean"):
+            if name.endswith(("running_mean", "bias")):
                 buffer.normal_(0, 0.3, generator=generator)
-            if name.endswith("running_var"):
+            if name.endswith(("running_var", "weight")):  # weights are buffers in frozen batch norms
                 buffer.uniform_(0.5, 1.5, generator=generator)
     return model.to(dtype)
 

@@ -39,6 +39,7 @@ def tiny_llama(
     config = LlamaConfig(**(TINY | overrides))
     with initialization.no_init_weights():  # a third of the time; all weights are drawn below
         model = cls._from_config(config, attn_implementation=attn).eval()
+    model.tie_weights()  # the context leaves it out
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -8,7 +8,7 @@ import torch
 from helpers.laws import batch_for, tiny
 from helpers.marks import ordinary_if
 from helpers.tiny import relative_difference, tiny_llama, token_batch
-from transformers import BertForSequenceClassification, ResNetForImageClassification
+from transformers import BertForSequenceClassification, ResNetForImageClassification, ViTForImageClassification
 
 from hf_dms import DMSConfig, HfDmsError, attach_, one_shot_obs_plan, prune
 from hf_dms.archs.plain_view import submodule
@@ -117,6 +117,16 @@ def test_block_influence_is_one_minus_the_cosine_of_a_layer_s_input_and_output()
     assert float(block_influence_scores(model, batches)["layers"][0, 0]) == pytest.approx(
         float(expected.detach()), rel=1e-6
     )
+
+
+def test_block_influence_of_images_counts_patches():
+    model = tiny(ViTForImageClassification)
+    batch = batch_for(model)
+    with torch.no_grad():
+        hidden = model(**batch, output_hidden_states=True).hidden_states
+    expected = 1 - torch.cosine_similarity(hidden[0].double(), hidden[1].double(), dim=-1).mean()
+    attach_(model, DMSConfig(target=0.9, prune=("layers",)))
+    assert float(block_influence_scores(model, [batch])["layers"][0, 0]) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_kfac_obs_chooses_what_the_plan_of_one_shot_obs_chooses():
