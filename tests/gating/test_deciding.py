@@ -189,9 +189,10 @@ def test_the_loss_on_soft_masks_at_the_end_is_that_of_the_cut(tmp_path):
     assert gaps[1.0] > 3 * gaps[0.7]
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, dict(search_over="refitted", pipeline="p-", prune=("kv", "mlp"), warmup_steps=0, layout="per_layer")]
-)
+REFITTED = dict(search_over="refitted", pipeline="p-", prune=("kv", "mlp"), warmup_steps=0, layout="per_layer")
+
+
+@pytest.mark.parametrize("changes", [{}, REFITTED])
 def test_both_losses_are_those_of_a_forward_pass_on_soft_and_on_hard_masks(changes, tmp_path):
     trainer = ended(tmp_path, 0.7, changes)
     found_soft, found_cut = trainer.soft_and_cut_loss()

@@ -72,7 +72,7 @@ def test_shapes_that_cannot_be_are_refused(options, message):
 
 def test_sizes_that_belong_together_must_agree():
     """In a stock BERT, hidden = heads · head size, which is 6 here."""
-    with pytest.raises(ValueError, match="dms.sizes: hidden cannot be 16 here, 18 is nearest"):
+    with pytest.raises(ValueError, match=r"dms.sizes: hidden cannot be 16 here, 18 is nearest"):
         attached(tiny(BertForSequenceClassification), sizes={"heads": 3, "hidden": 16}, layout="uniform")
     attached(tiny(BertForSequenceClassification), sizes={"heads": 3, "hidden": 18}, layout="uniform")
 
