@@ -33,6 +33,7 @@ from ..refit.repairable import check_one_stack, check_repairable
 from ..report.card import base_metadata
 from ..report.report import Original
 from ..strategies.one_shot import check_dims, criterion_of
+from ..tasks.data import is_data_file
 from ..tasks.evaluate import evenly_spaced
 from ..tasks.labels import SHOWN
 from ..tasks.registry import TASKS, load_examples, load_more_examples
@@ -175,6 +176,8 @@ def load_texts(
         try:
             # The file is for measuring only: nothing is held out of it, and nothing mixed in.
             data = dataclasses.replace(recipe.data, path=path, held_out=path, mix={})
+            if is_data_file(path):
+                data.split = "train"  # the split of data.path says nothing of another file
             other = load_more_examples(data, recipe.task, processor, config, examples)
         except HfDmsError as error:
             raise HfDmsError(f"texts.{name}: {error}") from error

@@ -6,6 +6,7 @@ This file does not know what the rows mean. It only checks that there are rows, 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,8 @@ def _held_out_place(config: DataConfig, held_out: str) -> tuple[str, str]:
     """Path and split of the held-out data, if it is not a share."""
     if held_out == config.path:
         return config.path, config.split
-    is_path = is_data_file(held_out) or Path(held_out).is_dir()
+    # The name of a split has no slash, so such a path that does not exist may be a dataset on the Hub.
+    is_path = is_data_file(held_out) or Path(held_out).is_dir() or "/" in held_out
     return (held_out, "train") if is_path else (config.path, held_out)
 
 
@@ -83,9 +85,9 @@ def _load(config: DataConfig, path: str, split: str, key: str) -> Source:
     has_own_numbers = True
     with _one_error(path, key):
         if Path(path).is_dir():
-            rows, has_own_numbers = _load_folder(config, Path(path), split)
+            rows, has_own_numbers = _load_folder(config, Path(path), split, key)
         elif is_data_file(path):
-            rows = _load_files([path])
+            rows = _load_files([path], split, key)
         elif Path(path).exists():
             raise HfDmsError(f"{key}: {path} is not a kind of file that can be read. Known are {', '.join(BUILDERS)}.")
         else:
@@ -95,12 +97,14 @@ def _load(config: DataConfig, path: str, split: str, key: str) -> Source:
     return Source(rows, key, path, has_own_numbers)
 
 
-def _load_folder(config: DataConfig, folder: Path, split: str) -> tuple[Any, bool]:
+def _load_folder(config: DataConfig, folder: Path, split: str, key: str) -> tuple[Any, bool]:
     """Rows of a folder, and whether the author of the data numbered its labels."""
     datasets = _datasets()
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():  # Dataset.save_to_disk
         saved = datasets.load_from_disk(str(folder))
         if isinstance(saved, datasets.Dataset):
+            if split not in ("train", str(saved.split)):
+                raise _no_split(folder, split, key)
             return saved, True
         if split not in saved:
             raise HfDmsError(f"data.split: {folder} has no split '{split}'. It has {', '.join(saved)}.")
@@ -113,7 +117,7 @@ def _load_folder(config: DataConfig, folder: Path, split: str) -> tuple[Any, boo
         file for file in files if is_data_file(file)
     ]
     if not readable:
-        raise HfDmsError(f"data.path: the folder {folder} holds neither images nor {', '.join(BUILDERS)} files.")
+        raise HfDmsError(f"{key}: the folder {folder} holds neither images nor {', '.join(BUILDERS)} files.")
     options = OPTIONS.get(suffix_of(readable[0]), {})
     try:
         # By the folder and not by its files, because `datasets` takes files named like splits as splits.
@@ -122,16 +126,31 @@ def _load_folder(config: DataConfig, folder: Path, split: str) -> tuple[Any, boo
         return rows, True
     except Exception:
         for file in readable:
-            with _one_error(str(file), "data.path"):
-                _load_files([str(file)])  # to find the broken file and name it
+            with _one_error(str(file), key):
+                _load_files([str(file)], "train", key)  # to find the broken file and name it
         raise
 
 
-def _load_files(files: list[str]) -> Any:
+def _load_files(files: list[str], split: str, key: str) -> Any:
     suffix = suffix_of(files[0])
-    rows = _datasets().load_dataset(BUILDERS[suffix], data_files=files, split="train", **OPTIONS.get(suffix, {}))
+    load = functools.partial(_datasets().load_dataset, BUILDERS[suffix], data_files=files, **OPTIONS.get(suffix, {}))
+    rows = load(split="train")
     rows.data.validate(full=True)  # because the JSON reader accepts files in other encodings
-    return rows
+    if split == "train":
+        return rows
+    try:
+        return load(split=split)  # a part, such as train[:90%]
+    except ValueError:
+        raise _no_split(files[0], split, key) from None
+
+
+def _no_split(path: str | Path, split: str, key: str) -> HfDmsError:
+    """The error for a file, or a saved dataset, without this split. Its own rows must not be measured on instead."""
+    if key == "data.held_out":
+        return HfDmsError(
+            f"data.held_out: {path} has no split '{split}'. Give a file, a folder, a dataset, or a share such as 0.05."
+        )
+    return HfDmsError(f"data.split: {path} has no split '{split}'. Leave data.split out, or name a part: train[:90%].")
 
 
 @contextlib.contextmanager

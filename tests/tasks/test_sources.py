@@ -131,6 +131,13 @@ def test_files_of_a_folder_that_are_named_like_splits_are_splits(tmp_path):
     assert [row["input_ids"].tolist() for row in examples.held_out] == [[6, 7]]
 
 
+def test_parts_of_a_file_are_splits(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", WORDS)
+    examples = load(path, split="train[:1]", held_out="train[1:]")
+    assert [row["input_ids"].tolist() for row in examples.train] == [[3, 4], [5, 2]]
+    assert [row["input_ids"].tolist() for row in examples.held_out] == [[6, 7]]
+
+
 def test_cells_of_a_template_without_a_value_are_empty_texts(tmp_path):
     rows = [{"a": "b", "b": None, "c": 1}, {"a": "c", "b": "d", "c": 2}]
     path = write_rows(tmp_path / "a.jsonl", rows)
@@ -211,6 +218,29 @@ def test_the_file_of_a_folder_that_cannot_be_read_is_named(tmp_path):
 
 def test_a_dataset_that_is_nowhere_is_refused():
     refused(r"data.path: cannot read 'nobody/nothing'", "nobody/nothing", held_out=0.5)
+
+
+@pytest.mark.parametrize("held_out", ["test", "5%", "0,05", "notes.md"])
+def test_what_is_no_split_of_a_file_is_not_measured_on(held_out, tmp_path):
+    """Without the check the training rows would be the held-out ones."""
+    message = rf"data.held_out: .*(a.jsonl|rows) has no split '{held_out}'. .*a share such as 0.05"
+    refused(message, write_rows(tmp_path / "a.jsonl", WORDS), held_out=held_out)
+    refused(message, write_rows(tmp_path / "rows", WORDS), held_out=held_out)
+
+
+def test_a_split_that_a_file_lacks_is_refused(tmp_path):
+    refused(r"data.split: .*a.jsonl has no split 'dev'", write_rows(tmp_path / "a.jsonl", WORDS), split="dev")
+
+
+def test_a_held_out_dataset_of_the_hub_is_no_split_of_a_file(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", WORDS)
+    refused(r"data.held_out: cannot read 'nobody/nothing'", path, held_out="nobody/nothing")
+
+
+def test_the_folder_of_held_out_data_is_called_so(tmp_path):
+    (tmp_path / "b").mkdir()
+    path = write_rows(tmp_path / "a.jsonl", WORDS)
+    refused(r"data.held_out: the folder .*b holds neither", path, held_out=str(tmp_path / "b"))
 
 
 @pytest.mark.parametrize("held_out", ["b.jsonl", "empty.jsonl"])
