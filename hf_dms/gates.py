@@ -315,7 +315,7 @@ class Gates(nn.Module):
         and when the importance was updated: importance ranks the layers, and dropped layers cost nothing.
         """
         self.prune_ratio.clamp_(self.lower, self.upper)
-        if not self.decided or self.decided.keys() == self.dims.keys():
+        if not self.decided or not (self.lower < self.upper).any():  # all is decided, or has one allowed size
             return
         if self.at_target is None or self.at_target[0] != self.num_updates or self._moved_from(self.at_target[1]):
             self._meet_target_()

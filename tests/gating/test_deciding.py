@@ -96,6 +96,14 @@ def test_without_channels_to_absorb_the_rest_all_is_decided():
     assert bit_equal(sizes_of(gates), sizes)
 
 
+@pytest.mark.parametrize("options", [{"protect": {"layers": [0, 1, 2]}}, {"round_to": {"kv": 3, "mlp": 20}}])
+def test_a_search_goes_on_where_no_size_is_left_to_learn(options):
+    model, gates = searched(prune=("kv", "mlp"), target=1.0, **options)
+    gates.decide_(0.9)
+    model.train()(**token_batch())
+    assert not gates.prune_ratio.any()
+
+
 def test_a_state_from_before_the_decision_lets_the_ratios_move_again():
     _, gates = searched()
     before = copy.deepcopy(gates.search_state())
