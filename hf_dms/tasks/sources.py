@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import HfDmsError
 from .data import BUILDERS, DataConfig, is_data_file, suffix_of
@@ -104,7 +104,7 @@ def _load_folder(config: DataConfig, folder: Path, split: str, key: str) -> tupl
         saved = datasets.load_from_disk(str(folder))
         if isinstance(saved, datasets.Dataset):
             if split not in ("train", str(saved.split)):
-                raise _no_split(folder, split, key)
+                _refuse_split(folder, split, key)
             return saved, True
         if split not in saved:
             raise HfDmsError(f"data.split: {folder} has no split '{split}'. It has {', '.join(saved)}.")
@@ -141,16 +141,16 @@ def _load_files(files: list[str], split: str, key: str) -> Any:
     try:
         return load(split=split)  # a part, such as train[:90%]
     except ValueError:
-        raise _no_split(files[0], split, key) from None
+        _refuse_split(files[0], split, key)
 
 
-def _no_split(path: str | Path, split: str, key: str) -> HfDmsError:
-    """The error for a file, or a saved dataset, without this split. Its own rows must not be measured on instead."""
+def _refuse_split(path: str | Path, split: str, key: str) -> NoReturn:
+    """Raise the error for a file, or a saved dataset, without this split: all of its rows would be taken instead."""
     if key == "data.held_out":
-        return HfDmsError(
+        raise HfDmsError(
             f"data.held_out: {path} has no split '{split}'. Give a file, a folder, a dataset, or a share such as 0.05."
         )
-    return HfDmsError(f"data.split: {path} has no split '{split}'. Leave data.split out, or name a part: train[:90%].")
+    raise HfDmsError(f"data.split: {path} has no split '{split}'. Leave data.split out, or name a part: train[:90%].")
 
 
 @contextlib.contextmanager
