@@ -21,7 +21,7 @@ from hf_dms.report.page import TEMPLATES
 torch.set_num_threads(1)
 settings.register_profile(
     "hf_dms",
-    max_examples=40,
+    max_examples=30,
     deadline=None,  # no test fails for being slow
     derandomize=True,  # the same inputs in every run, so a test that fails fails again
     database=None,

@@ -13,7 +13,7 @@ from hf_dms.checkpoint.save import save_pruned
 from hf_dms.cut.prune import make_plan
 from hf_dms.cut.verify import all_outputs_of, dummy_inputs, hard_masked
 from hf_dms.gating.attach import gates_of
-from hf_dms.gating.rounding import round_sizes
+from hf_dms.gating.rounding import sizes_of
 
 # In float64 only the order of sums differs. In float32 there are some tens of roundings of 2^-24.
 EXACT, SHIPPED = 1e-9, 1e-5
@@ -135,7 +135,7 @@ def searched(model, seed=0, share=0.4, **options):
     bound, config = gates.attachment.bound, gates.attachment.config
     lowest = lowest_target(gates, bound, config, model.config)
     config.target = lowest + share * (1 - lowest)
-    return gates, round_sizes(gates, bound, config, model.config)
+    return gates, sizes_of(gates)
 
 
 def masked_cut_reloaded(model, sizes, folder):
