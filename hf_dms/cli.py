@@ -29,6 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
     """
     # `eval --tasks` hands options that it does not know to lm-evaluation-harness.
     options, rest = _parser().parse_known_args(arguments)
+    # argparse hands out words up to the first option only; in `prune RECIPE --json dms.target=0.6` the last is left.
+    words = getattr(options, "overrides", getattr(options, "recipes", None))
+    if words is not None and not any(word.startswith("-") for word in rest):
+        words += rest
+        rest = []
     if rest and not getattr(options, "tasks", None):
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
@@ -241,7 +246,9 @@ def _validate(options: argparse.Namespace) -> int:
     from .experiment.recipe import load_recipe
     from .experiment.recover import recover_in_words
 
-    overrides = [word for word in options.recipes if "=" in word]
+    overrides = [word for word in options.recipes if "=" in word and not os.path.isfile(word)]
+    if len(overrides) == len(options.recipes):
+        raise HfDmsError(f"validate needs a recipe, got {' '.join(overrides)} alone. Name its YAML file first.")
     found: list[dict[str, Any]] = []
     for path in options.recipes:
         if path in overrides:

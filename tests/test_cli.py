@@ -75,6 +75,25 @@ def test_an_unknown_command_is_refused(capsys):
     assert "invalid choice" in capsys.readouterr().err
 
 
+def test_overrides_may_follow_an_option(recipe, capsys):
+    for command in ("validate", "prune", "compare"):
+        code, _ = recipe("--json", "dms.target=60", command=command)
+        assert code == 2
+        assert "dms.target must be in (0, 1], got 60" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        recipe("--jsn", "dms.target=0.5")
+    assert "unrecognized arguments: --jsn dms.target=0.5" in capsys.readouterr().err
+
+
+def test_validate_needs_a_recipe_whose_path_may_hold_an_equals_sign(tmp_path, capsys):
+    assert main(["validate", "dms.target=0.5"]) == 2
+    assert "validate needs a recipe, got dms.target=0.5" in capsys.readouterr().err
+    file = tmp_path / "lr=0.1.yaml"
+    file.write_text("model: 3")
+    assert main(["validate", str(file)]) == 2
+    assert "lr=0.1.yaml: model must be a section with keys, got 3" in capsys.readouterr().err
+
+
 # ---- for programs and log files ----
 @pytest.mark.parametrize(
     ("command", "holds"),
