@@ -23,6 +23,7 @@ TITLES = {
     "topk": "The operator: `python benchmarks/topk.py`",
     "step_overhead": "Cost of a search step: `python benchmarks/step_overhead.py`",
     "refit_step": "Cost of a search over refitted weights: `python benchmarks/refit_step.py models/smollm2-135m`",
+    "kept_logits": "Kept logits: `python benchmarks/kept_logits.py models/minilm models/movie-sentiment/train.jsonl`",
     "llama_7b": "What Llama-7B needs: `python benchmarks/llama_7b.py`",
     "streaming": "Memory of a cut from files: `python benchmarks/streaming.py`",
     "distributed": "Several processes: `python benchmarks/distributed.py`",
