@@ -83,14 +83,15 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
             dms_config.check_length(self.args.max_steps)
         if dms_config.pipeline == "np":
             check_untrained(self.model)
-        # After Trainer's own checks, and before it wraps the model (which it does in `train`).
+        if dms_config.kl_weight:
+            check_divergence(self.model)
+        # After all checks, Trainer's own too, so that an error leaves the model without gates. Before Trainer wraps the
+        # model, which it does in `train`.
         attach_(self.model, dms_config)
         self.dms_config = self.gates.attachment.config  # with an amount or a shape converted to a fraction
         leave_gates_out_(self.model, self.gates, self.accelerator)
         if dms_config.pipeline == "p-":
             freeze_(self.model)
-        if dms_config.kl_weight:
-            check_divergence(self.model)
         # The gates have their own Adam: with the user's optimizer (SGD, RMSprop, weight decay) the resource would
         # depend on settings that were chosen for the weights. It has no schedule either: Trainer's decay would stop the
         # ratios before they have followed the falling target.

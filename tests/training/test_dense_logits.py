@@ -18,7 +18,7 @@ from transformers import (
 
 from hf_dms import DMSConfig, DMSTrainer, attach_
 from hf_dms.cut.verify import outputs_of
-from hf_dms.gating.attach import freeze_, gates_of
+from hf_dms.gating.attach import freeze_, gates_of, has_gates
 from hf_dms.training.dense_logits import outputs_with_open_masks
 
 KL = dict(pipeline="p-", kl_weight=1.0)
@@ -199,6 +199,8 @@ def test_heads_without_a_distribution_are_refused(kind, tmp_path):
     model = tiny_llama(LlamaForSequenceClassification, num_labels=3 if kind else 1, problem_type=kind)
     with pytest.raises(ValueError, match=f"kl_weight needs a head .* problem_type {kind or 'regression'}"):
         DMSTrainer(model=model, dms_config=dms(**KL), args=arguments(tmp_path), train_dataset=Tokens())
+    assert not has_gates(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_model_without_logits_is_named(tmp_path):
