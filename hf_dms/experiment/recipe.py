@@ -100,7 +100,7 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
     if not file.is_file():
         raise HfDmsError(f"There is no recipe '{path}'. Recipes that come with hf_dms: {', '.join(recipe_names())}.")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        values = yaml.load(file.read_text(encoding="utf-8"), _Loader) or {}
     except (yaml.YAMLError, ValueError) as error:
         raise HfDmsError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -109,6 +109,19 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
     for override in overrides or []:
         _override_(values, override)
     return build_recipe(values)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once in a section. PyYAML would take the last one, and ignore the others."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)  # before merges (<<), whose keys may be replaced
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(None, None, f"the key '{key.value}' stands twice", key.start_mark)
+            seen.add(key.value)
+        return node
 
 
 def cut_options(overrides: list[str]) -> tuple[ModelConfig, OutputConfig]:
@@ -330,7 +343,7 @@ def _override_(values: dict[str, Any], override: str) -> None:
             raise HfDmsError(f"Override '{override}': {section} is not a section.")
         values = inner
     try:
-        values[key] = yaml.safe_load(text)
+        values[key] = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise HfDmsError(f"Override {override!r}: the value is not valid YAML: {reason}") from None

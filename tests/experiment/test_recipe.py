@@ -35,6 +35,24 @@ def test_numbers_that_yaml_reads_as_strings_become_numbers():
     assert build_recipe(values).dms.gate_learning_rate == 0.01
 
 
+@pytest.mark.parametrize(
+    "text", ["dms: {target: 0.6}\ntrain: {}\ndms: {target: 0.9}", "dms: {target: 0.6, target: 0.9}"]
+)
+def test_a_key_that_stands_twice_is_refused(text, tmp_path):
+    """PyYAML takes the last one, so half of a recipe would be ignored without a word."""
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(HfDmsError, match=r"a.yaml is not valid YAML: .*the key '(dms|target)' stands twice .*line \d"):
+        load_recipe(str(tmp_path / "a.yaml"))
+    with pytest.raises(HfDmsError, match=r"Override .*the key 'a' stands twice"):
+        load_recipe("quickstart.yaml", ["data.mix={a: 1, a: 2}"])
+
+
+def test_a_key_may_replace_one_of_a_merged_mapping(tmp_path):
+    values = yaml.safe_dump(MINIMAL) + "train: &t {use_cpu: true, max_steps: 8}\nrecover: {<<: *t, max_steps: 2}\n"
+    (tmp_path / "a.yaml").write_text(values)
+    assert load_recipe(str(tmp_path / "a.yaml")).recover.train == {"use_cpu": True, "max_steps": 2}
+
+
 def test_the_data_decides_the_sequence_length_of_the_macs():
     assert build_recipe(with_value("data.sequence_length", 128)).dms.sequence_length == 128
     values = with_value("data.sequence_length", 128)
