@@ -336,7 +336,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         # Trainer sends logs of training, evaluations and its summary through here; only their keys tell them apart.
         if "loss" in logs:
             logs |= self._search_logs()
-        elif "eval_loss" in logs:
+        elif any(name.startswith("eval_") and name.endswith("_loss") for name in logs):  # eval_NAME_loss: several sets
             # Beside the loss of the cut model, its cost: a low loss means little while the model is still large.
             logs["eval_resource"] = float(self.gates.resource(self.gates.hard_sizes()))
         super().log(logs, *args, **kwargs)

@@ -400,6 +400,14 @@ def test_every_evaluation_is_of_the_model_that_prune_cuts_in_loss_logits_and_res
     assert max(seen.logits) < 1e-5
 
 
+def test_evaluations_on_several_sets_log_the_resource_too(tmp_path):
+    trainer = trained(tmp_path, max_steps=4)
+    trainer.evaluate({"seen": Tokens(8), "new": Tokens(8, seed=1)})
+    for name, entry in zip(("seen", "new"), trainer.state.log_history[-2:]):
+        assert f"eval_{name}_loss" in entry
+        assert 0 < entry["eval_resource"] <= trainer.dms_config.target
+
+
 @pytest.mark.parametrize("layout", ["uniform", "per_layer"])
 def test_prune_returns_a_plain_model_within_the_budget(layout, tmp_path):
     dense = tiny_llama()
