@@ -24,9 +24,10 @@ from ..archs.bind import BoundSpec
 from ..archs.restoring import evaluating
 from ..errors import HfDmsError
 from .curvature import Key, Sums, Writer, collect_, with_bias, writers
-from .layerwise import LayerWalk, find_stream_modules, targets_of_layers
+from .layerwise import LayerWalk
 from .order import Elimination, eliminate
 from .stream import stream_dim
+from .writes import find_stream_modules, targets_of_layers
 
 # 0.1 was the best of three ridges for a repair on 16,384 tokens (benchmarks/README.md).
 ORDER_RIDGE, REFIT_RIDGE = 0.01, 0.1  # relative to the mean square of a map's inputs

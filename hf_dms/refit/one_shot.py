@@ -27,8 +27,9 @@ from ..gating.gates_for import build_gates
 from ..gating.rounding import round_sizes
 from ..resource import Sizes
 from .curvature import Key, stream_factors
-from .layerwise import LayerWalk, find_stream_modules
+from .layerwise import LayerWalk
 from .levels import RefittedMap, sweep
+from .writes import find_stream_modules
 
 Batches = Iterable[Mapping[str, Tensor]]
 

@@ -61,12 +61,13 @@ from ..gating.attach import has_gates
 from .batch_norms import batch_norms, estimate_inner_norms_, estimate_outer_norm_
 from .curvature import Sums, collect_
 from .interpolate import Interpolation
-from .layerwise import LayerWalk, targets_of_layers
+from .layerwise import LayerWalk
 from .least_squares import HELD_OUT, update_
 from .readers import Readers, readers_of
 from .reconstruct import reconstruct_
 from .shelf import Shelf
 from .stream import StreamModules, stream_dim
+from .writes import targets_of_layers
 
 MOST_JUDGES = 16  # with `interpolate`, the loss is measured on at most this many batches
 

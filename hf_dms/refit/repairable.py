@@ -1,6 +1,6 @@
 """Whether a model can be repaired, from its config alone: a small random model of the same kind is tried.
 
-It depends only on how layers write into the residual stream (`layerwise.find_stream_modules`), not on their sizes.
+It depends only on how layers write into the residual stream (`writes.find_stream_modules`), not on their sizes.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from ..archs.bind import BoundSpec
 from ..cut.formats import pruned_class_and_config
 from ..cut.plan import Plan
 from ..cut.verify import dummy_inputs
-from .layerwise import LayerWalk, find_stream_modules
+from .layerwise import LayerWalk
 from .stream import check_streams, stream_dim
+from .writes import find_stream_modules
 
 UNITS = 8  # of each dim of the small model, at most
 LAYERS = 2  # of each stack; the first one of a stage can be of another kind

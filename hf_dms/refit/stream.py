@@ -2,7 +2,7 @@
 
 A `StreamRecorder` follows the stream through one run of a layer. In all tensors here the units of the stream are on the
 last axis, whichever axis the layer uses: `[batch, tokens, hidden]`, or `[batch, height, width, hidden]` for images.
-layerwise.py finds the modules, from the description and by running the layer.
+writes.py finds the modules, from the description and by running the layer.
 """
 
 from __future__ import annotations

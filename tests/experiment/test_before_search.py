@@ -32,8 +32,9 @@ from hf_dms.archs.registry import spec_for
 from hf_dms.checkpoint.save import save_pruned
 from hf_dms.cli import main
 from hf_dms.cut.verify import dummy_inputs
-from hf_dms.refit.layerwise import LayerWalk, find_stream_modules
+from hf_dms.refit.layerwise import LayerWalk
 from hf_dms.refit.repairable import check_repairable
+from hf_dms.refit.writes import find_stream_modules
 
 SMALL = dict(hidden_size=24, intermediate_size=20, num_hidden_layers=3, num_attention_heads=4)
 

@@ -16,8 +16,9 @@ from transformers import (
 
 from hf_dms import repair_
 from hf_dms.cut.plan import Plan
-from hf_dms.refit.layerwise import LayerWalk, find_stream_modules
+from hf_dms.refit.layerwise import LayerWalk
 from hf_dms.refit.reconstruct import sub_block
+from hf_dms.refit.writes import find_stream_modules
 
 MLP = (torch.arange(20), torch.arange(2, 20, 2), torch.arange(7))
 PLANS = {

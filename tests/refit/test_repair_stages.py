@@ -20,8 +20,9 @@ from hf_dms import HfDmsError, estimate_batch_norms_, prune, repair_
 from hf_dms.cut.plan import Plan
 from hf_dms.refit.batch_norms import batch_norms, estimate_inner_norms_, taking_statistics
 from hf_dms.refit.interpolate import Interpolation
-from hf_dms.refit.layerwise import LayerWalk, find_stream_modules
+from hf_dms.refit.layerwise import LayerWalk
 from hf_dms.refit.stream import unfolded
+from hf_dms.refit.writes import find_stream_modules
 
 MODELS = {
     "basic": (ResNetForImageClassification, {"layer_type": "basic"}),
