@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -26,9 +26,6 @@ from .stream import (
     put_in_order,
     stream_axis,
 )
-
-if TYPE_CHECKING:
-    from .writes import LayerNames
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -48,7 +45,7 @@ class LayerWalk:
         places: for each layer, the depth dim of its stack and its index there.
         calls: per batch and layer, the arguments of the layer's call without the hidden state.
         hidden: per batch, the hidden state in front of the next layer, in the layer's own form.
-        found: results of `find_stream_modules` (writes.py).
+        found: results of `find_stream_modules` (writes.py), by what they depend on.
 
     Args:
         model: the model.
@@ -78,7 +75,7 @@ class LayerWalk:
         self.places = [(stack, place) for stack, layers in stacks.items() for place in range(len(layers))]
         self.offload = offload
         self.calls, self.hidden = Shelf(offload), Shelf(offload)
-        self.found: dict[tuple[str, LayerNames], StreamModules] = {}
+        self.found: dict[Hashable, StreamModules] = {}
         self._axis = stream_axis(bound)
         self._inputs = Shelf(offload)  # inputs of the model, to run the modules between two stacks or chained layers
         self._done = Shelf(offload)  # per batch, by a layer's number, what it returned, if that matters to later calls
