@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import default_data_collator
@@ -67,21 +68,34 @@ def decoded(rows: Any, index: int, source: Source, column: str) -> Any:
         column: the column of the image.
 
     Raises:
-        HfDmsError: the image is missing or cannot be decoded.
+        HfDmsError: the image is missing or cannot be decoded, or its numbers have no fixed white.
     """
     row = rows[index]
     file = row[column]
     if file is None:
         raise HfDmsError(f"{source.cell(row['place'], column)} has no image. Leave such rows out.")
+    name = f" {file['path']}" if file["path"] else ""
     try:
         content = Path(file["path"]).read_bytes() if file["bytes"] is None else file["bytes"]
-        return source.rows.features[column].decode_example({"bytes": content, "path": None})
+        image = source.rows.features[column].decode_example({"bytes": content, "path": None})
     except (OSError, ValueError, SyntaxError) as error:  # PIL's errors for a truncated file, or for no image at all
-        name = f" {file['path']}" if file["path"] else ""
         raise HfDmsError(
             f"{source.cell(row['place'], column)} has an image{name} that cannot be decoded ({error}). "
             "Leave such rows out."
         ) from error
+    if image.mode in ("I", "F"):
+        raise HfDmsError(
+            f"{source.cell(row['place'], column)} has an image{name} of 32 bits (PIL's mode {image.mode}), in which no "
+            "number stands for white. Save it with 8 or 16 bits."
+        )
+    return _in_8_bits(image) if image.mode.startswith("I;16") else image
+
+
+def _in_8_bits(image: Any) -> Any:
+    """A grey image of 16 bits in 8. PIL's `convert` would cut all above 255 off, and leave a white image."""
+    from PIL import Image
+
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def load_examples(config: DataConfig, processor: Any, model_config: Any, head: Head) -> Examples:

@@ -85,6 +85,29 @@ def test_subfolders_named_by_numbers_are_the_classes_of_these_numbers(tmp_path):
 
 
 # ---- colours ----
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_16_bits_keep_their_greys(channels, tmp_path):
+    grey = torch.arange(64).view(8, 8)
+    sixteen = [Picture.fromarray((grey * 1024).numpy().astype("uint16"))] * 4  # 0 to 64512 of 65535
+    eight = [Picture.fromarray((grey * 4).numpy().astype("uint8"))] * 4
+    config = vit(num_channels=channels)
+    found, expected = (
+        load(parquet(tmp_path / f"{name}.parquet", images, [0, 1, 1, 0]), config).train[0]["pixel_values"]
+        for name, images in (("16", sixteen), ("8", eight))
+    )
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["int32", "float32"])
+def test_images_of_32_bits_have_no_white(kind, tmp_path):
+    images = [Picture.fromarray(torch.rand(8, 8).numpy().astype(kind))] * 4
+    for place, image in enumerate(images):
+        (tmp_path / "images" / str(place % 2)).mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / "images" / str(place % 2) / f"{place}.tiff")
+    with pytest.raises(ValueError, match=r"row 1 of .*has an image .*0.tiff of 32 bits \(PIL's mode [IF]\)"):
+        load(tmp_path / "images", held_out=0.5)
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB", "P", "RGBA", "1"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_of_any_colours_have_the_channels_of_the_model(mode, channels, tmp_path):
