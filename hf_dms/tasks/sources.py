@@ -118,7 +118,12 @@ def _load_folder(config: DataConfig, folder: Path, split: str, key: str) -> tupl
     ]
     if not readable:
         raise HfDmsError(f"{key}: the folder {folder} holds neither images nor {', '.join(BUILDERS)} files.")
-    options = OPTIONS.get(suffix_of(readable[0]), {})
+    if len(kinds := sorted({suffix_of(file) for file in readable})) > 1:
+        raise HfDmsError(
+            f"{key}: the folder {folder} holds files of several kinds, {', '.join(kinds)}, and `datasets` would read "
+            "one of them only. Name one file, or give a folder of one kind."
+        )
+    options = OPTIONS.get(kinds[0], {})
     try:
         # By the folder and not by its files, because `datasets` takes files named like splits as splits.
         rows = datasets.load_dataset(str(folder.absolute()), config.name, split=split, **options)

@@ -210,6 +210,12 @@ def test_an_empty_folder_is_refused(tmp_path):
     refused(r"data.path: the folder .*a holds neither images nor", tmp_path / "a")
 
 
+def test_a_folder_of_several_kinds_of_files_is_refused(tmp_path):
+    """`datasets` reads the kind with the most files, and leaves the others out without a word."""
+    folder_of(tmp_path / "a", "1.jsonl", "2.csv")
+    refused(r"data.path: the folder .*a holds files of several kinds, .csv, .jsonl, .*Name one", tmp_path / "a")
+
+
 def test_the_file_of_a_folder_that_cannot_be_read_is_named(tmp_path):
     folder_of(tmp_path / "a", "1.jsonl", "2.jsonl")
     (tmp_path / "a" / "3.jsonl").write_bytes(b'{"text": "' + LATIN + b'"}\n')
