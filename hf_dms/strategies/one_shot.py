@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+import torch
 from accelerate.utils import send_to_device
 from transformers import PreTrainedModel
 
@@ -71,6 +72,7 @@ def criterion_of(name: str) -> Criterion:
 def choose_(model: PreTrainedModel, name: str | Criterion, batches: Batches = ()) -> None:
     """Set the importance and prune ratios of a model's gates by a one-shot strategy, in place.
 
+    It takes the place of a search or another choice that these gates have been through; only learned scales stay.
     Afterwards `prune(model)` cuts the model exactly as after a search.
 
     Args:
@@ -90,9 +92,22 @@ def choose_(model: PreTrainedModel, name: str | Criterion, batches: Batches = ()
         raise HfDmsError(f"Criterion {name} needs batches of data, got none.")
     # Once, because iterative criteria run over them several times.
     batches = [send_to_device(batch, model.device) for batch in batches]
+    _start_anew_(gates)
     # From here on a one-shot choice is a search that has ended: the same gates, rounding, cut and proof.
     allocate_(gates, criterion.scores(model, batches), criterion.allocation)
     model.eval()
+
+
+def _start_anew_(gates: Gates) -> None:
+    """Bring gates to where they were before a search or a choice, in place, but for learned scales.
+
+    Some criteria measure the model in evaluation mode, where hard masks would leave out what was cut before.
+    """
+    kept = {name: state for name, state in gates.search_state().items() if name.startswith("scale_")}
+    undone = {f"importance_{name}": torch.zeros_like(gates.raw_importance(name)) for name in gates.dims}
+    undone |= {"prune_ratio": torch.zeros_like(gates.prune_ratio), "num_updates": torch.tensor(0)}
+    gates.load_search_state_(kept | undone)
+    gates.clamp_ratios_()
 
 
 def check_dims(criterion: Criterion, name: str, gates: Gates, bound: BoundSpec | None = None) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.laws import batch_for, tiny
 from helpers.marks import ordinary_if
-from helpers.tiny import relative_difference, tiny_llama, token_batch
+from helpers.tiny import relative_difference, search_, tiny_llama, token_batch
 from transformers import BertForSequenceClassification, ResNetForImageClassification, ViTForImageClassification
 
 from hf_dms import DMSConfig, HfDmsError, attach_, one_shot_obs_plan, prune
@@ -273,6 +273,20 @@ def test_after_a_choice_the_masked_model_is_the_cut_one():
     gates = gates_of(model)
     gates.rounded = {name: torch.tensor(units) for name, units in plan_of(model).sizes.items()}
     assert relative_difference(pruned(**token_batch()).logits, model(**token_batch()).logits) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["taylor_elements", "dms_plain"])
+def test_a_choice_does_not_depend_on_what_the_gates_went_through_before(name):
+    fresh, used = gated(), gated()
+    choose_(used, "magnitude")
+    search_(used)
+    gates_of(used).decide_(0.9)
+    for model in (fresh, used):
+        choose_(model, name, labelled(12))
+    assert not gates_of(used).decided
+    assert torch.equal(gates_of(used).prune_ratio, gates_of(fresh).prune_ratio)
+    for dim in ("kv", "mlp"):
+        assert torch.equal(gates_of(used).raw_importance(dim), gates_of(fresh).raw_importance(dim))
 
 
 # ---- mistakes ----
