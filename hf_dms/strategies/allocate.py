@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..errors import HfDmsError
 from ..gates import Gates
 from ..resource import Sizes
 
@@ -42,6 +43,21 @@ class Criterion:
     dims: tuple[str, ...] = ("layer", "model", "depth")
     passes: int = 1
     changes_weights: bool = False
+
+
+def loss_of(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """The model's loss on a batch.
+
+    Raises:
+        HfDmsError: there is none.
+    """
+    loss = getattr(model(**batch), "loss", None)
+    if loss is None:
+        raise HfDmsError(
+            "This criterion needs batches with labels, from which the model computes its loss. These have "
+            f"{', '.join(batch)}."
+        )
+    return loss
 
 
 @torch.no_grad()

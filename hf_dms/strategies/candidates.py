@@ -29,7 +29,7 @@ from ..gates import Gates
 from ..gating.attach import gates_of
 from ..refit.curvature import frozen
 from ..topk import ranks
-from .allocate import Batches, Criterion, Scores, largest_fitting, of_every_row
+from .allocate import Batches, Criterion, Scores, largest_fitting, loss_of, of_every_row
 from .learned import Masks, hard_masks, masked_by
 from .taylor import TAYLOR, vector_scores
 
@@ -129,7 +129,7 @@ def minus_loss(model: PreTrainedModel, masks: Masks, batches: Batches) -> Fitnes
     @torch.no_grad()
     def fitness(candidate: Masks) -> float:
         masks.update(candidate)
-        return -sum(float(model(**batch).loss) for batch in batches) / len(batches)
+        return -sum(float(loss_of(model, batch)) for batch in batches) / len(batches)
 
     return fitness
 
@@ -161,7 +161,7 @@ def zico_score(model: PreTrainedModel, masks: Masks, batches: Batches) -> Fitnes
         masks.update(candidate)
         for weight in weights:
             weight.requires_grad_(True)
-        found = [torch.autograd.grad(model(**batch).loss, weights) for batch in batches]
+        found = [torch.autograd.grad(loss_of(model, batch), weights) for batch in batches]
         for weight in weights:
             weight.requires_grad_(False)
         # A map that is masked whole has the logarithm of 0. Its weight in the sum is then very low, not minus infinity,

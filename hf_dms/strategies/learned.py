@@ -23,7 +23,7 @@ from ..gating.attach import gates_of, masked_inputs, unit_axis
 from ..refit.curvature import frozen
 from ..resource import Sizes, resource_loss, scheduled_target
 from ..topk import topk_mask
-from .allocate import Batches, Scores
+from .allocate import Batches, Scores, loss_of
 
 Masks = dict[str, Tensor]  # per dim `[rows, units]`
 
@@ -71,7 +71,7 @@ def train_masks(model: PreTrainedModel, relaxation: Relaxation, batches: Batches
         for step, batch in enumerate(batches):
             progress = step / len(batches)
             masks.update(relaxation.masks(progress))
-            loss = model(**batch).loss + relaxation.penalty(progress)
+            loss = loss_of(model, batch) + relaxation.penalty(progress)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

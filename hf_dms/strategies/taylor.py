@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..cut.prune import sum_over_units
 from ..gating.attach import gates_of
-from .allocate import Batches, Criterion, Scores
+from .allocate import Batches, Criterion, Scores, loss_of
 
 
 def vector_scores(model: PreTrainedModel, batches: Batches) -> Scores:
@@ -30,7 +30,7 @@ def vector_scores(model: PreTrainedModel, batches: Batches) -> Scores:
     gates.train()
     try:
         for batch in batches:
-            model(**batch).loss.backward()
+            loss_of(model, batch).backward()
             # The square is of each batch's term, as in equation 5: batches with opposite gradients must not cancel.
             for name, term in zip(names, gates.step_terms()):
                 total[name] += term.square() / len(batches)
@@ -51,7 +51,7 @@ def element_scores(model: PreTrainedModel, batches: Batches) -> Scores:
     model.requires_grad_(True)
     try:
         for batch in batches:
-            model(**batch).loss.backward()
+            loss_of(model, batch).backward()
 
         def terms(name: str) -> Tensor:
             weight = model.get_parameter(name)

@@ -306,6 +306,13 @@ def test_mistakes_say_what_to_do(name, prune_dims, message):
         choose_(model, name)
 
 
+@pytest.mark.parametrize("name", ["taylor", "taylor_elements", "pas", "one_shot", "zero_shot"])
+def test_batches_without_labels_are_an_error_where_a_loss_is_needed(name):
+    message = "criterion needs batches with labels, .* These have input_ids, attention_mask."
+    with pytest.raises(HfDmsError, match=message):
+        choose_(gated(), name, [token_batch(seed=seed) for seed in range(8)])
+
+
 def test_magnitude_is_the_sum_of_squares_of_a_unit_s_weights():
     model = gated()
     mlp = model.model.layers[1].mlp
