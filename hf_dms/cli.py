@@ -241,6 +241,7 @@ def _prune(options: argparse.Namespace) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
+    from .experiment.compare import cells_of
     from .experiment.memory import memory_in_words
     from .experiment.prepare import prepare
     from .experiment.recipe import load_recipe
@@ -255,6 +256,8 @@ def _validate(options: argparse.Namespace) -> int:
             continue
         try:
             recipe = load_recipe(path, overrides)
+            if recipe.compare.strategies:
+                cells_of(recipe)
             whole = prepare(recipe)
             prepared, memory = whole.recipe, memory_in_words(whole)
             chosen = recover_in_words(prepared) if prepared.recover != recipe.recover else []

@@ -156,6 +156,10 @@ def cells_of(recipe: Recipe) -> list[Cell]:
 def _strategy(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a strategy. Without `criterion`, its name is that of a criterion, or begins with dms."""
     known = ("criterion", "dms", "train", "recover")
+    inner = settings if isinstance(settings, dict) else {}
+    for key, section in {name: settings, **{f"{name}.{key}": inner.get(key) for key in known[1:]}}.items():
+        if not isinstance(section, dict | None):
+            raise HfDmsError(f"compare.strategies.{key} must be a section with keys, got {section!r}.")
     if unknown := set(settings) - set(known):
         raise HfDmsError(f"compare.strategies.{name} has no key '{min(unknown)}'; keys are {', '.join(known)}.")
     if "criterion" not in settings and name in CRITERIA:
@@ -178,7 +182,9 @@ def _setup(recipe: Recipe, folder: Path) -> Setup:
     lowest = dataclasses.replace(recipe.dms, target=min(recipe.compare.targets or [recipe.dms.target]))
     prepared = with_own_texts(prepare(dataclasses.replace(recipe, dms=lowest), folder / "dense"))
     texts = {"held out": prepared.held_out}
-    texts |= load_texts(recipe, recipe.compare.texts, prepared.processor, prepared.config, prepared.examples)
+    texts |= load_texts(
+        recipe, "compare.texts", recipe.compare.texts, prepared.processor, prepared.config, prepared.examples
+    )
     return Setup(prepared, texts, folder)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +43,7 @@ from ..tasks.task import Examples
 from ..training.trainer import check_training_arguments
 from .recipe import Recipe, coerce_fields, saying_where
 from .recover import with_recover_defaults
+from .sections import check_seed
 from .supernets import in_supernet, search_is_long
 
 logger = logging.get_logger(__name__)
@@ -108,6 +111,7 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
         packing(recipe, torch.float32)
     config = load_model_config(recipe)
     _check_task(recipe, config)
+    _check_attention(recipe, config)
     processor, new_head = load_processor(recipe), recipe.dms.pipeline == "np"
     examples = load_examples(recipe.data.without_own_texts(), recipe.task, processor, config, new_head=new_head)
     if recipe.dms.strategy == SEARCH:
@@ -117,7 +121,7 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
     if recipe.recover.data is not None:
         with saying_where("recover."):
             recover_examples = load_more_examples(recipe.recover.data, recipe.task, processor, config, examples)
-    texts = load_texts(recipe, recipe.eval.texts, processor, config, examples)
+    texts = load_texts(recipe, "eval.texts", recipe.eval.texts, processor, config, examples)
     config.update(examples.config)  # before any model is built: the number of classes decides the size of the head
     original = None
     if recipe.model.supernet is not None:
@@ -157,12 +161,13 @@ def _check_hub(recipe: Recipe, repo_id: str) -> None:
 
 
 def load_texts(
-    recipe: Recipe, files: Mapping[str, str], processor: Any, config: Any, examples: Examples
+    recipe: Recipe, key: str, files: Mapping[str, str], processor: Any, config: Any, examples: Examples
 ) -> dict[str, Any]:
     """Examples of further files to measure on, by name; as many as of the held-out data.
 
     Args:
         recipe: the recipe; its data section says how files are read.
+        key: the key of the recipe that names them, for errors.
         files: path by name.
         processor: the tokenizer or image processor.
         config: the model's config.
@@ -180,7 +185,8 @@ def load_texts(
                 data.split = "train"  # the split of data.path says nothing of another file
             other = load_more_examples(data, recipe.task, processor, config, examples)
         except HfDmsError as error:
-            raise HfDmsError(f"texts.{name}: {error}") from error
+            reason = re.sub("data.(path|held_out): ", "", str(error))  # keys that are not the user's here
+            raise HfDmsError(f"{key}.{name}: {reason}") from error
         found[name] = evenly_spaced(other.held_out, recipe.eval.examples or recipe.task.num_held_out)
     return found
 
@@ -340,6 +346,18 @@ def _check_adapters(recipe: Recipe, config: Any, lora: Mapping[str, Any]) -> Non
                 raise HfDmsError(f"{section}: {error}") from error
 
 
+def _check_attention(recipe: Recipe, config: Any) -> None:
+    """Check that transformers has the attention that the recipe names, for this model and on this machine."""
+    if recipe.model.attn_implementation is None:
+        return
+    try:
+        with torch.device("meta"):
+            cls = model_class(recipe)
+            cls.from_config(copy.deepcopy(config), attn_implementation=recipe.model.attn_implementation)
+    except (ValueError, ImportError) as error:
+        raise HfDmsError(f"model.attn_implementation: {str(error).strip().splitlines()[0]}") from error
+
+
 def empty_model(recipe: Recipe, config: Any) -> Any:
     """The dense model on the meta device."""
     with torch.device("meta"):
@@ -383,6 +401,9 @@ def training_arguments(recipe: Recipe, section: str, output_dir: Path) -> Any:
     for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if values.get(key, 1) < 1:
             raise HfDmsError(f"{section}.{key} must be at least 1, got {values[key]}.")
+    for key in ("seed", "data_seed"):
+        if values.get(key) is not None:
+            check_seed(values[key], f"{section}.{key}")
     try:
         return TrainingArguments(output_dir=str(output_dir), **values)
     except (ValueError, TypeError, ImportError) as error:

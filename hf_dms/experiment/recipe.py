@@ -303,6 +303,8 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     if value is False and any(issubclass(kind, Enum) and "no" in [each.value for each in kind] for kind in kinds):
         return "no"  # YAML reads `save_strategy: no` as false
     if any(isinstance(value, kind) for kind in kinds) and not isinstance(value, bool):
+        if typing.get_origin(hint) is list and isinstance(value, list):
+            return [_coerce(each, typing.get_args(hint)[0], name) for each in value]
         return value
     if float in kinds and not isinstance(value, bool):
         try:

@@ -11,6 +11,19 @@ from ..tasks.registry import TASKS
 from ..training.distillation import DistillationConfig
 
 
+def check_seed(seed: int, key: str) -> None:
+    """Check a seed before a run: numpy, which also gets it, refuses others only then."""
+    if not 0 <= seed < 2**32:
+        raise HfDmsError(f"{key} must be in [0, {2**32 - 1}], got {seed}.")
+
+
+def check_texts(texts: dict[str, str], key: str) -> None:
+    """Check that names stand for files."""
+    for name, path in texts.items():
+        if not isinstance(path, str):
+            raise HfDmsError(f"{key}.{name} must be the path of a file, got {path!r}.")
+
+
 @dataclass
 class SupernetConfig:
     """The `model.supernet` section: the size of the larger network in which pipeline np searches."""
@@ -103,7 +116,11 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if self.samples < 0:
             raise HfDmsError(f"eval.samples must be at least 0, got {self.samples}.")
-        for key in ("examples", "batch_size"):
+        prompts = self.prompt if isinstance(self.prompt, list) else [self.prompt]
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise HfDmsError(f"eval.prompt must be a text or a list of texts, got {self.prompt!r}. Write it in quotes.")
+        check_texts(self.texts, "eval.texts")
+        for key in ("examples", "batch_size", "new_tokens"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise HfDmsError(f"eval.{key} must be at least 1, got {value}.")
@@ -143,6 +160,9 @@ class CompareConfig:
                 raise HfDmsError(f"compare.targets must be in (0, 1], got {target}. For 60 % write 0.6.")
         if not self.seeds:
             raise HfDmsError("compare.seeds is empty: give at least one, or leave it out.")
+        for seed in self.seeds:
+            check_seed(seed, "compare.seeds")
+        check_texts(self.texts, "compare.texts")
 
 
 @dataclass

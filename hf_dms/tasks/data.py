@@ -104,6 +104,8 @@ class DataConfig:
         if self.own_sequences < 1:
             raise HfDmsError(f"data.own_sequences must be at least 1, got {self.own_sequences}.")
         for path, weight in self.mix.items():
+            if not isinstance(path, str):
+                raise HfDmsError(f"data.mix must be a section with a path per weight, got {path!r} as a path.")
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
                 raise HfDmsError(
                     f"data.mix.{path} must be a weight above 0, got {weight!r}. With 1, there is as much of it as of "
@@ -111,7 +113,7 @@ class DataConfig:
                 )
             if path == self.path:
                 raise HfDmsError(f"data.mix.{path} is data.path itself, whose weight is 1. Weigh the others by it.")
-        if self.path is None:
+        if not self.path:
             raise HfDmsError(
                 "data.path is required: a txt, jsonl, parquet or csv file, a folder of images, or the Hub id of a "
                 "dataset."

@@ -211,6 +211,10 @@ BAD = {
         option("train.gradient_accumulation_steps=0"),
         "train.gradient_accumulation_steps must be at least 1, got 0.",
     ),
+    "attention that does not exist": (
+        option("model.attn_implementation=foo"),
+        'model.attn_implementation: Specified `attn_implementation="foo"` is not supported.',
+    ),
     "output below a file": (output_below_a_file, "output.path: no folder can be made in"),
     "output where none can be made": (output_where_none_can_be_made, "output.path: no folder can be made in /proc"),
     "output is the model": (output_is_the_model, "which the result is made from and which it would replace"),

@@ -175,6 +175,8 @@ def test_a_search_with_other_values_is_a_strategy_of_its_own(table):
         ("compare.strategies={tailor: {}}", "compare.strategies.tailor: name a criterion .*taylor"),
         ("compare.strategies={dms: {size: 3}}", "compare.strategies.dms has no key 'size'"),
         ("compare.strategies={x: {criterion: tailor}}", "There is no criterion 'tailor'"),
+        ("compare.strategies={dms: 5}", "compare.strategies.dms must be a section with keys, got 5"),
+        ("compare.strategies={dms: {train: 5}}", "compare.strategies.dms.train must be a section with keys, got 5"),
         ("compare.targets=[60]", "compare.targets must be in"),
         ("compare.seeds=[]", "compare.seeds is empty"),
         ("compare.tokens=16", "less than the repair needs"),
@@ -184,6 +186,11 @@ def test_mistakes_are_one_line(table, override, message):
     code, _, err, _ = table(override)
     assert code == 2
     assert re.search(message, err)
+
+
+def test_a_strategy_that_does_not_exist_is_found_by_validate(recipe, capsys):
+    assert recipe("compare.strategies={tailor: {}}", command="validate")[0] == 2
+    assert "compare.strategies.tailor: name a criterion" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

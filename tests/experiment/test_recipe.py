@@ -53,6 +53,17 @@ def test_a_key_may_replace_one_of_a_merged_mapping(tmp_path):
     assert load_recipe(str(tmp_path / "a.yaml")).recover.train == {"use_cpu": True, "max_steps": 2}
 
 
+def test_numbers_in_lists_are_converted_too():
+    assert build_recipe(with_value("compare.targets", ["1e-1", 1])).compare.targets == [0.1, 1]
+
+
+@pytest.mark.parametrize("key", ["seed", "data_seed"])
+def test_a_seed_that_numpy_would_refuse_is_refused_before_the_run(key):
+    recipe = build_recipe(with_value("train", {"max_steps": 1, key: 2**32}))
+    with pytest.raises(HfDmsError, match=rf"train.{key} must be in \[0, 4294967295\], got 4294967296"):
+        arguments(recipe)
+
+
 def test_the_data_decides_the_sequence_length_of_the_macs():
     assert build_recipe(with_value("data.sequence_length", 128)).dms.sequence_length == 128
     values = with_value("data.sequence_length", 128)
@@ -83,6 +94,15 @@ def test_the_data_decides_the_sequence_length_of_the_macs():
         ("data.held_out", 2, r"data.held_out must be a share in \(0, 1\)"),
         ("data.sequence_length", 1, "data.sequence_length must be at least 2"),
         ("eval.examples", 0, "eval.examples must be at least 1, got 0"),
+        ("eval.new_tokens", 0, "eval.new_tokens must be at least 1, got 0"),
+        ("eval.prompt", ["a", 1], r"eval.prompt must be a text or a list of texts, got \['a', 1\]"),
+        ("eval.texts", {"a": 5}, "eval.texts.a must be the path of a file, got 5"),
+        ("compare.texts", {"a": 5}, "compare.texts.a must be the path of a file, got 5"),
+        ("compare.targets", ["much"], "compare.targets must be float, got 'much'"),
+        ("compare.seeds", ["a"], "compare.seeds must be int, got 'a'"),
+        ("compare.seeds", [-1], r"compare.seeds must be in \[0, 4294967295\], got -1"),
+        ("data.mix", {1: 1}, "data.mix must be a section with a path per weight, got 1 as a path"),
+        ("data.path", "", "data.path is required"),
         ("output.overwrite", "perhaps", "output.overwrite must be bool"),
         ("hub.private", True, "hub.repo_id is required in a hub section"),
         ("train", [1], "train must be a section"),

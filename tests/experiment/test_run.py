@@ -516,7 +516,7 @@ def test_further_texts_are_measured_and_loss_there_is_said(recipe, tmp_path, cap
 
 def test_a_further_text_that_is_not_there_is_an_error(recipe, capsys):
     assert recipe("eval.texts={another: nowhere.jsonl}", command="validate")[0] == 2
-    assert_matches("texts.another: data.path: there is no file 'nowhere.jsonl'", capsys.readouterr().err)
+    assert_matches("eval.texts.another: there is no file 'nowhere.jsonl'", capsys.readouterr().err)
 
 
 def test_validate_says_ok(recipe, capsys):
