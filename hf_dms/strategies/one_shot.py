@@ -9,6 +9,7 @@ from accelerate.utils import send_to_device
 from transformers import PreTrainedModel
 
 from ..archs.bind import BoundSpec
+from ..archs.plain_view import adapted_layers, base_model_of, is_packed
 from ..errors import HfDmsError
 from ..gates import Gates
 from ..gating.attach import gates_of
@@ -76,17 +77,22 @@ def choose_(model: PreTrainedModel, name: str | Criterion, batches: Batches = ()
     Afterwards `prune(model)` cuts the model exactly as after a search.
 
     Args:
-        model: a model with gates (`attach_`). Its weights do not change, unless the criterion has `changes_weights`. It
-            ends in evaluation mode.
+        model: a model with gates (`attach_`), without adapters or packed weights. Its weights do not change, unless the
+            criterion has `changes_weights`. It ends in evaluation mode.
         name: name of the criterion, see `criterion_of`, or the criterion itself.
         batches: keyword arguments of forward passes, with labels if the criterion needs a loss.
 
     Raises:
         HfDmsError: there is no such criterion, it needs data and there are no batches, or it is not defined for a
-            pruned dim.
+            pruned dim; or the model has adapters or packed weights.
     """
     criterion = name if isinstance(name, Criterion) else criterion_of(name)
     gates = gates_of(model)
+    if base_model_of(model) is not model or any(adapted_layers(model)) or any(map(is_packed, model.modules())):
+        raise HfDmsError(
+            "choose_ scores plain weights, and this model has adapters or packed weights. Merge adapters (PEFT's "
+            "merge_and_unload) and load the weights unpacked, before attach_."
+        )
     check_dims(criterion, str(name), gates)
     if criterion.needs_data and not batches:
         raise HfDmsError(f"Criterion {name} needs batches of data, got none.")

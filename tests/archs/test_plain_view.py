@@ -17,7 +17,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from hf_dms import DMSConfig, attach_, detach_, prune
+from hf_dms import DMSConfig, attach_, choose_, detach_, prune
 from hf_dms.archs.plain_view import plain_parameters, plain_weight
 from hf_dms.cut.prune import magnitude_importance, plan_of
 from hf_dms.cut.verify import hard_masked, outputs_of
@@ -224,3 +224,11 @@ def test_adapters_put_on_after_the_gates_are_refused_by_the_cut():
     model = adapted(model=model)
     with pytest.raises(ValueError, match=r"o_proj' was adapted after attach_.* attach them again before the search"):
         prune(model)
+
+
+def test_one_shot_choices_want_plain_weights():
+    adapted = peft.get_peft_model(tiny_llama(), METHODS["lora"]())
+    attach_(adapted, CONFIG)
+    for model in (adapted, adapted.get_base_model()):
+        with pytest.raises(ValueError, match=r"choose_ scores plain weights, .* adapters or packed weights\. Merge"):
+            choose_(model, "magnitude")
