@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..errors import HfDmsError
@@ -17,11 +19,16 @@ def check_seed(seed: int, key: str) -> None:
         raise HfDmsError(f"{key} must be in [0, {2**32 - 1}], got {seed}.")
 
 
-def check_texts(texts: dict[str, str], key: str) -> None:
-    """Check that names stand for files."""
+def checked_texts(texts: dict[str, str], key: str) -> dict[str, str]:
+    """Files by name, with the home folder for `~`.
+
+    Raises:
+        HfDmsError: a value is no path.
+    """
     for name, path in texts.items():
         if not isinstance(path, str):
             raise HfDmsError(f"{key}.{name} must be the path of a file, got {path!r}.")
+    return {name: os.path.expanduser(path) for name, path in texts.items()}
 
 
 @dataclass
@@ -73,8 +80,9 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.path is None:
+        if not self.path:
             raise HfDmsError("model.path is required: the folder or Hub id of the dense model.")
+        self.path = os.path.expanduser(self.path)
         if self.task not in TASKS:
             raise HfDmsError(f"model.task must be one of {', '.join(TASKS)}; got {self.task!r}.")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -119,7 +127,7 @@ class EvalConfig:
         prompts = self.prompt if isinstance(self.prompt, list) else [self.prompt]
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise HfDmsError(f"eval.prompt must be a text or a list of texts, got {self.prompt!r}. Write it in quotes.")
-        check_texts(self.texts, "eval.texts")
+        self.texts = checked_texts(self.texts, "eval.texts")
         for key in ("examples", "batch_size", "new_tokens"):
             value = getattr(self, key)
             if value is not None and value < 1:
@@ -162,7 +170,7 @@ class CompareConfig:
             raise HfDmsError("compare.seeds is empty: give at least one, or leave it out.")
         for seed in self.seeds:
             check_seed(seed, "compare.seeds")
-        check_texts(self.texts, "compare.texts")
+        self.texts = checked_texts(self.texts, "compare.texts")
 
 
 @dataclass
@@ -184,8 +192,15 @@ class OutputConfig:
     def __post_init__(self) -> None:
         if not all(isinstance(size, int | float) and not isinstance(size, bool) for size in self.sizes):
             raise HfDmsError(f"output.sizes must be numbers such as [0.9, 0.8], got {self.sizes!r}.")
-        if self.path is None:
+        if not self.path:
             raise HfDmsError("output.path is required: the folder to write the pruned model to.")
+        # The shell leaves `~` as it is in output.path=~/smaller.
+        self.path = os.path.expanduser(self.path)
+        # Other folders are made beside it, with names that begin with its own.
+        if Path(self.path).name in ("", ".."):
+            raise HfDmsError(
+                f"output.path must name a folder of its own, got '{self.path}'. Write it as outputs/smaller."
+            )
 
 
 @dataclass

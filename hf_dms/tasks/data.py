@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -118,7 +119,11 @@ class DataConfig:
                 "data.path is required: a txt, jsonl, parquet or csv file, a folder of images, or the Hub id of a "
                 "dataset."
             )
+        self.path = os.path.expanduser(self.path)
+        self.mix = {os.path.expanduser(path): weight for path, weight in self.mix.items()}
         self.held_out = _number_if_it_is_one(self.held_out)
+        if isinstance(self.held_out, str):
+            self.held_out = os.path.expanduser(self.held_out)
         if isinstance(self.held_out, int | float) and not 0 < self.held_out < 1:
             raise HfDmsError(f"data.held_out must be a share in (0, 1), a file or a split, got {self.held_out}.")
         if self.sequence_length < 2:

@@ -103,6 +103,10 @@ def test_the_data_decides_the_sequence_length_of_the_macs():
         ("compare.seeds", [-1], r"compare.seeds must be in \[0, 4294967295\], got -1"),
         ("data.mix", {1: 1}, "data.mix must be a section with a path per weight, got 1 as a path"),
         ("data.path", "", "data.path is required"),
+        ("output.path", "", "output.path is required"),
+        ("output.path", ".", r"output.path must name a folder of its own, got '\.'"),
+        ("output.path", "a/..", r"output.path must name a folder of its own, got 'a/\.\.'"),
+        ("output.path", "/", "output.path must name a folder of its own, got '/'"),
         ("output.overwrite", "perhaps", "output.overwrite must be bool"),
         ("hub.private", True, "hub.repo_id is required in a hub section"),
         ("train", [1], "train must be a section"),
@@ -111,6 +115,21 @@ def test_the_data_decides_the_sequence_length_of_the_macs():
 def test_a_mistake_is_named_with_its_remedy(path, value, message):
     with pytest.raises(ValueError, match=message):
         build_recipe(with_value(path, value))
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
+    """The shell leaves it in output.path=~/smaller, and a folder called ~ would be made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "a.jsonl").touch()
+    data = {"path": "~/a.jsonl", "held_out": "~/a.jsonl", "mix": {"~/b": 1}}
+    texts = {"texts": {"x": "~/a.jsonl"}}
+    sections = {"model": {"path": "~/m"}, "data": data, "eval": texts, "compare": texts, "output": {"path": "~/out"}}
+    recipe = build_recipe(MINIMAL | sections)
+    home, text = str(tmp_path), str(tmp_path / "a.jsonl")
+    assert (recipe.model.path, recipe.output.path) == (f"{home}/m", f"{home}/out")
+    assert (recipe.data.path, recipe.data.held_out, recipe.data.mix) == (text, text, {f"{home}/b": 1})
+    assert recipe.eval.texts == recipe.compare.texts == {"x": text}
 
 
 @pytest.mark.parametrize("section", ["model", "data", "output"])
