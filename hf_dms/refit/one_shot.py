@@ -23,8 +23,9 @@ from ..cut.prune import make_plan
 from ..errors import HfDmsError
 from ..gates import Gates
 from ..gating.attach import has_gates
-from ..gating.gates_for import build_gates
-from ..gating.rounding import round_sizes
+from ..gating.gates_for import build_gates, for_stages
+from ..gating.rounding import check_target, round_sizes
+from ..gating.share import with_share
 from ..resource import Sizes
 from .curvature import Key, stream_factors
 from .layerwise import LayerWalk
@@ -53,8 +54,10 @@ def one_shot_obs_plan(model: PreTrainedModel, dms_config: DMSConfig, batches: Ba
     if has_gates(model):
         raise HfDmsError("one_shot_obs_plan needs a model without gates. Take them off with hf_dms.detach_(model).")
     bound = bind(spec_for(model.config), model)
+    dms_config = with_share(for_stages(dms_config, bound.spec), bound, model)
     gates = build_gates(bound, model, dms_config)
     check_layer_dims(bound, gates.dims, "one_shot_obs_plan")
+    check_target(gates, bound, dms_config, model.config)  # before the walks, which take long
     batches = list(batches)
     factors = factors_of(model, bound, batches)
     # The first walk refits on the dense model's sizes, the second on those that the first one found.

@@ -57,6 +57,18 @@ def test_a_uniform_layout_gets_one_size_for_all_layers():
     assert all(len(set(sizes)) == 1 for sizes in plan.sizes.values())
 
 
+@pytest.mark.parametrize("options", [{"target": "3K"}, {"sizes": {"kv": 2, "mlp": 9}}])
+def test_an_amount_or_a_shape_is_met(options):
+    model = tiny(LlamaForCausalLM)
+    config = DMSConfig(resource_scope="layers", **({"prune": ("kv", "mlp")} | options))
+    plan = one_shot_obs_plan(model, config, labelled_batches(model, batches=4))
+    if config.sizes:
+        assert plan.sizes == {"kv": [2, 2, 2], "mlp": [9, 9, 9]}
+    else:
+        layers = cut_by(model, plan).model.layers
+        assert sum(parameter.numel() for parameter in layers.parameters()) <= 3000
+
+
 def test_of_all_layers_together_the_units_of_least_cost_per_parameter_go():
     model = tiny(LlamaForCausalLM)
     gates = build_gates(bound_of(model), model, request(model, 0.9))
