@@ -59,7 +59,7 @@ class Interpolation:
         losses = {}
         for share in SHARES:
             self._move_(changed, share)
-            losses[share] = self._loss(batches)
+            losses[share] = self.loss(batches)
         # `min` takes the first of equal values, and SHARES begins with the largest.
         self.share = min(losses, key=lambda share: losses[share])
         self._move_(changed, self.share)
@@ -72,7 +72,12 @@ class Interpolation:
             else:
                 weight.copy_(torch.lerp(widened(before), widened(after), share))
 
-    def _loss(self, batches: Sequence[Mapping[str, Tensor]]) -> float:
+    def loss(self, batches: Sequence[Mapping[str, Tensor]]) -> float:
+        """Mean loss of the model as it is; infinite if it is not finite.
+
+        Raises:
+            ValueError: the model gives no loss on the batches.
+        """
         total = 0.0
         for batch in batches:
             loss = getattr(self.model(**send_to_device(batch, self.model.device)), "loss", None)

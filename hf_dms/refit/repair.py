@@ -125,6 +125,8 @@ def repair_(
         masks, judges = list[Tensor | None](), list[Mapping[str, Tensor]]()
         _add_batches_((teacher, student), masks, judges, batches)
         _check_batches(masks, epochs)
+        if line is not None:
+            line.loss(judges[:1])  # an error now, not after a repair that nothing could judge
         _repair_layers_(teacher, student, plan, masks, ridge, epochs, progress)
         if line is not None:
             line.keep_best_share_(judges)
