@@ -81,6 +81,11 @@ def attach_(model: PreTrainedModel, dms_config: DMSConfig) -> None:
     model = base_model_of(model)
     if has_gates(model):
         raise HfDmsError("This model has gates already. Take them off with hf_dms.detach_(model) first.")
+    if any(map(_reads_masks, model.modules())):
+        raise HfDmsError(
+            "Modules of this model belong to a model that has gates already: one around it, inside it, or with the "
+            "same base. Take them off that model with hf_dms.detach_ first."
+        )
     # The cheap checks come first: a sharded or unloaded model would make the later ones fail with stranger messages.
     check_attachable(model)
     spec = spec_for(model.config)
@@ -244,6 +249,12 @@ def copy_search_(searched: nn.Module, model: Any) -> None:
 def has_gates(model: nn.Module) -> bool:
     """Whether a model has gates."""
     return "dms_gates" in base_model_of(model)._modules
+
+
+def _reads_masks(module: nn.Module) -> bool:
+    """Whether `attach_` has given a module a hook or a `forward` that reads the masks of gates."""
+    functions = (module.__dict__.get("forward"), *module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return any(isinstance(value, Gates) for function in functions for value in getattr(function, "args", ()))
 
 
 def gates_of(model: nn.Module) -> Gates:

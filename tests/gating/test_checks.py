@@ -54,6 +54,18 @@ def test_attach_twice_is_an_error():
     untouched(model, r"has gates already. Take them off with hf_dms.detach_\(model\) first")
 
 
+@pytest.mark.parametrize("dims", [None, ("layers",)])
+def test_a_part_of_a_model_with_gates_and_a_model_around_one_are_refused(dims):
+    message = "Modules of this model belong to a model that has gates already: one around it, inside it"
+    model = tiny_llama()
+    attach_(model, DMSConfig(target=0.7, prune=dims))
+    for function in (attach_, prune):
+        untouched(model.model, message, function)
+    model = tiny_llama()
+    attach_(model.model, DMSConfig(target=0.7, prune=dims))
+    untouched(model, message)
+
+
 def test_prune_takes_one_request_only():
     model = tiny_llama()
     attach_(model, CONFIG)
