@@ -85,7 +85,8 @@ class DMSConfig:
     )
     sequence_length: int | None = _option(
         None,
-        "Tokens per sequence. The MACs of attention depend on it. Default: the length of the data. Ignored for images.",
+        "Tokens per sequence. The MACs of attention depend on it. Default: in a recipe the length of the data; in "
+        "Python there is none. Ignored for images.",
     )
     prune: tuple[str, ...] | None = _option(
         None, "Names of the dims to prune. Default: all dims of the architecture; `hf-dms archs` lists them."

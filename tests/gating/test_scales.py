@@ -141,6 +141,18 @@ def test_a_search_moves_them_after_its_warm_up_and_resumes_exactly(tmp_path):
     assert not bit_equal(whole.prune().state_dict(), plain.prune().state_dict())
 
 
+def test_in_an_own_loop_the_optimizer_that_gets_them_moves_them():
+    model = searched(tiny_llama().requires_grad_(False))
+    gates = gates_of(model)
+    start = {name: scale.clone() for name, scale in gates.scales.items()}
+    optimizer = torch.optim.Adam([{"params": gates.scales.values(), "lr": 0.01, "weight_decay": 0.0}])
+    batch = token_batch()
+    model.train()(**batch, labels=batch["input_ids"]).loss.backward()
+    gates.update_importance_()
+    optimizer.step()
+    assert all((scale != start[name]).any() for name, scale in gates.scales.items())
+
+
 # ---- what is refused ----
 @pytest.mark.parametrize(
     ("options", "message"),
