@@ -8,6 +8,7 @@ the size of a batch.
 from __future__ import annotations
 
 import contextlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,22 +26,63 @@ def mask_of(log_mask: Tensor) -> Tensor:
     return F.threshold(log_mask.exp(), SMALLEST_MASK, 0.0)
 
 
+class Span(NamedTuple):
+    """Where the units of a dim are on an axis.
+
+    The axis may be a product of dims, such as (kv rep d) for the inputs of an attention's output map: the span of `kv`
+    is then (1, kv, rep·d). Every unit has a whole block, or one in each of the blocks of the dims before it. On an axis
+    of several products one after the other, (a + b), the span of `b` starts behind `a`.
+
+    Attributes:
+        before: positions of the dims in front of this one in its product.
+        units: units of the dim.
+        after: positions of the dims behind it in its product.
+        start: positions of the axis in front of the product.
+        rest: positions of the axis behind the product.
+    """
+
+    before: int
+    units: int
+    after: int
+    start: int = 0
+    rest: int = 0
+
+
+def spread(values: Tensor, span: Span, other: float) -> Tensor:
+    """A value for each position of an axis, from values of the units of a dim; `other` where the dim is not.
+
+    Examples:
+        >>> spread(torch.tensor([3.0, 4.0]), Span(1, 2, 2, start=1), other=1.0)
+        tensor([1., 3., 3., 4., 4.])
+    """
+    own = values if span.before * span.after == 1 else values[None, :, None].expand(span[:3]).reshape(-1)
+    return F.pad(own, (span.start, span.rest), value=other) if span.start or span.rest else own
+
+
+def of_units(values: Tensor, span: Span) -> Tensor:
+    """The values that belong to the units of a dim, `[before, units, after]`, from a value for each position.
+
+    Examples:
+        >>> of_units(torch.tensor([1.0, 3.0, 3.0, 4.0, 4.0]), Span(1, 2, 2, start=1))
+        tensor([[[3., 3.],
+                 [4., 4.]]])
+    """
+    return values[span.start : len(values) - span.rest].view(span[:3])
+
+
 class MaskUnits(torch.autograd.Function):
-    """y = x·m along one axis, by default the last, m = exp(log m).
+    """y = x·m along one axis, by default the last, m = exp(log m) at the positions of a span.
 
     Saved for the backward: y alone. dL/d(log m) = m·dL/dm = Σ g·y needs neither x nor a division.
-
-    The axis may be a product of dims, such as (kv rep d) for the inputs of an attention's output map. `shape` is then
-    (units before, units of the dim, units after): here (1, kv, rep·d). Every unit's mask covers its whole block.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, log_mask: Tensor, shape: tuple[int, int, int], axis: int = -1) -> Tensor:
+    def forward(ctx, x: Tensor, log_mask: Tensor, span: Span, axis: int = -1) -> Tensor:
         behind = (1,) * (x.dim() - 1 - axis % x.dim())  # so that the mask broadcasts over the axes after its own
-        mask = mask_of(log_mask).to(x.dtype)[None, :, None].expand(shape).reshape(-1, *behind)
+        mask = spread(mask_of(log_mask).to(x.dtype), span, other=1.0).view(-1, *behind)
         y = x * mask
         ctx.save_for_backward(y, mask)
-        ctx.shape, ctx.axis = shape, axis
+        ctx.span, ctx.axis = span, axis
         return y
 
     @staticmethod
@@ -52,7 +94,7 @@ class MaskUnits(torch.autograd.Function):
             # Sum over batch and positions first, in float32 at least: millions of terms would drown in half precision.
             others = [axis for axis in range(y.dim()) if axis != ctx.axis % y.dim()]
             per_column = (grad * y).sum(others, dtype=_at_least_float32(y.dtype))
-            grad_log_mask = per_column.view(ctx.shape).sum((0, 2)).to(torch.float32)
+            grad_log_mask = of_units(per_column, ctx.span).sum((0, 2)).to(torch.float32)
         return grad_x, grad_log_mask, None, None
 
 
@@ -66,11 +108,11 @@ class MaskKernel(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, weight: Tensor, log_mask: Tensor, shape: tuple[int, int, int]) -> Tensor:
-        mask = mask_of(log_mask).to(weight.dtype)[None, :, None].expand(shape).reshape(-1, *(1,) * (weight.dim() - 2))
+    def forward(ctx, weight: Tensor, log_mask: Tensor, span: Span) -> Tensor:
+        mask = spread(mask_of(log_mask).to(weight.dtype), span, other=1.0).view(-1, *(1,) * (weight.dim() - 2))
         masked = weight * mask
         ctx.save_for_backward(masked, mask)
-        ctx.shape = shape
+        ctx.span = span
         return masked
 
     @staticmethod
@@ -79,7 +121,7 @@ class MaskKernel(torch.autograd.Function):
         grad_log_mask = None
         if ctx.needs_input_grad[1]:
             per_input = (grad * masked).sum((0, *range(2, grad.dim())), dtype=_at_least_float32(grad.dtype))
-            grad_log_mask = per_input.view(ctx.shape).sum((0, 2)).to(torch.float32)
+            grad_log_mask = of_units(per_input, ctx.span).sum((0, 2)).to(torch.float32)
         return grad * mask if ctx.needs_input_grad[0] else None, grad_log_mask, None
 
 

@@ -6,7 +6,16 @@ from torch import nn
 from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2GRN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from hf_dms.masked_ops import GateResidual, MaskedNorm, MaskKernel, MaskUnits, masked_response_norm
+from hf_dms.masked_ops import (
+    GateResidual,
+    MaskedNorm,
+    MaskKernel,
+    MaskUnits,
+    Span,
+    masked_response_norm,
+    of_units,
+    spread,
+)
 
 
 def double(*shape, seed=0, low=None):
@@ -40,8 +49,8 @@ def test_mask_units_is_the_product_and_its_gradient_that_of_autograd():
         return x * log_mask.exp()[None, :, None].expand(2, 3, 4).reshape(-1)
 
     inputs = double(5, 7, 24), log_mask(3)
-    assert_same_gradients(lambda x, m: MaskUnits.apply(x, m, (2, 3, 4)), formula, inputs, mask_at=1)
-    assert torch.autograd.gradcheck(lambda x, m: MaskUnits.apply(x, m, (2, 3, 4)), (double(2, 24), log_mask(3)))
+    assert_same_gradients(lambda x, m: MaskUnits.apply(x, m, Span(2, 3, 4)), formula, inputs, mask_at=1)
+    assert torch.autograd.gradcheck(lambda x, m: MaskUnits.apply(x, m, Span(2, 3, 4)), (double(2, 24), log_mask(3)))
 
 
 def test_mask_units_is_the_product_along_a_convolutions_axis_too():
@@ -49,7 +58,32 @@ def test_mask_units_is_the_product_along_a_convolutions_axis_too():
         return x * log_mask.exp()[None, :, None].expand(2, 3, 1).reshape(-1, 1, 1)
 
     inputs = double(5, 6, 4, 3), log_mask(3)
-    assert_same_gradients(lambda x, m: MaskUnits.apply(x, m, (2, 3, 1), 1), formula, inputs, mask_at=1)
+    assert_same_gradients(lambda x, m: MaskUnits.apply(x, m, Span(2, 3, 1), 1), formula, inputs, mask_at=1)
+
+
+@pytest.mark.parametrize(
+    ("span", "expected"),
+    [
+        (Span(1, 2, 1), [3.0, 4.0]),
+        (Span(1, 2, 2), [3.0, 3.0, 4.0, 4.0]),
+        (Span(2, 2, 1), [3.0, 4.0, 3.0, 4.0]),
+        (Span(1, 2, 1, start=1, rest=2), [7.0, 3.0, 4.0, 7.0, 7.0]),
+        (Span(2, 2, 2, start=0, rest=1), [3.0, 3.0, 4.0, 4.0, 3.0, 3.0, 4.0, 4.0, 7.0]),
+    ],
+)
+def test_values_of_units_are_spread_over_a_span_and_found_there_again(span, expected):
+    values = torch.tensor([3.0, 4.0])
+    found = spread(values, span, other=7.0)
+    assert found.tolist() == expected
+    assert torch.equal(of_units(found, span), values[None, :, None].expand(span.before, 2, span.after))
+
+
+def test_a_mask_on_a_part_of_an_axis_leaves_the_rest():
+    def formula(x, log_mask):
+        return torch.cat((x[:, :2], x[:, 2:8] * log_mask.exp().repeat_interleave(2), x[:, 8:]), 1)
+
+    span = Span(1, 3, 2, start=2, rest=1)
+    assert_same_gradients(lambda x, m: MaskUnits.apply(x, m, span), formula, [double(4, 9), log_mask(3)], mask_at=1)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 1), (1, 3, 2), (2, 3, 1)])
@@ -57,7 +91,7 @@ def test_a_masked_kernel_gives_what_masked_inputs_give_and_its_gradient(shape):
     before, units, after = shape
 
     def kernel(weight, log_mask):
-        return MaskKernel.apply(weight, log_mask, shape)
+        return MaskKernel.apply(weight, log_mask, Span(*shape))
 
     def convolved(x, weight, log_mask):
         return nn.functional.conv2d(x, kernel(weight, log_mask), padding=1, stride=2)
@@ -170,8 +204,8 @@ def test_an_open_masked_norm_is_the_stock_norm(dtype):
 
 
 CALLS = {  # function: its differentiable inputs, the others
-    MaskUnits: (lambda: [double(3, 4), log_mask(4)], [(1, 4, 1)]),
-    MaskKernel: (lambda: [double(3, 4, 2, 1), log_mask(4)], [(1, 4, 1)]),
+    MaskUnits: (lambda: [double(3, 4), log_mask(4)], [Span(1, 4, 1)]),
+    MaskKernel: (lambda: [double(3, 4, 2, 1), log_mask(4)], [Span(1, 4, 1)]),
     GateResidual: (lambda: [double(3, 4), double(3, 4, seed=1), log_mask(1)[0].detach()], []),
     MaskedNorm: (lambda: [double(3, 4), log_mask(4), double(4, seed=1), double(4, seed=2)], [0.1, True]),
 }
@@ -206,7 +240,7 @@ def test_half_precision_is_summed_in_float32():
     """A sum that is rounded to bfloat16 has a relative error of up to 2^-9."""
     x = (1 + double(2000, 3).detach().abs()).bfloat16().requires_grad_()
     others = [torch.zeros(3, requires_grad=True), torch.zeros((), requires_grad=True)]
-    outs = [MaskUnits.apply(x, others[0], (1, 3, 1)), GateResidual.apply(torch.zeros_like(x), x, others[1])]
+    outs = [MaskUnits.apply(x, others[0], Span(1, 3, 1)), GateResidual.apply(torch.zeros_like(x), x, others[1])]
     for mask, out, axes in zip(others, outs, ((0,), (0, 1))):
         out.sum().backward()
         torch.testing.assert_close(mask.grad, x.detach().float().sum(axes), rtol=1e-5, atol=0)
@@ -225,9 +259,9 @@ def test_a_masked_norm_of_half_precision_takes_its_statistics_in_float32(centere
 def test_masks_that_cannot_matter_are_zero_so_that_nothing_becomes_denormal():
     log_mask = torch.linspace(-120.0, 0.0, 1000)
     x, weight = torch.randn(6, 1000, generator=torch.Generator().manual_seed(0)), torch.ones(1000)
-    y = MaskUnits.apply(x, log_mask, (1, 1000, 1))
+    y = MaskUnits.apply(x, log_mask, Span(1, 1000, 1))
     normed = MaskedNorm.apply(x, log_mask, weight, weight, 1e-6, True)
-    kernel = MaskKernel.apply(x.view(6, 1000, 1, 1), log_mask, (1, 1000, 1))
+    kernel = MaskKernel.apply(x.view(6, 1000, 1, 1), log_mask, Span(1, 1000, 1))
     for found in (y, normed, kernel, y.square(), GateResidual.apply(torch.zeros(()), torch.ones(()), log_mask[250])):
         assert not ((found != 0) & (found.abs() < torch.finfo(torch.float32).tiny)).any()
     kept = log_mask > -27.7  # 2^-40

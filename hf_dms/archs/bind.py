@@ -16,8 +16,9 @@ from torch import nn
 
 from ..errors import HfDmsError
 from ..resource import Monomial
+from .axes import Axes, Axis, flat, parse_axes, terms
 from .plain_view import names_by_tensor, plain_buffers, plain_parameters
-from .spec import ArchSpec, Axes, Dim, flat, parse_axes
+from .spec import ArchSpec, Dim
 from .stages import in_stages
 
 
@@ -26,7 +27,7 @@ class BoundParam:
     """A parameter or buffer of a live model.
 
     Attributes:
-        axes: for each axis, the dims whose product it is.
+        axes: for each axis, the dims whose product it is; `+` is between products that follow each other on it.
         layer: index of its layer in the stack, None outside the layers.
         stack: name of the depth dim of its stack, None outside the layers.
         positions: number of positions of a sequence at which its matrix product runs, None for all.
@@ -131,9 +132,10 @@ class BoundSpec:
         having = {param.layer for param in self.params.values() if any(name in axis for axis in param.axes)}
         return [row for row in range(self.rows(name)) if row not in having] if self.stack_of(name) else []
 
-    def product(self, factors: str | tuple[str, ...]) -> int:
-        """Size of a product of dims before pruning."""
-        return prod(self.sizes[name] for name in (factors.split() if isinstance(factors, str) else factors))
+    def product(self, factors: str | Axis) -> int:
+        """Size of a product of dims, or of an axis, before pruning."""
+        axis = tuple(factors.split()) if isinstance(factors, str) else factors
+        return sum(prod(self.sizes[name] for name in term) for term in terms(axis))
 
     def monomial(self, factors: tuple[str, ...]) -> tuple[Monomial, float]:
         """Split a product of dims into its prunable dims and the product of the sizes of the others."""
@@ -205,7 +207,7 @@ def _bind_tensors(
             )
         text = lines[matches[0]]
         axes = parse_axes(text)
-        expected = tuple(prod(bound.sizes[factor] for factor in axis) for axis in axes)
+        expected = tuple(bound.product(axis) for axis in axes)
         if shape != expected:
             raise HfDmsError(
                 f"{model_type}: {what} '{name}' has shape {shape}, but its description "

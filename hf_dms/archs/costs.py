@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import HfDmsError
 from ..resource import Cost, Monomial
+from .axes import products
 from .bind import BoundSpec, compiled
 from .plain_view import plain_module, submodule
 from .positions import Recorded, recorded_run
-from .spec import flat
 
 
 def build_cost(bound: BoundSpec, model: nn.Module, resource: str, scope: str, sequence_length: int | None) -> Cost:
@@ -57,7 +58,8 @@ def build_cost(bound: BoundSpec, model: nn.Module, resource: str, scope: str, se
 def _param_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):
     for name, param in bound.params.items():
         if name not in bound.tied:
-            yield flat(param.axes), 1.0, param.stack, param.layer
+            for factors in products(param.axes):
+                yield factors, 1.0, param.stack, param.layer
 
 
 def _mac_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):
@@ -76,7 +78,8 @@ def _mac_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):
         if leaf == "weight" and isinstance(plain_module(submodule(model, module_path)), (nn.Linear, nn.Conv2d)):
             positions = recorded.positions.get(module_path, param.positions)
             share = 1.0 if positions is None else positions / sequence_length
-            yield flat(param.axes), share, param.stack, param.layer
+            for factors in products(param.axes):
+                yield factors, share, param.stack, param.layer
     if bound.spec.attention:
         for layer in range(bound.num_layers):
             # Scores and weighted values: two products with every token of the sequence.
@@ -91,7 +94,7 @@ def _mac_terms(bound: BoundSpec, model: nn.Module, sequence_length: int | None):
 def _attention_macs(bound: BoundSpec, recorded: Recorded):
     """Of every module in `attentions`: its product of dims, the MACs of its attention scores, its stack and layer."""
     maps = {path: bound.params[f"{path}.weight"].axes for path in recorded.positions if not bound.is_whole(f"{path}.")}
-    in_maps = {path: recorded.positions[path] * bound.product(flat(axes)) for path, axes in maps.items()}
+    in_maps = {path: recorded.positions[path] * prod(map(bound.product, axes)) for path, axes in maps.items()}
     for pattern, product in bound.spec.attentions.items():
         for path, macs in recorded.macs.items():
             if compiled(pattern).fullmatch(path.removeprefix(bound.prefix)):

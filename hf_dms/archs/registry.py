@@ -22,6 +22,7 @@ from .granite import GRANITE
 from .llama import LLAMA
 from .mistral import MISTRAL
 from .mobilenet_v2 import MOBILENET_V2
+from .mobilevit import MOBILEVIT
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
 from .regnet import REGNET
@@ -39,7 +40,7 @@ SPECS = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, GRANITE, GEMMA, GEMMA2, GEMMA3),
     *(BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, ELECTRA),
     *(VIT, DEIT, DINOV2, BEIT, DATA2VEC_VISION, SWIN, YOLOS, DETR, CONDITIONAL_DETR, RT_DETR),
-    *(CONVNEXT, CONVNEXTV2, RESNET, REGNET, MOBILENET_V2, EFFICIENTNET),
+    *(CONVNEXT, CONVNEXTV2, RESNET, REGNET, MOBILENET_V2, EFFICIENTNET, MOBILEVIT),
 )
 ARCHS: dict[str, ArchSpec] = {spec.model_type: spec for spec in SPECS}
 

@@ -6,15 +6,13 @@ bind.py matches the description with a live model. Nothing outside this room may
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import HfDmsError
-
-Axes = tuple[tuple[str, ...], ...]
+from .axes import LINE, flat, parse_axes
 
 
 @dataclass(frozen=True)
@@ -60,10 +58,11 @@ class ArchSpec:
             name of its depth dim.
         dims: the named sizes. The dims with scope "depth" are the numbers of layers of the stacks.
         stages: number of stages, as a config attribute or a function of the config; None for a network without stages.
-        families: words that name several dims, `"mlp"` → `("mlp0", "mlp1", ...)`. With stages, binding fills it in.
-        params: pattern of a parameter, below the base model or the model → its axes, e.g. `"(kv rep d) hidden"`.
-            A layer that a line names by its number is never dropped. If a matrix product does not run at every token
-            of a sequence, the number of positions follows an @: `"label pool @ 1"`, `"hidden channels height width @
+        families: words that name several dims, `"mlp"` → `("mlp0", "mlp1", ...)`. Binding adds those of stages.
+        params: pattern of a parameter, below the base model or the model → its axes, e.g. `"(kv rep d) hidden"`. Where
+            a map reads `torch.cat((x, y))`, the dims of x and y follow each other on one axis: `"out (a + b)"`. A layer
+            that a line names by its number is never dropped. If a matrix product does not run at every token of a
+            sequence, the number of positions follows an @: `"label pool @ 1"`, `"hidden channels height width @
             patches"`. Lines for parameters that a model lacks do no harm.
         buffers: the same for the buffers of the state dict, such as the running statistics of a batch norm; `""` for a
             single number. They are cut with their units, and never masked or counted.
@@ -235,17 +234,6 @@ PRODUCTS = ("attention", "tokens", "image")
 LIMITS = ("must_divide", "must_equal", "must_differ")  # pairs of products
 
 
-@functools.cache  # all layers share a few texts, and every bind, count and cut asks for those of every parameter
-def parse_axes(text: str) -> Axes:
-    """`"(kv rep d) hidden"` → `(("kv", "rep", "d"), ("hidden",))`. The part after an @ is ignored."""
-    return tuple(tuple(token.strip("()").split()) for token in re.findall(r"\([^)]*\)|\S+", text.partition("@")[0]))
-
-
-def flat(axes: Axes) -> tuple[str, ...]:
-    """All dims of a parameter's axes, in order."""
-    return tuple(name for axis in axes for name in axis)
-
-
 def check_spec(spec: ArchSpec) -> None:
     """Check that a description mentions only dims, modules and config attributes that it defines, and has layers.
 
@@ -313,10 +301,10 @@ def _check_names(spec: ArchSpec) -> None:
                 raise HfDmsError(f"{spec.model_type}: `{key}` mentions '{path}', but `params` has no '{path}.weight'.")
     # `parse_axes` takes any text: an unclosed bracket would silently become axes of their own.
     for where, text in _lines(spec):
-        if text and not re.fullmatch(r"(\(\w+( \w+)*\)|\w+)( (\(\w+( \w+)*\)|\w+))*( @ \w+)?", text):
+        if text and not LINE.fullmatch(text):
             raise HfDmsError(
                 f"{spec.model_type}: the entry '{where}' is '{text}', expected a list of axes, such as "
-                "'(heads d) hidden' or 'label pool @ 1'."
+                "'(heads d) hidden', 'out (a + b)' or 'label pool @ 1'."
             )
 
 

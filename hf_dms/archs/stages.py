@@ -1,11 +1,10 @@
 """Networks with stages: a description is written once for all stages, and repeated here for each of them.
 
-In any of its texts, `{s}` is the stage, `{s-1}` the stage before it, `{s+1}` the number of a stage counted from 1, and
-`{last}` the last stage. An entry of a tuple
-or a mapping that mentions `{s}` stands for one entry per stage. An entry that mentions `{s-1}` stands for one entry per
-stage except the first. So `Dim("hidden{s}", "hidden_sizes[{s}]")` is one dim per stage, and
-`"hidden{s} hidden{s-1} two two"` is a convolution from one stage's width to the next one's. The size of such a dim may
-be a function of the config and the stage.
+In any of its texts, `{s}` is the stage, `{s-1}` the stage before it, `{s+1}` and `{s+2}` its number counted from 1 and
+from 2, and `{last}` the last stage. An entry of a tuple or a mapping that mentions `{s}` stands for one entry per
+stage. An entry that mentions `{s-1}` stands for one entry per stage except the first. So
+`Dim("hidden{s}", "hidden_sizes[{s}]")` is one dim per stage, and `"hidden{s} hidden{s-1} two two"` is a convolution
+from one stage's width to the next one's. The size of such a dim may be a function of the config and the stage.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 
 from .spec import ArchSpec, Dim
 
-PLACE = re.compile(r"\{(s|s-1|s\+1|last)\}")
+PLACE = re.compile(r"\{(s|s-1|s\+1|s\+2|last)\}")
 
 
 def in_stages(spec: ArchSpec, count: int) -> ArchSpec:
@@ -36,7 +35,7 @@ def in_stages(spec: ArchSpec, count: int) -> ArchSpec:
         if field.name not in ("stages", "families")
     }
     # A recipe may say `mlp` for all of `mlp0`, `mlp1`, ...
-    families = {
+    families = spec.families | {
         dim.name.replace("{s}", ""): tuple(dim.name.replace("{s}", str(stage)) for stage in range(count))
         for dim in spec.dims
         if "{s}" in dim.name
@@ -80,7 +79,7 @@ def _filled(value: Any, stage: int, count: int) -> Any:
     if isinstance(value, dict):
         return _written_out(value, count)
     if isinstance(value, str):
-        numbers = {"s": stage, "s-1": stage - 1, "s+1": stage + 1, "last": count - 1}
+        numbers = {"s": stage, "s-1": stage - 1, "s+1": stage + 1, "s+2": stage + 2, "last": count - 1}
         return PLACE.sub(lambda place: str(numbers[place[1]]), value)
     if isinstance(value, tuple):
         return tuple(_filled(entry, stage, count) for entry in value)

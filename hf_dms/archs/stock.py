@@ -14,8 +14,9 @@ from typing import Any
 
 from ..config import DMSConfig
 from ..errors import HfDmsError
+from .axes import flat, parse_axes, terms
 from .bind import BoundSpec
-from .spec import ArchSpec, flat, parse_axes
+from .spec import ArchSpec
 
 
 @dataclass(frozen=True)
@@ -173,9 +174,18 @@ def check_padding(bound: BoundSpec, pruned: Collection[str], model_config: Any) 
 
     Raises:
         ValueError: the request prunes a residual stream that the stock config ties to the layers' widths, or a width
-            over which a module takes a mean.
+            over which a module takes a mean; or a width of a layer that a parameter has beside other units.
     """
     spec = bound.spec
+    sums = (axis for param in bound.params.values() for axis in param.axes if len(terms(axis)) > 1)
+    beside = {name for axis in sums for name in axis if name != "+" and spec.dim(name).scope == "layer"}
+    if cannot := beside.intersection(pruned):
+        others = ", ".join(name for name in spec.prunable if name not in beside and spec.dim(name).scope != "model")
+        raise HfDmsError(
+            f"layout padded: the zeros stand at the end of an axis, and a parameter of {spec.model_type} has other "
+            f"units behind those of {min(cannot)}, or in front. Prune others only, as prune: [{others}], or use "
+            "layout: per_layer."
+        )
     averaged = {flat(parse_axes(spec.params[f"{path}.weight"]))[-1] for path in spec.response_norms}
     if cannot := averaged.intersection(pruned):
         others = ", ".join(name for name in spec.prunable if name not in averaged and spec.dim(name).scope != "model")

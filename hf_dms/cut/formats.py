@@ -12,9 +12,9 @@ from typing import Any
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..archs.axes import flat, parse_axes
 from ..archs.bind import BoundSpec, compiled
 from ..archs.skeleton import config_as_tied
-from ..archs.spec import flat, parse_axes
 from ..archs.stock import config_values, has_alternative, padded_sizes, widest, with_values, within_limits
 from ..errors import HfDmsError
 from . import modeling_dms
@@ -205,7 +205,7 @@ def _outside_layers(bound: BoundSpec, sizes: dict[str, int]) -> dict[str, Any]:
         "attributes": unknown(spec.attributes),
     }
     axes = [axis for texts in lines.values() for text in texts.values() for axis in parse_axes(text)]
-    used = sorted({factor for axis in axes if hidden & {*axis} for factor in axis})  # other axes stay as they are built
+    used = sorted({*flat(tuple(axis for axis in axes if hidden & {*axis}))})  # other axes stay as they are built
     return {"outside": lines | {"sizes": {name: sizes[name] for name in used}}} if used else {}
 
 
@@ -216,7 +216,7 @@ def _of_one_layer(description: dict[str, Any], place: int) -> dict[str, Any]:
 
 def _dims_of(description: dict[str, Any]) -> list[str]:
     """Names of the dims in a layer's description."""
-    axes = [factor for text in description["axes"].values() for axis in parse_axes(text) for factor in axis]
+    axes = [factor for text in description["axes"].values() for factor in flat(parse_axes(text))]
     products = [factor for text in description["attributes"].values() for factor in text.partition("**")[0].split()]
     return list(dict.fromkeys(axes + products))
 

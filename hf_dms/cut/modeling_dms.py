@@ -161,8 +161,9 @@ def resize_stack_(model, layout: dict, layer_sizes: list[dict[str, int]]) -> Non
             or a layer's number.
         layer_sizes: units of every dim, layer by layer.
     """
-    layers = zip(model.base_model.get_submodule(layout["path"]), layer_sizes, strict=True)
-    for index, (layer, sizes) in enumerate(layers):
+    stack = model.base_model.get_submodule(layout["path"])
+    del stack[len(layer_sizes) :]  # where the config does not hold their number, the stock class built all
+    for index, (layer, sizes) in enumerate(zip(stack, layer_sizes, strict=True)):
         attributes, axes = (lines_of_layer(layout[key], index) for key in ("attributes", "axes"))
         resize_(model, layer, axes, attributes, sizes)
 
@@ -173,8 +174,8 @@ def resize_(model, within, axes: dict[str, str], attributes: dict[str, str], siz
     Args:
         model: a freshly built stock model.
         within: the part of the model that the names below are relative to.
-        axes: by name of a parameter or buffer, the dims that its axes are products of; an axis with a dim that `sizes`
-            does not have stays as it is.
+        axes: by name of a parameter or buffer, the dims that its axes are products of, or sums of products; an axis
+            with a dim that `sizes` does not have stays as it is.
         attributes: by name of a module's attribute, the dims that its value is a product of.
         sizes: units of every dim.
     """
@@ -191,7 +192,9 @@ def resize_(model, within, axes: dict[str, str], attributes: dict[str, str], siz
         if old is None:  # a map without bias
             continue
         shape = tuple(
-            prod(sizes[factor] for factor in axis) if sizes.keys() >= {*axis} else size
+            sum(prod(sizes[factor] for factor in term) for term in axis)
+            if all(sizes.keys() >= {*term} for term in axis)
+            else size
             for axis, size in zip(_parse(product), old.shape, strict=True)
         )
         # Only what changes is made anew: the rest keeps the values that the stock class drew.
@@ -218,9 +221,11 @@ def lines_of_layer(lines: dict[str, str], index: int) -> dict[str, str]:
     return {name.partition(".")[2]: text for name, text in lines.items() if name.partition(".")[0] in mine}
 
 
-def _parse(axes: str) -> list[list[str]]:
+def _parse(axes: str) -> list[list[list[str]]]:
+    """For each axis, the products of dims that follow each other on it: `"out (a + b)"` → `[[[out]], [[a], [b]]]`."""
     axes = axes.partition("@")[0]  # the part after @ says how often a map runs, which only costs depend on
-    return [token.strip("()").split() for token in re.findall(r"\([^)]*\)|\S+", axes)]
+    found = re.findall(r"\([^)]*\)|\S+", axes)
+    return [[term.split() for term in axis.strip("()").split("+")] for axis in found]
 
 
 def _size(expression: str, config) -> int:

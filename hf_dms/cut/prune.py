@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..archs.axes import terms
 from ..archs.bind import BoundSpec
 from ..archs.plain_view import base_model_of, check_adapters, exact_packed_maps, plain_weight
 from ..archs.restoring import HALF
@@ -203,12 +204,14 @@ def sum_over_units(bound: BoundSpec, gates: Gates, values: Callable[[str], Tenso
         if param.stack in totals:
             totals[param.stack][0, param.layer] += each.sum()
         for place, axis in enumerate(param.axes):
-            for dim in set(axis) & set(totals):
-                row = param.layer if gates.dims[dim].rows > 1 else 0
-                # The axis is a product such as (kv rep d): split into its dims, with everything else flat behind.
-                over_units = each.movedim(place, 0).reshape([bound.sizes[factor] for factor in axis] + [-1])
-                # Now `[units of the dim, everything else]`.
-                totals[dim][row] += over_units.movedim(axis.index(dim), 0).flatten(1).sum(1)
+            parts = each.movedim(place, 0).split([bound.product(term) for term in terms(axis)])
+            for term, part in zip(terms(axis), parts):
+                for dim in set(term) & set(totals):
+                    row = param.layer if gates.dims[dim].rows > 1 else 0
+                    # A product such as (kv rep d): split into its dims, with everything else flat behind.
+                    over_units = part.reshape([bound.sizes[factor] for factor in term] + [-1])
+                    # Now `[units of the dim, everything else]`.
+                    totals[dim][row] += over_units.movedim(term.index(dim), 0).flatten(1).sum(1)
     return totals
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
 
+from ..archs.axes import Axis, terms
 from ..archs.bind import BoundSpec
 from ..archs.plain_view import plain_buffers, plain_weight
 from ..archs.skeleton import attention_of
@@ -142,14 +143,18 @@ def pad_tensor(tensor: Tensor, shape: torch.Size, bound: BoundSpec, name: str) -
     return tensor
 
 
-def axis_indices(axis: tuple[str, ...], bound: BoundSpec, layer: int | None, plan: Plan) -> Tensor:
-    """Kept positions along an axis that is a product of dims, in order, int64.
+def axis_indices(axis: Axis, bound: BoundSpec, layer: int | None, plan: Plan) -> Tensor:
+    """Kept positions along an axis, in order, int64.
 
-    The position of a unit is i₁·N₂·N₃ + i₂·N₃ + i₃, as in a flattened array, so kept positions are built factor by
-    factor from the left.
+    On a product of dims, the position of a unit is i₁·N₂·N₃ + i₂·N₃ + i₃, as in a flattened array, so kept positions
+    are built factor by factor from the left. Products that follow each other begin where the one before ends.
     """
-    indices = torch.zeros(1, dtype=torch.long)
-    for factor in axis:
-        kept = kept_units(plan, factor, layer, bound.sizes[factor])
-        indices = (indices[:, None] * bound.sizes[factor] + kept).flatten()
-    return indices
+    found, start = [], 0
+    for term in terms(axis):
+        indices = torch.zeros(1, dtype=torch.long)
+        for factor in term:
+            kept = kept_units(plan, factor, layer, bound.sizes[factor])
+            indices = (indices[:, None] * bound.sizes[factor] + kept).flatten()
+        found.append(indices + start)
+        start += bound.product(term)
+    return torch.cat(found)

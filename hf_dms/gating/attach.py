@@ -6,7 +6,8 @@
 - Other widths: the input of every linear map or convolution that reads the dim is multiplied by the mask. Two cheaper
   forms of the same multiplication, with the same gradient, are used where they hold fewer numbers: the mask goes into
   the weights of the map if these train, or into the weight and bias of a batch norm. (Between that norm and the map is
-  only a ReLU, and a mask, never negative, passes a ReLU unchanged.)
+  only a ReLU, and a mask, never negative, passes a ReLU unchanged.) Several dims on one axis, as in (a + b), make one
+  mask.
 - Depth: x + m·(layer(x) - x), the paper's x + m·f(x) for a residual block.
 
 A hard-masked model computes what the cut model computes. No module is wrapped or renamed, so checkpoints, PEFT and a
@@ -15,6 +16,7 @@ Trainer see the model they know. Each multiplication saves only its output for t
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from ..archs.axes import Axis, terms
 from ..archs.bind import BoundParam, BoundSpec, bind, compiled
 from ..archs.plain_view import adapted_layers, base_model_of, check_adapters, submodule, tensor_of
 from ..archs.registry import spec_for
@@ -33,7 +36,7 @@ from ..config import DMSConfig
 from ..errors import HfDmsError
 from ..files import keep_source_, keeps_source
 from ..gates import Gates
-from ..masked_ops import GateResidual, MaskedNorm, MaskKernel, MaskUnits, mask_of, masked_response_norm
+from ..masked_ops import GateResidual, MaskedNorm, MaskKernel, MaskUnits, Span, mask_of, masked_response_norm, spread
 from .checks import check_as_built, check_attachable, check_checkpointing, check_model
 from .gates_for import build_gates, for_stages
 from .rounding import check_target, rounded_of
@@ -44,6 +47,9 @@ NORMS = "norms."  # prefix of the names of norms' scales: `norms.hidden` are tho
 # A map's weights are masked instead of its inputs if they are at least this many times fewer numbers. Masked weights
 # are one more tensor that is saved for the backward, masked inputs are not, so a small advantage would not pay.
 FEWER = 4
+
+Part = tuple[str, int, Span]  # a dim on the axis of a module: its name, the row of its gates, where it is
+Parts = collections.defaultdict[str, list[Part]]  # by the path of a module
 
 
 @dataclass(frozen=True)
@@ -122,45 +128,60 @@ def _hooks_for_masks(model: PreTrainedModel, gates: Gates, bound: BoundSpec) -> 
     """
     hooks: list[RemovableHandle] = []
     for name in gates.dims:
-        if name in bound.stacks:
-            for layer, module in enumerate(submodule(model, bound.stacks[name]).children()):
-                if layer in bound.fixed_layers[name]:
-                    continue  # it may change width or resolution, so its input cannot stand in for its output
-                hook = functools.partial(_gate_residual, gates, name, layer)
-                hooks.append(module.register_forward_hook(hook, with_kwargs=True))
-        # A dim with norms is a residual stream: masking its norms masks every read.
-        elif paths := list(norms(bound, name)):
-            for path in paths:
-                # A hook would see the norm's output only, and its statistics must leave units out.
-                norm = submodule(model, path)
-                shape, axis = norm_shape(bound, path, name), _axis_of(bound, path)
-                norm.forward = functools.partial(_masked_norm_forward, norm, gates, name, shape, axis)
-            for path in unnormed(bound, name):
-                hook = functools.partial(_mask_output, gates, name)
-                hooks.append(submodule(model, path).register_forward_hook(hook))
-        else:
-            at_norms = list(masked_batch_norms(bound, name))
-            for path, row, shape in at_norms:
-                norm = submodule(model, path)
-                norm.forward = functools.partial(_masked_batch_norm_forward, norm, gates, name, row, shape)
-            # Never both: the mask would count twice.
-            for path, row, shape in () if at_norms else masked_inputs(bound, name):
-                hooks += _mask_reader(submodule(model, path), gates, name, row, shape, unit_axis(bound, path))
-            for path, row in response_norms(bound, name):
-                norm = submodule(model, path)
-                norm.forward = functools.partial(_masked_response_norm_forward, norm, gates, name, row)
+        for layer, module in enumerate(submodule(model, bound.stacks[name]).children() if name in bound.stacks else ()):
+            if layer in bound.fixed_layers[name]:
+                continue  # it may change width or resolution, so its input cannot stand in for its output
+            hook = functools.partial(_gate_residual, gates, name, layer)
+            hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+        at_outputs = functools.partial(_mask_output, gates, name)
+        hooks += [submodule(model, path).register_forward_hook(at_outputs) for path in unnormed(bound, name)]
+        for path, row in response_norms(bound, name):
+            norm = submodule(model, path)
+            norm.forward = functools.partial(_masked_response_norm_forward, norm, gates, name, row)
+    over_units, batch_norms, maps = _masked_modules(gates, bound)
+    for path, parts in over_units.items():
+        # A hook would see the norm's output only, and its statistics must leave units out.
+        norm = submodule(model, path)
+        norm.forward = functools.partial(_masked_norm_forward, norm, gates, parts, _axis_of(bound, path))
+    for path, parts in batch_norms.items():
+        norm = submodule(model, path)
+        norm.forward = functools.partial(_masked_batch_norm_forward, norm, gates, parts)
+    for path, parts in maps.items():
+        hooks += _mask_reader(submodule(model, path), gates, parts, unit_axis(bound, path))
     return hooks
+
+
+def _masked_modules(gates: Gates, bound: BoundSpec) -> tuple[Parts, Parts, Parts]:
+    """Norms over units, batch norms, and maps that read masked units: by path, all dims on the module's axis.
+
+    These may be several: the factors of a product, or dims one after the other.
+    """
+    over_units, batch_norms, maps = Parts(list), Parts(list), Parts(list)
+    for name in gates.dims:
+        # A dim with norms is a residual stream: masking its norms masks every read. Each dim has one of the three: in
+        # two of them its mask would count twice.
+        if paths := list(norms(bound, name)):
+            for path in paths:
+                over_units[path] += [(name, 0, span) for span in norm_spans(bound, path, name)]
+        elif places := list(masked_batch_norms(bound, name)):
+            for path, row, span in places:
+                batch_norms[path].append((name, row, span))
+        else:
+            for path, row, span in masked_inputs(bound, name):
+                maps[path].append((name, row, span))
+    return over_units, batch_norms, maps
 
 
 def _hooks_for_scales(model: PreTrainedModel, gates: Gates, bound: BoundSpec) -> list[RemovableHandle]:
     """Multiply the outputs of norms by their scales, where they have scales, by the hooks that are returned."""
     return [
         submodule(model, path).register_forward_hook(
-            functools.partial(_scale_norm, gates, name, row, norm_shape(bound, path, name), _axis_of(bound, path))
+            functools.partial(_scale_norm, gates, name, row, span, _axis_of(bound, path))
         )
         for name, paths in scaled_norms(bound).items()
         if name in gates.scales
         for row, path in enumerate(paths)
+        for span in norm_spans(bound, path, name)
     ]
 
 
@@ -271,34 +292,44 @@ def gates_of(model: nn.Module) -> Gates:
 
 
 # ---- where masks go, derived from the description --------------------------------------------------------------------
-def masked_inputs(bound: BoundSpec, name: str) -> Iterator[tuple[str, int, tuple[int, int, int]]]:
-    """Linear maps and convolutions that read a dim: (module path, row of its gates, (units before, units, after)).
+def masked_inputs(bound: BoundSpec, name: str) -> Iterator[tuple[str, int, Span]]:
+    """Linear maps and convolutions that read a dim: (module path, row of its gates, its span along `unit_axis`).
 
-    The inputs of a map, along `unit_axis`, are a product of dims, such as (kv rep d). The triple gives the number of
-    positions of the dims before, the units of the dim itself, and the positions of the dims after it.
+    A map that reads the dim twice, one after the other, is there twice.
     """
     for parameter, param in bound.params.items():
         path, _, leaf = parameter.rpartition(".")
         # Two axes are those of a linear map, four those of a convolution; both have their inputs on axis 1.
-        if leaf == "weight" and len(param.axes) in (2, 4) and name in param.axes[1]:
-            yield path, *_row_and_shape(bound, name, param, param.axes[1])
+        if leaf == "weight" and len(param.axes) in (2, 4):
+            for span in _spans(bound, name, param.axes[1]):
+                yield path, _row(bound, name, param), span
 
 
-def masked_batch_norms(bound: BoundSpec, name: str) -> Iterator[tuple[str, int, tuple[int, int, int]]]:
+def masked_batch_norms(bound: BoundSpec, name: str) -> Iterator[tuple[str, int, Span]]:
     """Batch norms that take the mask of a dim in place of the maps that read it, in the form of `masked_inputs`."""
     for parameter, param in bound.params.items():
         path, _, leaf = parameter.rpartition(".")
         if leaf == "weight" and name in param.axes[0] and is_among(bound, path, "masked_batch_norms"):
-            yield path, *_row_and_shape(bound, name, param, param.axes[0])
+            for span in _spans(bound, name, param.axes[0]):
+                yield path, _row(bound, name, param), span
 
 
-def _row_and_shape(
-    bound: BoundSpec, name: str, param: BoundParam, axis: tuple[str, ...]
-) -> tuple[int, tuple[int, int, int]]:
-    place = axis.index(name)
-    # (kv rep d) at `rep`: kv positions before, rep units, d positions after.
-    before, after = bound.product(axis[:place]), bound.product(axis[place + 1 :])
-    return (param.layer or 0) if bound.rows(name) > 1 else 0, (before, bound.sizes[name], after)
+def _row(bound: BoundSpec, name: str, param: BoundParam) -> int:
+    """The row of a dim's gates that a parameter has to do with."""
+    return (param.layer or 0) if bound.rows(name) > 1 else 0
+
+
+def _spans(bound: BoundSpec, name: str, axis: Axis) -> Iterator[Span]:
+    """Where a dim is on an axis: nowhere, once, or in several of the products that follow each other."""
+    start, length = 0, bound.product(axis) if name in axis else 0
+    for term in terms(axis) if name in axis else ():
+        end = start + bound.product(term)
+        if name in term:
+            place = term.index(name)
+            # (kv rep d) at `rep`: kv positions before, rep units, d positions after.
+            before, after = bound.product(term[:place]), bound.product(term[place + 1 :])
+            yield Span(before, bound.sizes[name], after, start, length - end)
+        start = end
 
 
 def unit_axis(bound: BoundSpec, path: str) -> int:
@@ -319,10 +350,9 @@ def norms(bound: BoundSpec, name: str) -> Iterator[str]:
             yield path
 
 
-def norm_shape(bound: BoundSpec, path: str, name: str) -> tuple[int, int, int]:
-    """(units before, units of the dim, units after) on the axis of a norm over a dim, by the dim's or scales' name."""
-    param = bound.params[f"{path}.weight"]
-    return _row_and_shape(bound, name.removeprefix(NORMS), param, param.axes[0])[1]
+def norm_spans(bound: BoundSpec, path: str, name: str) -> list[Span]:
+    """Where a dim, by its own or its scales' name, is on the axis of a norm over it."""
+    return list(_spans(bound, name.removeprefix(NORMS), bound.params[f"{path}.weight"].axes[0]))
 
 
 def scaled_norms(bound: BoundSpec) -> dict[str, list[str]]:
@@ -353,7 +383,7 @@ def response_norms(bound: BoundSpec, name: str) -> Iterator[tuple[str, int]]:
     for parameter, param in bound.params.items():
         path, _, leaf = parameter.rpartition(".")
         if leaf == "weight" and param.axes[-1] == (name,) and is_among(bound, path, "response_norms"):
-            yield path, (param.layer or 0) if bound.rows(name) > 1 else 0
+            yield path, _row(bound, name, param)
 
 
 def is_among(bound: BoundSpec, path: str, field_name: str) -> bool:
@@ -384,9 +414,7 @@ def _scales(gates: Gates, bound: BoundSpec, dms_config: DMSConfig) -> dict[str, 
     return scales
 
 
-def _mask_reader(
-    module: Any, gates: Gates, name: str, row: int, shape: tuple[int, int, int], axis: int
-) -> list[RemovableHandle]:
+def _mask_reader(module: Any, gates: Gates, parts: list[Part], axis: int) -> list[RemovableHandle]:
     """Make a linear map or a convolution read masked units: by a replaced `forward`, or by the hook that is returned.
 
     Only plain maps get a replaced `forward`. Others (PEFT's, bitsandbytes', grouped convolutions) do more than their
@@ -396,9 +424,9 @@ def _mask_reader(
     # only the inputs of one group on its axis.
     is_plain = type(module) is nn.Linear or (type(module) is nn.Conv2d and module.groups == 1)
     if is_plain:
-        module.forward = functools.partial(_masked_map_forward, module, gates, name, row, shape, axis)
+        module.forward = functools.partial(_masked_map_forward, module, gates, parts, axis)
         return []
-    return [module.register_forward_pre_hook(functools.partial(_mask_input, gates, name, row, shape, axis))]
+    return [module.register_forward_pre_hook(functools.partial(_mask_input, gates, parts, axis))]
 
 
 # ---- what the hooks do -----------------------------------------------------------------------------------------------
@@ -408,32 +436,34 @@ def _compute_masks(gates: Gates, module: nn.Module, args: tuple) -> None:
     gates.compute_masks_()
 
 
-def _mask_input(
-    gates: Gates, name: str, row: int, shape: tuple[int, int, int], axis: int, module: nn.Module, args: tuple
-):
-    # A refitted map leaves units out itself (refit/search.py).
-    if (log_mask := gates.log_masks[name][row]) is None:
+def _masks_on(gates: Gates, parts: list[Part]) -> tuple[Tensor, Span] | None:
+    """log m of an axis and where it holds; None if a refitted map leaves units out itself (refit/search.py)."""
+    found = [(gates.log_masks[name][row], span) for name, row, span in parts]
+    if any(log_mask is None for log_mask, _ in found):
         return None
-    return (MaskUnits.apply(args[0], log_mask, shape, axis), *args[1:])
+    if len(found) == 1:
+        return found[0]
+    # A mask of 1, log m = 0, where another dim is: the sum is one mask for the whole axis.
+    over_axis = torch.stack([spread(log_mask, span, other=0.0) for log_mask, span in found]).sum(0)
+    return over_axis, Span(1, len(over_axis), 1)
+
+
+def _mask_input(gates: Gates, parts: list[Part], axis: int, module: nn.Module, args: tuple):
+    if (masks := _masks_on(gates, parts)) is None:
+        return None
+    return (MaskUnits.apply(args[0], *masks, axis), *args[1:])
 
 
 def _mask_output(gates: Gates, name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    return MaskUnits.apply(output, gates.log_masks[name][0], (1, gates.dims[name].units, 1))
+    return MaskUnits.apply(output, gates.log_masks[name][0], Span(1, gates.dims[name].units, 1))
 
 
 def _scale_norm(
-    gates: Gates,
-    name: str,
-    row: int,
-    shape: tuple[int, int, int],
-    axis: int,
-    module: nn.Module,
-    args: tuple,
-    output: Tensor,
+    gates: Gates, name: str, row: int, span: Span, axis: int, module: nn.Module, args: tuple, output: Tensor
 ):
     if (log_scales := gates.log_masks.get(name)) is None:  # the model runs without scales, see `open_gates`
         return None
-    return MaskUnits.apply(output, log_scales[row], shape, axis)
+    return MaskUnits.apply(output, log_scales[row], span, axis)
 
 
 def _gate_residual(gates: Gates, name: str, layer: int, module: nn.Module, args: tuple, kwargs: dict, output):
@@ -447,46 +477,40 @@ def _gate_residual(gates: Gates, name: str, layer: int, module: nn.Module, args:
     return GateResidual.apply(before, output, log_mask)
 
 
-def _masked_norm_forward(
-    norm: nn.Module, gates: Gates, name: str, shape: tuple[int, int, int], axis: int, x: Tensor
-) -> Tensor:
+def _masked_norm_forward(norm: nn.Module, gates: Gates, parts: list[Part], axis: int, x: Tensor) -> Tensor:
+    if (masks := _masks_on(gates, parts)) is None:
+        return type(norm).forward(norm, x)
     centered = isinstance(norm, nn.LayerNorm)
     # The stock RMS norms of transformers name it differently from torch's layer norm.
     eps = norm.eps if centered else norm.variance_epsilon
     bias = norm.bias if centered else None
-    log_mask = gates.log_masks[name][0]
-    if shape[0] * shape[2] > 1:
-        # Every unit's mask at each of its positions; the backward of `expand` adds their gradients up.
-        log_mask = log_mask[None, :, None].expand(shape).reshape(-1)
+    # Every unit's mask at each of its positions; the backward adds their gradients up.
+    over_axis = spread(*masks, other=0.0)
     x = x.movedim(axis, -1)
-    return MaskedNorm.apply(x, log_mask, norm.weight, bias, eps, centered).movedim(-1, axis)
+    return MaskedNorm.apply(x, over_axis, norm.weight, bias, eps, centered).movedim(-1, axis)
 
 
-def _masked_map_forward(
-    module: Any, gates: Gates, name: str, row: int, shape: tuple[int, int, int], axis: int, x: Tensor
-) -> Tensor:
+def _masked_map_forward(module: Any, gates: Gates, parts: list[Part], axis: int, x: Tensor) -> Tensor:
     # The forward of the class: `module.forward` is this function.
-    if (log_mask := gates.log_masks[name][row]) is None:
+    if (masks := _masks_on(gates, parts)) is None:
         return type(module).forward(module, x)
     # With frozen weights the map saves no input for the backward, so masked inputs are the only tensor that is saved.
     if not module.weight.requires_grad or FEWER * module.weight.numel() > x.numel():
-        return type(module).forward(module, MaskUnits.apply(x, log_mask, shape, axis))
-    weight = MaskKernel.apply(module.weight, log_mask, shape)
+        return type(module).forward(module, MaskUnits.apply(x, *masks, axis))
+    weight = MaskKernel.apply(module.weight, *masks)
     if isinstance(module, nn.Linear):
         return F.linear(x, weight, module.bias)
     # `F.conv2d` would leave out a padding mode other than zeros.
     return module._conv_forward(x, weight, module.bias)
 
 
-def _masked_batch_norm_forward(
-    norm: nn.Module, gates: Gates, name: str, row: int, shape: tuple[int, int, int], x: Tensor
-) -> Tensor:
-    if (log_mask := gates.log_masks[name][row]) is None:
+def _masked_batch_norm_forward(norm: nn.Module, gates: Gates, parts: list[Part], x: Tensor) -> Tensor:
+    if (masks := _masks_on(gates, parts)) is None:
         return type(norm).forward(norm, x)
     # In `_parameters` because torch's module refuses a plain tensor as attribute where a Parameter is registered.
     own: dict[str, Any] = norm._parameters
     before = dict(own)
-    mask = mask_of(log_mask)[None, :, None].expand(shape).reshape(-1)
+    mask = mask_of(spread(*masks, other=0.0))
     try:  # run the stock forward with masked parameters: it handles statistics, momentum and frozen variants
         # Weight and bias alike: m·(w·x̂ + b).
         own.update({key: parameter * mask.to(parameter.dtype) for key, parameter in before.items()})

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..archs.axes import terms
 from ..archs.bind import BoundSpec
 from ..config import DMSConfig
 from ..errors import HfDmsError
@@ -225,7 +226,8 @@ class _Rounding:
             return "depth"
         # The axis of heads is a product, (kv rep d), longer than the number of KV groups: a unit is several channels.
         axes = (axis for param in self.bound.params.values() for axis in param.axes if name in axis)
-        grouped = any(self.bound.product(axis) > self.bound.sizes[name] for axis in axes)
+        found = (term for axis in axes for term in terms(axis) if name in term)
+        grouped = any(self.bound.product(term) > self.bound.sizes[name] for term in found)
         return "group" if grouped else self.bound.spec.dim(name).scope
 
     # ---- what fits ---------------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 
 from ..archs.bind import BoundSpec
-from .attach import NORMS, gates_of, masked_inputs, norm_shape, scaled_norms
+from ..masked_ops import spread
+from .attach import NORMS, gates_of, masked_inputs, norm_spans, scaled_norms
 
 
 def folded_scales(log_scales: Mapping[str, Tensor], bound: BoundSpec) -> dict[str, Tensor]:
@@ -37,14 +38,16 @@ def folded_scales(log_scales: Mapping[str, Tensor], bound: BoundSpec) -> dict[st
     for name, scales in log_scales.items():
         for row, path in enumerate(scaled_norms(bound)[name] if name.startswith(NORMS) else ()):
             own = [f"{path}.{leaf}" for leaf in ("weight", "bias") if f"{path}.{leaf}" in bound.params]
-            shape = norm_shape(bound, path, name)
-            factors |= dict.fromkeys(own, scales[row].exp()[None, :, None].expand(shape).reshape(-1))
+            for span in norm_spans(bound, path, name):
+                over_units = spread(scales[row].exp(), span, other=1.0)
+                # A norm may have two dims with scales one after the other, so its factors multiply.
+                factors |= {parameter: factors.get(parameter, 1) * over_units for parameter in own}
         # The columns of a map belong to its inputs: W·(s∘x) = (W·diag(s))·x.
-        for path, row, shape in masked_inputs(bound, name):
+        for path, row, span in masked_inputs(bound, name):
             weight = f"{path}.weight"
-            over_inputs = scales[row].exp()[None, :, None].expand(shape).reshape(-1)
+            over_inputs = spread(scales[row].exp(), span, other=1.0)
             behind = (1,) * (len(bound.params[weight].axes) - 2)
-            # A map may read a product of two dims with scales, so its factors multiply.
+            # So may what a map reads, and it may be a product of two such dims.
             factors[weight] = factors.get(weight, 1) * over_inputs.view(1, -1, *behind)
     return factors
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from ..archs.bind import BoundSpec
 from ..errors import HfDmsError
 from ..gating.attach import masked_inputs
+from ..masked_ops import of_units
 from .layerwise import LayerWalk, layers_of
 from .shelf import Shelf
 from .stream import StreamModules, added_otherwise, slope, unfolded
@@ -50,12 +51,17 @@ def writers(bound: BoundSpec, places: StreamModules, dims: Iterable[str]) -> lis
     """
     found, inside = {}, f"{bound.layers_path}.0."
     for name in dims:
-        readers = [(path, shape) for path, _, shape in masked_inputs(bound, name) if path.startswith(inside)]
-        for path, (before, units, after) in readers:
-            # Inputs are numbered as in the flattened axis (before, units, after); row u lists those of unit u.
-            inputs = torch.arange(before * units * after).view(before, units, after)
+        readers = [(path, span) for path, _, span in masked_inputs(bound, name) if path.startswith(inside)]
+        if beside := [path for path, span in readers if span.start or span.rest]:
+            raise HfDmsError(
+                f"Least squares cannot choose units of '{name}' of a {bound.spec.model_type}: {beside[0]} reads other "
+                "units beside them. Name other dims in dms.prune, or choose by another strategy."
+            )
+        for path, span in readers:
+            # Inputs are numbered as on the axis; row u lists those of unit u.
+            inputs = of_units(torch.arange(span.before * span.units * span.after), span)
             path = path.removeprefix(inside)
-            found[path] = Writer(path, name, inputs.movedim(1, 0).reshape(units, -1))
+            found[path] = Writer(path, name, inputs.movedim(1, 0).reshape(span.units, -1))
         others = [path for path, _ in readers if path.removeprefix(inside) not in places.writes]
         if others or not readers:
             raise HfDmsError(

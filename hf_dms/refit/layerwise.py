@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..archs.axes import terms
 from ..archs.bind import BoundSpec
 from ..archs.restoring import restoring
 from .shelf import Shelf
@@ -79,6 +80,9 @@ class LayerWalk:
         self._axis = stream_axis(bound)
         self._inputs = Shelf(offload)  # inputs of the model, to run the modules between two stacks or chained layers
         self._done = Shelf(offload)  # per batch, by a layer's number, what it returned, if that matters to later calls
+        # Where a map outside of the stacks reads two streams one after the other, one of them goes past a stack.
+        outside = [axis for param in bound.params.values() if param.stack is None for axis in param.axes]
+        self._all_matter = bool(bound.spec.chained) or any(len(terms(axis)) > 1 for axis in outside)
         self._scores = Shelf(offload)  # per batch, the scores by which a detector chose its queries
         self._leader = leader
         self._base = base
@@ -153,7 +157,7 @@ class LayerWalk:
         if layer + 1 < len(self.layers) and (self.places[layer + 1][0] != stack or stack in chained):
             finished = [number for number, place in enumerate(self.places) if place[0] == stack]
             outputs = {layer: output} if stack in chained else dict.fromkeys(finished, output)
-            if chained:
+            if self._all_matter:
                 outputs = self._done[batch] = self._done[batch] | outputs
             with self._skipped(outputs) as calls, self._choosing(batch):
                 self._base(**self._inputs[batch], **self._options)

@@ -87,7 +87,10 @@ def stream_axis(bound: BoundSpec) -> int:
     """The axis of a layer's hidden state that holds the units of the stream, counted from the end."""
     # Any word stands for one axis: where the description says nothing, the units are on the last one.
     dims = bound.spec.outputs.get("last_hidden_state", "stream").split()
-    return next(place for place, dim in enumerate(dims) if dim != "_") - len(dims)
+    place, name = next((place, dim) for place, dim in enumerate(dims) if dim != "_")
+    # The output may be made of other units than a stream's. Layers that are not followed by it have theirs last.
+    is_stream = name in ("stream", *(stream_dim(bound, stack) for stack in bound.stacks))
+    return place - len(dims) if is_stream else -1
 
 
 # ---- one run of a layer ----------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from ..archs.plain_view import plain_weight, submodule
 from ..gating.attach import gates_of, masked_inputs, unit_axis
+from ..masked_ops import Span, of_units
 from .allocate import Batches, Criterion, Scores
 
 
@@ -51,16 +52,17 @@ class _Moments:
 
 
 @torch.no_grad()
-def _moments(model: PreTrainedModel, batches: Batches) -> dict[str, list[tuple[int, tuple[int, int, int], str, Any]]]:
-    """Per dim, for every map that reads it: (row, (before, units, after) on its inputs, path, moments)."""
-    gates = gates_of(model)
+def _moments(model: PreTrainedModel, batches: Batches) -> dict[str, list[tuple[int, Span, str, Any]]]:
+    """Per dim, for every map that reads it: (row, span on its inputs, path, moments)."""
+    gates, bound = gates_of(model), gates_of(model).attachment.bound
     found: dict[str, list] = {name: [] for name in gates.dims}
     handles = []
     for name in gates.dims:
-        for path, row, shape in masked_inputs(gates.attachment.bound, name):
-            moments = _Moments(shape[0] * shape[1] * shape[2], unit_axis(gates.attachment.bound, path))
+        for path, row, span in masked_inputs(bound, name):
+            inputs = bound.product(bound.params[f"{path}.weight"].axes[1])
+            moments = _Moments(inputs, unit_axis(bound, path))
             handles.append(submodule(model, path).register_forward_pre_hook(moments))
-            found[name].append((row, shape, path, moments))
+            found[name].append((row, span, path, moments))
     gates.rounded = {name: torch.full((dim.rows,), dim.units) for name, dim in gates.dims.items()}  # nothing is masked
     model.eval()
     try:
@@ -116,10 +118,10 @@ def _scores(
     gates = gates_of(model)
     scores = {name: torch.zeros(dim.rows, dim.units, dtype=torch.float64) for name, dim in gates.dims.items()}
     for name, maps in _moments(model, batches).items():
-        for row, shape, path, moments in maps:
+        for row, span, path, moments in maps:
             weight = plain_weight(model, f"{path}.weight").double().cpu()
             per_input = metric(weight.movedim(1, -1).flatten(0, -2), moments)  # kernel positions count as outputs
-            scores[name][row] += pool(per_input.view(shape).movedim(1, 0).flatten(1), -1)
+            scores[name][row] += pool(of_units(per_input, span).movedim(1, 0).flatten(1), -1)
     return scores
 
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from ..archs.plain_view import submodule
 from ..gates import Gates
 from ..gating.attach import gates_of, masked_inputs, unit_axis
+from ..masked_ops import Span, spread
 from ..refit.curvature import frozen
 from ..resource import Sizes, resource_loss, scheduled_target
 from ..topk import topk_mask
@@ -90,8 +91,8 @@ def masked_by(model: PreTrainedModel) -> Iterator[Masks]:
                 if layer not in bound.fixed_layers[name]:
                     hook = _on_residual(masks, name, layer)
                     handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        for path, row, shape in masked_inputs(bound, name):
-            inputs = _on_inputs(masks, name, row, shape, unit_axis(bound, path))
+        for path, row, span in masked_inputs(bound, name):
+            inputs = _on_inputs(masks, name, row, span, unit_axis(bound, path))
             handles.append(submodule(model, path).register_forward_pre_hook(inputs))
     # The gates' own masks stay in place, all open, so that only the masks of the strategy act.
     gates.rounded = {name: torch.full((dim.rows,), dim.units) for name, dim in gates.dims.items()}
@@ -103,9 +104,9 @@ def masked_by(model: PreTrainedModel) -> Iterator[Masks]:
             handle.remove()
 
 
-def _on_inputs(masks: Masks, name: str, row: int, shape: tuple[int, int, int], axis: int) -> Any:
+def _on_inputs(masks: Masks, name: str, row: int, span: Span, axis: int) -> Any:
     def hook(module: nn.Module, args: tuple) -> tuple:
-        mask = masks[name][row][None, :, None].expand(shape).reshape(-1)
+        mask = spread(masks[name][row], span, other=1.0)
         masked = args[0].movedim(axis, -1) * mask.to(args[0].dtype)
         return (masked.movedim(-1, axis), *args[1:])
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..archs.plain_view import submodule
 from ..gates import Gates
 from ..gating.attach import gates_of, masked_inputs
+from ..masked_ops import spread
 from .allocate import Batches, Criterion, Scores
 from .learned import Masks, PerUnit, pull, train_masks
 
@@ -66,10 +67,10 @@ def fold_(model: PreTrainedModel, scales: Masks) -> None:
     """
     bound = gates_of(model).attachment.bound
     for name, scale in scales.items():
-        for path, row, shape in masked_inputs(bound, name):
+        for path, row, span in masked_inputs(bound, name):
             weight: Tensor = submodule(model, path).weight  # type: ignore[assignment]
             # W (s ∘ x) = (W ∘ s) x: a scale goes into the columns of the maps that read its unit.
-            weight.movedim(1, -1).mul_(scale[row][None, :, None].expand(shape).reshape(-1).to(weight.dtype))
+            weight.movedim(1, -1).mul_(spread(scale[row], span, other=1.0).to(weight.dtype))
 
 
 def scaled_scores(model: PreTrainedModel, batches: Batches) -> Scores:

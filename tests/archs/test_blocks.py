@@ -12,6 +12,7 @@ from transformers import (
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
     MobileNetV2ForSemanticSegmentation,
+    MobileViTForImageClassification,
     SwinForImageClassification,
 )
 
@@ -25,7 +26,7 @@ from hf_dms.cut.plan import Plan
 from hf_dms.refit.repairable import check_repairable
 
 CLASSES = (MobileNetV2ForImageClassification, EfficientNetForImageClassification)
-ONLY_PER_LAYER = (*CLASSES, SwinForImageClassification)
+ONLY_PER_LAYER = (*CLASSES, SwinForImageClassification, MobileViTForImageClassification)
 
 
 def streams(spec, config):

@@ -10,6 +10,7 @@ from helpers.encoders import (
     DIMS,
     HEADS,
     MOBILES,
+    MOBILEVITS,
     PER_LAYER_ONLY,
     REGNETS,
     RELATIVES,
@@ -51,6 +52,7 @@ from transformers import (
     ElectraForMaskedLM,
     ElectraForSequenceClassification,
     MobileNetV2ForImageClassification,
+    MobileViTForImageClassification,
     RTDetrForObjectDetection,
     ViTForImageClassification,
     ViTModel,
@@ -71,9 +73,10 @@ ONE_OF_EACH = {
     *(BertForSequenceClassification, ViTForImageClassification, ElectraForMaskedLM, Dinov2ForImageClassification),
     BeitForImageClassification,
 }
-# Of these, each dim alone is for the slow suite: ConvNeXt V2, EfficientNet and DETR have the same dims.
+# Of these, each dim alone is for the slow suite: ConvNeXt V2, EfficientNet and DETR have the same dims, and a MobileViT
+# those of EfficientNet and Swin.
 RELATED = {
-    *(ConvNextForImageClassification, MobileNetV2ForImageClassification),
+    *(ConvNextForImageClassification, MobileNetV2ForImageClassification, MobileViTForImageClassification),
     *(ConditionalDetrForObjectDetection, RTDetrForObjectDetection),
 }
 CANNOT = {  # by layout and whether a response norm is in the way
@@ -204,6 +207,7 @@ def requests(draw):
     if head.config_class.model_type == "electra":
         config["embedding_size"] = draw(st.sampled_from([config["hidden_size"], 1, 5, 7]))
     lacks = {"basic": ("reduced",), "x": ("squeeze", "first")}.get(config.get("layer_type", ""), ())
+    lacks += ("first",) if head in MOBILEVITS and len({*config["neck_hidden_sizes"][:2]}) == 1 else ()
     all_dims = tuple(dim for dim in dims_of(head) if dim not in lacks)
     dims = tuple(draw(st.lists(st.sampled_from(all_dims), min_size=1, unique=True)))
     dims += ("top",) if head in MOBILES and "top" not in dims else ()  # others may all be the stem's
@@ -254,6 +258,8 @@ def stages(draw, head):
         return detr(draw, head)
     if head in SWINS:
         return windows(draw)
+    if head in MOBILEVITS:
+        return mobilevit(draw)
     count = draw(st.integers(1, 3))
     widths = draw(st.lists(st.integers(1, 6), min_size=count, max_size=count))
     config = dict(
@@ -336,6 +342,23 @@ def mobile(draw, head):
         depth_coefficient=draw(st.sampled_from([1.0, 1.5])),
         pooling_type=draw(st.sampled_from(["mean", "max"])),
         image_size=draw(st.sampled_from([16, (16, 24)])),
+    )
+
+
+def mobilevit(draw):
+    """A config of a MobileViT, some of whose streams run through several blocks, and whose patches may not fit."""
+    heads = draw(st.integers(1, 3))
+    return dict(
+        neck_hidden_sizes=[draw(st.integers(1, 4)) for _ in range(7)],
+        hidden_sizes=[heads * draw(st.integers(1, 3)) for _ in range(3)],
+        num_attention_heads=heads,
+        mlp_ratio=draw(st.sampled_from([1.0, 1.5])),
+        expand_ratio=draw(st.sampled_from([1.0, 4.0])),
+        conv_kernel_size=draw(st.sampled_from([1, 3])),
+        output_stride=draw(st.sampled_from([8, 16, 32])),
+        patch_size=draw(st.sampled_from([1, 2])),
+        qkv_bias=draw(st.booleans()),
+        image_size=draw(st.sampled_from([32, [32, 48]])),
     )
 
 

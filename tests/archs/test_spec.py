@@ -18,12 +18,13 @@ from transformers import (
     LlamaModel,
 )
 
+from hf_dms.archs.axes import flat, parse_axes
 from hf_dms.archs.bind import bind, dim_size
 from hf_dms.archs.costs import build_cost
 from hf_dms.archs.electra import ELECTRA
 from hf_dms.archs.llama import LLAMA
 from hf_dms.archs.registry import ARCHS, spec_for
-from hf_dms.archs.spec import LIMITS, NAMED_PRODUCTS, PRODUCTS, ArchSpec, Dim, check_spec, flat, parse_axes, with_dims
+from hf_dms.archs.spec import LIMITS, NAMED_PRODUCTS, PRODUCTS, ArchSpec, Dim, check_spec, with_dims
 from hf_dms.archs.stages import in_stages
 
 HEADS = (

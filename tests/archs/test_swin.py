@@ -22,7 +22,8 @@ from hf_dms.checkpoint.save import save_pruned
 from hf_dms.cut.plan import Plan
 from hf_dms.cut.verify import outputs_of
 from hf_dms.errors import HfDmsError
-from hf_dms.gating.attach import norm_shape, norms
+from hf_dms.gating.attach import norm_spans, norms
+from hf_dms.masked_ops import Span
 
 
 def shifts(model):
@@ -53,9 +54,9 @@ def test_the_norm_in_front_of_a_merging_is_one_over_four_neighbours():
     merging = "encoder.layers.0.downsample.norm"
     found = list(norms(bound, "hidden0"))
     assert [path for path in found if ".blocks." not in path] == ["embeddings.norm", merging]
-    assert {path: norm_shape(bound, path, "norms.hidden0") for path in ("embeddings.norm", merging)} == {
-        "embeddings.norm": (1, 6, 1),
-        merging: (4, 6, 1),
+    assert {path: norm_spans(bound, path, "norms.hidden0") for path in ("embeddings.norm", merging)} == {
+        "embeddings.norm": [Span(1, 6, 1)],
+        merging: [Span(4, 6, 1)],
     }
     assert [path for path in norms(bound, "hidden2") if ".blocks." not in path] == ["layernorm"]
 

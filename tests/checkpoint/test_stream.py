@@ -97,8 +97,9 @@ CASES = {
     "efficientnet": lambda: tiny(transformers.EfficientNetForImageClassification),
     "regnet": lambda: tiny(transformers.RegNetForImageClassification),
     "swin": lambda: tiny(transformers.SwinForImageClassification),
+    "mobilevit": lambda: tiny(transformers.MobileViTForImageClassification),
 }
-NO_STOCK_LAYOUT = ("mobilenet_v2", "efficientnet", "swin")  # their stock configs do not hold all widths
+NO_STOCK_LAYOUT = ("mobilenet_v2", "efficientnet", "swin", "mobilevit")  # their stock configs do not hold all widths
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-bf16", "bert", "resnet"])

@@ -37,9 +37,10 @@ from transformers import (
 )
 
 from hf_dms import DMSConfig, attach_, detach_, prune
+from hf_dms.archs.axes import parse_axes
 from hf_dms.archs.bind import BoundParam, bind
 from hf_dms.archs.registry import spec_for
-from hf_dms.archs.spec import Dim, parse_axes, with_dims
+from hf_dms.archs.spec import Dim, with_dims
 from hf_dms.cut.prune import plan_of
 from hf_dms.cut.slicing import pad_tensor
 from hf_dms.cut.verify import all_outputs_of

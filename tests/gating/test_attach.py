@@ -23,6 +23,7 @@ from hf_dms.cut.slicing import cut
 from hf_dms.cut.verify import hard_masked, outputs_of
 from hf_dms.gating import attach as attach_module
 from hf_dms.gating.attach import _mask_reader, freeze_, gates_of, has_gates, masked_batch_norms, masked_inputs, norms
+from hf_dms.masked_ops import Span
 
 DIMS = ("kv", "mlp", "hidden", "layers")
 
@@ -56,7 +57,12 @@ RESIDUAL += [(ResNetForImageClassification, {"embedding_size": 8}), (RegNetForIm
 @pytest.mark.parametrize(("cls", "options"), [*RESIDUAL, (RegNetForImageClassification, {"layer_type": "x"})])
 def test_masks_on_batch_norms_do_what_masks_behind_their_relus_do(cls, options, monkeypatch):
     masked = []
-    monkeypatch.setattr(attach_module, "_mask_reader", lambda *args: masked.append(args[2]) or mask_reader(*args))
+
+    def noted(module, gates, parts, axis):
+        masked.extend(name for name, _, _ in parts)
+        return mask_reader(module, gates, parts, axis)
+
+    monkeypatch.setattr(attach_module, "_mask_reader", noted)
     mask_reader = _mask_reader
     ours = after_a_step(cls, **options)
     assert {name.rstrip("012") for name in masked} <= {"squeeze", "first", "embedding"}
@@ -96,8 +102,8 @@ def test_behind_another_function_than_a_relu_masks_are_on_what_reads_a_unit():
     ("cls", "options"), [(ResNetForImageClassification, {"hidden_act": "gelu"}), (ViTForImageClassification, {})]
 )
 def test_masks_on_the_weights_of_maps_do_what_masks_on_their_inputs_do(cls, options, monkeypatch):
-    def by_inputs(module, gates, name, row, shape, axis, x):
-        before, _, after = shape
+    def by_inputs(module, gates, parts, axis, x):
+        ((name, row, (before, _, after, *_)),) = parts
         mask = gates.log_masks[name][row].exp().repeat_interleave(after).repeat(before)
         return type(module).forward(module, x * mask.view(-1, *(1,) * (x.dim() - 1 - axis % x.dim())))
 
@@ -123,8 +129,9 @@ def test_frozen_weights_of_convolutions_are_not_masked_themselves():
 
 def test_every_linear_map_that_reads_a_dim_is_masked_once():
     bound = bind(LLAMA, tiny_llama())
-    assert list(masked_inputs(bound, "mlp")) == [(f"model.layers.{i}.mlp.down_proj", i, (1, 20, 1)) for i in range(3)]
-    assert list(masked_inputs(bound, "kv")) == [(f"model.layers.{i}.self_attn.o_proj", i, (1, 3, 8)) for i in range(3)]
+    mlp, kv = (Span(1, 20, 1), Span(1, 3, 8))
+    assert list(masked_inputs(bound, "mlp")) == [(f"model.layers.{i}.mlp.down_proj", i, mlp) for i in range(3)]
+    assert list(masked_inputs(bound, "kv")) == [(f"model.layers.{i}.self_attn.o_proj", i, kv) for i in range(3)]
     layers = [f"model.layers.{i}.{name}" for i in range(3) for name in ("input_layernorm", "post_attention_layernorm")]
     assert list(norms(bound, "hidden")) == [*layers, "model.norm"]
 

@@ -12,12 +12,14 @@ from transformers import (
     ConvNextV2ForImageClassification,
     Gemma2ForCausalLM,
     LlamaForCausalLM,
+    MobileViTForImageClassification,
     ResNetForImageClassification,
     SwinForImageClassification,
     ViTForImageClassification,
 )
 
 from hf_dms import DMSConfig, attach_, detach_, plan_of, prune
+from hf_dms.archs.registry import spec_for
 from hf_dms.cut.verify import hard_masked, open_gates, outputs_of
 from hf_dms.errors import VerificationError
 from hf_dms.gating.attach import copy_search_, gates_of
@@ -52,10 +54,14 @@ def test_masked_equals_cut(cls, layout):
 
 
 @pytest.mark.parametrize(
-    "cls", [ConvNextForImageClassification, ResNetForImageClassification, SwinForImageClassification]
+    "cls",
+    [
+        *(ConvNextForImageClassification, ResNetForImageClassification),
+        *(SwinForImageClassification, MobileViTForImageClassification),
+    ],
 )
 def test_masked_equals_cut_in_stages(cls, monkeypatch):
-    model = searched(tiny(cls), layout="per_layer" if cls is SwinForImageClassification else "uniform")
+    model = searched(tiny(cls), layout="per_layer" if spec_for(cls.config_class()).per_layer_only else "uniform")
     has_norms = any(name.startswith("norms.") for name in gates_of(model).scales)
     assert has_norms == (cls is not ResNetForImageClassification)
     prune(model, inputs=batches_for(model)[0])  # compares the outputs

@@ -23,7 +23,13 @@ MOBILES = {
     **dict.fromkeys(heads_of("EfficientNet", "ImageClassification"), ("mid", "squeeze", "stem", "hidden", "top")),
 }
 SWINS = heads_of("Swin", "ImageClassification")
-PER_LAYER_ONLY = MOBILES | dict.fromkeys(SWINS, ("heads", "mlp", "hidden", "layers"))
+MOBILEVITS = heads_of("MobileViT", "ImageClassification")
+WIDTHS = ("reduced", "local", "projected", "fused", "expanded", "mid", "stem", "first", "second")
+PER_LAYER_ONLY = {
+    **MOBILES,
+    **dict.fromkeys(SWINS, ("heads", "mlp", "hidden", "layers")),
+    **dict.fromkeys(MOBILEVITS, ("heads", "mlp", "hidden", *WIDTHS, "top", "layers")),
+}
 STAGED = (
     *heads_of("ConvNext", "ImageClassification"),
     *heads_of("ConvNextV2", "ImageClassification"),

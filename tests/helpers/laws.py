@@ -68,6 +68,8 @@ SIZES = {
     )
     | dict(kernel_sizes=[3, 3, 5], in_channels=[32, 24, 20], out_channels=[24, 20, 36], strides=[1, 2, 1])
     | dict(num_block_repeats=[2, 1, 2], expand_ratios=[1, 2, 3], depthwise_padding=[2]),
+    "mobilevit": dict(num_channels=2, image_size=64, neck_hidden_sizes=[4, 5, 6, 7, 8, 9, 10], mlp_ratio=1.5)
+    | dict(hidden_sizes=[8, 12, 16], expand_ratio=1.5),
     "detr": DETECTOR,
     "conditional_detr": DETECTOR,
     "rt_detr": LEVELS,

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import (
     ConvNextForImageClassification,
     ConvNextV2ForImageClassification,
+    MobileViTForImageClassification,
     RegNetForImageClassification,
     ResNetForImageClassification,
     ResNetModel,
@@ -36,6 +37,7 @@ MODELS = {
     "convnext of one stage": (ConvNextForImageClassification, dict(num_stages=1, hidden_sizes=[6], depths=[3])),
     "convnextv2": (ConvNextV2ForImageClassification, {}),
     "swin": (SwinForImageClassification, {}),
+    "mobilevit": (MobileViTForImageClassification, {}),
     "swin, padded": (SwinForImageClassification, dict(window_size=3, depths=[2, 2], num_heads=[2, 4])),
 }
 INNER = ("mid", "reduced", "mlp", "groups", "squeeze", "heads")
@@ -134,8 +136,12 @@ def test_a_walk_through_all_stages_computes_what_the_model_computes(name):
     with torch.no_grad():
         for layer in range(len(walk.layers)):
             walk.advance(layer)
-        last = model.base_model.layernorm(walk.hidden[0]) if name.startswith("swin") else walk.hidden[0]
-        assert torch.equal(last, model.base_model(**batch).last_hidden_state)
+        last = {"swin": "layernorm", "mobilevit": "encoder.layer.4.layernorm"}.get(name.partition(",")[0])
+        if last is None:
+            expected = model.base_model(**batch).last_hidden_state
+        else:  # another module reads what the last layer wrote
+            expected, _ = captured(model.base_model, last, [batch])
+        assert torch.equal(walk.hidden[0], expected)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +306,8 @@ def test_images_that_fill_one_window_and_others_that_fill_several_are_not_repair
 
 
 # ---- that it helps ----
-CASES = [(name, plan) for name in ("basic", "bottleneck", "regnet", "convnext", "convnextv2", "swin") for plan in PLANS]
+STREAMED = ("basic", "bottleneck", "regnet", "convnext", "convnextv2", "swin", "mobilevit")
+CASES = [(name, plan) for name in STREAMED for plan in PLANS]
 
 
 @pytest.mark.parametrize(
@@ -324,7 +331,7 @@ def test_streams_of_trained_networks_come_closer_on_held_out_images(name, plan):
             hidden = "hidden" + stack.removeprefix("layers")
             units = plan.kept.get(hidden, (slice(None),))[0]
             aim = expected[max(i for i, place in enumerate(stacks) if place[0] == stack)][:, units]
-            size, normed = aim.square(), name.startswith(("convnext", "swin"))
+            size, normed = aim.square(), name.startswith(("convnext", "swin", "mobilevit"))
             weights = 1 / (size.mean(1, keepdim=True) if normed else size.mean())
             yield float(((found[kept.index((stack, last))] - aim).square() * weights).mean())
 

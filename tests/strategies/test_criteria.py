@@ -228,6 +228,7 @@ ENCODERS = {
     "ResNetForImageClassification": ("reduced", "mid"),
     "RegNetForImageClassification": ("groups", "squeeze"),
     "SwinForImageClassification": ("heads", "mlp"),
+    "MobileViTForImageClassification": ("heads", "mlp"),
 }
 
 
@@ -245,7 +246,7 @@ def test_criteria_serve_encoders_of_text_and_images(name, kind):
     batch = batch_for(model)
     labels = torch.zeros(len(next(iter(batch.values()))), dtype=torch.long)
     attach_(model, DMSConfig(target=0.9, layout="per_layer", prune=dims))
-    if name == "kfac_obs" and kind.startswith(("ConvNext", "ResNet", "RegNet", "Swin")):
+    if name == "kfac_obs" and kind.startswith(("ConvNext", "ResNet", "RegNet", "Swin", "MobileViT")):
         with pytest.raises(HfDmsError, match="has several stacks of layers"):
             choose_(model, name, 4 * [batch | {"labels": labels}])
         return
