@@ -65,6 +65,28 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
+def command() -> int:
+    """`main` for a shell: Ctrl-C, and a reader that stops reading (`| head`), end without a traceback.
+
+    Returns:
+        The exit code: that of `main`, or as for other programs 130 for Ctrl-C and 141 for a closed pipe.
+    """
+    try:
+        return main()
+    except KeyboardInterrupt:
+        if os.environ.get("HF_DMS_TRACEBACK"):
+            raise
+        print("hf-dms: stopped. What was finished before is whole; the same command goes on.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        if os.environ.get("HF_DMS_TRACEBACK"):
+            raise
+        print("hf-dms: stopped, because nothing reads its output any more.", file=sys.stderr)
+        # The interpreter would write what is left when it ends, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
 def _no_bars_() -> None:
     """Switch off the progress bars of other libraries. In a log file, training/progress.py writes plain lines."""
     from huggingface_hub.utils import disable_progress_bars

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from hf_dms.archs.registry import ARCHS
-from hf_dms.cli import _parser, main
+from hf_dms.cli import _parser, command, main
 from hf_dms.files import refusal_of_the_system
 
 
@@ -69,6 +69,24 @@ def test_what_the_system_refuses_is_told_from_a_bug(error, words):
     assert found is None if words is None else words in found
 
 
+def test_ctrl_c_ends_in_one_line(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_dms.cli.main", interrupted)
+    assert command() == 130
+    assert capsys.readouterr().err == "hf-dms: stopped. What was finished before is whole; the same command goes on.\n"
+
+
+def test_a_reader_that_stops_reading_ends_it_in_one_line():
+    reading, writing = os.pipe()
+    os.close(reading)
+    started = [sys.executable, "-m", "hf_dms", "recipes"]
+    done = subprocess.run(started, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "hf-dms: stopped, because nothing reads its output any more.\n")
+
+
 def test_an_unknown_command_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["prun"])
@@ -76,8 +94,8 @@ def test_an_unknown_command_is_refused(capsys):
 
 
 def test_overrides_may_follow_an_option(recipe, capsys):
-    for command in ("validate", "prune", "compare"):
-        code, _ = recipe("--json", "dms.target=60", command=command)
+    for name in ("validate", "prune", "compare"):
+        code, _ = recipe("--json", "dms.target=60", command=name)
         assert code == 2
         assert "dms.target must be in (0, 1], got 60" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
@@ -96,7 +114,7 @@ def test_validate_needs_a_recipe_whose_path_may_hold_an_equals_sign(tmp_path, ca
 
 # ---- for programs and log files ----
 @pytest.mark.parametrize(
-    ("command", "holds"),
+    ("words", "holds"),
     [
         (["archs", "mobilenet_v2"], lambda found: found["mobilenet_v2"]["prunes"][::3] == ["mid{s}", "hidden{s}"]),
         (["archs", "llama"], lambda found: found["llama"]["prunes"] == ["kv", "mlp", "hidden", "layers"]),
@@ -107,15 +125,15 @@ def test_validate_needs_a_recipe_whose_path_may_hold_an_equals_sign(tmp_path, ca
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_json_is_all_that_stdout_holds(command, holds, capsys):
-    assert main([*command, "--json"]) == (2 if command[0] == "validate" else 0)
+def test_json_is_all_that_stdout_holds(words, holds, capsys):
+    assert main([*words, "--json"]) == (2 if words[0] == "validate" else 0)
     assert holds(json.loads(capsys.readouterr().out))
 
 
 def test_every_command_takes_json():
     commands = next(action for action in _parser()._actions if action.choices).choices
     assert len(commands) > 10
-    assert [name for name, command in commands.items() if "--json" not in command.format_help()] == []
+    assert [name for name, each in commands.items() if "--json" not in each.format_help()] == []
 
 
 def test_a_prune_prints_its_report_as_json_and_again_when_it_is_finished(recipe, capsys):
