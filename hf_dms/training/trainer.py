@@ -468,6 +468,8 @@ class _GateCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.trainer.dms_config.check_length(state.max_steps)
+        # A backward pass of a call that an error ended, or of the user, must not count in the first step.
+        self.trainer._forget_step_()
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         if self.trainer.is_world_process_zero():

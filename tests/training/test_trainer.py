@@ -113,6 +113,14 @@ def recorded(folder, dms_options=None, **options):
     return record.trainer, record.rates
 
 
+def test_a_backward_pass_before_the_search_changes_nothing(tmp_path):
+    model, batch = tiny_llama(), token_batch()
+    trainer = DMSTrainer(model=model, dms_config=dms(), args=arguments(tmp_path), train_dataset=Tokens())
+    model.train()(**batch, labels=batch["input_ids"]).loss.backward()
+    trainer.train()
+    assert bit_equal(trainer.gates.search_state(), trained(tmp_path / "plain").gates.search_state())
+
+
 def test_gates_have_an_optimizer_of_their_own_with_a_constant_rate_and_no_weight_decay(tmp_path):
     trainer, rates = recorded(tmp_path, weight_decay=0.1, lr_scheduler_type="linear", warmup_steps=2)
     (group,) = trainer.gate_optimizer.param_groups
