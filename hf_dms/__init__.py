@@ -1,9 +1,10 @@
 """hf_dms: learn how wide and how deep a Transformers model should be, and cut it to that size.
 
-Differentiable Model Scaling (Liu et al., ICML 2024, arXiv 2405.07194). Nine files teach the method, in this order: topk
+Differentiable Model Scaling (Liu et al., ICML 2024, arXiv 2405.07194). Ten files teach the method, in this order: topk
 (the operator) → gates (ratios, importance, masks) → masked_ops (where a mask enters a forward pass) → archs/spec (the
-language of descriptions) → archs/llama (one description) → gating/attach (where gates touch a model) → gating/rounding
-(whole sizes from learned ones) → cut/slicing (the cut) → training/trainer (the step of a search).
+language of descriptions) → archs/llama (one description) → gating/attach (where gates touch a model) → gating/hooks
+(what a module does with a mask) → gating/rounding (whole sizes from learned ones) → cut/slicing (the cut) →
+training/trainer (the step of a search).
 
 After `import hf_dms`, transformers' Auto classes load checkpoints whose layers differ in width.
 """

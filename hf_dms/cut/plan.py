@@ -18,7 +18,7 @@ from torch import Tensor
 from ..archs.bind import BoundSpec
 from ..errors import HfDmsError
 from ..files import read_json
-from ..gating.attach import NORMS, scaled_norms
+from ..gating.places import NORMS, scaled_norms
 
 PLAN_FILE = "dms_plan.json"
 FORMAT = 1

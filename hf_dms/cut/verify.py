@@ -16,7 +16,8 @@ from ..archs.plain_view import adapted_layers, is_packed, plain_parameters
 from ..archs.registry import dense_spec
 from ..archs.restoring import HALF, evaluating, in_precision
 from ..errors import VerificationError
-from ..gating.attach import gates_of, has_gates, norms
+from ..gating.attach import gates_of, has_gates
+from ..gating.places import norms
 from ..resource import Sizes
 from .plan import Plan
 

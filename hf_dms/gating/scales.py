@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from ..archs.bind import BoundSpec
 from ..masked_ops import spread
-from .attach import NORMS, gates_of, masked_inputs, norm_spans, scaled_norms
+from .attach import gates_of
+from .places import NORMS, masked_inputs, norm_spans, scaled_norms
 
 
 def folded_scales(log_scales: Mapping[str, Tensor], bound: BoundSpec) -> dict[str, Tensor]:

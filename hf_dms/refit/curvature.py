@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..archs.bind import BoundSpec
 from ..errors import HfDmsError
-from ..gating.attach import masked_inputs
+from ..gating.places import masked_inputs
 from ..masked_ops import of_units
 from .layerwise import LayerWalk, layers_of
 from .shelf import Shelf

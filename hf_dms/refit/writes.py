@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HfDmsError
-from ..gating.attach import norms
+from ..gating.places import norms
 from .layerwise import LayerWalk
 from .shelf import Shelf
 from .stream import (

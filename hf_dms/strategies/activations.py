@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..archs.plain_view import plain_weight, submodule
-from ..gating.attach import gates_of, masked_inputs, unit_axis
+from ..gating.attach import gates_of
+from ..gating.places import masked_inputs, unit_axis
 from ..masked_ops import Span, of_units
 from .allocate import Batches, Criterion, Scores
 

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from ..archs.plain_view import submodule
 from ..gates import Gates
-from ..gating.attach import gates_of, masked_inputs, unit_axis
+from ..gating.attach import gates_of
+from ..gating.places import masked_inputs, unit_axis
 from ..masked_ops import Span, spread
 from ..refit.curvature import frozen
 from ..resource import Sizes, resource_loss, scheduled_target

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from ..archs.plain_view import submodule
 from ..gates import Gates
-from ..gating.attach import gates_of, masked_inputs
+from ..gating.attach import gates_of
+from ..gating.places import masked_inputs
 from ..masked_ops import spread
 from .allocate import Batches, Criterion, Scores
 from .learned import Masks, PerUnit, pull, train_masks

@@ -23,7 +23,8 @@ from hf_dms import DMSConfig, attach_, prune
 from hf_dms.archs.bind import bind
 from hf_dms.archs.electra import ELECTRA
 from hf_dms.cut.prune import make_plan
-from hf_dms.gating.attach import gates_of, norms, unnormed
+from hf_dms.gating.attach import gates_of
+from hf_dms.gating.places import norms, unnormed
 from hf_dms.gating.rounding import round_sizes
 
 LAYOUTS = ("uniform", "per_layer")

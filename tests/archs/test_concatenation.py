@@ -21,7 +21,9 @@ from hf_dms.cut.plan import Plan
 from hf_dms.cut.prune import sum_over_units
 from hf_dms.cut.slicing import axis_indices, slice_tensor
 from hf_dms.cut.verify import outputs_of
-from hf_dms.gating.attach import _masked_batch_norm_forward, gates_of, masked_inputs, norm_spans
+from hf_dms.gating.attach import gates_of
+from hf_dms.gating.hooks import _masked_batch_norm_forward
+from hf_dms.gating.places import masked_inputs, norm_spans
 from hf_dms.gating.rounding import rounded_of
 from hf_dms.gating.scales import folded_scales
 from hf_dms.masked_ops import Span

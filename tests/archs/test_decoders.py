@@ -45,7 +45,8 @@ from transformers.models.smollm3.modeling_smollm3 import SmolLM3RMSNorm
 from hf_dms import DMSConfig, attach_, prune
 from hf_dms.archs.registry import ARCHS
 from hf_dms.cut.prune import make_plan
-from hf_dms.gating.attach import gates_of, norms
+from hf_dms.gating.attach import gates_of
+from hf_dms.gating.places import norms
 
 HEADS = [
     *(head for name in ("Mistral", "Qwen2", "Qwen3", "SmolLM3") for head in heads_of(name, "CausalLM", *TASKS)),

@@ -71,10 +71,10 @@ def test_streams_that_are_read_one_after_the_other_are_cut_alone_and_together(di
 
 def test_masks_of_both_streams_are_one_operation(monkeypatch):
     """Otherwise the input would be kept twice for the backward."""
-    from hf_dms.gating import attach
+    from hf_dms.gating import hooks
 
-    spans, apply = [], attach.MaskUnits.apply
-    monkeypatch.setattr(attach.MaskUnits, "apply", lambda *args: spans.append(args[2]) or apply(*args))
+    spans, apply = [], hooks.MaskUnits.apply
+    monkeypatch.setattr(hooks.MaskUnits, "apply", lambda *args: spans.append(args[2]) or apply(*args))
     model = tiny(MobileViTForImageClassification)
     attach_(model, DMSConfig(target=0.95, prune=("reduced1", "projected1"), layout="per_layer"))
     model.eval()(**batch_for(model))

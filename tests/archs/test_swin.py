@@ -22,7 +22,7 @@ from hf_dms.checkpoint.save import save_pruned
 from hf_dms.cut.plan import Plan
 from hf_dms.cut.verify import outputs_of
 from hf_dms.errors import HfDmsError
-from hf_dms.gating.attach import norm_spans, norms
+from hf_dms.gating.places import norm_spans, norms
 from hf_dms.masked_ops import Span
 
 

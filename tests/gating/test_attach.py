@@ -21,8 +21,10 @@ from hf_dms.archs.resnet import RESNET
 from hf_dms.cut.prune import make_plan
 from hf_dms.cut.slicing import cut
 from hf_dms.cut.verify import hard_masked, outputs_of
-from hf_dms.gating import attach as attach_module
-from hf_dms.gating.attach import _mask_reader, freeze_, gates_of, has_gates, masked_batch_norms, masked_inputs, norms
+from hf_dms.gating import hooks
+from hf_dms.gating.attach import freeze_, gates_of, has_gates
+from hf_dms.gating.hooks import _mask_reader
+from hf_dms.gating.places import masked_batch_norms, masked_inputs, norms
 from hf_dms.masked_ops import Span
 
 DIMS = ("kv", "mlp", "hidden", "layers")
@@ -62,13 +64,13 @@ def test_masks_on_batch_norms_do_what_masks_behind_their_relus_do(cls, options, 
         masked.extend(name for name, _, _ in parts)
         return mask_reader(module, gates, parts, axis)
 
-    monkeypatch.setattr(attach_module, "_mask_reader", noted)
+    monkeypatch.setattr(hooks, "_mask_reader", noted)
     mask_reader = _mask_reader
     ours = after_a_step(cls, **options)
     assert {name.rstrip("012") for name in masked} <= {"squeeze", "first", "embedding"}
     if cls is ResNetForImageClassification:
         assert not masked
-    monkeypatch.setattr(attach_module, "masked_batch_norms", lambda bound, name: ())
+    monkeypatch.setattr(hooks, "masked_batch_norms", lambda bound, name: ())
     theirs = after_a_step(cls, **options)
     assert len(masked) > 10
     assert_same_step(ours, theirs)
@@ -107,13 +109,13 @@ def test_masks_on_the_weights_of_maps_do_what_masks_on_their_inputs_do(cls, opti
         mask = gates.log_masks[name][row].exp().repeat_interleave(after).repeat(before)
         return type(module).forward(module, x * mask.view(-1, *(1,) * (x.dim() - 1 - axis % x.dim())))
 
-    monkeypatch.setattr(attach_module, "FEWER", 0)  # so that small batches mask the weights too
+    monkeypatch.setattr(hooks, "FEWER", 0)  # so that small batches mask the weights too
     folded = []
-    apply = attach_module.MaskKernel.apply
-    monkeypatch.setattr(attach_module.MaskKernel, "apply", lambda *args: folded.append(args) or apply(*args))
+    apply = hooks.MaskKernel.apply
+    monkeypatch.setattr(hooks.MaskKernel, "apply", lambda *args: folded.append(args) or apply(*args))
     ours = after_a_step(cls, **options)
     assert len(folded) > 3
-    monkeypatch.setattr(attach_module, "_masked_map_forward", by_inputs)
+    monkeypatch.setattr(hooks, "masked_map_forward", by_inputs)
     assert_same_step(ours, after_a_step(cls, **options))
 
 
