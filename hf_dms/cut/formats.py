@@ -125,7 +125,8 @@ def per_layer_values(bound: BoundSpec, sizes: list[dict[str, int]], common: dict
         mine = [layer for layer in sizes if stack in layer]
         used = [_dims_of(_of_one_layer(description, place)) for place in range(len(mine))]
         recorded = [{name: layer[name] for name in names} for layer, names in zip(mine, used)]
-        stacks.append(description | {"sizes": recorded})
+        in_config = any(stack in product.split() for product in bound.spec.config.values())
+        stacks.append(description | {"sizes": recorded} | ({} if in_config else {"built_whole": True}))
     common_sizes = widest(sizes)
     layout = {"stacks": stacks, "build_with": bound.spec.build_with} | _outside_layers(bound, common_sizes)
     # Whether the config holds what a backbone needs to know: the widths of the stages that it returns.

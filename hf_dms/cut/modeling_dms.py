@@ -158,12 +158,19 @@ def resize_stack_(model, layout: dict, layer_sizes: list[dict[str, int]]) -> Non
         model: a freshly built stock model.
         layout: `path` of the stack below the base model; `axes` of a layer's parameters and buffers; `attributes` of
             modules that hold a size. Their names begin with `{i}` for any layer, `{i>0}` for any layer but the first,
-            or a layer's number.
+            or a layer's number. `built_whole`: whether the stock class builds all layers of the dense model, because
+            its config does not hold their number.
         layer_sizes: units of every dim, layer by layer.
     """
     stack = model.base_model.get_submodule(layout["path"])
-    del stack[len(layer_sizes) :]  # where the config does not hold their number, the stock class built all
-    for index, (layer, sizes) in enumerate(zip(stack, layer_sizes, strict=True)):
+    if layout.get("built_whole"):  # the config does not hold the number of layers
+        del stack[len(layer_sizes) :]
+    if len(layer_sizes) != len(stack):
+        raise ValueError(
+            f"config.json: dms_layers has the sizes of {len(layer_sizes)} layers of {layout['path']}, and the config "
+            f"asks for {len(stack)}. The file was changed by hand or cut short: save the model again."
+        )
+    for index, (layer, sizes) in enumerate(zip(stack, layer_sizes)):
         attributes, axes = (lines_of_layer(layout[key], index) for key in ("attributes", "axes"))
         resize_(model, layer, axes, attributes, sizes)
 

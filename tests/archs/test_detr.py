@@ -140,7 +140,7 @@ def test_a_repair_brings_boxes_and_classes_closer_on_held_out_images(head):
 @torch.no_grad()
 def test_a_repair_compares_the_same_places_of_an_image_where_queries_are_chosen():
     """A cut encoder scores places in another order. If it chose alone, whole decoder layers would change."""
-    model, batches = tiny(RTDetrModel), images(1, 8)
+    model, batches = tiny(RTDetrModel, seed=2), images(1, 8)
     kept = {"encoder_mlp": 2 * (torch.arange(12),)}
     pruned = cut_by(model, Plan(kept))
     bound = bound_of(model)

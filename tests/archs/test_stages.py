@@ -9,6 +9,7 @@ from helpers.refit import bound_of
 from helpers.tiny import untouched
 from torch import nn
 from transformers import (
+    AutoModelForImageClassification,
     ConvNextForImageClassification,
     ConvNextModel,
     ConvNextV2ForImageClassification,
@@ -200,3 +201,13 @@ def test_units_of_a_grouped_convolution_are_whole_groups(tmp_path):
 def test_a_regnet_that_keeps_the_resolution_in_its_first_stage_is_not_covered():
     model = tiny(RegNetForImageClassification, downsample_in_first_stage=False)
     untouched(model, "regnet with downsample_in_first_stage = False in its config is not supported, only with True")
+
+
+def test_a_config_that_lists_fewer_layers_than_it_counts_is_an_error():
+    """Only where the config does not hold their number (MobileViT) are layers beyond the listed ones dropped."""
+    model = tiny(ResNetForImageClassification)
+    searched(model, layout="per_layer", prune=("mid",))
+    config = prune(model, inputs=batch_for(model)).config
+    config.dms_layers["stacks"][0]["sizes"].pop()
+    with pytest.raises(ValueError, match=r"dms_layers has the sizes of 1 layers of .*, and the config asks for 2"):
+        AutoModelForImageClassification.from_config(config)
