@@ -24,7 +24,8 @@ from hf_dms import detach_
 from hf_dms.archs.bind import bind
 from hf_dms.archs.registry import spec_for
 from hf_dms.cut.plan import PLAN_FILE, load_plan, plan_to_json
-from hf_dms.experiment.prepare import empty_model, model_class, prepare, training_arguments
+from hf_dms.experiment.objects import empty_model, model_class, training_arguments
+from hf_dms.experiment.prepare import prepare
 from hf_dms.experiment.recipe import load_recipe
 from hf_dms.experiment.stages import dense_model, recover_steps, score, search_and_cut
 from hf_dms.tasks.evaluate import summary

@@ -41,8 +41,9 @@ from ..training.finetune import train_
 from ..training.refitting import examples_beside_the_steps
 from ..training.trainer import DMSTrainer
 from .choose import Batches, cut_by_criterion, examples_of, shuffled
+from .objects import empty_model, lora_config, training_arguments
 from .own_data import with_own_texts
-from .prepare import Prepared, empty_model, load_texts, lora_config, prepare, training_arguments
+from .prepare import Prepared, load_texts, prepare
 from .recipe import Recipe, coerce_fields
 from .rows import append_row, fingerprint, provenance, read_rows
 from .stages import choice_changes_weights, dense_model

@@ -8,7 +8,8 @@ from ..archs.bind import bind
 from ..archs.registry import spec_for
 from ..config import SEARCH
 from ..refit.memory import refitted_bytes, repair_bytes
-from .prepare import Prepared, empty_model
+from .objects import empty_model
+from .prepare import Prepared
 
 GIB = 2**30
 

@@ -27,8 +27,9 @@ from ..report.page import PAGE, render
 from ..report.report import Report
 from ..tasks.evaluate import summary
 from ..training.distributed import check_launch, print_on_main, run_on_main
+from .objects import training_arguments
 from .own_data import with_own_texts
-from .prepare import Prepared, prepare, training_arguments, unfinished_folder
+from .prepare import Prepared, prepare, unfinished_folder
 from .recipe import Recipe
 from .recover import recover_in_words
 from .sizes import folder_of, save_sizes

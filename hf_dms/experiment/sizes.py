@@ -21,7 +21,8 @@ from ..gating.attach import attach_, detach_, gates_of
 from ..report.numbers import sizes_and_costs
 from ..report.report import Report
 from ..training.distributed import print_on_main, run_on_main
-from .prepare import Prepared, training_arguments, unfinished_folder
+from .objects import training_arguments
+from .prepare import Prepared, unfinished_folder
 from .recipe import Recipe
 from .sections import HubConfig
 from .stages import recover_steps, report_of

@@ -36,7 +36,8 @@ from ..training.finetune import train_
 from ..training.progress import Countdown
 from ..training.trainer import DMSTrainer
 from .choose import cut_by_criterion, examples_of, shuffled
-from .prepare import Prepared, check_trained, check_weights, empty_model, model_class, packing
+from .objects import empty_model, model_class, packing
+from .prepare import Prepared, check_trained, check_weights
 from .recipe import Recipe
 
 

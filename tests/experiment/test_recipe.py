@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from hf_dms import DMSConfig, HfDmsError
+from hf_dms.experiment.objects import training_arguments
 from hf_dms.experiment.packaged import packaged_recipes, recipe_names
-from hf_dms.experiment.prepare import training_arguments
 from hf_dms.experiment.recipe import build_recipe, load_recipe
 
 MINIMAL = {

@@ -10,7 +10,7 @@ from helpers.searches import arguments, bit_equal, weights
 from helpers.tiny import TINY, Tokens, tiny_llama
 from transformers import BertConfig, LlamaConfig, default_data_collator
 
-from hf_dms.experiment.prepare import empty_model
+from hf_dms.experiment.objects import empty_model
 from hf_dms.experiment.recipe import build_recipe
 from hf_dms.experiment.recover import with_recover_defaults
 from hf_dms.experiment.sections import RepairConfig
