@@ -189,8 +189,10 @@ def collect_(
         if places.behind or places.channels or places.scale != 1:
             run = recorder.outputs[path][counts], recorder.added[path][counts]
             rows, channels = slope(block, places, path, *run) or added_otherwise(path)
-            # A channel with factor 0 cannot reach the stream, whatever its map writes.
-            missing = torch.where(channels == 0, 0, missing / (rows * channels)).to(missing.dtype)
+            # A channel with factor 0 cannot reach the stream, whatever its map writes. A row of factor 0 is a position
+            # at which a map in front of a norm writes nothing. Its weight is 0 too.
+            factor = rows * channels
+            missing = torch.where(factor == 0, 0, missing / factor).to(missing.dtype)
             weights = weights * rows[:, 0].square()
         sums[number % len(sums)].add_(inputs, missing, weights)
 

@@ -163,6 +163,17 @@ def test_stream_and_outputs_come_closer_on_held_out_data(cls, plan, share):
     assert new_outputs < share * outputs
 
 
+@pytest.mark.parametrize("cls", NORMALISING)
+def test_positions_at_which_a_map_in_front_of_a_norm_writes_nothing_do_not_count(cls):
+    """A single unit is exactly 0 at some positions: its activation function is where its input is far below 0."""
+    model = tiny(cls)
+    for unit in range(4):
+        plan = Plan({"mlp": (torch.tensor([unit]),) * 3})
+        pruned = cut_by(model, plan)
+        repair_(pruned, model, plan, batches_for(model))
+        assert all(parameter.isfinite().all() for parameter in pruned.parameters())
+
+
 @pytest.mark.parametrize("cls", [*SCALING, *NORMALISING])
 def test_what_a_map_lacks_is_stated_before_the_scale_or_norm_behind_it(cls):
     """With as many inputs as positions, least squares are exact. Behind a norm they are exact to first order only."""
