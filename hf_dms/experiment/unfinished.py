@@ -29,13 +29,54 @@ IDLE = (  # prefixes of keys of TrainingArguments that do not influence weights 
 
 
 def is_finished(recipe: Recipe, output: Path, unfinished: Path) -> bool:
-    """Whether the result exists already. If a run was killed right after writing it, its working folder is removed."""
+    """Whether the result exists already. If a run was killed right after writing it, its working folder is removed.
+
+    Raises:
+        HfDmsError: it is the result of another recipe.
+    """
     if not (output / REPORT).is_file() or recipe.output.overwrite:
         return False
+    if changed := _changed_since(output / REPORT, recipe):
+        raise HfDmsError(
+            f"{output} holds the finished result of another recipe: {changed}. Choose another output.path, or set "
+            "output.overwrite: true."
+        )
     # Killed between the writing of the result and the removal of its folder. Another recipe's folder is not touched.
     if not unfinished.exists() or _read_claim(unfinished) == _plain(recipe):
         remove_unfinished(unfinished, output)
     return True
+
+
+def _changed_since(report: Path, recipe: Recipe) -> str:
+    """The keys of model, data, training and search whose values a finished result was not made with, in words.
+
+    A report has the recipe as it ran, with names in place of paths. So a value that a run fills in or changes is not
+    compared.
+    """
+    now = influences(_plain(recipe), "search")
+    try:
+        before = influences(json.loads(report.read_text(encoding="utf-8"))["recipe"], "search")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return ""  # of another version, or changed by hand
+    is_share = isinstance(recipe.dms.target, float | int) and recipe.model.supernet is None
+    filled_in = {"bf16"} | (set() if is_share else {"target", "prune", "protect"})
+    found = []
+    for section in before.keys() & now.keys():
+        old, new = before[section] or {}, now[section] or {}
+        for key in sorted((old | new).keys() - filled_in):
+            was, now_is = old.get(key), new.get(key)
+            # Only free sections can lack a key; elsewhere another version wrote the report.
+            is_free = section in ("train", "finetune", "lora")
+            if not _same(was, now_is) and (is_free or not (was is None or now_is is None)):
+                names = ["left out" if value is None else value for value in (was, now_is)]
+                found.append(f"{section}.{key} was {names[0]}, is {names[1]}")
+    return ", ".join(sorted(found))
+
+
+def _same(was: Any, now: Any) -> bool:
+    """Whether a value of a report is that of a recipe, whose local paths the report shortens to `.../name`."""
+    is_path = isinstance(was, str) and was.startswith(".../") and isinstance(now, str)
+    return Path(was).name == Path(now).name if is_path else was == now
 
 
 def remove_unfinished(unfinished: Path, output: Path) -> None:

@@ -345,6 +345,35 @@ def test_a_finished_output_is_left_alone(recipe, capsys):
     assert (out / "dms_report.json").stat().st_mtime_ns == before
 
 
+def test_a_finished_output_of_another_recipe_is_no_result_of_this_one(recipe, dense, tmp_path, capsys):
+    _, out = recipe("train.learning_rate=1e-4")
+    before = (out / "dms_report.json").read_text()
+    shutil.copytree(dense, tmp_path / "other")
+    capsys.readouterr()
+    for override, change in {
+        "dms.target=0.8": "dms.target was 0.6, is 0.8",
+        "dms.round_to={mlp: 2}": "dms.round_to was {}, is {'mlp': 2}",
+        f"model.path={tmp_path / 'other'}": "model.path was .../dense",
+        "train.max_steps=9": "train.max_steps was 8, is 9",
+        "train.weight_decay=0.1": "train.weight_decay was left out, is 0.1",
+        "dms.pipeline=p-": "dms.pipeline was p, is p-",
+    }.items():
+        assert recipe("train.learning_rate=1e-4", override)[0] == 2
+        message = capsys.readouterr().err
+        assert "holds the finished result of another recipe" in message
+        assert change in message
+    assert recipe("train.learning_rate=1e-4", "train.logging_steps=3", "eval.new_tokens=2")[0] == 0
+    assert "finished already" in capsys.readouterr().out
+    assert (out / "dms_report.json").read_text() == before
+
+
+@pytest.mark.parametrize("override", ["dms.target=8K", "dms={sizes: {mlp: 12}, warmup_steps: 2}"])
+def test_what_a_run_fills_in_is_no_other_recipe(override, recipe, capsys):
+    for _ in range(2):
+        assert recipe(override, "recover={}", "train.bf16=true")[0] == 0
+    assert "finished already" in capsys.readouterr().out
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped_and_ends_the_same(recipe, monkeypatch):
     train = ("train.max_steps=8", "train.save_steps=4")
     _, out = recipe(*train)
