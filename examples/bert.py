@@ -14,6 +14,7 @@ path, file, steps = sys.argv[1:] or ["models/minilm", "models/movie-sentiment/tr
 labels = {"negative": 0, "positive": 1}
 model = AutoModelForSequenceClassification.from_pretrained(path, label2id=labels, id2label=dict(enumerate(labels)))
 tokenizer = AutoTokenizer.from_pretrained(path)
+dense = model.num_parameters()
 rows = load_dataset("json", data_files=file, split="train").map(
     lambda row: tokenizer(row["text"], truncation=True, max_length=64) | {"labels": labels[row["label"]]},
     remove_columns=["text", "label"],
@@ -28,4 +29,4 @@ trainer = DMSTrainer(
 trainer.train()
 pruned = trainer.prune()
 save_pruned(pruned, "outputs/example/pruned", processor=tokenizer, overwrite=True)
-print(f"{model.num_parameters():,} -> {pruned.num_parameters():,} parameters, saved in outputs/example/pruned")
+print(f"{dense:,} -> {pruned.num_parameters():,} parameters, saved in outputs/example/pruned")

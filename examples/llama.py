@@ -13,6 +13,7 @@ from hf_dms import DMSConfig, DMSTrainer, save_pruned
 path, texts, steps = sys.argv[1:] or ["models/smollm2-135m", "recipes/data/sotu_train.jsonl", "100"]
 model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+dense = model.num_parameters()
 rows = load_dataset("json", data_files=texts, split="train")
 trainer = DMSTrainer(
     model=model,
@@ -24,4 +25,4 @@ trainer = DMSTrainer(
 trainer.train()
 pruned = trainer.prune()
 save_pruned(pruned, "outputs/example/pruned", processor=tokenizer, overwrite=True)
-print(f"{model.num_parameters():,} -> {pruned.num_parameters():,} parameters, saved in outputs/example/pruned")
+print(f"{dense:,} -> {pruned.num_parameters():,} parameters, saved in outputs/example/pruned")
