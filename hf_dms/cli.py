@@ -395,6 +395,7 @@ def _launch_config(options: argparse.Namespace) -> int:
     elif os.path.exists(options.file):
         raise HfDmsError(f"{options.file} exists. Choose another file, or remove it.")
     else:
+        os.makedirs(os.path.dirname(options.file) or ".", exist_ok=True)
         with open(options.file, "w", encoding="utf-8") as file:
             file.write(content)
     return 0

@@ -96,7 +96,9 @@ def check_writable(folder: str | os.PathLike, overwrite: bool, sources: Iterable
     """
     check_place(folder, sources)
     target = Path(folder)
-    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
+    if target.is_file():
+        raise HfDmsError(f"{target} is a file. Choose another output.path.")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise HfDmsError(f"{target} exists and is not empty. Choose another output.path or set output.overwrite: true.")
 
 

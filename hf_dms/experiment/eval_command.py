@@ -41,7 +41,7 @@ def run_lm_eval(path: str, arguments: list[str]) -> None:
         arguments: arguments of lm-eval, such as `["--tasks", "lambada_openai", "--limit", "100"]`.
 
     Raises:
-        HfDmsError: lm-eval is not installed.
+        HfDmsError: lm-eval is not installed, or it has no such task.
     """
     try:
         from lm_eval.__main__ import cli_evaluate
@@ -50,7 +50,12 @@ def run_lm_eval(path: str, arguments: list[str]) -> None:
     command = ["lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={path},dtype=auto", *arguments]
     # The harness has no function that takes arguments; it reads those of the process.
     with mock.patch.object(sys, "argv", command):
-        cli_evaluate()
+        try:
+            cli_evaluate()
+        except ValueError as error:
+            if "Tasks not found" not in str(error):
+                raise
+            raise HfDmsError(f"--tasks: lm-evaluation-harness says: {error}. `lm_eval ls tasks` lists them.") from error
 
 
 def measure_files(
@@ -71,9 +76,15 @@ def measure_files(
         `difference` and `difference_stderr` (see `evaluate.summary`).
 
     Raises:
-        HfDmsError: a folder has no model, the models have different tasks, the data does not fit them, or their
-            tokenizers split the text differently.
+        HfDmsError: a number is too small, a folder has no model, the models have different tasks, the data does not
+            fit them, or their tokenizers split the text differently.
     """
+    # A window of one token predicts nothing, and text never fills windows of none.
+    least = {"--lengths": (lengths or [], 2), "--examples": ([examples], 1), "--batch-size": ([batch_size], 1)}
+    for name, (values, limit) in least.items():
+        for value in values:
+            if value is not None and value < limit:
+                raise HfDmsError(f"{name} must be at least {limit}, got {value}.")
     found = [task_of(path) for path in paths]
     task = found[0][0]
     for path, (other, _) in zip(paths, found):

@@ -87,8 +87,10 @@ def _message(verdict: str, learned: float, cut: float, config: DMSConfig) -> str
             "Search for more steps, or raise dms.gate_learning_rate or dms.resource_weight."
         )
     if verdict == "below":
+        # Sizes that belong together, and whole units, can leave the cut below even what was learned.
+        keeps = "fills up to" if cut > learned else "keeps"
         return (
-            f"{found}, below the target {target:.4g}: the cut fills up to {cut:.3f} with sizes that were not learned. "
+            f"{found}, below the target {target:.4g}: the cut {keeps} {cut:.3f} with sizes that were not learned. "
             "Search for more steps, or lower dms.gate_learning_rate or dms.resource_weight."
         )
     return ""

@@ -159,6 +159,7 @@ def show(path: str, page: str | None = None, figures: str | None = None) -> str:
             f"{Path(path, REPORT)} lacks what the page shows, or has it in another form: {error}. If it was changed by "
             "hand, undo the change."
         ) from error
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(content, encoding="utf-8")
     written = [str(target), *(str(file) for file in (write_figures(report, figures) if figures else []))]
     lines = loading_lines(report["model_class"], path)

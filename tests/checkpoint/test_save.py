@@ -90,7 +90,7 @@ def test_a_folder_that_is_not_empty_is_refused_and_left_alone(pruned, tmp_path):
     with pytest.raises(ValueError, match=r"out exists and is not empty. Choose another .*overwrite"):
         save_pruned(pruned, tmp_path / "out")
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match=r"file exists and is not empty"):
+    with pytest.raises(ValueError, match=r"file is a file. Choose another output.path"):
         save_pruned(pruned, tmp_path / "file", overwrite=True)
     assert contents(tmp_path) == {"mine.txt": b"mine", "file": b"mine"}
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -189,12 +190,25 @@ def test_a_decoder_without_a_padding_token_classifies_texts_of_any_length_as_eac
     [
         (["eval", "/nowhere"], "eval needs --tasks (of lm-evaluation-harness) or --data (a file)"),
         (["eval", "/nowhere", "--data", SOTU], "No model can be read from '/nowhere'"),
+        (["eval", "/nowhere", "--data", SOTU, "--lengths", "8", "0"], "--lengths must be at least 2, got 0."),
+        (["eval", "/nowhere", "--data", SOTU, "--examples", "0"], "--examples must be at least 1, got 0."),
+        (["eval", "/nowhere", "--data", SOTU, "--batch-size", "0"], "--batch-size must be at least 1, got 0."),
         (["eval", "/nowhere", "--data", "x.txt"], "there is no file 'x.txt'"),
     ],
 )
 def test_a_mistake_is_told(arguments, message, capsys):
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_task_that_the_harness_does_not_have_is_told(monkeypatch, capsys):
+    def refuse():
+        raise ValueError("Tasks not found: lambda")
+
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", SimpleNamespace(cli_evaluate=refuse))
+    assert main(["eval", "/nowhere", "--tasks", "lambda"]) == 2
+    assert "--tasks: lm-evaluation-harness says: Tasks not found: lambda. `lm_eval ls" in capsys.readouterr().err
 
 
 def test_options_that_nobody_knows_are_refused(capsys):

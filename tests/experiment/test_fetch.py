@@ -136,7 +136,7 @@ def test_a_launch_config_is_printed_or_written(name, tmp_path, capsys):
     assert main(["launch-config", name]) == 0
     printed = capsys.readouterr().out
     assert yaml.safe_load(printed)["num_processes"] == 2
-    file = tmp_path / "config.yaml"
+    file = tmp_path / "new" / "config.yaml"
     assert main(["launch-config", name, str(file)]) == 0
     assert file.read_text(encoding="utf-8") == printed
     assert main(["launch-config", name, str(file)]) == 2

@@ -144,6 +144,8 @@ def test_report_prints_tables_and_runtimes_and_renews_the_page(folder, capsys):
     assert "AutoModelForCausalLM.from_pretrained" in printed
     assert (folder / "report.html").read_text().startswith("<!doctype html>")
     assert (folder / "figures" / "cut.png").is_file()
+    assert main(["report", str(folder), "--html", str(folder / "new" / "page.html")]) == 0
+    assert (folder / "new" / "page.html").is_file()
     assert main(["report", str(folder), "--html", str(folder / "other.html")]) == 0
     assert (folder / "other.html").read_text() == (folder / "report.html").read_text()
 

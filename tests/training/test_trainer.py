@@ -38,6 +38,7 @@ from hf_dms.checkpoint.search_state import load_search_state_
 from hf_dms.cut.verify import outputs_of
 from hf_dms.errors import NonFiniteError
 from hf_dms.gating.attach import frozen_mode_, gates_of
+from hf_dms.gating.outcome import _message
 from hf_dms.training.exact_resume import train_or_resume_
 from hf_dms.training.trainer import check_training_arguments
 
@@ -709,6 +710,12 @@ def test_a_search_that_ends_off_its_target_is_told_in_words_and_in_numbers(ratio
     pruned = trainer.prune()
     assert sum(p.numel() for p in pruned.parameters()) / tiny_llama().num_parameters() == pytest.approx(outcome["cut"])
     assert outcome["message"] in caplog.text
+
+
+def test_a_cut_below_what_was_learned_fills_nothing_up():
+    config = DMSConfig(target=0.6)
+    assert "the cut fills up to 0.590 with sizes" in _message("below", 0.54, 0.59, config)
+    assert "the cut keeps 0.510 with sizes" in _message("below", 0.54, 0.51, config)
 
 
 def test_the_end_of_a_search_says_that_it_missed_its_target(tmp_path, caplog):
