@@ -84,6 +84,9 @@ def shards_of(index: Path) -> list[str]:
     raise HfDmsError(f"{index} does not map tensors to files beside it (weight_map). Download or copy it again.")
 
 
+TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "merges*")  # names of what tokenizers are saved as
+
+
 def load_saved(auto: Any, path: str | Path, **options: Any) -> Any:
     """What `auto.from_pretrained(path, **options)` returns, for a config, tokenizer, image processor or model.
 
@@ -100,6 +103,12 @@ def load_saved(auto: Any, path: str | Path, **options: Any) -> Any:
     try:
         found = auto.from_pretrained(path, **options)
     except Exception as error:  # damaged files make transformers raise errors of many kinds
+        has_one = any(file for name in TOKENIZER_FILES for file in Path(path).glob(name))
+        if kind == "tokenizer" and Path(path).is_dir() and not has_one:
+            raise HfDmsError(
+                f"No tokenizer can be read from '{path}'. The folder has no file of one: save that of the model there, "
+                "by tokenizer.save_pretrained(folder)."
+            ) from error
         lines = str(error).strip().splitlines() or [""]
         raise HfDmsError(f"No {kind} can be read from '{path}'. {lines[0] or type(error).__name__}") from error
     if not is_model:

@@ -161,6 +161,13 @@ def output_holds_the_data(folder, dense):
     return [f"data.path={corpus / 'text.jsonl'}", f"output.path={corpus}", "output.overwrite=true"]
 
 
+def no_tokenizer(folder, dense):
+    model = copy_of_dense(folder, dense)
+    for file in model.glob("*token*"):
+        file.unlink()
+    return [f"model.path={model}"]
+
+
 def option(*overrides):
     return lambda folder, dense: list(overrides)
 
@@ -182,6 +189,7 @@ BAD = {
         a_key_of_another_type("tokenizer.json", "model", {"type": "Nope"}),
         "model.path: No tokenizer can be read from",
     ),
+    "no tokenizer": (no_tokenizer, "The folder has no file of one: save that of the model there, by tokenizer.save_"),
     "no weights": (no_weights, "has no model.safetensors"),
     "untrained head": (untrained_head, "has no weights for classifier.bias, classifier.weight, which would be random"),
     "truncated image": (truncated_image, "cannot be decoded"),
