@@ -304,7 +304,10 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         return "no"  # YAML reads `save_strategy: no` as false
     if any(isinstance(value, kind) for kind in kinds) and not isinstance(value, bool):
         if typing.get_origin(hint) is list and isinstance(value, list):
-            return [_coerce(each, typing.get_args(hint)[0], name) for each in value]
+            (kind,) = typing.get_args(hint)
+            if None in value:  # elsewhere a null counts as left out
+                raise HfDmsError(f"each of {name} must be {kind.__name__}, got None.")
+            return [_coerce(each, kind, f"each of {name}") for each in value]
         return value
     if float in kinds and not isinstance(value, bool):
         try:

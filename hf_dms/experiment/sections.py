@@ -190,8 +190,6 @@ class OutputConfig:
     )
 
     def __post_init__(self) -> None:
-        if not all(isinstance(size, int | float) and not isinstance(size, bool) for size in self.sizes):
-            raise HfDmsError(f"output.sizes must be numbers such as [0.9, 0.8], got {self.sizes!r}.")
         if not self.path:
             raise HfDmsError("output.path is required: the folder to write the pruned model to.")
         # The shell leaves `~` as it is in output.path=~/smaller.

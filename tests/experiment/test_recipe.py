@@ -100,6 +100,8 @@ def test_the_data_decides_the_sequence_length_of_the_macs():
         ("compare.texts", {"a": 5}, "compare.texts.a must be the path of a file, got 5"),
         ("compare.targets", ["much"], "compare.targets must be float, got 'much'"),
         ("compare.seeds", ["a"], "compare.seeds must be int, got 'a'"),
+        ("compare.seeds", [None], "each of compare.seeds must be int, got None"),
+        ("output.sizes", [None], "each of output.sizes must be float, got None"),
         ("compare.seeds", [-1], r"compare.seeds must be in \[0, 4294967295\], got -1"),
         ("data.mix", {1: 1}, "data.mix must be a section with a path per weight, got 1 as a path"),
         ("data.path", "", "data.path is required"),
