@@ -36,12 +36,10 @@ BY_ARCH = [list(heads) for _, heads in itertools.groupby(SAVED, lambda head: hea
 
 
 def heads_by_layout(by_arch):
-    """Every head per layer; stock in one of the two layouts, every architecture in both, but those without them."""
-    return {
-        "uniform": [head for heads in by_arch for head in heads[::2] if head not in PER_LAYER_ONLY],
-        "padded": [head for heads in by_arch for head in heads[1::2] or heads if head not in PER_LAYER_ONLY],
-        "per_layer": [head for heads in by_arch for head in heads],
-    }
+    """Every head per layer; those that can be stock in one of the two layouts, in turns."""
+    heads = [head for heads in by_arch for head in heads]
+    stock = [head for head in heads if head not in PER_LAYER_ONLY]
+    return {"uniform": stock[::2], "padded": stock[1::2], "per_layer": heads}
 
 
 # Base models of other architectures are loaded from their classifiers' folders.

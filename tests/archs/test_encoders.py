@@ -46,14 +46,13 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
-    ConditionalDetrForObjectDetection,
-    ConvNextForImageClassification,
+    ConvNextV2ForImageClassification,
     Dinov2ForImageClassification,
     ElectraForMaskedLM,
     ElectraForSequenceClassification,
-    MobileNetV2ForImageClassification,
-    MobileViTForImageClassification,
-    RTDetrForObjectDetection,
+    RegNetForImageClassification,
+    ResNetForImageClassification,
+    SwinForImageClassification,
     ViTForImageClassification,
     ViTModel,
 )
@@ -69,16 +68,9 @@ from hf_dms.gating.attach import gates_of
 from hf_dms.gating.rounding import round_sizes
 
 # ---- masked = cut = reloaded ----
-ONE_OF_EACH = {
-    *(BertForSequenceClassification, ViTForImageClassification, ElectraForMaskedLM, Dinov2ForImageClassification),
-    BeitForImageClassification,
-}
-# Of these, each dim alone is for the slow suite: ConvNeXt V2, EfficientNet and DETR have the same dims, and a MobileViT
-# those of EfficientNet and Swin.
-RELATED = {
-    *(ConvNextForImageClassification, MobileNetV2ForImageClassification, MobileViTForImageClassification),
-    *(ConditionalDetrForObjectDetection, RTDetrForObjectDetection),
-}
+# In the ordinary suite each dim alone for one of each kind: with and without batch norms, groups, attention in windows.
+ALONE = {ConvNextV2ForImageClassification, ResNetForImageClassification, RegNetForImageClassification}
+ALONE |= {SwinForImageClassification}
 CANNOT = {  # by layout and whether a response norm is in the way
     (
         "uniform",
@@ -109,7 +101,7 @@ def prefixes(head):
     ordinary_if(
         lambda head, dims, layout: (
             "For" in head.__name__
-            and (dims == dims_of(head) or (len(dims) == 1 and layout == "per_layer" and head not in RELATED))
+            and (dims == dims_of(head) or (len(dims) == 1 and layout == "per_layer" and head in ALONE))
         ),
         [
             (head, dims, layout)
@@ -142,7 +134,7 @@ def test_masked_equals_cut_equals_reloaded_in_stages(head, dims, layout, tmp_pat
 @pytest.mark.parametrize(
     ("head", "dims"),
     ordinary_if(
-        lambda head, dims: dims == DIMS or head in ONE_OF_EACH,
+        lambda head, dims: dims == DIMS or head in (BertForSequenceClassification, ViTForImageClassification),
         itertools.product(
             (*HEADS, ElectraForMaskedLM, Dinov2ForImageClassification, BeitForImageClassification),
             [*[(dim,) for dim in DIMS], ("heads", "hidden"), DIMS],

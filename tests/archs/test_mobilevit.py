@@ -112,6 +112,7 @@ def test_what_is_not_described_is_an_error():
         enlarged_config(MobileViTConfig(), width=2, depth=1)
 
 
+@pytest.mark.slow
 def test_a_recipe_prunes_repairs_saves_and_its_folder_loads(tmp_path, capsys):
     model = tiny(MobileViTForImageClassification, num_channels=3, image_size=32)
     model.save_pretrained(tmp_path / "model")

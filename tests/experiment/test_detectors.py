@@ -1,10 +1,12 @@
 """A detector, from recipe to folder: searched, cut, repaired, trained, measured and shown."""
 
+import itertools
 import json
 
 import pytest
 import yaml
 from datasets import Value
+from helpers.marks import ordinary_if, slow
 from helpers.scenes import LARGE_SIDE, NAMES, SIDE, conditional_detr, detr, pictures, rt_detr, save, write_scenes
 from helpers.schema import mistakes
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, RTDetrForObjectDetection
@@ -92,7 +94,7 @@ def test_other_ways_to_choose_take_boxes_too(dms, prune, capsys):
     assert report["pruned"]["num_params"] < report["dense"]["num_params"]
 
 
-@pytest.mark.parametrize("layout", ["uniform", "per_layer", "padded"])
+@pytest.mark.parametrize("layout", slow("per_layer", "uniform", "padded"))
 def test_an_encoder_and_decoder_behind_a_backbone_are_pruned_and_recovered(layout, prune, capsys):
     dms = {"target": 0.8, "warmup_steps": 2, "resource": "macs", "resource_scope": "layers", "layout": layout}
     recover = {"repair": {"examples": 4}, "distillation": {"weight": 0.5}, "max_steps": 2}
@@ -122,8 +124,13 @@ def test_a_comparison_of_detectors_is_refused(prune, capsys):
 
 
 # ---- classes with a probability each ---------------------------------------------------------------------------------
-@pytest.mark.parametrize("layout", ["uniform", "per_layer"])
-@pytest.mark.parametrize("kind", ALONE)
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    ordinary_if(
+        lambda kind, layout: (kind == "rt_detr") == (layout == "per_layer"),
+        itertools.product(ALONE, ["uniform", "per_layer"]),
+    ),
+)
 def test_a_detector_that_scores_each_class_alone_goes_from_recipe_to_folder(kind, layout, prune, data, capsys):
     dms = {"target": 0.85, "warmup_steps": 2, "resource_scope": "layers", "layout": layout}
     recover = {"repair": {"examples": 4}, "distillation": {"weight": 0.5}, "max_steps": 2}
@@ -148,18 +155,20 @@ def test_a_detector_that_scores_each_class_alone_goes_from_recipe_to_folder(kind
     assert row["mean_average_precision"] == pytest.approx(report["recovered"]["mean_average_precision"])
 
 
+WAYS = {
+    "frozen": {"dms": {"pipeline": "p-", "kl_weight": 0.5}, "recover": {}},
+    "fresh": {"dms": {"pipeline": "np"}, "recover": {"weights": "fresh", "max_steps": 2}},
+    "padded": {"dms": {"layout": "padded"}, "recover": {"max_steps": 2}},
+    "taylor": {"dms": {"strategy": "taylor"}, "recover": {"distillation": {"weight": 1.0}, "max_steps": 2}},
+}
+
+
 @pytest.mark.parametrize(
-    "sections",
-    [
-        {"dms": {"pipeline": "p-", "kl_weight": 0.5}, "recover": {}},
-        {"dms": {"pipeline": "np"}, "recover": {"weights": "fresh", "max_steps": 2}},
-        {"dms": {"layout": "padded"}, "recover": {"max_steps": 2}},
-        {"dms": {"strategy": "taylor"}, "recover": {"distillation": {"weight": 1.0}, "max_steps": 2}},
-    ],
-    ids=["frozen", "fresh", "padded", "taylor"],
+    ("kind", "way"),
+    ordinary_if(lambda kind, way: (kind == "rt_detr") == (way in ("frozen", "taylor")), itertools.product(ALONE, WAYS)),
 )
-@pytest.mark.parametrize("kind", ALONE)
-def test_other_ways_take_classes_with_a_probability_each(kind, sections, prune, capsys):
+def test_other_ways_take_classes_with_a_probability_each(kind, way, prune, capsys):
+    sections = WAYS[way]
     warmup = {} if "strategy" in sections["dms"] else {"warmup_steps": 2}
     dms = {"target": 0.85, "resource_scope": "layers"} | warmup | sections["dms"]
     code, out = prune(model=ALONE[kind](), eval={"samples": 0}, **sections | {"dms": dms})

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from helpers.marks import ordinary_if
 from transformers import Trainer
 
 import hf_dms.experiment.run
@@ -102,15 +103,23 @@ def test_of_a_search_for_the_best_checkpoint_that_one_stays(failed, recipe, step
 
 @pytest.mark.parametrize(
     ("change", "words", "deleted", "again"),
-    [
-        ("dms.target=0.5", "search of another recipe: dms.target was 0.6, is 0.5", "search", ["search", "recover"]),
-        ("train.learning_rate=0.01", "train.learning_rate was left out, is 0.01", "", list(WHOLE)),
-        ("train.max_steps=5", "search of another recipe: train.max_steps was 4, is 5", "search", ["search", "recover"]),
-        ("finetune.max_steps=3", "fine-tuned model of another recipe: finetune.max_steps was 2", "", list(WHOLE)),
-        ("finetune=null", "finetune.max_steps was 2, is left out", "", ["search", "recover"]),
-        ("data.sequence_length=12", "data.sequence_length was 16, is 12", "", list(WHOLE)),
-        ("lora={r: 2}", "lora.r was left out, is 2", "search", ["search", "recover"]),
-    ],
+    ordinary_if(
+        lambda change, *_: change in ("dms.target=0.5", "finetune=null", "lora={r: 2}"),
+        [
+            ("dms.target=0.5", "search of another recipe: dms.target was 0.6, is 0.5", "search", ["search", "recover"]),
+            ("train.learning_rate=0.01", "train.learning_rate was left out, is 0.01", "", list(WHOLE)),
+            (
+                "train.max_steps=5",
+                "search of another recipe: train.max_steps was 4, is 5",
+                "search",
+                ["search", "recover"],
+            ),
+            ("finetune.max_steps=3", "fine-tuned model of another recipe: finetune.max_steps was 2", "", list(WHOLE)),
+            ("finetune=null", "finetune.max_steps was 2, is left out", "", ["search", "recover"]),
+            ("data.sequence_length=12", "data.sequence_length was 16, is 12", "", list(WHOLE)),
+            ("lora={r: 2}", "lora.r was left out, is 2", "search", ["search", "recover"]),
+        ],
+    ),
 )
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 asks for it
 def test_another_search_does_not_take_its_place_until_the_folder_that_is_named_is_deleted(

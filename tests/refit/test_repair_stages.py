@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.laws import batch_for, searched, tiny
-from helpers.marks import ordinary_if
+from helpers.marks import ordinary_if, slow
 from helpers.refit import bound_of, cut_by, images
 from helpers.tiny import relative_difference
 from torch import nn
@@ -342,7 +342,7 @@ def test_streams_of_trained_networks_come_closer_on_held_out_images(name, plan):
     assert after[-1] < 0.9 * before[-1]
 
 
-@pytest.mark.parametrize("name", ["basic", "convnext"])
+@pytest.mark.parametrize("name", slow("convnext", "basic"))
 def test_maps_of_a_block_that_learn_together_bring_it_closer_still(name):
     """Measured on the batches of the repair. One in four is held out for each block, not for the blocks behind."""
     model = trained(name)

@@ -6,6 +6,7 @@ import shutil
 import signal
 
 import pytest
+from helpers.marks import slow
 from helpers.runs import num_events, result, run
 
 KILLS = 5  # of one run, each at a random event; then it may end
@@ -29,7 +30,7 @@ def test_the_scalars_of_every_stage_are_kept_with_the_result(whole):
     assert stages == {"finetune", "search", "recover"}
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 20))])
+@pytest.mark.parametrize("seed", slow(*range(20)))
 def test_killed_runs_end_as_the_uninterrupted_one(whole, seed):
     generator, events = random.Random(seed), num_events(whole)
     shutil.rmtree(whole / "out", ignore_errors=True)
