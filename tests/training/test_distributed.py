@@ -72,6 +72,7 @@ def test_a_step_that_is_bad_in_one_process_is_skipped_in_all(launched):
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 asks for it
 def test_a_recipe_in_two_processes_ends_as_in_one(recipe, dense, tmp_path, capsys):
     options = ["train.optim=sgd", "train.learning_rate=0.05", "train.logging_steps=1"]
