@@ -16,7 +16,7 @@ from transformers.trainer_utils import sort_checkpoints
 
 from ..checkpoint.folders import replace_folder
 from ..errors import HfDmsError
-from ..report.numbers import REPORT
+from ..report.numbers import REPORT, without_local_paths
 from ..training.distributed import print_on_main
 from .recipe import LENGTHS, Recipe
 
@@ -67,16 +67,17 @@ def _changed_since(report: Path, recipe: Recipe) -> str:
             was, now_is = old.get(key), new.get(key)
             # Only free sections can lack a key; elsewhere another version wrote the report.
             is_free = section in ("train", "finetune", "lora")
-            if not _same(was, now_is) and (is_free or not (was is None or now_is is None)):
+            if not _same(was, now_is, key) and (is_free or not (was is None or now_is is None)):
                 names = ["left out" if value is None else value for value in (was, now_is)]
                 found.append(f"{section}.{key} was {names[0]}, is {names[1]}")
     return ", ".join(sorted(found))
 
 
-def _same(was: Any, now: Any) -> bool:
+def _same(was: Any, now: Any, key: str) -> bool:
     """Whether a value of a report is that of a recipe, whose local paths the report shortens to `.../name`."""
-    is_path = isinstance(was, str) and was.startswith(".../") and isinstance(now, str)
-    return Path(was).name == Path(now).name if is_path else was == now
+    if isinstance(was, str) and was.startswith(".../") and isinstance(now, str):
+        return Path(was).name == Path(now).name  # also if nothing is there any more
+    return was in (now, without_local_paths(now, key))
 
 
 def remove_unfinished(unfinished: Path, output: Path) -> None:

@@ -136,10 +136,12 @@ def without_local_paths(values: Any, key: str = "") -> Any:
 
     Args:
         values: the recipe, a section or a value of it.
-        key: the value's name. What is to be read by people (`eval`) stays as it is.
+        key: the value's name. A `prompt` stays as it is.
     """
     if isinstance(values, dict):
-        return {name: value if name == "eval" else without_local_paths(value, name) for name, value in values.items()}
+        if key == "mix":  # weights by path
+            return {without_local_paths(path, "path"): weight for path, weight in values.items()}
+        return {name: value if name == "prompt" else without_local_paths(value, name) for name, value in values.items()}
     if not isinstance(values, str) or not values:
         return values
     # A bare word, such as the name of a strategy, can by chance be a folder's name too.

@@ -42,8 +42,7 @@ def train_(
         model: the model. All of its weights train, unless `lora` is given.
         arguments: the Trainer's arguments.
         examples: the training data. An example must be the same each time (see taught.py) if there is a teacher.
-        teacher: the dense model, for distillation.
-        distillation: weight and temperature of the teacher.
+        teacher, distillation: the dense model, and its weight and temperature.
         lora: `peft.LoraConfig` of adapters that train in place of the weights. They are merged at the end.
         float32: whether weights in half precision are trained in float32, and rounded back at the end.
         stage: name of the training in progress messages.
@@ -82,8 +81,7 @@ def train_(
     unshard_(model, arguments.device)
     for name, dtype in precisions.items():
         # One by one: some classes keep parts in float32 (`_keep_in_fp32_modules`), which `model.to` would round too.
-        parameter = model.get_parameter(name)
-        parameter.data = parameter.data.to(dtype)
+        model.get_parameter(name).data = model.get_parameter(name).data.to(dtype)
     model.eval()
 
 

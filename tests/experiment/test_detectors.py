@@ -46,15 +46,21 @@ def prune(tmp_path, data):
     return run
 
 
-def test_a_detector_is_pruned_recovered_measured_and_shown(prune, data, capsys):
-    recover = {"repair": {"examples": 4}, "distillation": {"weight": 0.5}, "max_steps": 2}
-    code, out = prune(finetune={"max_steps": 2}, recover=recover)
-    assert code == 0, capsys.readouterr().err
+def checked_report(out):
+    """The report of a run with all stages, after a check that each was measured."""
     report = json.loads((out / "dms_report.json").read_text())
     assert mistakes(report) == []
     for name in ("dense", "pruned", "repaired", "recovered"):
         assert 0 <= report[name]["mean_average_precision"] <= 1
     assert report["pruned"]["num_params"] < report["dense"]["num_params"]
+    return report
+
+
+def test_a_detector_is_pruned_recovered_measured_and_shown(prune, data, capsys):
+    recover = {"repair": {"examples": 4}, "distillation": {"weight": 0.5}, "max_steps": 2}
+    code, out = prune(finetune={"max_steps": 2}, recover=recover)
+    assert code == 0, capsys.readouterr().err
+    report = checked_report(out)
     assert report["dense"]["images_per_second"] > 0
     sample = report["samples"][1]
     assert sorted(sample["pictures"]) == sorted(sample["outputs"]) == ["dense", "recovered"]
@@ -138,11 +144,7 @@ def test_a_detector_that_scores_each_class_alone_goes_from_recipe_to_folder(kind
     assert prune(command="validate", model=model, dms=dms, recover=recover)[0] == 0, capsys.readouterr().err
     code, out = prune(model=model, dms=dms, finetune={"max_steps": 2}, recover=recover)
     assert code == 0, capsys.readouterr().err
-    report = json.loads((out / "dms_report.json").read_text())
-    assert mistakes(report) == []
-    for name in ("dense", "pruned", "repaired", "recovered"):
-        assert 0 <= report[name]["mean_average_precision"] <= 1
-    assert report["pruned"]["num_params"] < report["dense"]["num_params"]
+    report = checked_report(out)
     assert sorted(report["samples"][1]["pictures"]) == ["dense", "recovered"]
     assert "mAP: 12 held-out images of `a.parquet`" in (out / "README.md").read_text()
     pruned = AutoModelForObjectDetection.from_pretrained(out, trust_remote_code=True)

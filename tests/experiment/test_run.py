@@ -368,10 +368,12 @@ def test_a_finished_output_of_another_recipe_is_no_result_of_this_one(recipe, de
 
 
 @pytest.mark.parametrize("override", ["dms.target=8K", "dms={sizes: {mlp: 12}, warmup_steps: 2}"])
-def test_what_a_run_fills_in_is_no_other_recipe(override, recipe, capsys):
+def test_what_a_run_fills_in_is_no_other_recipe(override, recipe, tmp_path, capsys):
+    shutil.copy(tmp_path / "text.jsonl", more := tmp_path / "more.jsonl")
     for _ in range(2):
-        assert recipe(override, "recover={}", "train.bf16=true")[0] == 0
+        assert recipe(override, "recover={}", "train.bf16=true", f"data.mix={{{more}: 1}}")[0] == 0
     assert "finished already" in capsys.readouterr().out
+    assert str(tmp_path) not in (tmp_path / "out" / "dms_report.json").read_text()
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped_and_ends_the_same(recipe, monkeypatch):

@@ -185,14 +185,18 @@ def test_local_paths_are_told_by_their_last_part(tmp_path, monkeypatch):
         "data": {"path": str(tmp_path / "texts.jsonl"), "held_out": 0.1, "split": "train", "name": "org/name"},
         "train": {"deepspeed": "/etc/zero.json", "report_to": ["none"], "optim": "adamw_torch"},
         "output": {"path": "~/out"},
-        "eval": {"prompt": "/etc is a folder"},
+        "eval": {"prompt": "/etc is a folder", "texts": {"other": str(tmp_path / "other.jsonl")}},
     }
     before = copy.deepcopy(recipe)
     found = without_local_paths(recipe)
     assert found["model"]["path"] == ".../dense"
     assert found["data"] == {"path": ".../texts.jsonl", "held_out": 0.1, "split": "train", "name": "org/name"}
     assert found["train"] == {"deepspeed": ".../zero.json", "report_to": ["none"], "optim": "adamw_torch"}
-    assert (found["output"]["path"], found["eval"]) == (".../out", before["eval"])
+    assert found["output"]["path"] == ".../out"
+    assert found["eval"] == {"prompt": "/etc is a folder", "texts": {"other": ".../other.jsonl"}}
+    assert without_local_paths({"mix": {"self": 1, str(tmp_path): 2}}) == {
+        "mix": {"self": 1, f".../{tmp_path.name}": 2}
+    }
     assert recipe == before
     assert without_local_paths({"path": "org/dense"}) == {"path": "org/dense"}
 
