@@ -123,7 +123,11 @@ def _add_running(commands: Any) -> None:
     """Commands that take a recipe."""
     prune = commands.add_parser("prune", help="search, cut, verify, save and measure, as a recipe says")
     prune.add_argument(
-        "recipe", help="a YAML file, or the name of a recipe that comes with hf_dms; leave it out with --plan"
+        # Not required, because with --plan all words are overrides. `_prune` takes the first word for it, since argparse
+        # leaves an optional word out where an option stands before it.
+        "recipe",
+        nargs="?",
+        help="a YAML file, or the name of a recipe that comes with hf_dms; leave it out with --plan",
     )
     prune.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
     prune.add_argument(
@@ -151,7 +155,7 @@ def _add_measuring(commands: Any) -> None:
     evaluate = commands.add_parser(
         "eval", help="measure the quality of a saved model, by lm-evaluation-harness or on a file"
     )
-    evaluate.add_argument("path", help="folder or Hub id of a model, of any layout")
+    evaluate.add_argument("path", help="folder or Hub id of a model, in any checkpoint format")
     evaluate.add_argument("--baseline", help="another model to compare with, such as the dense one")
     evaluate.add_argument(
         "--tasks", nargs="+", help="tasks of lm-evaluation-harness; further options go to `lm_eval run`"
@@ -166,23 +170,34 @@ def _add_measuring(commands: Any) -> None:
         type=int,
         help="tokens per window of perplexity; default: 128 and 2048, if the text is long enough",
     )
-    evaluate.add_argument("--text-column", default="text")
-    evaluate.add_argument("--image-column", default="image")
-    evaluate.add_argument("--label-column", default="label")
-    evaluate.add_argument("--objects-column", default="objects")
+    for column in ("text", "image", "label", "objects"):
+        evaluate.add_argument(
+            f"--{column}-column", metavar="NAME", default=column, help=f"column with the {column}; default: %(default)s"
+        )
     evaluate.add_argument("--examples", type=int, help="measure at most so many examples, evenly spaced; default: all")
-    evaluate.add_argument("--batch-size", type=int, default=8)
+    evaluate.add_argument("--batch-size", type=int, default=8, help="examples per forward pass; default: %(default)s")
     evaluate.set_defaults(run=_eval)
     bench = commands.add_parser(
         "bench", help="measure how fast a saved model is, and compare it with what its MACs promise"
     )
-    bench.add_argument("path", help="folder or Hub id of a model, of any layout")
+    bench.add_argument("path", help="folder or Hub id of a model, in any checkpoint format")
     bench.add_argument("--baseline", help="another model to measure in turns with it, such as the dense one")
-    bench.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 32])
-    bench.add_argument("--sequence-length", type=int, default=512, help="tokens of a prompt or text")
-    bench.add_argument("--new-tokens", type=int, default=32, help="tokens decoded after the prompt; 0 for none")
-    bench.add_argument("--repeats", type=int, default=5, help="timed runs of each model")
-    bench.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto")
+    bench.add_argument(
+        "--batch-sizes", nargs="+", type=int, default=[1, 32], help="texts or images at a time; default: 1 and 32"
+    )
+    bench.add_argument(
+        "--sequence-length", type=int, default=512, help="tokens of a prompt or text; default: %(default)s"
+    )
+    bench.add_argument(
+        "--new-tokens", type=int, default=32, help="tokens decoded after the prompt, 0 for none; default: %(default)s"
+    )
+    bench.add_argument("--repeats", type=int, default=5, help="timed runs of each model; default: %(default)s")
+    bench.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "float16", "bfloat16"],
+        default="auto",
+        help="precision of both models; default: auto, that of each checkpoint",
+    )
     bench.add_argument("--device", help="default: an accelerator if there is one, else cpu")
     bench.set_defaults(run=_bench)
 
@@ -223,8 +238,14 @@ def _add_supplies(commands: Any) -> None:
 def _prune(options: argparse.Namespace) -> int:
     from .experiment.recipe import cut_options, load_recipe
 
+    words = [*filter(None, [options.recipe]), *options.overrides]
     if options.plan:
-        model, output = cut_options([options.recipe, *options.overrides])
+        if recipes := [word for word in words if "=" not in word]:
+            raise HfDmsError(
+                f"--plan cuts by a finished search and takes no recipe, got {' '.join(recipes)}. Leave it out, and give "
+                "model.path=DENSE and output.path=FOLDER."
+            )
+        model, output = cut_options(words)
         from .experiment.cut_files import cut_by_plan
 
         cut = cut_by_plan(options.plan, model, output, options.at)
@@ -232,7 +253,9 @@ def _prune(options: argparse.Namespace) -> int:
         return 0
     if options.at is not None:
         raise HfDmsError("--at is for --plan FOLDER, the output of a finished search. A recipe has dms.target.")
-    recipe = load_recipe(options.recipe, options.overrides)
+    if not words or ("=" in words[0] and not os.path.isfile(words[0])):
+        raise HfDmsError(f"prune needs a recipe, got {' '.join(words) or 'nothing'}. Name its YAML file first.")
+    recipe = load_recipe(words[0], words[1:])
     from .experiment.allocator import keep_freed_memory_
     from .experiment.run import run
     from .report.numbers import loading_lines
@@ -398,6 +421,7 @@ def _launch_config(options: argparse.Namespace) -> int:
         os.makedirs(os.path.dirname(options.file) or ".", exist_ok=True)
         with open(options.file, "w", encoding="utf-8") as file:
             file.write(content)
+        _show(options, f"Wrote {options.file}.", {"file": options.file})
     return 0
 
 

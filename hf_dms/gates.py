@@ -178,7 +178,7 @@ class Gates(nn.Module):
         state |= {f"decided_{name}": size for name, size in self.decided.items()}
         state |= {f"scale_{name}": scale for name, scale in self.scales.items()}
         if self.found_resource is not None:
-            state["decided"] = torch.tensor(self.found_resource)
+            state["found_resource"] = torch.tensor(self.found_resource)
         return state | {"prune_ratio": self.prune_ratio.detach(), "num_updates": torch.tensor(self.num_updates)}
 
     @torch.no_grad()
@@ -192,7 +192,7 @@ class Gates(nn.Module):
             ValueError: the state belongs to other gates, or holds values that no search produces.
         """
         for name, tensor in self.search_state().items():
-            if name == "refit_ratio" or name.startswith("decided"):
+            if name in ("refit_ratio", "found_resource") or name.startswith("decided_"):
                 continue  # a state has these only from some point of a search on
             if name not in state or state[name].shape != tensor.shape:
                 found = "is missing" if name not in state else f"has shape {tuple(state[name].shape)}"
@@ -212,7 +212,7 @@ class Gates(nn.Module):
         lower, upper = self._bounds()
         self.lower.copy_(lower), self.upper.copy_(upper)
         self._fix_({name: state[f"decided_{name}"] for name in self.dims if f"decided_{name}" in state})
-        self.found_resource = float(state["decided"]) if "decided" in state else None
+        self.found_resource = float(state["found_resource"]) if "found_resource" in state else None
         self.prune_ratio.copy_(state["prune_ratio"])
         self.refit_ratio = state.get("refit_ratio")
         self.num_updates = int(state["num_updates"])

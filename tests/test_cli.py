@@ -49,6 +49,21 @@ def test_a_mistake_ends_in_one_line(capsys):
 
 
 @pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["r.yaml", "--plan", "out"], "--plan cuts by a finished search and takes no recipe, got r.yaml. Leave it out"),
+        (["--plan", "out"], "model.path is required"),
+        ([], "prune needs a recipe, got nothing. Name its YAML file first."),
+        (["dms.target=0.3"], "prune needs a recipe, got dms.target=0.3. Name its YAML file first."),
+        (["--json", "nothere.yaml", "dms.target=0.3"], "There is no recipe 'nothere.yaml'"),
+    ],
+)
+def test_prune_says_whether_it_takes_a_recipe(words, message, capsys):
+    assert main(["prune", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("error", "words"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "out/a"), "[Errno 28] No space left on device: 'out/a'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 
 import torch
@@ -57,8 +58,11 @@ def criterion_of(name: str) -> Criterion:
     module, colon, attribute = name.partition(":")
     if not colon:
         if name not in CRITERIA:
+            near = difflib.get_close_matches(name, CRITERIA, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
             raise HfDmsError(
-                f"There is no criterion '{name}'. Criteria are {', '.join(CRITERIA)}; write your own as module:NAME."
+                f"There is no criterion '{name}'.{hint} Criteria are {', '.join(CRITERIA)}; write your own as "
+                "module:NAME."
             )
         return CRITERIA[name]
     try:

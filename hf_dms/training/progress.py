@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from datetime import timedelta
@@ -13,7 +14,9 @@ from transformers import PrinterCallback, ProgressCallback
 from .distributed import is_main, print_on_main
 
 SECONDS_PER_LINE = 5  # between two lines of work that is not training and has no logs of its own
-SHOWN = ("resource", "target", "eval_loss", "eval_resource")  # logged values that are shown beside the loss
+SHOWN = ("resource", "target")  # logged values that are shown beside the loss
+# With several sets to evaluate on, each name has that of its set in it: eval_NAME_loss.
+EVALUATED = re.compile("eval_(.+_)?(loss|resource)")
 
 
 def show_progress_(trainer: Any, stage: str) -> None:
@@ -68,7 +71,7 @@ class ProgressLines(PrinterCallback):
             elapsed, done = time.monotonic() - self.began, state.global_step - self.first_step
             left = elapsed / max(done, 1) * (state.max_steps - state.global_step)
             self._print(state, f"{_at(state)}, {timedelta(seconds=round(left))} left: {_numbers(logs)}")
-        elif "eval_loss" in logs:
+        elif any(map(EVALUATED.fullmatch, logs)):
             self._print(state, f"{_at(state)}, evaluated: {_numbers(logs)}")
 
     def on_save(self, args, state, control, **kwargs) -> None:
@@ -122,6 +125,7 @@ def _at(state) -> str:
 
 
 def _numbers(logs: dict[str, float]) -> str:
-    """The numbers of a log to show: loss (the task's, if it is logged separately), resource and target."""
+    """The numbers of a log to show: loss (the task's, if it is logged separately), resource, target, evaluations."""
     shown = {"loss": logs.get("task_loss", logs.get("loss"))} | {name: logs.get(name) for name in SHOWN}
+    shown |= {name: value for name, value in logs.items() if EVALUATED.fullmatch(name)}
     return ", ".join(f"{name} {value:.3f}" for name, value in shown.items() if value is not None)

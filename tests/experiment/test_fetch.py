@@ -139,6 +139,9 @@ def test_a_launch_config_is_printed_or_written(name, tmp_path, capsys):
     file = tmp_path / "new" / "config.yaml"
     assert main(["launch-config", name, str(file)]) == 0
     assert file.read_text(encoding="utf-8") == printed
+    capsys.readouterr()
+    assert main(["launch-config", name, str(tmp_path / "other.yaml"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"file": str(tmp_path / "other.yaml")}
     assert main(["launch-config", name, str(file)]) == 2
     assert "config.yaml exists. Choose another file" in capsys.readouterr().err
 

@@ -118,7 +118,7 @@ def test_a_state_from_before_the_decision_lets_the_ratios_move_again():
     fresh.load_search_state_(after)
     assert bit_equal(fresh.search_state(), after)
     assert torch.equal(fresh.lower[:3], fresh.upper[:3])
-    assert fresh.found_resource == pytest.approx(float(after["decided"]))
+    assert fresh.found_resource == pytest.approx(float(after["found_resource"]))
     assert fresh.decided.keys() == {"kv", "hidden", "layers"}
 
 

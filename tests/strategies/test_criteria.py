@@ -294,7 +294,7 @@ def test_a_choice_does_not_depend_on_what_the_gates_went_through_before(name):
 @pytest.mark.parametrize(
     ("name", "prune_dims", "message"),
     [
-        ("tailor", ("mlp",), "There is no criterion 'tailor'.*taylor"),
+        ("tailor", ("mlp",), "There is no criterion 'tailor'. Did you mean taylor[?] Criteria are block_influence"),
         ("flap", ("mlp", "layers"), "flap is not defined for layers. Prune mlp alone"),
         ("block_influence", ("mlp",), "block_influence is not defined for mlp. Prune other dims"),
         ("taylor", ("mlp",), "taylor needs batches"),

@@ -59,6 +59,16 @@ def test_the_time_left_is_that_of_the_steps_to_come_at_the_pace_of_this_process(
     ]
 
 
+@pytest.mark.parametrize("name", ["", "other_text_"])
+def test_a_log_file_gets_each_evaluation(name, monkeypatch, capsys):
+    monkeypatch.setattr("hf_dms.training.progress.time.monotonic", lambda: 0.0)
+    lines, state = ProgressLines("search"), TrainerState(max_steps=20, global_step=10)
+    logs = {f"eval_{name}loss": 2.5, f"eval_{name}runtime": 1.0, f"eval_{name}resource": 0.75, "epoch": 1.0}
+    lines.on_log(None, state, None, logs=logs)
+    line = f"search: step 10 of 20 (50 %), evaluated: eval_{name}loss 2.500, eval_{name}resource 0.750\n"
+    assert capsys.readouterr().out == line
+
+
 def test_tensorboard_gets_the_course_of_the_search(tmp_path):
     options = dict(report_to="tensorboard", max_steps=6, eval_strategy="steps", eval_steps=3)
     trainer = trained(tmp_path, **options)
