@@ -123,8 +123,8 @@ def _add_running(commands: Any) -> None:
     """Commands that take a recipe."""
     prune = commands.add_parser("prune", help="search, cut, verify, save and measure, as a recipe says")
     prune.add_argument(
-        # Not required, because with --plan all words are overrides. `_prune` takes the first word for it, since argparse
-        # leaves an optional word out where an option stands before it.
+        # Not required, because with --plan all words are overrides. `_prune` takes the first word for it, because
+        # argparse leaves an optional word out where an option stands before it.
         "recipe",
         nargs="?",
         help="a YAML file, or the name of a recipe that comes with hf_dms; leave it out with --plan",
@@ -242,8 +242,8 @@ def _prune(options: argparse.Namespace) -> int:
     if options.plan:
         if recipes := [word for word in words if "=" not in word]:
             raise HfDmsError(
-                f"--plan cuts by a finished search and takes no recipe, got {' '.join(recipes)}. Leave it out, and give "
-                "model.path=DENSE and output.path=FOLDER."
+                f"--plan cuts by a finished search and takes no recipe, got {' '.join(recipes)}. Leave it out, and "
+                "give model.path=DENSE and output.path=FOLDER."
             )
         model, output = cut_options(words)
         from .experiment.cut_files import cut_by_plan

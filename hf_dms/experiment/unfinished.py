@@ -1,11 +1,12 @@
 """The working folder of an unfinished run, `OUTPUT.unfinished`: which of its stages a recipe may continue.
 
-It holds a folder of checkpoints for each stage, and the recipe that made them. A stage is repeated only if a value that
-influences it has changed. The folder is removed when a run ends.
+It holds a folder of checkpoints for each stage, and the recipe that made them, with hashes of its data files. A stage
+is repeated only if a value or a file that influences it has changed. The folder is removed when a run ends.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from ..training.distributed import print_on_main
 from .recipe import LENGTHS, Recipe
 
 CLAIM = "recipe.json"
+FILES = "files"  # key of the hashes of data files, beside the sections of the recipe in that file
 STAGES = {"finetune": "fine-tuned model", "search": "search", "recover": "training after the cut"}  # by folder
 IDLE = (  # prefixes of keys of TrainingArguments that do not influence weights or ratios
     "logging_", "save_", "log_", "report_to", "run_name", "disable_tqdm", "dataloader_num_workers",
@@ -36,27 +38,45 @@ def is_finished(recipe: Recipe, output: Path, unfinished: Path) -> bool:
     """
     if not (output / REPORT).is_file() or recipe.output.overwrite:
         return False
-    if changed := _changed_since(output / REPORT, recipe):
+    try:
+        report = json.loads((output / REPORT).read_text(encoding="utf-8"))
+        before = report.get("recipe")
+    except (ValueError, AttributeError):
+        report, before = {}, {}  # changed by hand
+    if "proof" in report and before is None:
+        raise HfDmsError(
+            f"{output} was cut by a plan (hf-dms prune --plan), not by this recipe. Choose another output.path, or set "
+            "output.overwrite: true."
+        )
+    if changed := _changed_since(before, recipe):
         raise HfDmsError(
             f"{output} holds the finished result of another recipe: {changed}. Choose another output.path, or set "
             "output.overwrite: true."
         )
+    if measured := _differences(before, _plain(recipe), "eval"):
+        print_on_main(f"{measured}: a finished result is not measured again. `hf-dms eval` measures it.")
     # Killed between the writing of the result and the removal of its folder. Another recipe's folder is not touched.
-    if not unfinished.exists() or _read_claim(unfinished) == _plain(recipe):
+    claimed = _read_claim(unfinished)
+    if not unfinished.exists() or (isinstance(claimed, dict) and claimed | {FILES: {}} == _plain(recipe) | {FILES: {}}):
         remove_unfinished(unfinished, output)
     return True
 
 
-def _changed_since(report: Path, recipe: Recipe) -> str:
-    """The keys of model, data, training and search whose values a finished result was not made with, in words.
+def _changed_since(report: Any, recipe: Recipe) -> str:
+    """The keys of model, data, search and the stages after it whose values a finished result was not made with.
 
-    A report has the recipe as it ran, with names in place of paths. So a value that a run fills in or changes is not
-    compared.
+    Args:
+        report: the recipe in the report. It is the recipe as it ran, with names in place of paths. So a value that a
+            run fills in or changes is not compared.
+        recipe: the recipe that is asked for now.
+
+    Returns:
+        The keys and both values, in words.
     """
     now = influences(_plain(recipe), "search")
     try:
-        before = influences(json.loads(report.read_text(encoding="utf-8"))["recipe"], "search")
-    except (ValueError, LookupError, TypeError, AttributeError):
+        before = influences(report, "search")
+    except (LookupError, TypeError, AttributeError):
         return ""  # of another version, or changed by hand
     is_share = isinstance(recipe.dms.target, float | int) and recipe.model.supernet is None
     filled_in = {"bf16"} | (set() if is_share else {"target", "prune", "protect"})
@@ -70,7 +90,34 @@ def _changed_since(report: Path, recipe: Recipe) -> str:
             if not _same(was, now_is, key) and (is_free or not (was is None or now_is is None)):
                 names = ["left out" if value is None else value for value in (was, now_is)]
                 found.append(f"{section}.{key} was {names[0]}, is {names[1]}")
-    return ", ".join(sorted(found))
+    after = _differences(report, _plain(recipe), "recover")
+    return ", ".join([*sorted(found), *([after] if after else [])])
+
+
+def _differences(report: dict[str, Any], now: dict[str, Any], section: str) -> str:
+    """The keys of `recover` or `eval` whose values differ from those in a report, in words.
+
+    Where rules give the training after the cut its values (recover.py), only values that are asked for are compared.
+    """
+    try:
+        was, asked = (_values_of(without_local_paths(each[section], section)) for each in (report, now))
+    except (LookupError, TypeError, AttributeError):
+        return ""
+    by_rule, train = False, now[section].get("train")
+    if train is not None:
+        if report[section].get("train") is None:
+            return "recover was without a training"
+        by_rule = not any(key in train for key in LENGTHS)
+    keys = [key for key, value in asked.items() if value is not False] if by_rule else was | asked
+    differ = [key for key in sorted(keys) if key != "bf16" and not _same(was.get(key), asked.get(key), key)]
+    names = {key: [values.get(key, "left out") for values in (was, asked)] for key in differ}
+    return ", ".join(f"{section}.{key} was {before}, is {wanted}" for key, (before, wanted) in names.items())
+
+
+def _values_of(section: dict[str, Any]) -> dict[str, Any]:
+    """The values of `recover` or `eval` by dotted key, without those that influence no result."""
+    values = dict(section)
+    return _flat(_lasting(values.pop("train", None) or {}) | values)
 
 
 def _same(was: Any, now: Any, key: str) -> bool:
@@ -93,7 +140,7 @@ def claim(unfinished: Path, recipe: Recipe) -> None:
     Raises:
         HfDmsError: the folder holds a search, or a fine-tuning before it, that this recipe would make differently.
     """
-    now, before = _plain(recipe), _read_claim(unfinished)
+    now, before = _plain(recipe) | {FILES: _hashes(recipe)}, _read_claim(unfinished)
     for stage in STAGES if before is not None else ():
         folder = unfinished / stage
         try:
@@ -132,6 +179,7 @@ def influences(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "model": {key: model[key] for key in ("path", "revision", "task", "dtype", "attn_implementation", "supernet")},
         "data": recipe["data"],
+        FILES: _hashes_of(recipe, recipe["data"]),
         "finetune": _lasting(recipe["finetune"]),
         "train": {key: value for key, value in _lasting(train).items() if key not in LENGTHS},
         # The fine-tuning before a search depends on the pipeline only in that np begins with random weights.
@@ -152,7 +200,37 @@ def influences(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
     if stage == "recover":
         recover = dict(recipe["recover"])
         found["recover"] = _lasting(recover.pop("train") or {}) | recover
+        if recover["data"] is not None:
+            found[FILES] |= _hashes_of(recipe, recover["data"])
     return found
+
+
+def _hashes(recipe: Recipe) -> dict[str, str]:
+    """What tells a file or folder of data from a changed one, by path; nothing for datasets on the Hub.
+
+    The content of a file is hashed. Of a folder it is the names and sizes of its files, of which there may be millions.
+    """
+    data = [recipe.data] if recipe.recover.data is None else [recipe.data, recipe.recover.data]
+    found = {}
+    for path in {str(path) for each in data for path in (each.path, each.held_out, *each.mix)}:
+        digest = hashlib.sha256()
+        if Path(path).is_file():
+            with open(path, "rb") as file:
+                for block in iter(lambda: file.read(2**20), b""):
+                    digest.update(block)
+        elif Path(path).is_dir():
+            for inner in sorted(inner for inner in Path(path).rglob("*") if inner.is_file()):
+                digest.update(f"{inner.relative_to(path)} {inner.stat().st_size}\n".encode())
+        else:
+            continue
+        found[path] = digest.hexdigest()
+    return found
+
+
+def _hashes_of(recipe: dict[str, Any], data: dict[str, Any]) -> dict[str, str]:
+    """Those of the hashes beside a plain recipe that belong to a data section."""
+    hashes = recipe.get(FILES, {})
+    return {path: hashes[path] for path in (data["path"], str(data["held_out"]), *data["mix"]) if path in hashes}
 
 
 def _lasting(given: dict[str, Any]) -> dict[str, Any]:
@@ -180,8 +258,13 @@ def _read_claim(unfinished: Path) -> Any:
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     """The keys that differ, in words; empty if none differs."""
     old, new = _flat(before), _flat(now)
-    keys = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
-    return ", ".join(f"{key} was {old.get(key, 'left out')}, is {new.get(key, 'left out')}" for key in keys)
+    found = []
+    for key in [key for key in sorted(old | new) if old.get(key) != new.get(key)]:
+        if not key.startswith(f"{FILES}."):
+            found.append(f"{key} was {old.get(key, 'left out')}, is {new.get(key, 'left out')}")
+        elif key in old and key in new:  # else the recipe names another file, which is said already
+            found.append(f"the content of {key.removeprefix(f'{FILES}.')} has changed")
+    return ", ".join(found)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

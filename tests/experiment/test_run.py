@@ -357,26 +357,40 @@ def test_a_finished_output_of_another_recipe_is_no_result_of_this_one(recipe, de
         "train.max_steps=9": "train.max_steps was 8, is 9",
         "train.weight_decay=0.1": "train.weight_decay was left out, is 0.1",
         "dms.pipeline=p-": "dms.pipeline was p, is p-",
+        "recover={repair: {examples: 4}}": "recover.repair.examples was left out, is 4",
+        "recover={}": "recover was without a training",
     }.items():
         assert recipe("train.learning_rate=1e-4", override)[0] == 2
         message = capsys.readouterr().err
         assert "holds the finished result of another recipe" in message
         assert change in message
     assert recipe("train.learning_rate=1e-4", "train.logging_steps=3", "eval.new_tokens=2")[0] == 0
-    assert "finished already" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "finished already" in printed
+    assert "eval.new_tokens was 3, is 2: a finished result is not measured again." in printed
     assert (out / "dms_report.json").read_text() == before
 
 
 @pytest.mark.parametrize("override", ["dms.target=8K", "dms={sizes: {mlp: 12}, warmup_steps: 2}"])
 def test_what_a_run_fills_in_is_no_other_recipe(override, recipe, tmp_path, capsys):
     shutil.copy(tmp_path / "text.jsonl", more := tmp_path / "more.jsonl")
+    options = [override, "recover={}", "train.bf16=true", f"data.mix={{{more}: 1}}"]
     for _ in range(2):
-        assert recipe(override, "recover={}", "train.bf16=true", f"data.mix={{{more}: 1}}")[0] == 0
+        assert recipe(*options)[0] == 0
     assert "finished already" in capsys.readouterr().out
     assert str(tmp_path) not in (tmp_path / "out" / "dms_report.json").read_text()
+    assert recipe(*options, "recover.learning_rate=1")[0] == 2
+    assert "recover.learning_rate was 0.0005, is 1" in capsys.readouterr().err
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped_and_ends_the_same(recipe, monkeypatch):
+def test_a_cut_by_a_plan_is_no_result_of_a_recipe(recipe, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "dms_report.json").write_text('{"format": 1, "proof": "tensors"}')
+    assert recipe()[0] == 2
+    assert "out was cut by a plan (hf-dms prune --plan), not by this recipe." in capsys.readouterr().err
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped_and_ends_the_same(recipe, tmp_path, monkeypatch, capsys):
     train = ("train.max_steps=8", "train.save_steps=4")
     _, out = recipe(*train)
     whole = AutoModelForCausalLM.from_pretrained(out).state_dict()
@@ -385,6 +399,13 @@ def test_an_interrupted_run_goes_on_where_it_stopped_and_ends_the_same(recipe, m
         recipe(*train)
     assert not out.exists()
     assert recipe(*train, "dms.target=0.5")[0] == 2  # a changed recipe must not continue this search
+    text = tmp_path / "text.jsonl"
+    content = text.read_text()
+    text.write_text(content.replace("w3", "w4"))
+    capsys.readouterr()
+    assert recipe(*train)[0] == 2  # nor may changed data
+    assert f"search of another recipe: the content of {text} has changed." in capsys.readouterr().err
+    text.write_text(content)
     assert recipe(*train)[0] == 0
     resumed = AutoModelForCausalLM.from_pretrained(out).state_dict()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
