@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -112,8 +113,14 @@ def packing(recipe: Recipe, dtype: torch.dtype) -> Any:
     if not is_bitsandbytes_available():
         raise HfDmsError("model.quantization needs bitsandbytes: pip install 'hf_dms[quantization]'.")
     if recipe.model.quantization == "8bit":
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_to_float16)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _is_no_cast_to_float16(record: logging.LogRecord) -> bool:
+    """bitsandbytes warns of this cast in each pass through each packed map: thousands of lines in a search."""
+    return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
 
 
 def load_model_config(recipe: Recipe) -> Any:

@@ -201,7 +201,8 @@ def sources_of(recipe: Recipe) -> list[str]:
     """The paths or Hub ids of everything that a recipe reads: the model and the data."""
     data = [recipe.data] if recipe.recover.data is None else [recipe.data, recipe.recover.data]
     held_out = [each.held_out for each in data if isinstance(each.held_out, str)]
-    return [recipe.model.path, *(each.path for each in data), *held_out, *recipe.data.mix, *recipe.eval.texts.values()]
+    texts = [*recipe.eval.texts.values(), *recipe.compare.texts.values()]
+    return [recipe.model.path, *(each.path for each in data), *held_out, *recipe.data.mix, *texts]
 
 
 def _asking_for_bfloat16(recipe: Recipe, config: Any, arguments: Mapping[str, Any]) -> list[str]:

@@ -365,9 +365,9 @@ def _use_files_beside_the_recipe_(values: dict[str, Any], folder: Path) -> None:
         data |= {key: _beside(data[key], folder) for key in ("path", "held_out") if key in data}
         if isinstance(data.get("mix"), dict):
             data["mix"] = {_beside(path, folder): weight for path, weight in data["mix"].items()}
-    measured = values.get("eval")
-    if isinstance(measured, dict) and isinstance(measured.get("texts"), dict):
-        measured["texts"] = {name: _beside(path, folder) for name, path in measured["texts"].items()}
+    for measured in (values.get("eval"), values.get("compare")):
+        if isinstance(measured, dict) and isinstance(measured.get("texts"), dict):
+            measured["texts"] = {name: _beside(path, folder) for name, path in measured["texts"].items()}
 
 
 def _beside(path: Any, folder: Path) -> Any:

@@ -35,7 +35,7 @@ def with_share(config: DMSConfig, bound: BoundSpec, model: PreTrainedModel) -> D
     dense = build_gates(bound, model, replace(config, target=1.0), device=torch.device("cpu")).dense_resource
     if amount(config.target) > dense:
         raise HfDmsError(
-            f"dms.target = {config.target} is more than the dense model has: {dense / 1e6:.4g}M {config.resource} "
+            f"dms.target = {config.target} is more than the dense model has: {dense:,.0f} {config.resource} "
             f"(resource_scope {config.resource_scope}). Lower it."
         )
     return replace(config, target=amount(config.target) / dense)

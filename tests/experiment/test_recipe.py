@@ -1,13 +1,14 @@
 """Recipes: how they are read, and the message for each mistake."""
 
 import dataclasses
+import logging
 from pathlib import Path
 
 import pytest
 import yaml
 
 from hf_dms import DMSConfig, HfDmsError
-from hf_dms.experiment.objects import training_arguments
+from hf_dms.experiment.objects import packing, training_arguments
 from hf_dms.experiment.packaged import packaged_recipes, recipe_names
 from hf_dms.experiment.recipe import build_recipe, load_recipe
 
@@ -163,9 +164,20 @@ def test_overrides_reach_every_section(tmp_path):
 def test_data_beside_a_recipe_is_found_from_anywhere(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("words")
     file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(with_value("data.path", "text.txt")))
+    texts = {section: {"texts": {"x": "text.txt"}} for section in ("eval", "compare")}
+    file.write_text(yaml.safe_dump(with_value("data.path", "text.txt") | texts))
     monkeypatch.chdir("/")
-    assert load_recipe(str(file)).data.path == str(tmp_path / "text.txt")
+    recipe = load_recipe(str(file))
+    assert recipe.data.path == str(tmp_path / "text.txt")
+    assert recipe.eval.texts == recipe.compare.texts == {"x": str(tmp_path / "text.txt")}
+
+
+def test_bitsandbytes_does_not_warn_in_each_pass(caplog):
+    packing(build_recipe(with_value("model.quantization", "8bit") | {"dms": {"target": 0.5, "pipeline": "p-"}}), None)
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    logger.warning("MatMul8bitLt: inputs will be cast from %s to float16 during quantization", "float32")
+    logger.warning("another warning")
+    assert caplog.messages == ["another warning"]
 
 
 def test_data_named_at_the_shell_is_found_from_the_working_folder(tmp_path, monkeypatch):
