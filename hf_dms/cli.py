@@ -303,9 +303,11 @@ def _validate(options: argparse.Namespace) -> int:
             recipe = load_recipe(path, overrides)
             if recipe.compare.strategies:
                 cells_of(recipe)
+            # `prepare` fills in what the recipe leaves open, and the lines below show it before anything runs.
             whole = prepare(recipe)
             prepared, memory = whole.recipe, memory_in_words(whole)
             chosen = recover_in_words(prepared) if prepared.recover != recipe.recover else []
+            # An amount, a shape (dms.sizes) and a share of the original of a supernet all become a fraction.
             if prepared.dms.target != recipe.dms.target:
                 of = (" of the supernet", " of the original") if recipe.model.supernet is not None else ("", "")
                 asked = recipe.dms.target or ", ".join(f"{name} {size}" for name, size in recipe.dms.sizes.items())
@@ -330,6 +332,7 @@ def _eval(options: argparse.Namespace) -> int:
     if options.json and options.tasks:
         raise HfDmsError("--json is for --data. With --tasks, lm-evaluation-harness writes its JSON to --output_path.")
     paths = [path for path in (options.baseline, options.path) if path]
+    # The harness runs once per model, in a process of its own, and prints its own tables.
     for path in paths if options.tasks else ():
         print(f"{path}:", flush=True)
         run_lm_eval(path, ["--tasks", *options.tasks, "--batch_size", str(options.batch_size), *options.rest])
@@ -389,7 +392,8 @@ def _push(options: argparse.Namespace) -> int:
 
 
 def _fetch(options: argparse.Namespace) -> int:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the Hub
+    # Nothing here needs the Hub. Without this, transformers asks it about each folder that is loaded.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from .experiment.fetch import ASSETS, fetch
 
     if options.name is None:

@@ -171,7 +171,7 @@ class DMSConfig:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.prune, list):
+        if isinstance(self.prune, list):  # YAML and JSON have no tuples
             self.prune = tuple(self.prune)
         self._check_target()
         self._check_choices()
@@ -188,10 +188,11 @@ class DMSConfig:
         if isinstance(self.target, str):
             self.target = _number_or_amount(self.target)
         if isinstance(self.target, str):
-            return
+            return  # an amount: it becomes a fraction when the model's cost is known (gating/share.py)
         if isinstance(self.target, bool) or not isinstance(self.target, int | float):
             raise HfDmsError(f"dms.target must be a number in (0, 1], got {self.target!r}. For 60 % write target: 0.6")
         if not 0 < self.target <= 1:
+            # A number up to 100 was probably meant as a percentage, and one in the thousands as an amount.
             hint = f"For {self.target:g} % write target: {self.target / 100:g}" if 1 < self.target <= 100 else ""
             hint = f"For an amount write target: {self.target / 1e6:g}M" if self.target >= 1e3 else hint
             raise HfDmsError(f"dms.target must be in (0, 1], got {self.target:g}. {hint}".rstrip())
@@ -211,6 +212,7 @@ class DMSConfig:
 
         if not isinstance(self.strategy, str):
             raise HfDmsError(f"dms.strategy must be the name of a strategy, such as flap, got {self.strategy!r}.")
+        # A strategy chooses in one go. It would ignore these options of the search without a word.
         meaningless = {
             "pipeline = np": self.pipeline == "np",
             f"search_over = {self.search_over}": self.search_over != "masks",
@@ -290,6 +292,7 @@ class DMSConfig:
                 raise HfDmsError("dms.prune is empty: name at least one dim, or leave it out to prune all.")
         for option, example in (("round_to", "{mlp: 64}"), ("sizes", "{mlp: 1024}")):
             given = getattr(self, option)
+            # `type(...) is int`, because True is an instance of int.
             if not isinstance(given, dict) or not all(type(count) is int and count >= 1 for count in given.values()):
                 raise HfDmsError(
                     f"dms.{option} must map a dim to a whole number of at least 1, as {example}; got {given!r}."

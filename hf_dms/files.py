@@ -143,9 +143,9 @@ def replaces(folder: str | os.PathLike, relation: str, source: str | os.PathLike
         relation: how the folder relates to the source, such as "is".
         source: folder of the model that the result is made from.
     """
+    place = f"this is {source}" if str(folder) == str(source) else f"{folder} {relation} {source}"
     return (
-        f"{folder} {relation} {source}, which the result is made from and which it would replace, "
-        "overwrite or not. Choose another folder."
+        f"{place}, which the result is made from and which it would replace, overwrite or not. Choose another folder."
     )
 
 

@@ -248,7 +248,7 @@ class Gates(nn.Module):
                 self.log_masks[name] = (None,) * dim.rows
                 continue
             if not self.is_soft:
-                # The logarithm of 0 is -inf, of which the exponential is 0 again (`mask_of`).
+                # The logarithm of 0 is -inf, whose exponential is 0 again (`mask_of`).
                 log_mask = topk_mask(self.importance(name), self.hard_units(name)).log()
             elif self.is_warming_up:
                 # log 1, a leaf: there is a gradient for the importance, and none for the ratios.
@@ -358,7 +358,7 @@ class Gates(nn.Module):
         """
         start = self.prune_ratio.clone()
         moving = self.lower < self.upper
-        # Factor 0 gives the smallest sizes; the largest one makes even the dim whole of which least is left.
+        # Factor 0 gives the smallest sizes. The largest factor makes every dim whole, even the one that is cut most.
         low, width = torch.zeros((), device=start.device), 1 / (1 - start[moving]).min().clamp(min=1e-3)
         for _ in range(GRIDS):
             factors = low + width * torch.linspace(0, 1, GRID_POINTS, device=start.device)

@@ -51,7 +51,7 @@ def small_yolos(
         patches = embeddings.patch_embeddings.projection.weight
         nn.init.normal_(patches, 0, patches[0].numel() ** -0.5)
         embeddings.position_embeddings[0, 1 : 1 + side**2] = waves(torch.arange(side).float(), width)
-        # In patches, of which the first has its centre at place 0.
+        # Positions are counted in patches: the centre of the first one is 0.
         centres = (torch.arange(cells) + 0.5) * side / cells - 0.5
         embeddings.position_embeddings[0, 1 + side**2 :] = waves(centres, width)
         embeddings.detection_tokens.normal_(0, TOKEN_DEVIATION)

@@ -90,7 +90,7 @@ def hub_weights(repo_id: str, revision: str | None, download: bool) -> Path | No
     if (index := cached(SAFE_WEIGHTS_INDEX_NAME, True)) is None:
         return None
     absent = [name for name in shards_of(index) if cached(name, download) is None]
-    # Without a download, all that can be said of absent files is whether the Hub has them.
+    # Without a download, the content of absent files is unknown. It can only be checked that the Hub has them.
     there = _names_on_hub(repo_id, revision) if absent else None
     if there is not None and (lacking := [name for name in absent if name not in there]):
         raise HfDmsError(

@@ -206,9 +206,9 @@ def influences(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
 
 
 def _hashes(recipe: Recipe) -> dict[str, str]:
-    """What tells a file or folder of data from a changed one, by path; nothing for datasets on the Hub.
+    """A hash of each file and folder of data, by path, which shows whether it has changed. Hub datasets have none.
 
-    The content of a file is hashed. Of a folder it is the names and sizes of its files, of which there may be millions.
+    A file's content is hashed. For a folder, which may hold millions of files, their names and sizes are hashed.
     """
     data = [recipe.data] if recipe.recover.data is None else [recipe.data, recipe.recover.data]
     found = {}

@@ -163,10 +163,13 @@ class _Rounding:
         if self.count(state) > self.budget:
             # Rounded up, so that the target in the message can be met.
             shown = math.ceil(lowest * 1e4) / 1e4
+            advice = f"Raise the target to at least {shown:.4f}, prune more dims, or loosen protect and round_to."
+            if lowest == 1:
+                dims = ", ".join(self.gates.dims)
+                advice = f"dms.resource does not count what is pruned ({dims}). Prune other dims too."
             raise HfDmsError(
                 f"dms.target = {self.target:g} cannot be reached: with every pruned dim at its smallest size "
-                f"{lowest:.4f} of the dense resource remains. Raise the target to at least {shown:.4f}, prune more "
-                "dims, or loosen protect and round_to."
+                f"{lowest:.4f} of the dense resource remains. {advice}"
             )
         return state
 

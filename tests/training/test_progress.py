@@ -67,6 +67,8 @@ def test_a_log_file_gets_each_evaluation(name, monkeypatch, capsys):
     lines.on_log(None, state, None, logs=logs)
     line = f"search: step 10 of 20 (50 %), evaluated: eval_{name}loss 2.500, eval_{name}resource 0.750\n"
     assert capsys.readouterr().out == line
+    lines.on_log(None, TrainerState(), None, logs={"eval_loss": 2.5})
+    assert capsys.readouterr().out == "search: before any step, evaluated: eval_loss 2.500\n"
 
 
 def test_tensorboard_gets_the_course_of_the_search(tmp_path):
