@@ -158,6 +158,7 @@ def bind(spec: ArchSpec, model: nn.Module) -> BoundSpec:
     # First: otherwise an unsupported variant would be reported as a parameter without a line.
     _check_variant(spec, model)
     spec, sizes = sized(spec, model.config)
+    _check_stacks(spec, sizes)
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
     bound = BoundSpec(spec, prefix, sizes, {}, frozenset())  # still without tensors: matching them needs the rest of it
     kind = type(model).__name__
@@ -203,7 +204,8 @@ def _bind_tensors(
         if len(matches) != 1:
             raise HfDmsError(
                 f"{model_type}: {what} '{name}' {shape} matches {len(matches)} lines of the "
-                f"description of a {class_name}, expected 1. Add or correct its line in the ArchSpec."
+                f"description of a {class_name}, expected 1. docs/architectures.md says which classes and variants are "
+                "covered. In an ArchSpec of your own, add or correct its line."
             )
         text = lines[matches[0]]
         axes = parse_axes(text)
@@ -237,6 +239,26 @@ def _check_variant(spec: ArchSpec, model: nn.Module) -> None:
                 raise HfDmsError(
                     f"{spec.model_type} with {attribute} = {value} in its config is not supported, only with {wanted}."
                 )
+    for attribute in spec.must_have_one_entry:
+        if len(entries := getattr(model.config, attribute)) != 1:
+            raise HfDmsError(
+                f"{spec.model_type} with {attribute} = {list(entries)} in its config is not supported, only with one "
+                "entry."
+            )
+
+
+def _check_stacks(spec: ArchSpec, sizes: dict[str, int]) -> None:
+    """Check that every stack of layers has a layer.
+
+    Raises:
+        ValueError: one has none.
+    """
+    for depth, path in spec.stacks.items():
+        if sizes[depth] < 1:
+            raise HfDmsError(
+                f"{spec.model_type} with {sizes[depth]} layers in '{path}' ({depth}), as its config says, is not "
+                "supported, only with at least one."
+            )
 
 
 def sized(spec: ArchSpec, config: Any) -> tuple[ArchSpec, dict[str, int]]:

@@ -62,6 +62,7 @@ RT_DETR = replace(
     # A layer looks where the prediction heads of the layer before it point. Without that layer it would look elsewhere.
     chained=("decoder_layers",),
     query_scores="enc_score_head",
+    must_have_one_entry=("encode_proj_layers",),  # attention on one feature map: `aifi` has one encoder
     must_be_false=(),  # no norm behind the layers, so `auxiliary_loss` does not matter
     # The deformable attention stores no size of a head: it divides d_model by n_heads.
     attributes={_here(name): size for name, size in DETR.attributes.items() if not name.startswith(CROSS)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,8 +42,14 @@ def without_values() -> Iterator[None]:
 
     transformers skips such looks at fake tensors, and makes the mask.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield
+    # torch logs the traceback of an operation that fails, beside raising an error. The error alone is enough.
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, log.disabled = log.disabled, True
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        log.disabled = disabled
 
 
 def attention_of(model: PreTrainedModel) -> str | dict[str, str]:

@@ -92,6 +92,7 @@ class ArchSpec:
             0), and if every norm that writes the dim is listed.
         must_be_false: config flags of variants that this description does not support.
         must_be_true: config flags that a model must have, because this description does not support models without.
+        must_have_one_entry: config lists that must have exactly one entry in a model that this description supports.
         attributes: `"module pattern.attribute"` → the product of dims that a module of a layer stores in this
             attribute, or a power of it, `"d ** -0.5"`. With `per_layer_only`, also a module outside the layers.
         by_number: `"module pattern.attribute"` → the value that the stock class gives this attribute of a layer, as a
@@ -139,6 +140,7 @@ class ArchSpec:
     masked_batch_norms: tuple[str, ...] = ()
     must_be_false: tuple[str, ...] = ()
     must_be_true: tuple[str, ...] = ()
+    must_have_one_entry: tuple[str, ...] = ()
     heads: dict[str, dict[str, str]] = field(default_factory=dict)
     attributes: dict[str, str] = field(default_factory=dict)
     by_number: dict[str, Callable[[Any, int], int]] = field(default_factory=dict)

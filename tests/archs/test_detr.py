@@ -1,5 +1,7 @@
 """DETR beside the laws that all architectures obey: a backbone that stays whole, two stacks, two attentions a layer."""
 
+import re
+
 import pytest
 import torch
 from helpers.laws import batch_for, macs_by_the_flop_counter, searched, tiny
@@ -35,6 +37,22 @@ def images(seed, batches):
 def test_a_detr_with_losses_of_every_layer_is_refused():
     message = "detr with auxiliary_loss = True in its config is not supported, only with False"
     untouched(tiny(DetrForObjectDetection, auxiliary_loss=True), message)
+
+
+@pytest.mark.parametrize("maps", [[], [1, 2]])
+def test_an_rt_detr_with_attention_on_several_maps_or_none_is_refused(maps):
+    message = (
+        rf"rt_detr with encode_proj_layers = {re.escape(str(maps))} in its config is not supported, only with one en"
+    )
+    untouched(tiny(RTDetrModel, encode_proj_layers=maps), message)
+
+
+@pytest.mark.parametrize(("head", "part"), [(RTDetrModel, "encoder.aifi.0"), (DetrModel, "encoder")])
+def test_a_stack_without_layers_is_refused(head, part):
+    message = (
+        rf"detr with 0 layers in '{part}.layers' \(encoder_layers\), as its config says, is not supported, only with"
+    )
+    untouched(tiny(head, encoder_layers=0), message)
 
 
 def test_a_head_that_is_not_described_is_an_error_that_names_a_parameter():

@@ -172,7 +172,16 @@ NO_DIMS = {
     *("model_type", "layers", "config_ratios", "config_lists", "config_leaves_out", "unnormed", "must_be_false"),
     *("build_with", "alternative", "alternative_overrides", "alternative_needs"),
     *("stages", "families", "variants", "records_positions", "channels_first", "response_norms"),
-    *("must_be_true", "masked_batch_norms", "whole", "chained", "per_layer_only", "by_number", "query_scores"),
+    *(
+        "must_be_true",
+        "must_have_one_entry",
+        "masked_batch_norms",
+        "whole",
+        "chained",
+        "per_layer_only",
+        "by_number",
+        "query_scores",
+    ),
 }
 
 

@@ -1,5 +1,7 @@
 """Swin: windows that every second block shifts, norms over four neighbours, attention inside windows."""
 
+import logging
+
 import pytest
 import torch
 from helpers.laws import batch_for, is_stock, macs_by_the_flop_counter, same_tensors, tiny
@@ -72,6 +74,17 @@ def test_attention_costs_what_its_windows_do(image):
     found = macs_by_the_flop_counter(model, "model", {"pixel_values": pixels}, 1)
     assert counted == pytest.approx(found, rel=1e-12)
     assert image != 224 or round(counted / 1e9, 1) == 4.5  # Swin-T's in Table 1 of arXiv 2103.14030
+
+
+def test_an_image_smaller_than_a_window_is_one_error_without_a_traceback_in_the_log():
+    log, records = logging.getLogger("torch._subclasses.fake_tensor"), []
+    handler = logging.Handler()
+    handler.emit = records.append
+    log.addHandler(handler)
+    model = tiny(SwinModel, window_size=16)
+    untouched(model, "A SwinModel .* cannot take an image of 2 × 16 × 16", resource="macs", layout="per_layer")
+    log.removeHandler(handler)
+    assert records == []
 
 
 def test_variants_that_are_not_described_are_errors():
