@@ -37,7 +37,8 @@ def slow_bfloat16(asked_by: list[str]) -> str:
     """
     if not asked_by or (times := slowdown_of_bfloat16()) < SLOW:
         return ""
-    ways = ["say model.dtype: float32" if key == "model.dtype" else f"{key} counts as false" for key in asked_by]
+    weights = "the weights stay in bfloat16 unless you write model.dtype: float32"
+    ways = [weights if key == "model.dtype" else f"{key} counts as false" for key in asked_by]
     return (
         f"bfloat16 is {times:.0f} times slower than float32 on this CPU (a product of {SIZE} x {SIZE} matrices): "
         f"{', and '.join(ways)}."
