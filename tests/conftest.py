@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,10 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from hf_dms.report.page import TEMPLATES
+
+TESTS = Path(__file__).parent
+# Processes that tests start find this checkout, its helpers, and startup/sitecustomize.py.
+os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (TESTS / "helpers" / "startup", TESTS.parent, TESTS)))
 
 torch.set_num_threads(1)
 settings.register_profile(

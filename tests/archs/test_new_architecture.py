@@ -1,6 +1,5 @@
 """The Python of docs/new_architecture.md runs, its errors are the real ones, and its toy obeys the laws."""
 
-import os
 import re
 import subprocess
 import sys
@@ -126,8 +125,7 @@ def test_a_per_layer_folder_loads_once_the_architecture_is_registered(toy, tmp_p
     pruned, ids = prune(model), token_batch()["input_ids"]
     save_pruned(pruned, tmp_path / "out")
     save_file({"input_ids": ids, "logits": pruned(ids).logits.detach()}, tmp_path / "batch")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", LOAD], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", LOAD], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout == "DmsToyForTokenClassification\n"
     assert not (tmp_path / "out" / "modeling_dms.py").exists()  # it could not make the toy's classes by itself

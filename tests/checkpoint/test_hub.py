@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.hub_standin import READ_TOKEN, WRITE_TOKEN, serve
+from helpers.hub_standin import READ_TOKEN, WRITE_TOKEN, environment_of, serve
 from helpers.recipes import save_tokenizer
 from helpers.tiny import search_, tiny_llama
 from huggingface_hub import HfApi, ModelCard
@@ -21,7 +20,6 @@ from hf_dms.checkpoint.hub import push
 from hf_dms.cli import main
 
 HERE = Path(__file__).parents[1] / "helpers"
-PATH = os.pathsep.join(map(str, (HERE.parent, HERE.parents[1])))
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9]])
 LOAD = """
 import sys
@@ -78,9 +76,7 @@ def hub(folder):
 
 def in_a_process(hub, arguments, folder, token=WRITE_TOKEN):
     """Run Python as a user of the stand-in."""
-    kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    about = {"HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "0"}
-    environment = kept | about | {"HF_HUB_DISABLE_XET": "1", "PYTHONPATH": PATH}
+    environment = environment_of(hub, folder / "home", token)
     done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 

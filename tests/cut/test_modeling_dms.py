@@ -126,13 +126,10 @@ else:
 
 
 def load_in_a_process_of_its_own(jobs, preamble, tmp_path):
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    if preamble == WITH_HF_DMS:
-        environment["PYTHONPATH"] = str(ROOT)
+    about = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     ids = json.dumps(token_batch()["input_ids"].tolist())
     command = [sys.executable, "-c", LOAD, json.dumps(jobs), preamble, ids]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=tmp_path, env=os.environ | about, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout.split("\n")[: len(jobs)]
 

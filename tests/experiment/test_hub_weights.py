@@ -4,19 +4,17 @@
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers.hub_standin import Repo, serve
+from helpers.hub_standin import Repo, environment_of, serve
 from helpers.recipes import WORDS, save_tokenizer
 from helpers.tiny import TINY
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
-HERE = Path(__file__).parents[1]
 SESSION = """
 import contextlib, io, json, sys
 from hf_dms.cli import main
@@ -105,11 +103,10 @@ def results(tmp_path_factory):
     with serve() as hub:
         for name, content in models.items():
             hub.repos[f"tester/{name}"] = Repo(False, {"1" * 40: content}, {"main": "1" * 40})
-        kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-        about = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "0"}
-        about |= {"HF_HUB_DISABLE_XET": "1", "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent)))}
         command = [sys.executable, "-c", SESSION, str(folder), *models]
-        done = subprocess.run(command, env=kept | about, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command, env=environment_of(hub, folder / "home"), capture_output=True, text=True, timeout=300
+        )
     assert done.returncode == 0, done.stderr[-3000:]
     found = {kind: [*(folder / "home").rglob(f"models--tester--{kind}/**/*.safetensors")] != [] for kind in BAD}
     return json.loads((folder / "results.json").read_text()) | {"weights in the cache": found}

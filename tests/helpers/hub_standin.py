@@ -8,6 +8,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -248,6 +249,13 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+def environment_of(hub, home, token=None):
+    """The environment of a process whose Hub is a stand-in, with a token or without one."""
+    kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    about = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    return kept | about | ({} if token is None else {"HF_TOKEN": token})
 
 
 @contextlib.contextmanager

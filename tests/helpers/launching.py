@@ -18,9 +18,8 @@ def launch(*command):
         port = str(free.getsockname()[1])
     config = str(ROOT / "recipes/accelerate/ddp.yaml")
     start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", port]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     process = subprocess.Popen(
-        [*start, *map(str, command)], env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, text=True,
+        [*start, *map(str, command)], env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     try:

@@ -8,15 +8,12 @@ import random
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from helpers.hub_standin import WRITE_TOKEN, Repo, serve
+from helpers.hub_standin import WRITE_TOKEN, Repo, environment_of, serve
 from helpers.marks import slow
 from helpers.runs import digest
 from helpers.tiny import tiny_llama
-
-HERE = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +38,9 @@ class Push:
 
     def code(self) -> int:
         self.hub.on_event = self._event
-        kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-        about = {"HF_ENDPOINT": self.hub.url, "HF_TOKEN": WRITE_TOKEN, "HF_HOME": str(self.folder / "home")}
-        about |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(HERE.parent)}
+        environment = environment_of(self.hub, self.folder / "home", WRITE_TOKEN)
         command = [sys.executable, "-m", "hf_dms", "push", str(self.folder / "now"), "tester/model"]
-        self.process = subprocess.Popen(command, env=kept | about, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         return self.process.wait(timeout=300)
 
     def _event(self, event: str) -> None:
