@@ -38,7 +38,7 @@ from helpers.laws import (
 )
 from helpers.marks import ordinary_if
 from helpers.tiny import relative_difference, search_
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
     BeitForImageClassification,
@@ -364,6 +364,7 @@ BACKBONES = (
 
 
 @given(requests())
+@settings(max_examples=settings.default.max_examples // 2)  # half a second each
 def test_the_laws_hold_for_any_config(tmp_path_factory, request_):
     head, config, options, seed, share = request_
     model = tiny(head, seed, torch.float64, **config)

@@ -140,11 +140,13 @@ def test_a_folder_has_one_writer_at_a_time(tmp_path):
 
 
 def test_a_killed_writer_lets_go(tmp_path):
-    script = (
+    script = tmp_path / "hf-dms"  # by this name, because then `import hf_dms` imports little
+    script.write_text(
         "import os, signal, sys; from hf_dms.checkpoint.folders import new_folder\n"
         "with new_folder(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)"
     )
-    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")])
+    killed = subprocess.run([sys.executable, script, str(tmp_path / "out")])
+    script.unlink()
     assert killed.returncode == -signal.SIGKILL
     with new_folder(tmp_path / "out") as temporary:
         (temporary / "second.txt").write_text("second")

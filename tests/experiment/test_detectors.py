@@ -133,7 +133,7 @@ def test_a_comparison_of_detectors_is_refused(prune, capsys):
 @pytest.mark.parametrize(
     ("kind", "layout"),
     ordinary_if(
-        lambda kind, layout: (kind == "rt_detr") == (layout == "per_layer"),
+        lambda kind, layout: (kind, layout) == ("rt_detr", "per_layer"),
         itertools.product(ALONE, ["uniform", "per_layer"]),
     ),
 )
@@ -167,7 +167,10 @@ WAYS = {
 
 @pytest.mark.parametrize(
     ("kind", "way"),
-    ordinary_if(lambda kind, way: (kind == "rt_detr") == (way in ("frozen", "taylor")), itertools.product(ALONE, WAYS)),
+    ordinary_if(
+        lambda kind, way: (kind, way) in [("rt_detr", "frozen"), ("conditional_detr", "fresh")],
+        itertools.product(ALONE, WAYS),
+    ),
 )
 def test_other_ways_take_classes_with_a_probability_each(kind, way, prune, capsys):
     sections = WAYS[way]
@@ -190,7 +193,7 @@ def test_a_base_model_that_scores_classes_keeps_their_number(prune, tmp_path, ca
     # What the message says works.
     options = dict(id2label={0: "fox", 1: "ox"}, ignore_mismatched_sizes=True)
     changed = RTDetrForObjectDetection.from_pretrained(tmp_path / "model", **options)
-    assert prune(model=changed, **sections)[0] == 0, capsys.readouterr().err
+    assert prune(command="validate", model=changed, **sections)[0] == 0, capsys.readouterr().err
     # Random weights have no classes yet.
     sections |= {"finetune": {}, "output": {"path": str(tmp_path / "other")}}
     assert prune("dms.pipeline=np", command="validate", model=model, **sections)[0] == 0, capsys.readouterr().err

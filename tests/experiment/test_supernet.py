@@ -76,7 +76,7 @@ def weights_at_the_start(recipe, monkeypatch, *options):
     steps = hf_dms.experiment.run.recover_steps
     monkeypatch.setattr(hf_dms.experiment.stages, "train_", look)
     monkeypatch.setattr(hf_dms.experiment.run, "recover_steps", searched)
-    code, _ = recipe(*TRAINED, "output.overwrite=true", *options)
+    code, _ = recipe(*TRAINED, "recover.max_steps=2", "output.overwrite=true", *options)
     monkeypatch.undo()
     assert code == 0
     return found["searched"], found["started"]
@@ -98,7 +98,7 @@ def test_a_training_after_the_cut_begins_with_the_weights_of_the_search_if_asked
 
 
 def test_an_interrupted_training_after_the_cut_from_fresh_weights_goes_on_and_ends_the_same(recipe, monkeypatch):
-    options = (*TRAINED, "train.save_steps=40")
+    options = (*TRAINED, "recover.max_steps=8", "train.save_steps=4")
     _, out = recipe(*options)
     whole = AutoModelForCausalLM.from_pretrained(out).state_dict()
     shutil.rmtree(out)
@@ -108,7 +108,7 @@ def test_an_interrupted_training_after_the_cut_from_fresh_weights_goes_on_and_en
     monkeypatch.setattr(DMSTrainer, "training_step", lambda *args, **kwargs: pytest.fail("it was searched again"))
     monkeypatch.setattr(DistillationTrainer, "training_step", lambda *a, **k: steps.append(1) or step(*a, **k))
     assert recipe(*options)[0] == 0
-    assert len(steps) == 40
+    assert len(steps) == 4
     resumed = AutoModelForCausalLM.from_pretrained(out).state_dict()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 

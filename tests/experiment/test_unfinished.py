@@ -51,18 +51,21 @@ def failed(recipe, steps, monkeypatch):
 
 @pytest.mark.parametrize(
     ("changes", "again"),
-    [
-        ([], []),
-        (["recover.learning_rate=0.01"], ["recover"]),
-        (["recover.max_steps=2"], ["recover"]),
-        (["recover.repair={examples: 2}"], ["recover"]),
-        (["recover.distillation={}"], ["recover"]),
-        (["recover.lora={r: 2}"], ["recover"]),
-        (["recover=null"], []),
-        (["eval={examples: 2, batch_size: 1}"], []),
-        (["train.logging_steps=1", "train.save_steps=2", "recover.save_steps=1"], []),
-        (["output.overwrite=true", "dms.max_nonfinite_steps=7"], []),
-    ],
+    ordinary_if(
+        lambda changes, again: changes == ["recover=null"] or "repair" in "".join(changes) or len(changes) > 2,
+        [
+            ([], []),
+            (["recover.learning_rate=0.01"], ["recover"]),
+            (["recover.max_steps=2"], ["recover"]),
+            (["recover.repair={examples: 2}"], ["recover"]),
+            (["recover.distillation={}"], ["recover"]),
+            (["recover.lora={r: 2}"], ["recover"]),
+            (["recover=null"], []),
+            (["eval={examples: 2, batch_size: 1}"], []),
+            (["train.logging_steps=1", "train.save_steps=2", "recover.save_steps=1"], []),
+            (["output.overwrite=true", "dms.max_nonfinite_steps=7"], []),
+        ],
+    ),
     ids=lambda value: " ".join(value),
 )
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 asks for it
@@ -104,7 +107,7 @@ def test_of_a_search_for_the_best_checkpoint_that_one_stays(failed, recipe, step
 @pytest.mark.parametrize(
     ("change", "words", "deleted", "again"),
     ordinary_if(
-        lambda change, *_: change in ("dms.target=0.5", "finetune=null", "lora={r: 2}"),
+        lambda change, *_: change in ("dms.target=0.5", "finetune=null"),
         [
             ("dms.target=0.5", "search of another recipe: dms.target was 0.6, is 0.5", "search", ["search", "recover"]),
             ("train.learning_rate=0.01", "train.learning_rate was left out, is 0.01", "", list(WHOLE)),
