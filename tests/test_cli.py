@@ -1,5 +1,6 @@
 """The command line in its own process."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -82,6 +83,13 @@ def test_prune_says_whether_it_takes_a_recipe(words, message, capsys):
 def test_what_the_system_refuses_is_told_from_a_bug(error, words):
     found = refusal_of_the_system(error)
     assert found is None if words is None else words in found
+
+
+def test_a_command_leaves_a_description_that_was_registered_in_place_of_a_shipped_one(monkeypatch):
+    own = dataclasses.replace(ARCHS["llama"])
+    monkeypatch.setitem(ARCHS, "llama", own)
+    assert main(["recipes"]) == 0
+    assert ARCHS["llama"] is own
 
 
 def test_ctrl_c_ends_in_one_line(monkeypatch, capsys):

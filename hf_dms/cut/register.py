@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ def register_unless_command_line() -> None:
         register()
 
 
+@functools.cache  # once: a second time would undo what the user has registered since for one of these model types
 def register() -> None:
     """Register every architecture that hf_dms comes with."""
     from ..archs.registry import SPECS
