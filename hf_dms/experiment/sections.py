@@ -218,6 +218,9 @@ class HubConfig:
             raise HfDmsError("hub.repo_id is required in a hub section: the repository to push to, namespace/name.")
 
 
+REPAIR_BATCH = 4  # examples per batch of a repair
+
+
 @dataclass
 class RepairConfig:
     """The `recover.repair` section: least-squares reconstruction of the residual stream (refit/repair.py)."""
@@ -253,6 +256,11 @@ class RepairConfig:
             raise HfDmsError(f"recover.repair.epochs must be 0 or more, got {self.epochs}.")
         if self.examples < 1:
             raise HfDmsError(f"recover.repair.examples must be at least 1, got {self.examples}.")
+        if self.epochs and self.examples <= REPAIR_BATCH:
+            raise HfDmsError(
+                f"recover.repair.epochs holds out a batch of {REPAIR_BATCH} examples and learns on the others, so "
+                f"recover.repair.examples must be more than {REPAIR_BATCH}, got {self.examples}."
+            )
         if self.ridge is not None and not self.ridge > 0:
             raise HfDmsError(f"recover.repair.ridge must be above 0, got {self.ridge}.")
 

@@ -39,6 +39,7 @@ from .choose import cut_by_criterion, examples_of, shuffled
 from .objects import empty_model, model_class, packing
 from .prepare import Prepared, check_trained, check_weights
 from .recipe import Recipe
+from .sections import REPAIR_BATCH
 
 
 def dense_model(prepared: Prepared) -> PreTrainedModel:
@@ -157,8 +158,9 @@ def recover_steps(pruned: PreTrainedModel, searched: PreTrainedModel, plan: Plan
         dense.to(pruned.device)
     if repair is not None:
         print_on_main("Repairing the pruned model ...")
-        rows = DataLoader(evenly_spaced(examples.train, repair.examples), 4, collate_fn=examples.collate)
-        batches = [send_to_device(batch, pruned.device) for batch in rows]
+        rows = evenly_spaced(examples.train, repair.examples)
+        loader = DataLoader(rows, REPAIR_BATCH, collate_fn=examples.collate)
+        batches = [send_to_device(batch, pruned.device) for batch in loader]
         repair_(
             pruned,
             dense,

@@ -184,6 +184,7 @@ def test_a_classifier_killed_in_its_recover_stage_ends_the_same(classifiers, mon
         ("recover={repair: {examples: 0}}", "recover.repair.examples must be at least 1, got 0"),
         ("recover={repair: {ridge: 0}}", "recover.repair.ridge must be above 0, got 0"),
         ("recover={repair: {epochs: -1}}", "recover.repair.epochs must be 0 or more, got -1"),
+        ("recover={repair: {epochs: 1, examples: 4}}", "recover.repair.examples must be more than 4, got 4"),
         ("recover={repair: true}", "recover.repair must be a section with keys, or {} for its defaults; got True"),
         ("recover={float32: maybe}", "recover.float32 must be true or false, got 'maybe'"),
         ("model.task=poetry", "model.task must be one of text-generation, text-classification, image-classification"),
