@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from helpers.killing import without_picture
 from helpers.recipes import dense, recipe  # noqa: F401
 from helpers.runs import whole  # noqa: F401
 from hypothesis import HealthCheck, settings
@@ -58,9 +59,9 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def pictures() -> Iterator[None]:
-    """Draw no pictures in the pages of runs: they would take a third of a short run. tests/report draws them."""
+    """Draw no pictures in the pages of runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(TEMPLATES.globals, "svg", lambda panel: f"<svg>{panel.title}</svg>")
+        patch.setitem(TEMPLATES.globals, "svg", without_picture)
         yield
 
 
