@@ -70,7 +70,7 @@ def test_the_stream_comes_closer_than_by_least_squares_on_held_out_data(cls, pla
         repair_(pruned, model, PLANS[plan], batches_for(model, seed=1), epochs=epochs)
         return float((captured(pruned, layers_of(pruned)[-1], held_out)[1] - expected).square().mean())
 
-    assert error(10) < error(0)
+    assert error(4) < error(0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
