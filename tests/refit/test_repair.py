@@ -148,7 +148,7 @@ def test_stream_and_outputs_come_closer_on_held_out_data(cls, plan, share):
     model = tiny(cls)
     layout, plan = "uniform" if plan == "uniform" else "per_layer", PLANS[plan]
     pruned = cut_by(model, plan, layout)
-    held_out = batches_for(model, seed=2)
+    held_out = batches_for(model, seed=2, batches=4)
     units = plan.kept.get("hidden", (slice(None),))[0]
 
     def errors():
