@@ -37,12 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
     if rest and not getattr(options, "tasks", None):
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
-    # `import hf_dms` has left it out for the command line, so that --help does not wait for it.
-    register()
+    # `import hf_dms` has left it out for the command line, so that --help does not wait for it, nor what shows texts.
+    if getattr(options, "loads_models", True):
+        register()
+        if not sys.stderr.isatty():
+            _no_bars_()
     # `datasets` reads this when it is imported, which only the commands do.
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    if not sys.stderr.isatty():
-        _no_bars_()
     options.stdout = sys.stdout
     try:
         # With --json, stdout holds only the result. Everything else that is printed goes to stderr.
@@ -225,11 +226,11 @@ def _add_supplies(commands: Any) -> None:
     fetch.add_argument("folder", nargs="?", help="default: models/NAME, where the recipes look for it")
     fetch.set_defaults(run=_fetch)
     recipes = commands.add_parser("recipes", help="list the recipes that come with hf_dms, and their folder")
-    recipes.set_defaults(run=_recipes)
+    recipes.set_defaults(run=_recipes, loads_models=False)
     launch = commands.add_parser("launch-config", help="print or write an accelerate config for several processes")
     launch.add_argument("name", help="ddp, fsdp2 or zero2")
     launch.add_argument("file", nargs="?", help="write it here; default: print it")
-    launch.set_defaults(run=_launch_config)
+    launch.set_defaults(run=_launch_config, loads_models=False)
     archs = commands.add_parser("archs", help="list the supported architectures and their dims")
     archs.add_argument("name", nargs="?", help="show one architecture in full")
     archs.set_defaults(run=_archs)
