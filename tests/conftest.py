@@ -21,8 +21,6 @@ from torch import Tensor
 from hf_dms.report.page import TEMPLATES
 
 TESTS = Path(__file__).parent
-# Processes that tests start find this checkout, its helpers, and startup/sitecustomize.py.
-os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (TESTS / "helpers" / "startup", TESTS.parent, TESTS)))
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -55,6 +53,16 @@ def pytest_collection_finish() -> None:
     """Exclude imported objects from later garbage collections. Each training runs one."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def paths_of_processes() -> Iterator[None]:
+    """Processes that tests start find this checkout, its helpers, and startup/sitecustomize.py."""
+    # Not when this file is imported: the workers of pytest-xdist would be such processes too.
+    with pytest.MonkeyPatch.context() as patch:
+        paths = (TESTS / "helpers" / "startup", TESTS.parent, TESTS)
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, paths)))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -166,7 +166,10 @@ class _Rounding:
             advice = f"Raise the target to at least {shown:.4f}, prune more dims, or loosen protect and round_to."
             if lowest == 1:
                 dims = ", ".join(self.gates.dims)
-                advice = f"dms.resource does not count what is pruned ({dims}). Prune other dims too."
+                advice = (
+                    f"What is pruned ({dims}) cannot lower it: its sizes are the smallest already, or dms.resource "
+                    "does not count it. Prune other dims too."
+                )
             raise HfDmsError(
                 f"dms.target = {self.target:g} cannot be reached: with every pruned dim at its smallest size "
                 f"{lowest:.4f} of the dense resource remains. {advice}"

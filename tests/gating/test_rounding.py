@@ -461,7 +461,7 @@ def test_attach_refuses_a_target_out_of_reach_before_the_search():
     model = tiny_llama()
     with pytest.raises(ValueError, match=r"dms.target = 0.1 cannot be reached"):
         attach_(model, DMSConfig(target=0.1, prune=("mlp",)))
-    with pytest.raises(ValueError, match=r"dms.resource does not count what is pruned \(mlp\). Prune other dims too."):
+    with pytest.raises(ValueError, match=r"What is pruned \(mlp\) cannot lower it: .*Prune other dims too."):
         attach_(model, DMSConfig(target=0.9, prune=("mlp",), resource="kv_bytes"))
     attach_(model, DMSConfig(target=0.9, prune=("mlp",)))
     detach_(model)

@@ -92,7 +92,8 @@ def lowest_target(gates: Gates, bound: BoundSpec, config: DMSConfig, model_confi
     """The lowest target that can be met, read from the error for an impossible target."""
     with pytest.raises(ValueError, match="cannot be reached") as error:
         round_sizes(gates, bound, dataclasses.replace(config, target=1e-9), model_config)
-    return float(re.search(r"Raise the target to at least ([\d.]+),", str(error.value))[1])
+    found = re.search(r"Raise the target to at least ([\d.]+),", str(error.value))
+    return float(found[1]) if found else 1.0  # no dim has room
 
 
 def trace(model: nn.Module) -> tuple:

@@ -44,7 +44,7 @@ def test_only_a_slow_one_is_said_and_each_key_has_its_way_out(monkeypatch, times
         (["train.bf16=true"], "train.bf16 counts as false."),
         (["recover={max_steps: 1, bf16: true}"], "recover.bf16 counts as false."),
         (["train.bf16=true", "recover={max_steps: 1, bf16: false}"], "train.bf16 counts as false."),
-        (["model.dtype=bfloat16"], "say model.dtype: float32."),
+        (["model.dtype=bfloat16"], "write model.dtype: float32."),
         (["model.dtype=auto"], ""),  # the checkpoint has float32
     ],
 )
