@@ -7,17 +7,21 @@ system clears each page of the next one. A command that trains or measures for m
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 
 MMAP_MAX, TRIM_THRESHOLD = -4, -1  # names of M_MMAP_MAX and M_TRIM_THRESHOLD in malloc.h
+VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 
 def keep_freed_memory_() -> None:
     """Tell glibc to serve large blocks from the heap and never to return any. Without glibc it does nothing.
 
-    Memory grows to the peak of what is in use, as before, and stays there until the process ends.
+    Memory stays in the process until it ends. A freed block that is too small for the next one by a few bytes is not
+    taken, so the peak can be several of the largest tensors above that of what is in use. Where that is too much, set
+    one of glibc's own variables, such as MALLOC_TRIM_THRESHOLD_=131072: then everything is left as it is.
     """
-    if platform.libc_ver()[0] != "glibc":
+    if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in VARIABLES):
         return
     libc = ctypes.CDLL(None)
     libc.mallopt(MMAP_MAX, 0)
