@@ -20,8 +20,6 @@ from torch import Tensor
 
 from hf_dms.report.page import TEMPLATES
 
-TESTS = Path(__file__).parent
-
 torch.set_num_threads(1)
 settings.register_profile(
     "hf_dms",
@@ -60,7 +58,8 @@ def paths_of_processes() -> Iterator[None]:
     """Processes that tests start find this checkout, its helpers, and startup/sitecustomize.py."""
     # Not when this file is imported: the workers of pytest-xdist would be such processes too.
     with pytest.MonkeyPatch.context() as patch:
-        paths = (TESTS / "helpers" / "startup", TESTS.parent, TESTS)
+        tests = Path(__file__).parent
+        paths = (tests / "helpers" / "startup", tests.parent, tests)
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, paths)))
         yield
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from typing import Any
 import yaml
 
 from ..config import SEARCH, DMSConfig
-from ..errors import HfDmsError
+from ..errors import HfDmsError, did_you_mean
 from ..tasks.data import OWN, DataConfig, is_data_file
 from ..tasks.registry import TASKS
 from ..tasks.task import Task
@@ -330,8 +329,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
 def _check_keys(given: dict[str, Any], known: list[str], prefix: str) -> None:
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f" Did you mean {prefix}{near[0]}?" if near else f" Known keys: {', '.join(sorted(known))}."
+            hint = did_you_mean(str(key), known, prefix) or f" Known keys: {', '.join(sorted(known))}."
             raise HfDmsError(f"Unknown key {prefix}{key}.{hint}")
 
 

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils.sha import sha_fileobj
 from transformers.trainer_utils import sort_checkpoints
 
 from ..checkpoint.folders import replace_folder
@@ -57,7 +58,9 @@ def is_finished(recipe: Recipe, output: Path, unfinished: Path) -> bool:
         print_on_main(f"{measured}: a finished result is not measured again. `hf-dms eval` measures it.")
     # Killed between the writing of the result and the removal of its folder. Another recipe's folder is not touched.
     claimed = _read_claim(unfinished)
-    if not unfinished.exists() or (isinstance(claimed, dict) and claimed | {FILES: {}} == _plain(recipe) | {FILES: {}}):
+    if isinstance(claimed, dict):
+        claimed.pop(FILES, None)
+    if not unfinished.exists() or claimed == _plain(recipe):
         remove_unfinished(unfinished, output)
     return True
 
@@ -140,7 +143,8 @@ def claim(unfinished: Path, recipe: Recipe) -> None:
     Raises:
         HfDmsError: the folder holds a search, or a fine-tuning before it, that this recipe would make differently.
     """
-    now, before = _plain(recipe) | {FILES: _hashes(recipe)}, _read_claim(unfinished)
+    now, before = _plain(recipe), _read_claim(unfinished)
+    now[FILES] = _hashes(now)
     for stage in STAGES if before is not None else ():
         folder = unfinished / stage
         try:
@@ -205,32 +209,32 @@ def influences(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
     return found
 
 
-def _hashes(recipe: Recipe) -> dict[str, str]:
+def _hashes(recipe: dict[str, Any]) -> dict[str, str]:
     """A hash of each file and folder of data, by path, which shows whether it has changed. Hub datasets have none.
 
     A file's content is hashed. For a folder, which may hold millions of files, their names and sizes are hashed.
     """
-    data = [recipe.data] if recipe.recover.data is None else [recipe.data, recipe.recover.data]
-    found = {}
-    for path in {str(path) for each in data for path in (each.path, each.held_out, *each.mix)}:
-        digest = hashlib.sha256()
+    sections, found = [recipe["data"], recipe["recover"]["data"]], {}
+    for path in {path for data in sections if data is not None for path in _paths_of(data)}:
         if Path(path).is_file():
             with open(path, "rb") as file:
-                for block in iter(lambda: file.read(2**20), b""):
-                    digest.update(block)
+                found[path] = sha_fileobj(file).hex()
         elif Path(path).is_dir():
-            for inner in sorted(inner for inner in Path(path).rglob("*") if inner.is_file()):
-                digest.update(f"{inner.relative_to(path)} {inner.stat().st_size}\n".encode())
-        else:
-            continue
-        found[path] = digest.hexdigest()
+            inside = sorted(inner for inner in Path(path).rglob("*") if inner.is_file())
+            sizes = "".join(f"{inner.relative_to(path)} {inner.stat().st_size}\n" for inner in inside)
+            found[path] = hashlib.sha256(sizes.encode()).hexdigest()
     return found
 
 
 def _hashes_of(recipe: dict[str, Any], data: dict[str, Any]) -> dict[str, str]:
     """Those of the hashes beside a plain recipe that belong to a data section."""
     hashes = recipe.get(FILES, {})
-    return {path: hashes[path] for path in (data["path"], str(data["held_out"]), *data["mix"]) if path in hashes}
+    return {path: hashes[path] for path in _paths_of(data) if path in hashes}
+
+
+def _paths_of(data: dict[str, Any]) -> list[str]:
+    """What a data section names: files, folders and Hub ids. A share that is held out is among them, and is no file."""
+    return [data["path"], str(data["held_out"]), *data["mix"]]
 
 
 def _lasting(given: dict[str, Any]) -> dict[str, Any]:

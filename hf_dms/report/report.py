@@ -28,7 +28,7 @@ class Measured(TypedDict, total=False):
     macs_per_token: Annotated[
         int,
         "Multiply-accumulates of a forward pass of one sequence of dms.sequence_length tokens, per token; for images a "
-        "patch counts as one.",
+        "patch counts as one, and in a network without patches the whole image.",
     ]
     kv_bytes_per_token: Annotated[int, "Bytes of the key-value cache, in the model's own precision."]
     kept_num_params: Annotated[int, "For a padded model: parameters without the zeros. The target limits this number."]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 
 import torch
@@ -11,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..archs.bind import BoundSpec
 from ..archs.plain_view import adapted_layers, base_model_of, is_packed
-from ..errors import HfDmsError
+from ..errors import HfDmsError, did_you_mean
 from ..gates import Gates
 from ..gating.attach import gates_of
 from .activations import FLAP, WANDA_SP
@@ -58,11 +57,9 @@ def criterion_of(name: str) -> Criterion:
     module, colon, attribute = name.partition(":")
     if not colon:
         if name not in CRITERIA:
-            near = difflib.get_close_matches(name, CRITERIA, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
             raise HfDmsError(
-                f"There is no criterion '{name}'.{hint} Criteria are {', '.join(CRITERIA)}; write your own as "
-                "module:NAME."
+                f"There is no criterion '{name}'.{did_you_mean(name, CRITERIA)} Criteria are {', '.join(CRITERIA)}; "
+                "write your own as module:NAME."
             )
         return CRITERIA[name]
     try:

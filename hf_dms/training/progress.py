@@ -123,7 +123,7 @@ class Countdown:
 def _at(state) -> str:
     if not state.max_steps:
         return "before any step"  # an evaluation of a Trainer that has not trained
-    return f"step {state.global_step} of {state.max_steps} ({100 * state.global_step // max(state.max_steps, 1)} %)"
+    return f"step {state.global_step} of {state.max_steps} ({100 * state.global_step // state.max_steps} %)"
 
 
 def _numbers(logs: dict[str, float]) -> str:
