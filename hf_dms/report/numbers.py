@@ -31,6 +31,7 @@ METRICS = {  # of a task: (words, format in a table, format in a sentence, unit 
     "mean_average_precision": ("mAP", ".4f", ".1%", "of the mAP"),
 }
 COSTS = {"params": "num_params", "macs": "macs_per_token", "kv_bytes": "kv_bytes_per_token"}  # by resource
+MACS = ("macs_per_token", "kept_macs_per_token")
 PARTED = 1.5  # by how much more perplexity may grow on another text before a run warns
 BARS = "▁▂▃▄▅▆▇█"
 ROWS = (
@@ -83,7 +84,8 @@ def sizes_and_costs(model: PreTrainedModel, plan: Plan, sequence_length: int) ->
         sequence_length: tokens per sequence, for the attention scores in the MACs.
 
     Returns:
-        `{"dense": {num_params, macs_per_token, kv_bytes_per_token}, "pruned": {...}}` and what `shape` returns.
+        `{"dense": {num_params, macs_per_token, kv_bytes_per_token}, "pruned": {...}}` and what `shape` returns; for a
+        network in which an image counts as one token `macs_per: "image"`.
         "pruned" counts what is written. For layout padded both also have kept_num_params, ...: the counts without the
         zeros, which the target limits.
     """
@@ -92,6 +94,8 @@ def sizes_and_costs(model: PreTrainedModel, plan: Plan, sequence_length: int) ->
     bound, config = gates.attachment.bound, gates.attachment.config
     sizes = {name: torch.tensor(units, dtype=torch.float64) for name, units in plan.sizes.items()}
     result: dict[str, Any] = {"dense": {}, "pruned": {}} | shape(plan, bound)
+    if bound.spec.tokens == "one":
+        result["macs_per"] = "image"
     dense = gates.dense_sizes()
     counts = {("dense", ""): dense, ("pruned", ""): _on(gates, dense | sizes)}
     if config.layout == "padded":
@@ -190,7 +194,7 @@ def _beside_the_original(report: dict[str, Any]) -> str:
     """A supernet's result against the model that its target counts against."""
     original, pruned = report["original"], report["pruned"]
     shares = [
-        f"{original[key]:,.0f} {ROWS[key][0]} (the result: {pruned[key] / original[key]:.3f} of them)"
+        f"{original[key]:,.0f} {row_words(report, key)} (the result: {pruned[key] / original[key]:.3f} of them)"
         for key in COSTS.values()
         if original.get(key)
     ]
@@ -213,6 +217,12 @@ def measured_columns(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return dict(columns)
 
 
+def row_words(report: dict[str, Any], key: str) -> str:
+    """What the table calls a number of `ROWS`: MACs are those of a token, or of a whole image."""
+    words = ROWS[key][0]
+    return words.replace("token", report.get("macs_per", "token")) if key in MACS else words
+
+
 def table_rows(report: dict[str, Any]) -> list[tuple[str, list[str], str]]:
     """Dense against pruned: (words, what each of `measured_columns` has, the last model against the dense one)."""
     columns = columns_of(report)
@@ -226,12 +236,12 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, list[str], str]]:
         change = _points(measured) if key in METRICS and key != "perplexity" else f"{values[-1] / values[0]:.3f}"
         rows.append((words, cells, change))
 
-    for key, (words, number) in ROWS.items():
+    for key, (_, number) in ROWS.items():
         values = [report[name].get(key, report["pruned"].get(key)) for name in columns]
         if any(value is None for value in values):
             continue
         soft = report["masks"]["soft"].get(key) if "masks" in report else None
-        add_row(words, key, number, values, report[columns[-1]], soft)
+        add_row(row_words(report, key), key, number, values, report[columns[-1]], soft)
         for text, measured in report.get("texts", {}).items() if key in METRICS else ():
             there = [measured[name][key] for name in columns]
             add_row(f"{METRICS[key][0]} on {text}", key, number, there, measured[columns[-1]], None)

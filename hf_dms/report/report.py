@@ -28,7 +28,7 @@ class Measured(TypedDict, total=False):
     macs_per_token: Annotated[
         int,
         "Multiply-accumulates of a forward pass of one sequence of dms.sequence_length tokens, per token; for images a "
-        "patch counts as one, and in a network without patches the whole image.",
+        "patch counts as one, or the whole image, which macs_per then says.",
     ]
     kv_bytes_per_token: Annotated[int, "Bytes of the key-value cache, in the model's own precision."]
     kept_num_params: Annotated[int, "For a padded model: parameters without the zeros. The target limits this number."]
@@ -160,6 +160,9 @@ class Report:
     recovered: Annotated[Measured | None, "Quality after the training in recover, if the recipe has one."] = None
     original: Annotated[
         Original | None, "With model.supernet: the costs of the model at model.path, which is never trained."
+    ] = None
+    macs_per: Annotated[
+        Literal["image"] | None, "image if macs_per_token counts a whole image, as in networks of convolutions, of stages, and in DETRs."
     ] = None
     masks: Masks | None = None
     texts: Annotated[

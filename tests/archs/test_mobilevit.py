@@ -134,6 +134,9 @@ def test_a_recipe_prunes_repairs_saves_and_its_folder_loads(tmp_path, capsys):
     assert main(["prune", str(tmp_path / "recipe.yaml")]) == 0, capsys.readouterr().err
     report = json.loads((tmp_path / "out" / "dms_report.json").read_text())
     assert report["pruned"]["macs_per_token"] <= 0.6 * report["dense"]["macs_per_token"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| MACs per image |" in card
+    assert "MACs per token" not in card
     pruned = AutoModelForImageClassification.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert pruned.config.model_type == "dms_mobilevit"
     inputs = AutoImageProcessor.from_pretrained(tmp_path / "out")(pictures[:2], return_tensors="pt")

@@ -240,6 +240,14 @@ def test_the_quality_on_soft_masks_is_a_column_beside_that_of_the_cut():
     assert "soft masks" not in report_table(without_masks(make_report()))
 
 
+@pytest.mark.parametrize(("more", "per"), [({}, "token"), ({"macs_per": "image"}, "image")])
+def test_macs_are_those_of_a_token_or_of_a_whole_image(more, per):
+    report = make_report() | more | {"original": {"num_params": 2000, "macs_per_token": 2000, "target": 0.5}}
+    assert mistakes(report) == []
+    assert f"| MACs per {per} | 900 |" in report_table(report)
+    assert f"2,000 MACs per {per} (the result: 0.450 of them)" in notes(report)[0]
+
+
 def test_what_is_said_beside_the_table_is_of_a_search_alone():
     report = make_report()
     assert notes(report) == []
