@@ -73,7 +73,7 @@ def run_prune(options: argparse.Namespace) -> int:
 
 
 def run_validate(options: argparse.Namespace) -> int:
-    from .experiment.compare import cells_of
+    from .experiment.cells import cells_of
     from .experiment.memory import memory_in_words
     from .experiment.prepare import prepare
     from .experiment.recipe import load_recipe

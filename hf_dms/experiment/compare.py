@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import os
 import time
 from dataclasses import dataclass, field
@@ -23,7 +22,6 @@ from transformers import PreTrainedModel, set_seed
 from ..archs.bind import bind
 from ..archs.registry import spec_for
 from ..checkpoint.folders import only_writer
-from ..config import SEARCH, DMSConfig
 from ..cut.plan import Plan
 from ..cut.prune import plan_of
 from ..errors import HfDmsError
@@ -34,42 +32,22 @@ from ..gating.supernet import fresh_weights_
 from ..measure.speed import peak_resident_bytes
 from ..refit.repair import repair_
 from ..report.comparison import write_comparison
-from ..strategies.one_shot import CRITERIA, check_dims, criterion_of
+from ..strategies.one_shot import check_dims, criterion_of
 from ..tasks.evaluate import example_scores, summary
 from ..tasks.task import Examples
 from ..training.finetune import train_
 from ..training.refitting import examples_beside_the_steps
 from ..training.trainer import DMSTrainer
+from .cells import Cell, cells_of, recipe_of
 from .choose import Batches, cut_by_criterion, examples_of, shuffled
 from .objects import empty_model, lora_config, training_arguments
 from .own_data import with_own_texts
 from .prepare import Prepared, load_texts, prepare
-from .recipe import Recipe, coerce_fields
+from .recipe import Recipe
 from .rows import append_row, fingerprint, provenance, read_rows
 from .stages import choice_changes_weights, dense_model
 
 ROWS = "rows.jsonl"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One row of the table, to be made.
-
-    Attributes:
-        strategy: name in the table.
-        settings: `criterion` for a one-shot strategy; and values of the sections `dms`, `train` and `recover` that
-            replace the recipe's.
-        target, seed: target and seed of this cell.
-    """
-
-    strategy: str
-    settings: dict[str, Any]
-    target: float
-    seed: int
-
-    @property
-    def key(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -134,50 +112,6 @@ def _compare(recipe: Recipe, cells: list[Cell], folder: Path) -> str:
     return write_comparison([row for row in rows if row["cell"] in wanted], folder)
 
 
-def cells_of(recipe: Recipe) -> list[Cell]:
-    """All cells of a recipe, in the order in which they are made.
-
-    Raises:
-        HfDmsError: no strategies, or one that does not exist.
-    """
-    config = recipe.compare
-    if recipe.model.supernet is not None:
-        raise HfDmsError(
-            "hf-dms compare cuts one dense model, and its target is a share of that model. With model.supernet the "
-            "target is a share of another model. Run hf-dms prune for each strategy, or leave model.supernet out."
-        )
-    if not config.strategies:
-        raise HfDmsError("compare.strategies is required: names of strategies, such as {dms: {}, taylor: {}}.")
-    named = {name: _strategy(name, settings or {}) for name, settings in config.strategies.items()}
-    # Seeds are the outermost loop, so that a comparison that is stopped early has all strategies of a seed.
-    combinations = itertools.product(config.seeds, config.targets or [recipe.dms.target], named.items())
-    return [Cell(name, settings, target, seed) for seed, target, (name, settings) in combinations]
-
-
-def _strategy(name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a strategy. Without `criterion`, its name is that of a criterion, or begins with dms."""
-    known = ("criterion", "dms", "train", "recover")
-    inner = settings if isinstance(settings, dict) else {}
-    for key, section in {name: settings, **{f"{name}.{key}": inner.get(key) for key in known[1:]}}.items():
-        if not isinstance(section, dict | None):
-            raise HfDmsError(f"compare.strategies.{key} must be a section with keys, got {section!r}.")
-    if unknown := set(settings) - set(known):
-        raise HfDmsError(f"compare.strategies.{name} has no key '{min(unknown)}'; keys are {', '.join(known)}.")
-    if "criterion" not in settings and name in CRITERIA:
-        settings = settings | {"criterion": name}
-    if "criterion" in settings:
-        criterion_of(settings["criterion"])
-    elif name.partition("-")[0] != "dms":
-        raise HfDmsError(
-            f"compare.strategies.{name}: name a criterion ({', '.join(CRITERIA)}) as criterion:, or let the name of a "
-            "search begin with dms, such as dms-fast-decay: {dms: {importance_decay: 0.9}}."
-        )
-    dms = coerce_fields(DMSConfig, settings.get("dms") or {}, f"compare.strategies.{name}.dms")
-    if "strategy" in dms:
-        raise HfDmsError(f"compare.strategies.{name}.dms.strategy: write it as criterion: {dms['strategy']}.")
-    return settings | ({"dms": dms} if dms else {})
-
-
 def _setup(recipe: Recipe, folder: Path) -> Setup:
     # Checked at the lowest target: if that can be reached, all can.
     lowest = dataclasses.replace(recipe.dms, target=min(recipe.compare.targets or [recipe.dms.target]))
@@ -195,10 +129,12 @@ def _check(setup: Setup, cell: Cell) -> None:
     Raises:
         HfDmsError: its target cannot be reached, or its strategy is not defined for what it prunes.
     """
-    recipe, config = _recipe_of(setup.prepared.recipe, cell), setup.prepared.config
+    recipe, config = recipe_of(setup.prepared.recipe, cell), setup.prepared.config
     model = empty_model(recipe, config)
     bound = bind(spec_for(config), model)
     try:
+        for section in ("train", "recover") if recipe.recover.train is not None else ("train",):
+            training_arguments(recipe, section, setup.folder)
         gates = build_gates(bound, model, recipe.dms, device=torch.device("cpu"))
         check_target(gates, bound, recipe.dms, config)
         if (name := cell.settings.get("criterion")) is not None:
@@ -218,7 +154,7 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
         stages. `seconds` per stage. `resource`: share kept of the dense model's. `sizes`. `peak_bytes`: peak resident
         memory, and on an accelerator `peak_device_bytes`, the peak that torch allocated there.
     """
-    recipe = _recipe_of(setup.prepared.recipe, cell)
+    recipe = recipe_of(setup.prepared.recipe, cell)
     _reset_peaks(_device(setup))
     examples = shuffled(setup.prepared.examples, cell.seed)
     dense = _dense(setup)
@@ -261,19 +197,6 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
     if _device(setup).type != "cpu":
         row["peak_device_bytes"] = torch.accelerator.max_memory_allocated(_device(setup))
     return row
-
-
-def _recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
-    """The recipe with the settings of a cell."""
-    strategy, values = cell.settings.get("criterion", SEARCH), cell.settings.get("dms") or {}
-    dms = dataclasses.replace(recipe.dms, **values, target=cell.target, strategy=strategy)
-    # The cell's own values win over the recipe's, and its seed over both.
-    train = recipe.train | (cell.settings.get("train") or {}) | {"seed": cell.seed, "save_strategy": "no"}
-    train_after, own = recipe.recover.train, cell.settings.get("recover")
-    train_after = (train_after or {}) | own if own else train_after
-    return dataclasses.replace(
-        recipe, dms=dms, train=train, recover=dataclasses.replace(recipe.recover, train=train_after)
-    )
 
 
 def _choose(

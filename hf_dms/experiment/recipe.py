@@ -153,7 +153,7 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
         given = values.get(name)
         if not isinstance(given, dict | None):
             raise HfDmsError(f"{name} must be a section with keys of TrainingArguments, got {given!r}.")
-        sections[name] = _build_recover(given) if name == "recover" else given or {}
+        sections[name] = build_recover(given) if name == "recover" else given or {}
     recipe = Recipe(**sections, lora=_subsection(values, "lora", ""))
     _check_trained_weights(recipe)
     if recipe.dms.pipeline == "np" and (recipe.recover.repair or recipe.recover.distillation):
@@ -211,7 +211,12 @@ def _section(values: dict[str, Any], name: str) -> Any:
     return SECTIONS[name](**found)
 
 
-def _build_recover(given: dict[str, Any] | None) -> RecoverConfig:
+def build_recover(given: dict[str, Any] | None) -> RecoverConfig:
+    """A `recover` section of its values.
+
+    Raises:
+        ValueError: unknown keys, or values of the wrong type or out of range.
+    """
     if given is None:
         return RecoverConfig()
     sections: dict[str, Any] = {}

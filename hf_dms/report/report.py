@@ -162,7 +162,8 @@ class Report:
         Original | None, "With model.supernet: the costs of the model at model.path, which is never trained."
     ] = None
     macs_per: Annotated[
-        Literal["image"] | None, "image if macs_per_token counts a whole image, as in networks of convolutions, of stages, and in DETRs."
+        Literal["image"] | None,
+        "image if macs_per_token counts a whole image, as in convolutional networks, networks in stages and DETRs.",
     ] = None
     masks: Masks | None = None
     texts: Annotated[

@@ -13,6 +13,7 @@ import hf_dms.experiment.compare as comparing
 from hf_dms.experiment.compare import read_rows
 from hf_dms.refit.interpolate import SHARES
 from hf_dms.report.comparison import comparison_table, paired_difference
+from hf_dms.training.distillation import DistillationConfig
 
 CELLS = [
     "compare.strategies={dms: {}, taylor: {}, random: {}, wanda: {criterion: wanda_sp}}",
@@ -102,6 +103,24 @@ def test_a_strategy_may_be_trained_for_longer(table):
     assert rows[0]["scores"]["recovered"] != rows[1]["scores"]["recovered"]
 
 
+def test_a_strategy_may_be_recovered_in_another_way(table, monkeypatch):
+    trainings = []
+
+    def seen(model, arguments, examples, teacher, distillation, **options):
+        trainings.append((arguments.max_steps, arguments.num_train_epochs, distillation, options["lora"] is not None))
+
+    monkeypatch.setattr(comparing, "train_", seen)
+    _, _, _, rows = table(
+        "recover.max_steps=2",
+        "recover.distillation={weight: 0.5}",
+        "compare.strategies={dms: {}, dms-long: {recover: {num_train_epochs: 2}}, dms-labels: {recover: {distillation: "
+        "null}}, dms-whole: {recover: {distillation: {weight: 1}, repair: {examples: 2}, lora: {r: 2}}}}",
+    )
+    half, whole = (DistillationConfig(weight=weight) for weight in (0.5, 1.0))
+    assert trainings == [(2, 3.0, half, False), (-1, 2.0, half, False), (2, 3.0, None, False), (2, 3.0, whole, True)]
+    assert [row["seen"]["repaired"] for row in rows] == [4, 4, 4, 2]
+
+
 def test_all_seeds_share_one_fine_tuned_dense_model(table):
     finetuned = ("finetune={max_steps: 3, learning_rate: 0.01}", "compare.strategies={random: {}}", "recover=null")
     *_, rows = table(*finetuned, "compare.seeds=[0, 1]")
@@ -177,6 +196,14 @@ def test_a_search_with_other_values_is_a_strategy_of_its_own(table):
         ("compare.strategies={x: {criterion: tailor}}", "There is no criterion 'tailor'"),
         ("compare.strategies={dms: 5}", "compare.strategies.dms must be a section with keys, got 5"),
         ("compare.strategies={dms: {train: 5}}", "compare.strategies.dms.train must be a section with keys, got 5"),
+        (
+            "compare.strategies={dms: {recover: {data: {path: a.jsonl}}}}",
+            "compare.strategies.dms.recover.data: all strategies recover on the same data",
+        ),
+        (
+            "compare.strategies={dms: {recover: {distillation: {weigth: 1}}}}",
+            "compare.strategies.dms: Unknown key recover.distillation.weigth",
+        ),
         ("compare.targets=[60]", "compare.targets must be in"),
         ("compare.seeds=[]", "compare.seeds is empty"),
         ("compare.tokens=16", "less than the repair needs"),
@@ -201,6 +228,14 @@ def test_a_strategy_that_does_not_exist_is_found_by_validate(recipe, capsys):
             "block_influence, target 0.7: .*not defined for mlp",
         ),
         (["compare.targets=[0.7, 0.01]"], "dms.target = 0.01 cannot be reached"),
+        (
+            ["compare.strategies={dms: {}, dms-slow: {train: {learning_rte: 1e-4}}}"],
+            "compare.strategies.dms-slow, target 0.7: Unknown key train.learning_rte",
+        ),
+        (
+            ["compare.strategies={dms: {}, dms-slow: {recover: {learning_rate: 1e-4}}}"],
+            "compare.strategies.dms-slow, target 0.7: recover.max_steps is required",
+        ),
     ],
 )
 def test_a_cell_that_cannot_be_made_is_known_before_the_first_one(table, overrides, message):
