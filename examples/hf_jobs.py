@@ -4,11 +4,12 @@
 # ///
 """Run a recipe on a machine of the Hub, for those without a GPU; the result is pushed to a repository of yours.
 
-hf jobs uv run --flavor a10g-small --secrets HF_TOKEN examples/hf_jobs.py quickstart.yaml hub.repo_id=you/smaller
+hf jobs uv run --flavor a10g-small --secrets HF_TOKEN examples/hf_jobs.py quickstart.yaml \\
+    model.path=HuggingFaceTB/SmolLM2-135M hub.repo_id=you/smaller
 
 The first argument is the name of a packaged recipe (`hf-dms recipes`); section.key=value overrides follow. model.path
-and data.path may be ids on the Hub. Until hf_dms is on the package index, replace the dependency above by the URL of a
-wheel.
+must be an id on the Hub, because the job has no folder models/; data.path may be one. Until hf_dms is on the package
+index, replace the dependency above by the URL of a wheel.
 """
 
 import sys

@@ -44,7 +44,9 @@ def table(specs: tuple[ArchSpec, ...]) -> str:
     layouts = (
         "All of them take `layout: per_layer`, which has no such limits; those with a stock form take `padded` too."
     )
-    stages = "Where a dim\nhas `{s}` in its name there is one for each stage, from 0; the word without it means all."
+    stages = (
+        "A dim\nwith `{s}` in its name exists once per stage, numbered from 0; the name without a number means all."
+    )
     return f"{text}\n\n{layouts} {stages}"
 
 

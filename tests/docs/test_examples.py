@@ -14,6 +14,7 @@ from helpers.tiny import TINY
 from transformers import AutoModel, BertConfig, BertForSequenceClassification
 
 import hf_dms
+from hf_dms.experiment.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -61,6 +62,10 @@ def test_the_script_for_jobs_has_an_inline_header_and_refuses_to_lose_its_result
     except ImportError:  # Python 3.10
         pytest.skip("needs tomllib")
     assert tomllib.loads(header)["dependencies"] == ["hf_dms[peft,quantization]"]
+    name, *overrides = ast.get_docstring(ast.parse(text)).split("hf_jobs.py ")[1].split("\n\n")[0].split()
+    recipe = load_recipe(name, [word for word in overrides if word != "\\"])
+    assert recipe.model.path.split("/")[0] != "models"  # a job has no such folder
+    assert recipe.hub.repo_id == "you/smaller"
     monkeypatch.setattr(sys, "argv", ["hf_jobs.py", "quickstart.yaml"])
     with pytest.raises(SystemExit, match=r"hub\.repo_id"):
         runpy.run_path(str(EXAMPLES / "hf_jobs.py"), run_name="__main__")
