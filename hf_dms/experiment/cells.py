@@ -10,8 +10,9 @@ from typing import Any
 from ..config import SEARCH, DMSConfig
 from ..errors import HfDmsError
 from ..strategies.one_shot import CRITERIA, criterion_of
-from .recipe import LENGTHS, Recipe, build_recover, coerce_fields
+from .recipe import LENGTHS, Recipe, build_recover
 from .sections import RecoverConfig
+from .values import coerce_fields
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from transformers.utils import is_bitsandbytes_available
 
 from ..errors import HfDmsError
 from ..files import load_saved
-from .recipe import Recipe, coerce_fields
+from .recipe import Recipe
 from .sections import check_seed
+from .values import coerce_fields
 
 
 def training_arguments(recipe: Recipe, section: str, output_dir: Path) -> Any:

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import types
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..config import SEARCH, DMSConfig
-from ..errors import HfDmsError, did_you_mean
+from ..errors import HfDmsError
 from ..tasks.data import OWN, DataConfig, is_data_file
 from ..tasks.registry import TASKS
 from ..tasks.task import Task
@@ -36,6 +33,7 @@ from .sections import (
     RepairConfig,
     SupernetConfig,
 )
+from .values import check_keys, coerce_fields
 
 
 @dataclass
@@ -135,9 +133,9 @@ def cut_options(overrides: list[str]) -> tuple[ModelConfig, OutputConfig]:
     values: dict[str, Any] = {}
     for override in overrides:
         _override_(values, override)
-    _check_keys(values, ["model", "output"], "")
+    check_keys(values, ["model", "output"], "")
     model, output = _section(values, "model"), _section(values, "output")
-    _check_keys(values["model"], ["path", "revision"], "model.")
+    check_keys(values["model"], ["path", "revision"], "model.")
     return model, output
 
 
@@ -147,7 +145,7 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     Raises:
         ValueError: unknown keys, values of the wrong type or out of range.
     """
-    _check_keys(values, [field.name for field in dataclasses.fields(Recipe)], "")
+    check_keys(values, [field.name for field in dataclasses.fields(Recipe)], "")
     sections: dict[str, Any] = {name: _section(values, name) for name in SECTIONS}
     for name in ("finetune", "train", "recover"):
         given = values.get(name)
@@ -277,65 +275,6 @@ def _check_trained_weights(recipe: Recipe) -> None:
             "recover.lora with dms.layout padded: adapters would fill the zeros. Use layout per_layer, or train all "
             "weights, which leaves the zeros as they are."
         )
-
-
-def coerce_fields(cls: type, given: dict[str, Any], section: str) -> dict[str, Any]:
-    """The values of a section, converted to the types in its dataclass.
-
-    Conversion is needed because PyYAML reads `1e-4` as a string. A null value counts as left out, unless the field's
-    type allows None.
-
-    Raises:
-        ValueError: the dataclass has no such key, or the value has the wrong type.
-    """
-    hints = typing.get_type_hints(cls)
-    _check_keys(given, [field.name for field in dataclasses.fields(cls) if field.init], f"{section}.")
-    values = {key: _coerce(value, hints[key], f"{section}.{key}") for key, value in given.items()}
-    return {key: value for key, value in values.items() if value is not None or _may_be_none(hints[key])}
-
-
-def _may_be_none(hint: Any) -> bool:
-    return type(None) in typing.get_args(hint)
-
-
-def _coerce(value: Any, hint: Any, name: str) -> Any:
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    kinds = [typing.get_origin(kind) or kind for kind in (typing.get_args(hint) if union else (hint,))]
-    kinds = [kind for kind in kinds if isinstance(kind, type) and kind is not Any]  # what Any holds is checked later
-    if value is None or not kinds or (isinstance(value, bool) and bool in kinds):
-        return value
-    if value is False and any(issubclass(kind, Enum) and "no" in [each.value for each in kind] for kind in kinds):
-        return "no"  # YAML reads `save_strategy: no` as false
-    if any(isinstance(value, kind) for kind in kinds) and not isinstance(value, bool):
-        if typing.get_origin(hint) is list and isinstance(value, list):
-            (kind,) = typing.get_args(hint)
-            if None in value:  # elsewhere a null counts as left out
-                raise HfDmsError(f"each of {name} must be {kind.__name__}, got None.")
-            return [_coerce(each, kind, f"each of {name}") for each in value]
-        return value
-    if float in kinds and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    if int in kinds and isinstance(value, str) and value.lstrip("-").isdigit():
-        return int(value)
-    if tuple in kinds and isinstance(value, list):
-        return tuple(value)
-    if isinstance(value, str) and any(issubclass(kind, str) for kind in kinds):
-        return value
-    if not any(kind in (int, float, bool, str, dict, list, tuple) for kind in kinds):
-        return value  # an enum or a class that TrainingArguments checks itself
-    expected = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
-    advice = f" Write [{value}]." if {list, tuple} & set(kinds) and isinstance(value, str) else ""
-    raise HfDmsError(f"{name} must be {expected}, got {value!r}.{advice}")
-
-
-def _check_keys(given: dict[str, Any], known: list[str], prefix: str) -> None:
-    for key in given:
-        if key not in known:
-            hint = did_you_mean(str(key), known, prefix) or f" Known keys: {', '.join(sorted(known))}."
-            raise HfDmsError(f"Unknown key {prefix}{key}.{hint}")
 
 
 def _override_(values: dict[str, Any], override: str) -> None:

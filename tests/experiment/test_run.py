@@ -436,7 +436,7 @@ def test_a_recipe_may_ask_for_the_best_model(recipe):
         ("dms.protect={layers: [9]}", "the model has layers 0 to 2, got 9"),
         ("dms.round_to={mlp: 64}", "dms.round_to.mlp = 64: no multiple of it"),
         ("train.max_stepz=3", "Unknown key train.max_stepz. Did you mean train.max_steps?"),
-        ("train.learning_rate=fast", "train.learning_rate must be float"),
+        ("train.learning_rate=fast", "train.learning_rate must be a number"),
         ("train.max_steps=0", "train.max_steps is required"),
         ("train.fp16=true", "fp16=True scales the loss"),
         ("train.hub_token=hf_x", "train.hub_token: give hub.repo_id, and the token by `hf auth login` or HF_TOKEN"),

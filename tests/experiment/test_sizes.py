@@ -73,7 +73,7 @@ def test_a_run_that_was_stopped_between_two_sizes_goes_on_there(recipe, tmp_path
         (["output.sizes=[0.9]", "dms.pipeline=p", "recover=null"], "a search with frozen weights"),
         (["output.sizes=[0.9]", "dms.target_schedule=constant"], "a falling target"),
         (["output.sizes=[0.9]", "dms.strategy=taylor"], "output.sizes needs a search"),
-        (["output.sizes=[half]"], "each of output.sizes must be float, got 'half'"),
+        (["output.sizes=[half]"], "each of output.sizes must be a number, got 'half'"),
     ],
 )  # fmt: skip
 def test_sizes_that_no_search_passes_are_refused_before_it(recipe, capsys, options, message):

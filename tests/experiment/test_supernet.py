@@ -118,7 +118,7 @@ def test_an_interrupted_training_after_the_cut_from_fresh_weights_goes_on_and_en
     [
         (["model.supernet={width: 0.5}"], "model.supernet.width must be a factor of at least 1, got 0.5"),
         (["model.supernet={depth: .inf}"], "model.supernet.depth must be a factor of at least 1, got inf"),
-        (["model.supernet={width: true}"], "model.supernet.width must be float, got True"),
+        (["model.supernet={width: true}"], "model.supernet.width must be a number, got True"),
         (["model.supernet={}"], "model.supernet makes nothing larger: give width or depth"),
         (["model.supernet=2"], "model.supernet must be a section with keys"),
         (["model.supernet={wide: 2}"], "Unknown key model.supernet.wide. Did you mean model.supernet.width?"),
