@@ -27,6 +27,7 @@ from ..report.page import PAGE, render
 from ..report.report import Report
 from ..tasks.evaluate import summary
 from ..training.distributed import check_launch, print_on_main, run_on_main
+from .finished import is_finished
 from .objects import training_arguments
 from .own_data import with_own_texts
 from .prepare import Prepared, prepare, unfinished_folder
@@ -34,7 +35,7 @@ from .recipe import Recipe
 from .recover import recover_in_words
 from .sizes import folder_of, save_sizes
 from .stages import dense_model, protocol_of, recover_steps, report_of, score, scores_on_soft_masks, search_and_cut
-from .unfinished import CLAIM, claim, is_finished, remove_unfinished
+from .unfinished import CLAIM, claim, remove_unfinished
 
 
 def run(recipe: Recipe) -> dict[str, Any] | None:
