@@ -168,7 +168,9 @@ def _add_measuring(subparsers: Any) -> None:
         evaluate.add_argument(
             f"--{column}-column", metavar="NAME", default=column, help=f"column with the {column}; default: %(default)s"
         )
-    evaluate.add_argument("--examples", type=int, help="measure at most so many examples, evenly spaced; default: all")
+    evaluate.add_argument(
+        "--examples", type=int, help="measure at most this many examples, evenly spaced; default: all"
+    )
     evaluate.add_argument("--batch-size", type=int, default=8, help="examples per forward pass; default: %(default)s")
     evaluate.set_defaults(run=commands.run_eval)
     bench = subparsers.add_parser(

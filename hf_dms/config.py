@@ -77,8 +77,8 @@ class DMSConfig:
     )
     resource: str = _option(
         "params",
-        "What is limited: params (parameters, tied ones once), macs (multiply-accumulates per token) or kv_bytes "
-        "(bytes of key-value cache per token).",
+        "What is limited: params (parameters; tied parameters count once), macs (multiply-accumulates per token) or "
+        "kv_bytes (bytes of key-value cache per token).",
     )
     resource_scope: str = _option(
         "model", "model counts everything. layers counts the stack of layers alone, as most papers do."
@@ -113,7 +113,7 @@ class DMSConfig:
         "p",
         "p: pretrained weights train during the search. np: randomly initialised weights train during the search, best "
         "in a larger network (model.supernet); then the shape that was found trains from fresh weights. "
-        "p-: pretrained weights are frozen, and only the prune ratios train.",
+        "p-: pretrained weights are frozen, and only the prune ratios (and scales) train.",
     )
     strategy: str = _option(
         "dms",

@@ -421,7 +421,7 @@ class Gates(nn.Module):
         Raises:
             ValueError: no backward pass went through the model in training mode, so there is nothing to add.
         """
-        # `_taylor` would not tell: `step_terms` fills it with zeros. Refitted dims have no masks to gather from.
+        # `_taylor` does not show it: `step_terms` fills it with zeros. Refitted dims have no masks to gather from.
         if not self._gathered and not self.refitted:
             raise HfDmsError(
                 "update_importance_: no backward pass went through the model in training mode since the last call, so "

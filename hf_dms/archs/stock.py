@@ -43,7 +43,7 @@ def has_alternative(spec: ArchSpec, model_config: Any) -> bool:
 def prunable_factor(spec: ArchSpec, product: str) -> str:
     """The only dim of a product that is not fixed: `"kv rep"` → `"kv"`."""
     fixed = {dim.name for dim in spec.dims if dim.scope == "fixed"}
-    # The documentation asks it of descriptions whose stages are not written out, where `{s-1}` is no dim's name.
+    # The documentation's table asks this of descriptions whose stages are not written out: `{s-1}` names no dim there.
     (name,) = [name for name in product.split() if name.replace("{s-1}", "{s}") not in fixed]
     return name
 
@@ -89,7 +89,7 @@ def tied_sizes(bound: BoundSpec, config: DMSConfig, pruned: Collection[str]) -> 
             # The factor leads: each number of heads gives a hidden size, but few hidden sizes a number of heads.
             leaders[whole] = part
         elif part in pruned or whole in pruned:
-            # `check_padding` would refuse a residual stream next, so padded is no advice for one.
+            # For a residual stream the message does not advise padded, because `check_padding` would refuse it next.
             layouts = "per_layer" if whole in pruned else "per_layer or padded"
             raise HfDmsError(
                 f"layout uniform: the stock config of {bound.spec.model_type} needs {whole} = "
@@ -132,7 +132,7 @@ def excluded_sizes(bound: BoundSpec, leaders: Mapping[str, str | None]) -> dict[
     excluded: dict[str, int] = {}
     for fixed, name in bound.spec.must_differ:
         if name in leaders:
-            # In units of the leader, whose size is what a search changes. With a rest, no size leads there.
+            # In units of the leader, because a search changes the leader's size. With a remainder, no such size exists.
             leader = leaders[name] or name
             size, rest = divmod(bound.sizes[fixed] * bound.sizes[leader], bound.sizes[name])
             excluded |= {leader: size} if rest == 0 else {}

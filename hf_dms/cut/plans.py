@@ -35,7 +35,7 @@ def levels_above(target: float) -> list[float]:
         [0.95, 0.9]
     """
     # Rounded, because 1 - 7 · 0.05 is 0.6499999999999999, and these numbers are keys in files and names of folders.
-    # 1e-9, because a target that is a level but for rounding is not above itself.
+    # 1e-9, so that a level that differs from the target only by rounding does not count as above it.
     return [level for step in range(1, round(1 / STEP)) if (level := round(1 - step * STEP, 2)) > target + 1e-9]
 
 

@@ -197,7 +197,7 @@ def _difference(
     if shapes[0] != shapes[1]:
         raise VerificationError(f"{failure} is {shapes[0]}, expected {shapes[1]}. {report}")
     mine, other = expected[name].double(), found[name].double().to(expected[name].device)
-    # Relative to the largest number, not each to itself: in small ones large terms cancel, and their rounding stays.
+    # Relative to the largest number, not each to itself: where large terms cancel to a small one, their rounding stays.
     difference = float((mine - other).abs().max() / mine.abs().max().clamp(min=1e-30)) if mine.numel() else 0.0
     tolerance = TOLERANCE[dtype]
     # Not `>`: a comparison with NaN is false, and NaN must fail.

@@ -156,7 +156,7 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
 
 
 def _check_hub(recipe: Recipe, repo_id: str) -> None:
-    """Check that the result can be pushed, and not over its base."""
+    """Check that the result can be pushed, and that the push would not replace the dense model."""
     check_repo_id(repo_id)
     path, base = recipe.model.path, recipe.model.base
     if Path(path).is_dir():
@@ -188,10 +188,10 @@ def load_texts(
             # The file is for measuring only: nothing is held out of it, and nothing mixed in.
             data = dataclasses.replace(recipe.data, path=path, held_out=path, mix={})
             if is_data_file(path):
-                data.split = "train"  # the split of data.path says nothing of another file
+                data.split = "train"  # another file need not have the split of data.path
             other = load_more_examples(data, recipe.task, processor, config, examples)
         except HfDmsError as error:
-            reason = re.sub("data.(path|held_out): ", "", str(error))  # keys that are not the user's here
+            reason = re.sub("data.(path|held_out): ", "", str(error))  # these keys are ours here, not the user's
             raise HfDmsError(f"{key}.{name}: {reason}") from error
         found[name] = evenly_spaced(other.held_out, recipe.eval.examples or recipe.task.num_held_out)
     return found

@@ -87,7 +87,7 @@ def _start(recipe: Recipe, output: Path, unfinished: Path) -> Prepared | None:
         if is_finished(recipe, output, unfinished):
             return False
         check_writable(output, recipe.output.overwrite)
-        # Of a run that goes on, some of these sizes may be written already.
+        # If an earlier run is continued, some of these sizes may be written already.
         for size in recipe.output.sizes if not (unfinished / CLAIM).exists() else ():
             check_writable(folder_of(recipe, size), recipe.output.overwrite)
         built.append(prepare(recipe))

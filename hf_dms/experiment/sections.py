@@ -14,16 +14,16 @@ from ..training.distillation import DistillationConfig
 
 
 def check_seed(seed: int, key: str) -> None:
-    """Check a seed before a run: numpy, which also gets it, refuses others only then."""
+    """Check a seed. numpy gets the seed too, and would refuse one that is out of range only during the run."""
     if not 0 <= seed < 2**32:
         raise HfDmsError(f"{key} must be in [0, {2**32 - 1}], got {seed}.")
 
 
 def checked_texts(texts: dict[str, str], key: str) -> dict[str, str]:
-    """Files by name, with the home folder for `~`.
+    """Files by name, with `~` replaced by the home folder.
 
     Raises:
-        HfDmsError: a value is no path.
+        HfDmsError: a value is not a path.
     """
     for name, path in texts.items():
         if not isinstance(path, str):

@@ -28,7 +28,7 @@ def build_gates(
 
     Args:
         bound: the architecture, bound to the model.
-        model: the dense model; the meta device will do.
+        model: the dense model, on any device, meta included.
         config: the request.
         device: where the gates live. Default: the model's device.
 
@@ -46,8 +46,8 @@ def build_gates(
         # A stock config holds one number per dim, so layout uniform learns one ratio for all layers. Which units stay
         # is still each layer's own choice.
         shared = config.layout == "uniform" or rows == 1
-        # A layer that lacks the dim has a row all the same. With a ratio of its own it is kept whole, since nothing
-        # would move it.
+        # A layer that lacks the dim has a row too. If the row has a ratio of its own, it is kept whole, since nothing
+        # would move the ratio.
         whole = kept_layers.get(bound.stack_of(name) or "", []) + ([] if shared else bound.rows_without(name))
         dims.append(
             GatedDim(

@@ -14,7 +14,7 @@ NORMS = "norms."  # prefix of the names of norms' scales: `norms.hidden` are tho
 def masked_inputs(bound: BoundSpec, name: str) -> Iterator[tuple[str, int, Span]]:
     """Linear maps and convolutions that read a dim: (module path, row of its gates, its span along `unit_axis`).
 
-    A map that reads the dim twice, one after the other, is there twice.
+    A map that reads the dim twice, as two parts of its input, is listed twice.
     """
     for parameter, param in bound.params.items():
         path, _, leaf = parameter.rpartition(".")
@@ -34,7 +34,7 @@ def masked_batch_norms(bound: BoundSpec, name: str) -> Iterator[tuple[str, int, 
 
 
 def _row(bound: BoundSpec, name: str, param: BoundParam) -> int:
-    """The row of a dim's gates that a parameter has to do with."""
+    """The row of a dim's gates that a parameter belongs to."""
     return (param.layer or 0) if bound.rows(name) > 1 else 0
 
 

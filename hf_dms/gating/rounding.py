@@ -2,9 +2,9 @@
 
 The coarse dims (layers, KV groups, heads, and the hidden size beside MLPs) get the allowed sizes nearest to the
 learned ones, (1 - a)·N. The finest dims take what is left: their learned sizes are scaled by one common factor, the
-largest with which everything fits, and as long as a step of one still fits, the one furthest below its learned size
-takes it. So the result is at most the target, maximal (no single allowed step of any dim still fits), and near what was
-learned.
+largest with which everything fits. As long as a step of one of these sizes still fits, the size that is furthest below
+its learned value takes a step. So the result is at most the target, maximal (no single allowed step of any dim still
+fits), and near what was learned.
 
 Three cases need more:
 
@@ -121,8 +121,8 @@ class _Rounding:
         self.gates, self.bound, self.target = gates, bound, config.target
         self.budget = config.target * gates.dense_resource
         self.dense = {name: size.cpu().double() for name, size in gates.dense_sizes().items()}
-        # On the CPU, where whole sizes are decided: it counts hundreds of times, and an accelerator would be waited for
-        # each time.
+        # On the CPU, where whole sizes are decided: costs are counted hundreds of times, and each time an accelerator
+        # would have to be waited for.
         self.counted = gates.counter(torch.device("cpu"))
         self.allowed = AllowedSizes(gates, bound, config, model_config)
         self.learned: State = {}
@@ -144,7 +144,7 @@ class _Rounding:
         wanted = self._scaled_to_the_target()
         self.finest = self._finest(wanted)
         state = self._fitted(self._cheapest_of_close(wanted))
-        dropped = self._dropped_layers(state)  # growing them unit by unit would take long and change nothing
+        dropped = self._dropped_layers(state)  # growing these unit by unit would take long and change nothing
         for name, value in state.items():
             # A dim with one ratio for all layers has no entry for a single dropped layer.
             if len(value) > 1:
@@ -183,7 +183,7 @@ class _Rounding:
 
     # ---- what is wanted ----------------------------------------------------------------------------------------------
     def _scaled_to_the_target(self) -> State:
-        """The learned sizes, if rounding explains by how much they miss the target; else scaled to it, all alike."""
+        """The learned sizes if rounding explains by how much they miss the target, otherwise all scaled to it alike."""
         self.finest = self._finest(self.learned)
         # Rounding moves a coarse size by half a step at most, and the finest dims make up for it. So a search that is
         # on target by this measure keeps its sizes; to scale them would undo what it learned.
@@ -346,7 +346,7 @@ class _Rounding:
         return state
 
     def _grow(self, state: State, wanted: State) -> State | None:
-        """The state after one more allowed step that fits: of the finest dims first, of the one furthest below."""
+        """The state after one more step that fits: finest dims come first, then sizes far below what is wanted."""
         # A step of each dim in each layer: hundreds, so they are counted in one batch.
         dropped = self._dropped_layers(state)
         steps = [

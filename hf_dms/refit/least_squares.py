@@ -13,7 +13,7 @@ from ..errors import HfDmsError
 from .curvature import Sums
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # the candidates, relative to the mean square of a map's inputs
-HELD_OUT = 4  # one batch in so many is held out to choose the ridge
+HELD_OUT = 4  # one batch in this many is held out to choose the ridge
 FIXED_RIDGE = 0.1  # with a single batch, where no batch can be held out to choose the ridge
 
 

@@ -68,13 +68,13 @@ def one_shot_obs_plan(model: PreTrainedModel, dms_config: DMSConfig, batches: Ba
         costs = removal_costs(gates, maps)
         widths = sizes_below_one_threshold(gates, costs)
     set_sizes_(gates, widths)
-    # One threshold for all leaves a part of the budget over; the rounding fills it.
+    # One threshold for all units leaves a part of the budget unused, and the rounding fills it.
     return make_plan(gates, round_sizes(gates, bound, dms_config, model.config))
 
 
 @torch.no_grad()
 def set_sizes_(gates: Gates, sizes: Sizes) -> None:
-    """Set the prune ratios to those at which hard masks keep these sizes, per dim `[rows]`; equal ones where shared."""
+    """Set the prune ratios to those at which hard masks keep these sizes, per dim `[rows]`; equal where shared."""
     ratios = [1 - sizes[name][: dim.num_ratios].float() / dim.units for name, dim in gates.dims.items()]
     gates.prune_ratio.copy_(torch.cat(ratios))
 

@@ -1,10 +1,10 @@
 """Least squares for the maps of a layer that read the residual stream, where a cut took units of the stream.
 
-The units that stay tell, by correlation, part of what the removed ones said. A map that reads them (`q_proj` or
-`gate_proj` of a Llama, found from the description) gets the weights that bring its outputs closest to those that the
-same map has in the dense model, on the outputs that stay. This is the ridge regression of repair.py, where R
-`[positions, outputs]` is the dense output minus the cut one. All positions count equally: the norm in front has divided
-by the size of the stream.
+The units that stay are correlated with the removed ones, so they carry part of their information. A map that reads them
+(`q_proj` or `gate_proj` of a Llama, found from the description) gets the weights that bring its outputs closest to
+those that the same map has in the dense model, on the outputs that stay. This is the ridge regression of repair.py,
+where R `[positions, outputs]` is the dense output minus the cut one. All positions count equally: the norm in front has
+divided by the size of the stream.
 
 Maps with the same inputs (queries, keys and values) share AᵀDA and one ridge. Only linear maps are changed, and none
 outside layers (the language model's head).

@@ -27,7 +27,7 @@ from .stream import StreamModules
 
 RATE = 0.01  # Adam's learning rate at the start, relative to the root mean square of each matrix; it falls to 0
 BETAS = (0.9, 0.95)
-HELD_OUT = 4  # one batch in so many is held out, and at least one
+HELD_OUT = 4  # one batch in this many is held out, and at least one
 
 
 def reconstruct_(

@@ -1,4 +1,4 @@
-"""Repair (least-squares reconstruction): a cut model's outputs brought back towards the dense model's, without
+"""Repair (least-squares reconstruction): it brings a cut model's outputs back towards the dense model's, without
 training.
 
 A cut does not change the remaining weights. Repair goes through the layers in order. Each map that writes into the
@@ -13,8 +13,8 @@ weights is ridge regression:
 
 D weighs each position by 1 / mean square of the dense stream, so that an error counts relative to the stream. Where no
 norm over units reads the stream (ResNet), all positions count equally. If a cut changes nothing, R and ΔW are 0. A bias
-is one more input, which is always 1. Nothing else in the model changes, but for the cases below and batch norms
-(batch_norms.py).
+is one more input, which is always 1. Nothing else in the model changes, except in the cases below and in batch
+norms (batch_norms.py).
 
 Special cases:
 
@@ -114,7 +114,7 @@ def repair_(
     """
     _check(pruned, dense, plan, ridge)
     plan = plan_of(dense) if plan is None else plan
-    # Not the one of the gates: with a plan, the dense model needs none.
+    # Bound anew, not taken from the gates: with a plan, the dense model needs no gates.
     bound = bind(spec_for(dense.config), dense)
     # A copy of the weights as they are before the first layer changes.
     line = Interpolation(pruned) if interpolate else None

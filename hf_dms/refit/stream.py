@@ -341,5 +341,5 @@ def same(tensor: Tensor, other: Tensor) -> bool:
     if tensor.shape != other.shape:
         return False
     difference = (tensor.double() - other.double()).abs().max()
-    # `<=`, because tensors of zeros are the same, and NaN is nothing's.
+    # `<=`, so that two tensors of zeros are the same. NaN is the same as nothing.
     return bool(difference <= TOLERANCE[tensor.dtype] * other.double().abs().max())

@@ -97,7 +97,7 @@ def _found(report: dict[str, Any], config: DMSConfig) -> str:
 
 
 def _protocol(report: dict[str, Any]) -> str:
-    """The line that tells what quality was measured on; empty for a cut by a plan, which measures nothing."""
+    """The line about what quality was measured on; empty for a cut by a plan, which measures nothing."""
     if "recipe" not in report:
         return ""
     task = TASKS[report["recipe"]["model"]["task"]]
@@ -141,7 +141,7 @@ def _base_model(report: dict[str, Any], base: dict[str, Any]) -> str | list[str]
 
 
 def _datasets(base: dict[str, Any], path: str | None) -> list[str]:
-    """The datasets of the dense model's card, and that of the recipe."""
+    """The datasets of the dense model's card, and the dataset of the recipe."""
     datasets = base.get("datasets") or []
     datasets = [datasets] if isinstance(datasets, str) else list(datasets)
     return [*datasets, path] if path and is_hub_id(path) and path not in datasets else datasets

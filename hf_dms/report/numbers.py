@@ -117,8 +117,10 @@ def _on(gates: Gates, sizes: Sizes) -> Sizes:
 
 # ---- the file --------------------------------------------------------------------------------------------------------
 def as_written(report: Report | dict[str, Any]) -> dict[str, Any]:
-    """A report as `dms_report.json` has it: numbers that are not finite are None, as JSON has none such, and this
-    machine's folders are left out, since the file is pushed with the model.
+    """A report as `dms_report.json` has it.
+
+    Numbers that are not finite are None, because JSON has no such numbers. This machine's folders are left out, because
+    the file is pushed with the model.
 
     Args:
         report: the report, or the keys of one.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 TRUE, FOUND = 0.0, 1.0  # kinds of a row: a true box, or a box that the model found
 PARTS = 20  # number of parts of the examples, each left out once for the standard error
-MOST_FOUND = 100  # COCO's own number: only so many boxes per image count, the most probable ones
+MOST_FOUND = 100  # COCO's own number: only this many boxes per image count, the most probable ones
 
 
 def average_precision(rows: Tensor) -> tuple[float, Tensor]:

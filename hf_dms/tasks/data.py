@@ -70,7 +70,7 @@ class DataConfig:
         default="objects",
         metadata={
             "help": "Column with the objects of an image, for object-detection: {bbox: [[x, y, width, height], ...] in "
-            "pixels, category: [label, ...]}; a category is what a label is."
+            "pixels, category: [label, ...]}; each category is a label as in label_column."
         },
     )
     sequence_length: int = field(

@@ -92,7 +92,7 @@ def decoded(rows: Any, index: int, source: Source, column: str) -> Any:
 
 
 def _in_8_bits(image: Any) -> Any:
-    """A grey image of 16 bits in 8. PIL's `convert` would cut all above 255 off, and leave a white image."""
+    """A grey image of 16 bits, converted to 8. PIL's `convert` would clip values above 255, and leave a white image."""
     from PIL import Image
 
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -221,7 +221,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
 
     def _some_batches(self, count: int) -> Iterator[dict[str, Tensor]]:
         """At most `count` batches of the training data: evenly spaced, or the first ones of a stream."""
-        # Not `get_train_dataloader`: that one shuffles, and gives each process other rows. All must measure the same.
+        # Not `get_train_dataloader`, which shuffles and gives each process different rows. All must measure the same.
         size, rows = self.args.train_batch_size, self.train_dataset
         if not isinstance(rows, IterableDataset):
             some = evenly_spaced(rows, count * size)
