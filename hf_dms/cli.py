@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     # `eval --tasks` hands options that it does not know to lm-evaluation-harness.
     options, rest = _parser().parse_known_args(arguments)
-    # argparse hands out words up to the first option only; in `prune RECIPE --json dms.target=0.6` the last is left.
+    # argparse takes positional words up to the first option only: `prune RECIPE --json dms.target=0.6` leaves the last.
     words = getattr(options, "overrides", getattr(options, "recipes", None))
     if words is not None and not any(word.startswith("-") for word in rest):
         words += rest
@@ -37,7 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     if rest and not getattr(options, "tasks", None):
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
-    # `import hf_dms` has left it out for the command line, so that --help does not wait for it, nor what shows texts.
+    # `import hf_dms` leaves out `register` on the command line, so that --help need not wait for it,
+    # and neither do commands that only show texts.
     if options.loads_models:
         register()
         if not sys.stderr.isatty():
@@ -117,8 +118,8 @@ def _add_running(subparsers: Any) -> None:
     """Commands that take a recipe."""
     prune = subparsers.add_parser("prune", help="search, cut, verify, save and measure, as a recipe says")
     prune.add_argument(
-        # Not required, because with --plan all words are overrides. `run_prune` takes the first word for it, because
-        # argparse leaves an optional word out where an option stands before it.
+        # Not required, because with --plan all words are overrides. `run_prune` takes the first word as the
+        # recipe, because argparse skips an optional word if an option stands before it.
         "recipe",
         nargs="?",
         help="a YAML file, or the name of a recipe that comes with hf_dms; leave it out with --plan",

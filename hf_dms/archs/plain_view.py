@@ -186,7 +186,7 @@ def packed_weights_may_stay(model: Any) -> Iterator[None]:
     Args:
         model: a model with frozen weights, packed or not; None changes nothing.
     """
-    # By this attribute Trainer tells that a packed model has adapters to train. It refuses one without.
+    # By this attribute Trainer recognises that a packed model has adapters to train. It refuses a packed model without.
     packed = getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False)
     if packed:
         model._hf_peft_config_loaded = True
@@ -262,6 +262,6 @@ def _is(module: object, name: str) -> bool:
     return _is_subclass(cls, name)
 
 
-@functools.cache  # it is asked of every module of a model, and a model has few classes
+@functools.cache  # asked for every module of a model, and a model has few classes
 def _is_subclass(cls: Any, name: str) -> bool:
     return any(each.__name__ == name and each.__module__.startswith("peft.") for each in cls.__mro__)

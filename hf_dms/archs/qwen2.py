@@ -6,8 +6,8 @@ from .llama import LLAMA
 from .spec import Dim, with_dims
 from .vit import head_dim_of
 
-# Qwen2Config has no field `head_dim`: in a dense model's it is missing, in a cut model's it is one attribute more. Nor
-# has it Llama's check of heads and hidden size.
+# Qwen2Config has no field `head_dim`. A dense model's config lacks it, and a cut model's config has it as an extra
+# attribute. The class does not have Llama's check of heads and hidden size either.
 QWEN2 = replace(
     LLAMA, model_type="qwen2", dims=with_dims(LLAMA.dims, Dim("d", head_dim_of)), must_divide=(), alternative=None
 )

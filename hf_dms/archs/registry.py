@@ -53,7 +53,7 @@ def class_name(config: Any) -> str:
 
 
 def dense_spec(model_type: str) -> ArchSpec:
-    """The description of a supported architecture. For a per-layer model type (`dms_*`), that of its dense one."""
+    """The description of a supported architecture. For a per-layer type (`dms_*`), that of the dense type."""
     return ARCHS[model_type.removeprefix("dms_")]
 
 

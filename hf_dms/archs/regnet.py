@@ -82,7 +82,7 @@ REGNET = ArchSpec(
         Dim("layers{s}", "depths[{s}]", scope="depth"),
         Dim("group_width{s}", _group_width),
         Dim("quarter{s}", lambda config, stage: _group_width(config, stage) // 4),
-        # The number in the config. Where a stage is narrower than it, `_groups` makes one group of the stage.
+        # The number in the config. If a stage is narrower than this number, `_groups` makes one group of the stage.
         Dim("widest_group", "groups_width"),
         Dim("label", "num_labels"),
         Dim("one", "1"),

@@ -40,7 +40,7 @@ def skeleton(cls: Any, config: PreTrainedConfig, dtype: torch.dtype | None = Non
 def without_values() -> Iterator[None]:
     """Context: models on the meta device run even where they look at values, as the masks of attention do.
 
-    transformers skips such looks at fake tensors, and makes the mask.
+    For fake tensors, transformers does not look at values, and makes the mask.
     """
     # torch logs the traceback of an operation that fails, beside raising an error. The error alone is enough.
     log = logging.getLogger("torch._subclasses.fake_tensor")

@@ -2,13 +2,13 @@
 
 The rules are those of transformers' `post_process_object_detection`. There are two kinds of detectors:
 
-- DETR and YOLOS have a class for no object, and a softmax over all classes. A detection query finds one box, that of
-  its most probable other class.
+- DETR and YOLOS have a class for no object, and a softmax over all classes. A detection query finds one box, with
+  the class that is most probable among the others.
 - Conditional DETR and RT-DETR give each class a probability of its own, a sigmoid of its logit. The classes of a query
-  do not compete, so each pair of a query and a class is a box. The most probable `MOST_FOUND` pairs of an image count:
-  the postprocessing of Conditional DETR keeps as many, and COCO has this limit for an image. That of RT-DETR keeps as
-  many pairs as there are queries, usually 300. With only the best class of each query the second class of a box would
-  be missing, and COCO's precision is a mean over classes.
+  do not compete, so each pair of a query and a class is a box. The most probable `MOST_FOUND` pairs of an image count.
+  The postprocessing of Conditional DETR keeps as many, and COCO has this limit for an image. The postprocessing of
+  RT-DETR keeps as many pairs as there are queries, usually 300. With only the best class of each query the second
+  class of a box would be missing, and COCO's precision is a mean over classes.
 """
 
 from __future__ import annotations

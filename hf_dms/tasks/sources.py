@@ -160,7 +160,7 @@ def _refuse_split(path: str | Path, split: str, key: str) -> NoReturn:
 
 @contextlib.contextmanager
 def _one_error(path: str, key: str) -> Iterator[None]:
-    """Turn whatever a reader raises into one error that names the file; its log says no more than that."""
+    """Turn whatever a reader raises into one error that names the file. The log of `datasets` is off meanwhile."""
     logging = _datasets().utils.logging
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
@@ -169,7 +169,7 @@ def _one_error(path: str, key: str) -> Iterator[None]:
     except HfDmsError:
         raise
     except Exception as error:  # the readers raise errors of many kinds: pandas', pyarrow's, decoders', StopIteration
-        # `datasets` wraps a reader's error in one that says nothing of the cause.
+        # `datasets` wraps a reader's error in another one that does not name the cause.
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__

@@ -1,14 +1,14 @@
 """How far the boxes and classes of a detector are from those of its teacher.
 
 A detector with a class for no object has one distribution over its classes per query, and the divergence of its classes
-is that of any classifier (`distillation_loss`). One that gives each class a probability of its own (a sigmoid, trained
-by a focal loss) has a Bernoulli distribution per query and class. They are independent, so the divergence of a query is
-the sum of theirs over the classes.
+is that of any classifier (`distillation_loss`). A detector that gives each class a probability of its own (a sigmoid,
+trained by a focal loss) has a Bernoulli distribution per query and class. These distributions are independent, so the
+divergence of a query is the sum of their divergences over the classes.
 
 The cut keeps the detection queries. If they are weights of the model (DETR, Conditional DETR, YOLOS), a query of the
-student learns from the same one of the teacher. An RT-DETR takes as queries the places of the image that score best, so
-that the same number means another place in the student. There, the queries of an image are paired one to one so that
-the loss is as small as possible.
+student learns from the teacher's query of the same number. An RT-DETR takes as queries the places of the image that
+score best, so the same number means another place in the student. There, the queries of an image are paired one to one
+so that the loss is as small as possible.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ def keep_logits_(trainer: Any) -> None:
 
     They are computed in the order of the examples, so that a resumed training gets the same numbers. An example must be
     the same each time that it is read: logits of one random crop would be wrong for the next one. Nothing is done
-    for a single epoch, for several processes (each would compute all of them), for models with more than one prediction
-    per example, whose logits are too large to keep, or above `MOST_BYTES`.
+    for a single epoch, for several processes (each would compute all logits), for models with more than one prediction
+    per example (their logits are too large to keep), or above `MOST_BYTES`.
 
     Args:
         trainer: the Trainer, with a `teacher`.
