@@ -16,10 +16,9 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.fro
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 dense = model.num_parameters()
 rows = load_dataset("json", data_files=file, split="train")
+lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
 trainer = DMSTrainer(
-    model=get_peft_model(
-        model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    ),  # before the gates
+    model=get_peft_model(model, lora),  # before the gates
     args=TrainingArguments("outputs/example", max_steps=int(steps), learning_rate=2e-4, report_to="none"),
     dms_config=DMSConfig(target=0.8, resource_scope="layers", prune=("kv", "mlp"), layout="uniform"),
     train_dataset=rows.map(lambda row: tokenizer(row["text"], truncation=True, max_length=256), remove_columns="text"),

@@ -37,8 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     if rest and not getattr(options, "tasks", None):
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
-    # `import hf_dms` leaves out `register` on the command line, so that --help need not wait for it,
-    # and neither do commands that only show texts.
+    # `import hf_dms` does not call `register` on the command line, so that --help need not wait for it, nor do
+    # commands that only show texts.
     if options.loads_models:
         register()
         if not sys.stderr.isatty():
