@@ -108,7 +108,12 @@ class Gates(nn.Module):
     upper: Tensor
 
     def __init__(
-        self, dims: list[GatedDim], fixed_sizes: dict[str, int], cost: Cost, schedule: SearchSchedule, device=None
+        self,
+        dims: list[GatedDim],
+        fixed_sizes: dict[str, int],
+        cost: Cost,
+        schedule: SearchSchedule,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.dims = {dim.name: dim for dim in dims}

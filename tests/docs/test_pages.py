@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import arch_table
+import docs_hooks
 import options_page
 import pytest
 import yaml
@@ -116,7 +117,7 @@ def test_every_error_of_the_troubleshooting_page_is_raised_somewhere():
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(folder)]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -141,6 +142,23 @@ def test_equations_are_mathml_and_links_to_source_lead_to_it(site):
     assert "$" not in re.sub(r"<(script|code|math).*?</\1>", "", page, flags=re.DOTALL)
     assert "../source/hf_dms/topk.py.txt" in page
     assert (site / "source/hf_dms/topk.py.txt").read_text() == (ROOT / "hf_dms/topk.py").read_text()
+
+
+def test_pages_from_outside_docs_are_pages_of_the_site_with_their_links_and_pictures(site):
+    for name in ("benchmarks", "results", "changelog"):
+        assert "<h1" in (site / name / "index.html").read_text(encoding="utf-8")
+    results = (site / "results" / "index.html").read_text(encoding="utf-8")
+    pictures = re.findall(r"<img[^>]+src=\"?([^\"\s>]+compare/[^\"\s>]+)", results)
+    assert pictures
+    assert all((site / "results" / picture).resolve().is_file() for picture in pictures)
+    assert "../benchmarks/#" in (site / "recipes" / "index.html").read_text(encoding="utf-8")
+    assert ".md.txt" not in "".join(page.read_text(encoding="utf-8") for page in site.rglob("*.html"))
+
+
+def test_names_of_functions_in_equations_have_thin_space_beside_variables_alone():
+    thin = docs_hooks.THIN
+    assert f"<mi>N</mi>{thin}<mi>log</mi>{thin}<mi>N</mi>" in docs_hooks._mathml(r"N \log N", "inline")
+    assert "&#x0003D;</mo><mi>max</mi><mo" in docs_hooks._mathml(r"k = \max(1, N)", "inline")
 
 
 def test_the_reading_path_is_as_long_as_it_says():
