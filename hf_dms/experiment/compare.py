@@ -98,6 +98,7 @@ def _compare(recipe: Recipe, cells: list[Cell], folder: Path) -> str:
     cells = cells_of(dataclasses.replace(recipe, dms=setup.prepared.recipe.dms))  # with its target as a fraction
     for cell in cells:
         _check(setup, cell)
+    set_seed(setup.prepared.arguments["search"].seed)  # the first cell may give the dense model a new head
     about = fingerprint(recipe)
     rows = [row for row in read_rows(folder / ROWS) if row["work"] == about]
     done = [row["cell"] for row in rows]

@@ -14,6 +14,7 @@ from helpers.marks import ordinary_if
 from helpers.recipes import killed_in, save_tokenizer
 from helpers.schema import mistakes
 from PIL import Image as Picture
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -82,6 +83,16 @@ def classifiers(tmp_path):
         return main([command, str(file), *overrides]), tmp_path / "out"
 
     return run
+
+
+def test_a_comparison_gives_a_new_head_the_same_weights_each_time(classifiers, tmp_path):
+    heads = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        out = tmp_path / f"table-{seed}"
+        classifiers("bert", "compare.strategies={random: {}}", "recover=null", f"output.path={out}", command="compare")
+        heads.append(load_file(out / "dense/finetune/checkpoint-4/model.safetensors")["classifier.weight"])
+    assert torch.equal(*heads)
 
 
 @pytest.mark.parametrize(
