@@ -7,6 +7,7 @@ system clears each page of the next one. A command that trains or measures for m
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 
@@ -26,3 +27,13 @@ def keep_freed_memory_() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(MMAP_MAX, 0)
     libc.mallopt(TRIM_THRESHOLD, -1)  # -1 as an unsigned number is the largest threshold
+
+
+def give_back_freed_memory_() -> None:
+    """Free what only reference cycles hold, such as a Trainer and its model, and return free pages to the system.
+
+    Resident memory then is what is in use, also after `keep_freed_memory_`.
+    """
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

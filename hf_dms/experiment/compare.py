@@ -38,6 +38,7 @@ from ..tasks.task import Examples
 from ..training.finetune import train_
 from ..training.refitting import examples_beside_the_steps
 from ..training.trainer import DMSTrainer
+from .allocator import give_back_freed_memory_
 from .cells import Cell, cells_of, recipe_of
 from .choose import Batches, cut_by_criterion, examples_of, shuffled
 from .objects import empty_model, lora_config, training_arguments
@@ -271,7 +272,11 @@ def _name(cell: Cell) -> str:
 
 
 def _reset_peaks(device: torch.device) -> None:
-    """Reset the peaks of memory in use: of a device, and of this process (only on Linux, see `man proc`)."""
+    """Reset the peaks of memory in use: of a device, and of this process (only on Linux, see `man proc`).
+
+    What the cells before have left is given back first, so that a peak does not depend on them.
+    """
+    give_back_freed_memory_()
     if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats(device)
     file = Path("/proc/self/clear_refs")
