@@ -19,8 +19,7 @@ Three cases need more:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -40,7 +39,9 @@ BELOW = 0.03  # the same below it
 CLOSE = 0.01  # a coarse size that was learned no more than this share of a step beside a half is rounded both ways
 # Everything may fit whatever the factor, because sizes are clamped to their ranges: the search needs an end.
 LARGEST = 1e9  # a factor of learned sizes, beyond any that is needed
-BISECTIONS = 34  # after these a factor near 1 is known to 1e-10
+# Halvings of the range of a factor, by round, in which all that they may lead to are counted at once. After them a
+# factor near 1 is known to 1e-10.
+BISECTIONS = (6, 6, 6, 6, 5, 5)
 
 
 def round_sizes(gates: Gates, bound: BoundSpec, config: DMSConfig, model_config) -> Sizes:
@@ -189,39 +190,38 @@ class _Rounding:
         # on target by this measure keeps its sizes; to scale them would undo what it learned.
         half = {name: (name not in self.finest) * self.allowed.step[name] / 2 for name in self.learned}
         below, above = ({n: size + sign * half[n] for n, size in self.learned.items()} for sign in (-1, 1))
-        if self._relaxed(below) * (1 - ABOVE) <= self.budget <= self._relaxed(above) * (1 + BELOW):
+        least, most = (float(self.count(self._within(sizes))) for sizes in (below, above))
+        if least * (1 - ABOVE) <= self.budget <= most * (1 + BELOW):
             return self.learned
-        # Every size grows with the factor, and so does the cost: bisection finds where it crosses the budget.
-        factor = self._largest(lambda factor: self._relaxed(self._scaled(factor)) <= self.budget)
-        return self._scaled(factor)
+        # Every size that is not decided grows with the factor, and so does the cost: bisection finds where it crosses
+        # the budget.
+        free = [name for name in self.learned if name not in self.gates.decided]
 
-    def _scaled(self, factor: float) -> State:
-        """The learned sizes times a factor, within what is allowed; those that are decided stay."""
-        low, high = self.allowed.low, self.allowed.high
-        free = {name: size * (1 if name in self.gates.decided else factor) for name, size in self.learned.items()}
-        return {name: size.clamp(low[name].double(), high[name].double()) for name, size in free.items()}
+        def scaled(factor: Tensor) -> State:
+            return self._within(_scaled(self.learned, free, factor))
 
-    def _relaxed(self, sizes: State) -> float:
-        """The cost of sizes that need not be whole, clamped to their ranges."""
+        return scaled(self._largest(lambda factors: self.count(scaled(factors)) <= self.budget))
+
+    def _within(self, sizes: State) -> State:
+        """Sizes clamped to their ranges; they need not be whole."""
         low, high = self.allowed.low, self.allowed.high
-        return float(self.count({n: s.clamp(low[n].double(), high[n].double()) for n, s in sizes.items()}))
+        return {name: size.clamp(low[name], high[name]) for name, size in sizes.items()}
 
     def _finest(self, wanted: State) -> list[str]:
         """The dims of the kind whose step costs least. Dims that cost nothing do not count."""
         state = self.allowed.nearest(wanted)
-        costs = {}
-        for name, size in state.items():
-            if name in self.gates.decided:
-                continue
+        free = [name for name in state if name not in self.gates.decided]
+        # One step up and one down, of all ratios of a dim at once: `[2, dims, num_ratios]`, counted in one batch.
+        moved = {name: size.expand(2, len(free), -1).clone() for name, size in wanted.items()}
+        for i, name in enumerate(free):
             step = self.allowed.step_at(state, name)
-            # One step up and one down, of all ratios of the dim at once. A step that is not allowed here changes
-            # nothing, so the larger difference counts, divided by the number of ratios.
-            moved = [self.allowed.nearest(wanted | {name: (size + sign * step).double()}) for sign in (1, -1)]
-            cost = max(abs(float(self.count(each) - self.count(state))) for each in moved) / len(size)
-            if cost > 0:
-                costs[name] = cost
+            moved[name][:, i] = torch.stack([state[name] + step, state[name] - step]).double()
+        # A step that is not allowed here changes nothing, so the larger difference counts, divided by the number of
+        # ratios.
+        differences = (self.count(self.allowed.nearest(moved)) - self.count(state)).abs().amax(0).tolist()
+        costs = {name: cost / len(state[name]) for name, cost in zip(free, differences) if cost > 0}
         if not costs:
-            return [name for name in state if name not in self.gates.decided]
+            return free
         # A network with stages has a dim of this kind in each stage, and all of them absorb alike.
         kind = self._kind(min(costs, key=lambda name: costs[name]))
         return [name for name in costs if self._kind(name) == kind]
@@ -311,29 +311,28 @@ class _Rounding:
     def _fill(self, wanted: State) -> State:
         """The wanted sizes, those of the finest dims times the largest common factor with which everything fits."""
 
-        def at(factor: float) -> State:
-            return wanted | {name: factor * wanted[name] for name in self.finest}
+        def fits(factors: Tensor) -> Tensor:
+            return self.count(self.allowed.nearest(_scaled(wanted, self.finest, factors))) <= self.budget
 
-        fitting: dict[str, bool] = {}  # most factors of a bisection lead to whole sizes that were counted before
+        return _scaled(wanted, self.finest, self._largest(fits))
 
-        def fits(factor: float) -> bool:
-            state = self.allowed.nearest(at(factor))
-            key = str([size.tolist() for size in state.values()])
-            if key not in fitting:
-                fitting[key] = bool(self.count(state) <= self.budget)
-            return fitting[key]
+    def _largest(self, fits: Callable[[Tensor], Tensor]) -> Tensor:
+        """The largest factor that fits, by bisection, `[1]` float64; 0 if none is found.
 
-        return at(self._largest(fits))
-
-    def _largest(self, fits: Callable[[float], Any]) -> float:
-        """The largest factor that fits, by bisection; 0 if none is found."""
-        low, high = 0.0, 1.0
-        while high < LARGEST and fits(high):  # the factor is near 1, or a small multiple of it
-            low, high = high, 2 * high
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low
+        Args:
+            fits: whether what factors `[factors, 1]` lead to fits, `[factors]`.
+        """
+        ends = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+        while ends[1] < LARGEST and fits(ends)[1]:  # the factor is near 1, or a small multiple of it
+            ends = torch.stack([ends[1], 2 * ends[1]])
+        for halvings in BISECTIONS:
+            parts = torch.arange(2**halvings + 1).unsqueeze(-1) / 2**halvings  # exact, as the factors below are
+            factors = ends[0] + parts * (ends[1] - ends[0])
+            fitting, at = fits(factors).tolist(), 0
+            for half in reversed(range(halvings)):
+                at += 2**half * fitting[at + 2**half]
+            ends = factors[at : at + 2]
+        return ends[0]
 
     def _with_free_dims_whole(self, state: State) -> State:
         """Leave a dim uncut if that costs nothing, as the MLP's width in key-value bytes."""
@@ -394,4 +393,10 @@ class _Rounding:
     def count(self, state: State) -> Tensor:
         """The limited resource, `[...]` float64, of sizes `[..., num_ratios]`."""
         sizes = {name: self.rows(state, name).double() for name in self.gates.dims}
-        return self.counted(self.dense | sizes)
+        # Expanded, since none of these dims may be in the resource.
+        return self.counted(self.dense | sizes).expand(next(iter(state.values())).shape[:-1])
+
+
+def _scaled(sizes: State, names: Collection[str], factor: Tensor) -> State:
+    """Sizes `[num_ratios]`, those of some dims times a factor: `[..., num_ratios]` for factors `[..., 1]`."""
+    return {name: size * (factor if name in names else torch.ones_like(factor)) for name, size in sizes.items()}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hf_dms import DMSConfig, attach_, detach_, prune
 from hf_dms.gating.attach import gates_of
 from hf_dms.gating.outcome import search_outcome
-from hf_dms.gating.rounding import check_target, round_sizes, rounded_of
+from hf_dms.gating.rounding import CLOSE, check_target, round_sizes, rounded_of
 
 DIMS = ("kv", "mlp", "hidden", "layers")
 
@@ -194,6 +194,7 @@ def test_on_target_coarse_dims_get_the_nearest_sizes_and_the_finest_the_rest(lay
         + {"kv": 3.0, "layers": 1.0, "mlp": 40.0}[name] * torch.rand(dim.num_ratios, generator=generator)
         for name, dim in gates.dims.items()
     }
+    assume((learned["kv"].frac() - 0.5).abs().min() > CLOSE)  # nearer to a half, importance decides the rounding
     learn_(gates, learned)
     sizes = rounded(float(gates.resource().detach()), *request_)
     rows = kept_rows(gates, sizes)
