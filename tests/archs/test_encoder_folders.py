@@ -3,13 +3,12 @@
 import itertools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from helpers import fresh
 from helpers.encoders import DIMS, HEADS, PER_LAYER_ONLY, RELATIVES, STACKED, dims_of, possible
 from helpers.laws import (
     SHIPPED,
@@ -108,8 +107,7 @@ def without_hf_dms(folders, tmp_path_factory):
     environment = os.environ | {"HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules")}
     stock = folders["uniform"] + folders["padded"]
     trusted = [job | {"options": {"trust_remote_code": True}} for job in folders["per_layer"]]
-    command = [sys.executable, "-c", LOAD, json.dumps(stock + trusted)]
-    result = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
+    result = fresh.run(["-c", LOAD, json.dumps(stock + trusted)], home, environment)
     assert result.returncode == 0, result.stderr[-3000:]
     classes = result.stdout.splitlines()
     return classes[: len(stock)], classes[len(stock) :]

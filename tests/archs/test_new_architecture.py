@@ -1,12 +1,11 @@
 """The Python of docs/new_architecture.md runs, its errors are the real ones, and its toy obeys the laws."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import fresh
 from helpers.laws import EXACT, assert_same, macs_by_the_flop_counter, masked_cut_reloaded, searched
 from helpers.tiny import token_batch
 from safetensors.torch import save_file
@@ -125,7 +124,7 @@ def test_a_per_layer_folder_loads_once_the_architecture_is_registered(toy, tmp_p
     pruned, ids = prune(model), token_batch()["input_ids"]
     save_pruned(pruned, tmp_path / "out")
     save_file({"input_ids": ids, "logits": pruned(ids).logits.detach()}, tmp_path / "batch")
-    result = subprocess.run([sys.executable, "-c", LOAD], cwd=tmp_path, capture_output=True, text=True)
+    result = fresh.run(["-c", LOAD], tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout == "DmsToyForTokenClassification\n"
     assert not (tmp_path / "out" / "modeling_dms.py").exists()  # it could not make the toy's classes by itself

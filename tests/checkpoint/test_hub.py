@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import fresh
 from helpers.hub_standin import READ_TOKEN, WRITE_TOKEN, environment_of, serve
 from helpers.recipes import save_tokenizer
 from helpers.tiny import search_, tiny_llama
@@ -76,8 +75,7 @@ def hub(folder):
 
 def in_a_process(hub, arguments, folder, token=WRITE_TOKEN):
     """Run Python as a user of the stand-in."""
-    environment = environment_of(hub, folder / "home", token)
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    done = fresh.run(arguments, env=environment_of(hub, folder / "home", token))
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -5,12 +5,12 @@ Each way of loading runs once, over all folders, in a process of its own. The pa
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import fresh
 from helpers.tiny import relative_difference, search_, tiny_llama, token_batch
 from safetensors.torch import save_file
 from transformers import (
@@ -128,8 +128,7 @@ else:
 def load_in_a_process_of_its_own(jobs, preamble, tmp_path):
     about = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     ids = json.dumps(token_batch()["input_ids"].tolist())
-    command = [sys.executable, "-c", LOAD, json.dumps(jobs), preamble, ids]
-    result = subprocess.run(command, cwd=tmp_path, env=os.environ | about, capture_output=True, text=True)
+    result = fresh.run(["-c", LOAD, json.dumps(jobs), preamble, ids], tmp_path, os.environ | about)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout.split("\n")[: len(jobs)]
 

@@ -9,13 +9,12 @@ import json
 import os
 import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from helpers import fresh
 from helpers.laws import SHIPPED
 from helpers.per_layer import FAMILIES, make_case, same_weights
 from helpers.tiny import relative_difference
@@ -151,8 +150,7 @@ def test_pipelines_with_trust_remote_code_answer_and_save_the_same_without_hf_dm
     cases = [make_case(name, tmp_path / name) for name in FAMILIES]
     jobs = [(c.family.task, str(c.folder), c.example, c.family.options) for c in cases]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-c", WITHOUT_HF_DMS, json.dumps(jobs)]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    result = fresh.run(["-c", WITHOUT_HF_DMS, json.dumps(jobs)], tmp_path, environment)
     assert result.returncode == 0, result.stderr[-3000:]
     for line, (task, folder, example, options) in zip(result.stdout.splitlines(), jobs, strict=True):
         module, answers = json.loads(line)

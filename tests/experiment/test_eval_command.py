@@ -5,13 +5,13 @@ import logging
 import math
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import fresh
 from helpers.data import letters, write_rows
 from helpers.laws import TEXT
 from helpers.marks import slow
@@ -59,7 +59,7 @@ def test_the_harness_runs_on_every_layout_and_writes_its_own_json(folders, layou
     options += ["--include_path", str(ROOT / "recipes" / "lm_eval")]
     first, *others = (str(folders / layout) for layout in layouts)
     command = ["eval", first, *options, *(word for other in others for word in ("--baseline", other))]
-    done = subprocess.run([sys.executable, "-m", "hf_dms", *command], capture_output=True, text=True, timeout=300)
+    done = fresh.run(["-m", "hf_dms", *command])
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("sotu_next_sentence") >= len(layouts)
     written = list(tmp_path.rglob("results_*.json"))

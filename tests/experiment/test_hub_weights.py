@@ -5,11 +5,10 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import fresh
 from helpers.hub_standin import Repo, environment_of, serve
 from helpers.recipes import WORDS, save_tokenizer
 from helpers.tiny import TINY
@@ -103,10 +102,7 @@ def results(tmp_path_factory):
     with serve() as hub:
         for name, content in models.items():
             hub.repos[f"tester/{name}"] = Repo(False, {"1" * 40: content}, {"main": "1" * 40})
-        command = [sys.executable, "-c", SESSION, str(folder), *models]
-        done = subprocess.run(
-            command, env=environment_of(hub, folder / "home"), capture_output=True, text=True, timeout=300
-        )
+        done = fresh.run(["-c", SESSION, str(folder), *models], env=environment_of(hub, folder / "home"))
     assert done.returncode == 0, done.stderr[-3000:]
     found = {kind: [*(folder / "home").rglob(f"models--tester--{kind}/**/*.safetensors")] != [] for kind in BAD}
     return json.loads((folder / "results.json").read_text()) | {"weights in the cache": found}

@@ -6,10 +6,9 @@ The moments are the requests that reach a stand-in of the Hub over HTTP: before 
 import os
 import random
 import signal
-import subprocess
-import sys
 
 import pytest
+from helpers import fresh
 from helpers.hub_standin import WRITE_TOKEN, Repo, environment_of, serve
 from helpers.marks import slow
 from helpers.runs import digest
@@ -34,19 +33,18 @@ class Push:
 
     def __init__(self, hub, folder, kill_at=0):
         self.hub, self.folder, self.kill_at, self.events = hub, folder, kill_at, 0
-        self.process = None
+        self.pid = 0
 
     def code(self) -> int:
         self.hub.on_event = self._event
         environment = environment_of(self.hub, self.folder / "home", WRITE_TOKEN)
-        command = [sys.executable, "-m", "hf_dms", "push", str(self.folder / "now"), "tester/model"]
-        self.process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        return self.process.wait(timeout=300)
+        self.pid = fresh.start(["-m", "hf_dms", "push", str(self.folder / "now"), "tester/model"], env=environment)
+        return fresh.wait()
 
     def _event(self, event: str) -> None:
         self.events += 1
         if self.events == self.kill_at:
-            os.kill(self.process.pid, signal.SIGKILL)
+            os.kill(self.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
