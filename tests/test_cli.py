@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers import fresh
 
 from hf_dms.archs.registry import ARCHS
 from hf_dms.cli import _parser, command, main
@@ -178,8 +179,8 @@ def test_a_log_file_has_no_bars_and_no_colours(recipe, dense, tmp_path):
     prune = ["prune", str(tmp_path / "recipe.yaml"), "train.disable_tqdm=false"]
     evaluate = ["eval", str(dense), "--data", str(tmp_path / "text.jsonl"), "--lengths", "16"]
     code = f"from hf_dms.cli import main; print([main(command) for command in {[prune, evaluate]}])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True)  # bytes: \r stays \r
-    assert done.stdout.endswith(b"[0, 0]\n"), done.stderr
-    assert b"perplexity" in done.stdout
+    done = fresh.run(["-c", code])
+    assert done.stdout.endswith("[0, 0]\n"), done.stderr
+    assert "perplexity" in done.stdout
     for text in (done.stdout, done.stderr):
-        assert not [mark for mark in (b"\r", b"\x1b[", b"it/s") if mark in text], text
+        assert not [mark for mark in ("\r", "\x1b[", "it/s") if mark in text], text

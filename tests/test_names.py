@@ -1,6 +1,7 @@
 """Which files may know an architecture's names, and what a name that ends in `_` promises."""
 
 import ast
+import functools
 import itertools
 import re
 from pathlib import Path
@@ -9,7 +10,6 @@ import hf_dms
 from hf_dms.archs.registry import SPECS
 
 PACKAGE = Path(hf_dms.__file__).parent
-TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
 COMMON = {"num_labels"}  # every config of transformers has it
 TORCH = {
     "LayerNorm",
@@ -17,6 +17,12 @@ TORCH = {
     "running_mean",
     "running_var",
 }  # names in torch.nn that are also names of modules or config keys
+
+
+@functools.cache
+def trees():
+    """Syntax trees of the package, by file."""
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def names_of_modules():
@@ -68,7 +74,7 @@ def known_names(tree):
 
 
 def test_nothing_outside_archs_knows_a_module_or_a_config_key_of_an_architecture():
-    known = {path: list(known_names(tree)) for path, tree in TREES.items() if path.parent.name != "archs"}
+    known = {path: list(known_names(tree)) for path, tree in trees().items() if path.parent.name != "archs"}
     assert {str(path.relative_to(PACKAGE)): names for path, names in known.items() if names} == {}
 
 
@@ -88,7 +94,7 @@ getattr(config, "layer_types")
 
 
 def test_functions_that_end_in_an_underscore_return_none():
-    for path, tree in TREES.items():
+    for path, tree in trees().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and node.name.endswith("_") and not node.name.endswith("__"):
                 where = f"{path.name}:{node.lineno}: {node.name}"

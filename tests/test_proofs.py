@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(TESTS.rglob("*.py"))}
 PREDICATES = {"equal", "allclose", "isclose", "all", "any", "isinstance", "is_file", "is_dir", "exists", "startswith"}
 COMPARISONS = (ast.Compare, ast.BoolOp, ast.UnaryOp)
 
@@ -46,8 +45,9 @@ def idle_comparisons(tree, predicates):
 
 
 def test_no_test_compares_without_asserting():
-    predicates = predicates_among(TREES.values())
-    idle = {path.name: list(idle_comparisons(tree, predicates)) for path, tree in TREES.items()}
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(TESTS.rglob("*.py"))}
+    predicates = predicates_among(trees.values())
+    idle = {path.name: list(idle_comparisons(tree, predicates)) for path, tree in trees.items()}
     assert {name: lines for name, lines in idle.items() if lines} == {}
 
 

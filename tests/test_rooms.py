@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import fresh
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hf_dms"
@@ -112,23 +113,19 @@ def test_the_file_that_travels_needs_nothing_of_hf_dms():
 
 
 # ---- what importing costs ----
-def loaded_after(code, program="python"):
-    """Which of the heavy packages a process has loaded after some code."""
-    heavy = ("torch", "transformers", "datasets", "lm_eval", "accelerate", "peft")
-    code = f"import sys; sys.argv[0] = {program!r}; {code}; print(*[n for n in {heavy} if n in sys.modules])"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
-    )
-    return set(result.stdout.splitlines()[-1].split())
-
-
 def test_the_command_line_waits_for_no_heavy_import():
-    assert loaded_after("import hf_dms.cli, hf_dms.config", program="/usr/bin/hf-dms") == set()
+    heavy = {"torch", "transformers", "datasets", "lm_eval", "accelerate", "peft"}
+    code = "import sys; sys.argv[0] = '/usr/bin/hf-dms'; import hf_dms.cli, hf_dms.config; print(*sys.modules)"
+    loaded = subprocess.check_output([sys.executable, "-c", code], cwd=PACKAGE.parent, text=True).split()
+    assert "hf_dms.cli" in loaded
+    assert not heavy & set(loaded)
 
 
 def test_import_loads_neither_datasets_nor_lm_eval_and_registers_the_per_layer_classes():
-    code = "import hf_dms; from transformers import CONFIG_MAPPING; assert 'dms_llama' in CONFIG_MAPPING"
-    assert not loaded_after(code) & {"datasets", "lm_eval", "peft"}
+    code = "import hf_dms, sys, transformers as t; print('dms_llama' in t.CONFIG_MAPPING, *sys.modules)"
+    registered, *loaded = fresh.run(["-c", code], PACKAGE.parent).stdout.split()
+    assert registered == "True"
+    assert not {"datasets", "lm_eval", "peft"} & set(loaded)
 
 
 def test_every_public_name_is_there_and_others_are_attribute_errors():

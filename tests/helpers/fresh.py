@@ -25,11 +25,12 @@ SECONDS = 300  # much longer than any of them takes, so a deadlock fails the tes
 
 
 def run(arguments, cwd=None, env=None) -> subprocess.CompletedProcess:
-    """`subprocess.run([sys.executable, *arguments], capture_output=True, text=True)`."""
+    """`subprocess.run([sys.executable, *arguments], capture_output=True, text=True)`, but \\r stays \\r."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         start(arguments, cwd, env, out, err)
-        return subprocess.CompletedProcess(arguments, wait(), out.read_text(), err.read_text())
+        code = wait()
+        return subprocess.CompletedProcess(arguments, code, *(file.read_bytes().decode() for file in (out, err)))
 
 
 def start(arguments, cwd=None, env=None, out=os.devnull, err=os.devnull) -> int:

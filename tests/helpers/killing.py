@@ -62,7 +62,7 @@ def run(arguments: list[str], folder: str, at: int, log: str, disturbance: str =
         log: file for the printed output.
         disturbance: one of `DISTURBANCES`.
     """
-    gc.freeze()  # as in conftest.py
+    gc.freeze()  # as in fixtures.py
     TEMPLATES.globals["svg"] = without_picture
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)

@@ -1,7 +1,7 @@
 """A damaged input works or ends in one message: no traceback, and no change of a model.
 
 The slow suite draws 10,000 inputs and more, the ordinary one a few of each kind. What hypothesis draws follows from
-the tests themselves (`derandomize` in conftest.py), so that a red one stays red.
+the tests themselves (`derandomize` in helpers/fixtures.py), so that a red one stays red.
 """
 
 import contextlib

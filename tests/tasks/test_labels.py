@@ -31,8 +31,8 @@ def classifier(names, seed=0, **options):
         if "LayerNorm" not in name:
             torch.nn.init.normal_(parameter, std=0.5)
     with torch.no_grad():
-        logits = [model(**letters()(text, return_tensors="pt")).logits[0] for text in some_texts(100)]
-        model.classifier.bias -= torch.stack(logits).mean(0)  # so that no class is predicted for all texts
+        logits = model(**letters()(some_texts(100), return_tensors="pt")).logits
+        model.classifier.bias -= logits.mean(0)  # so that no class is predicted for all texts
     return model
 
 
@@ -47,15 +47,11 @@ def load(path, config, held_out=None, **options):
 
 
 @torch.no_grad()
-def predictions(model, texts):
-    tokenizer = letters()
-    return [int(model(**tokenizer(text, return_tensors="pt")).logits.argmax()) for text in texts]
-
-
 def texts_of_classes(model, wanted, count=60):
     """Texts whose predicted classes are among the given ones, with these classes."""
     texts = some_texts(4 * count, seed=1)
-    found = [(text, number) for text, number in zip(texts, predictions(model, texts)) if number in wanted]
+    predictions = model(**letters()(texts, return_tensors="pt")).logits.argmax(-1).tolist()
+    found = [(text, number) for text, number in zip(texts, predictions) if number in wanted]
     assert {number for _, number in found} == set(wanted)
     return found[:count]
 
