@@ -24,6 +24,7 @@ TITLES = {
     "step_overhead": "Cost of a search step: `python benchmarks/step_overhead.py`",
     "refit_step": "Cost of a search over refitted weights: `python benchmarks/refit_step.py models/smollm2-135m`",
     "kept_logits": "Kept logits: `python benchmarks/kept_logits.py models/minilm models/movie-sentiment/train.jsonl`",
+    "kept_memory": "Kept freed memory: `python benchmarks/kept_memory.py models/smollm2-135m`",
     "llama_7b": "What Llama-7B needs: `python benchmarks/llama_7b.py`",
     "streaming": "Memory of a cut from files: `python benchmarks/streaming.py`",
     "distributed": "Several processes: `python benchmarks/distributed.py`",
