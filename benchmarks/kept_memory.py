@@ -27,6 +27,7 @@ SETTINGS = {
     "default": {},
     "kept": KEPT,
     "kept, trimmed above 1 GiB": KEPT | {"MALLOC_TRIM_THRESHOLD_": 2**30},
+    "kept, small blocks joined": KEPT | {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"},
     "kept below 32 MiB": {"MALLOC_MMAP_THRESHOLD_": 2**25, "MALLOC_TRIM_THRESHOLD_": NEVER},
     "huge pages": {"THP_MEM_ALLOC_ENABLE": 1},
 }  # variables of the environment: glibc's, and torch's for huge pages
