@@ -40,7 +40,7 @@ def test_a_large_tensor_gets_the_pages_of_the_one_before_until_they_are_given_ba
     left, kept, given_back = (int(line) for line in subprocess.check_output([sys.executable, "-c", SCRIPT]).split())
     assert kept < 2**28 // resource.getpagesize() // 100
     assert kept < left // 5  # huge pages take fewer of them
-    assert given_back >= 2**28  # of the tensor that only a cycle holds
+    assert given_back > 0.9 * 2**28  # of the tensor that only a cycle holds
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch):
