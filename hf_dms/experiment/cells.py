@@ -104,7 +104,8 @@ def _recover_with(recover: RecoverConfig, own: dict[str, Any]) -> RecoverConfig:
     """A `recover` section with other values: each key of `own` replaces what it names, whole sections too."""
     sections = [field.name for field in dataclasses.fields(RecoverConfig) if field.name in own]
     train = {key: value for key, value in own.items() if key not in sections}
-    changed = {name: getattr(build_recover(own), name) for name in sections}
+    built = build_recover(own)
+    changed = {name: getattr(built, name) for name in sections}
     return dataclasses.replace(recover, **changed, train=_with(recover.train or {}, train) if train else recover.train)
 
 
