@@ -1,7 +1,7 @@
 """Whether the folder of a result is that of the recipe at hand, or of another one.
 
 A report holds the recipe as it ran: with the values that rules filled in, and with names in place of local paths. So
-only what is asked for now is compared with it, and paths by their last part. Changed data files are not noticed here.
+only what is asked for now is compared with it, and paths by their last part. Data files are compared by their hashes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,17 @@ from ..errors import HfDmsError
 from ..report.numbers import REPORT, without_local_paths
 from ..training.distributed import print_on_main
 from .recipe import LENGTHS, Recipe
-from .unfinished import FILES, flat, influences, lasting, plain_values, read_claim, remove_unfinished
+from .unfinished import (
+    FILES,
+    flat,
+    hashes_by_key,
+    hashes_of_data,
+    influences,
+    lasting,
+    plain_values,
+    read_claim,
+    remove_unfinished,
+)
 
 
 def is_finished(recipe: Recipe, output: Path, unfinished: Path) -> bool:
@@ -35,7 +45,7 @@ def is_finished(recipe: Recipe, output: Path, unfinished: Path) -> bool:
             f"{output} was cut by a plan (hf-dms prune --plan), not by this recipe. Choose another output.path, or set "
             "output.overwrite: true."
         )
-    if changed := _changed_since(before, recipe):
+    if changed := _changed_since(before, recipe) or _changed_data(report.get("data"), recipe):
         raise HfDmsError(
             f"{output} holds the finished result of another recipe: {changed}. Choose another output.path, or set "
             "output.overwrite: true."
@@ -81,6 +91,13 @@ def _changed_since(report: Any, recipe: Recipe) -> str:
                 found.append(f"{section}.{key} was {names[0]}, is {names[1]}")
     after = _differences(report, plain_values(recipe), "recover")
     return ", ".join([*sorted(found), *([after] if after else [])])
+
+
+def _changed_data(before: Any, recipe: Recipe) -> str:
+    """The keys of data whose content a finished result was not made with, in words. Old reports have no hashes."""
+    plain = plain_values(recipe)
+    now = hashes_by_key(plain | {FILES: hashes_of_data(plain)}) if isinstance(before, dict) else {}
+    return ", ".join(f"the content of {key} has changed" for key in now if key in before and before[key] != now[key])
 
 
 def _differences(report: dict[str, Any], now: dict[str, Any], section: str) -> str:

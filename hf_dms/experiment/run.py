@@ -35,7 +35,7 @@ from .recipe import Recipe
 from .recover import recover_in_words
 from .sizes import folder_of, save_sizes
 from .stages import dense_model, protocol_of, recover_steps, report_of, score, scores_on_soft_masks, search_and_cut
-from .unfinished import CLAIM, claim, remove_unfinished
+from .unfinished import CLAIM, claim, hashes_by_key, read_claim, remove_unfinished
 
 
 def run(recipe: Recipe) -> dict[str, Any] | None:
@@ -70,6 +70,7 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
         report, pruned, plans = _experiment(with_own_texts(prepared))
         print_on_main(f"Saving to {output} ...")
         report.seconds = round(time.time() - started)
+        report.data = hashes_by_key(read_claim(unfinished))
         written = run_on_main(lambda: _save(pruned, prepared, report, plans))
         run_on_main(lambda: remove_unfinished(unfinished, output))
         print_on_main("\n" + "\n\n".join([report_table(written), size_bars(written), *notes(written)]))

@@ -18,6 +18,7 @@ from transformers.trainer_utils import sort_checkpoints
 
 from ..checkpoint.folders import replace_folder
 from ..errors import HfDmsError
+from ..report.numbers import without_local_paths
 from ..training.distributed import print_on_main
 from .recipe import LENGTHS, Recipe
 
@@ -44,7 +45,7 @@ def claim(unfinished: Path, recipe: Recipe) -> None:
         HfDmsError: the folder holds a search, or a fine-tuning before it, that this recipe would make differently.
     """
     now, before = plain_values(recipe), read_claim(unfinished)
-    now[FILES] = _hashes(now)
+    now[FILES] = hashes_of_data(now)
     for stage in STAGES if before is not None else ():
         folder = unfinished / stage
         try:
@@ -109,7 +110,7 @@ def influences(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
     return found
 
 
-def _hashes(recipe: dict[str, Any]) -> dict[str, str]:
+def hashes_of_data(recipe: dict[str, Any]) -> dict[str, str]:
     """A hash of each file and folder of data, by path, which shows whether it has changed. Hub datasets have none.
 
     A file's content is hashed. For a folder, which may hold millions of files, their names and sizes are hashed.
@@ -124,6 +125,17 @@ def _hashes(recipe: dict[str, Any]) -> dict[str, str]:
             sizes = "".join(f"{inner.relative_to(path)} {inner.stat().st_size}\n" for inner in inside)
             found[path] = hashlib.sha256(sizes.encode()).hexdigest()
     return found
+
+
+def hashes_by_key(recipe: dict[str, Any]) -> dict[str, str]:
+    """The hashes beside a plain recipe, by the recipe's key: data.path, data.mix..../more.jsonl."""
+    hashes: dict[str, str] = recipe[FILES]
+    paths: dict[str, str] = {}
+    for name, data in {"data": recipe["data"], "recover.data": recipe["recover"]["data"]}.items():
+        if data is not None:
+            paths |= {f"{name}.{key}": data[key] for key in ("path", "held_out")}
+            paths |= {f"{name}.mix.{without_local_paths(path, 'path')}": path for path in data["mix"]}
+    return {key: hashes[path] for key, path in paths.items() if path in hashes}
 
 
 def _hashes_of(recipe: dict[str, Any], data: dict[str, Any]) -> dict[str, str]:

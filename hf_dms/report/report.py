@@ -188,6 +188,10 @@ class Report:
     recipe: Annotated[
         dict[str, Any] | None, "The recipe as it ran, with every default. Local paths are shortened to .../name."
     ] = None
+    data: Annotated[
+        dict[str, str] | None,
+        "SHA-256 of local data, by the recipe's key: of a file's content, or of the names and sizes in a folder.",
+    ] = None
     seed: int | None = None
     model: Annotated[Source | None, "For a cut by a plan: the dense model."] = None
     proof: Annotated[

@@ -357,6 +357,14 @@ def test_a_finished_output_is_left_alone(recipe, capsys):
     assert (out / "dms_report.json").stat().st_mtime_ns == before
 
 
+def test_a_finished_output_of_other_data_is_no_result_of_this_recipe(recipe, tmp_path, capsys):
+    recipe()
+    text = tmp_path / "text.jsonl"
+    text.write_text(text.read_text().replace("w3", "w4"))
+    assert recipe()[0] == 2
+    assert "another recipe: the content of data.path has changed." in capsys.readouterr().err
+
+
 def test_a_finished_output_of_another_recipe_is_no_result_of_this_one(recipe, dense, tmp_path, capsys):
     _, out = recipe("train.learning_rate=1e-4")
     before = (out / "dms_report.json").read_text()
