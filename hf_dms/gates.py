@@ -247,7 +247,9 @@ class Gates(nn.Module):
             self.clamp_ratios_()
         self.log_masks = {}
         for name in self._scaled_norms():
-            self._keep_log_mask_(name, self.scales[name].clone().requires_grad_(self._gathers()))
+            # A strategy that learns scales trains these tensors themselves (strategies/learned.py).
+            scale = self.scales[name]
+            self._keep_log_mask_(name, scale.clone().requires_grad_() if self._gathers() else scale)
         for name, dim in self.dims.items():
             if self.is_soft and name in self.refitted:  # its maps leave units out themselves, at the refitted width
                 self.log_masks[name] = (None,) * dim.rows

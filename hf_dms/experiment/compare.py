@@ -32,7 +32,7 @@ from ..gating.supernet import fresh_weights_
 from ..measure.speed import peak_resident_bytes
 from ..refit.repair import repair_
 from ..report.comparison import write_comparison
-from ..strategies.one_shot import check_dims, criterion_of
+from ..strategies.one_shot import check_dims, check_scales, criterion_of
 from ..tasks.evaluate import example_scores, summary
 from ..tasks.task import Examples
 from ..training.finetune import train_
@@ -141,6 +141,7 @@ def _check(setup: Setup, cell: Cell) -> None:
         check_target(gates, bound, recipe.dms, config)
         if (name := cell.settings.get("criterion")) is not None:
             check_dims(criterion_of(name), name, gates, bound)
+            check_scales(criterion_of(name), recipe.dms)
         _examples_to_see(recipe, 1)
     except HfDmsError as error:
         raise HfDmsError(f"compare.strategies.{cell.strategy}, target {cell.target:g}: {error}") from error

@@ -24,6 +24,11 @@ from .attach import gates_of
 from .places import NORMS, masked_inputs, norm_spans, scaled_norms
 
 
+def scale_rate(progress: float) -> float:
+    """Learning rate of the scales relative to that of the prune ratios, at a point of the search in [0, 1]."""
+    return 1 - progress
+
+
 def folded_scales(log_scales: Mapping[str, Tensor], bound: BoundSpec) -> dict[str, Tensor]:
     """The factors of the weights that read units, by the names of parameters.
 

@@ -35,6 +35,7 @@ class Criterion:
         dims: the kinds of dims that it is defined for: layer (widths), model (hidden), depth (layers).
         passes: how often it runs each batch, to count the examples it has seen.
         changes_weights: whether it changes the model's weights.
+        learns_masks: whether it trains masks, and so learns the scales of `dms.scales` beside them.
     """
 
     scores: Callable[[PreTrainedModel, Batches], Scores]
@@ -43,6 +44,7 @@ class Criterion:
     dims: tuple[str, ...] = ("layer", "model", "depth")
     passes: int = 1
     changes_weights: bool = False
+    learns_masks: bool = False
 
 
 def loss_of(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:

@@ -78,4 +78,4 @@ class HardConcrete(PerUnit):
         return {name: torch.sigmoid(log_alpha) for name, log_alpha in self.learned.items()}
 
 
-HARD_CONCRETE = Criterion(learner(HardConcrete), allocation="global", dims=("layer", "depth"))
+HARD_CONCRETE = Criterion(learner(HardConcrete), allocation="global", dims=("layer", "depth"), learns_masks=True)

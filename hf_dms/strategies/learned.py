@@ -21,6 +21,7 @@ from ..archs.plain_view import submodule
 from ..gates import Gates
 from ..gating.attach import gates_of
 from ..gating.places import masked_inputs, unit_axis
+from ..gating.scales import scale_rate
 from ..masked_ops import Span, spread
 from ..refit.curvature import frozen
 from ..resource import Sizes, resource_loss, scheduled_target
@@ -61,23 +62,39 @@ def train_masks(model: PreTrainedModel, relaxation: Relaxation, batches: Batches
     """Train a relaxation, in place.
 
     Args:
-        model: a model with gates; these are open during the training.
+        model: a model with gates; these are open during the training. Their scales (`dms.scales`) are trained too.
         relaxation: see `Relaxation`.
         batches: keyword arguments of forward passes, with labels.
 
     Returns:
         The score of every unit at the end.
     """
-    optimizer = torch.optim.Adam(list(relaxation.parameters()), lr=relaxation.rate)
-    with frozen(model), masked_by(model) as masks:
+    gates = gates_of(model)
+    learned = [[*relaxation.parameters()], [*gates.scales.values()]]
+    optimizer = torch.optim.Adam([{"params": tensors, "lr": relaxation.rate} for tensors in learned if tensors])
+    rate: Any = gates.attachment.config.with_defaults_for(len(batches)).gate_learning_rate
+    with frozen(model), masked_by(model) as masks, _requiring_grad(gates.scales.values()):
         for step, batch in enumerate(batches):
             progress = step / len(batches)
+            for group in optimizer.param_groups[1:]:
+                group["lr"] = rate * scale_rate(progress)
             masks.update(relaxation.masks(progress))
             loss = loss_of(model, batch) + relaxation.penalty(progress)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
     return {name: values.detach().clone() for name, values in relaxation.scores().items()}
+
+
+@contextlib.contextmanager
+def _requiring_grad(tensors: Iterable[Tensor]) -> Iterator[None]:
+    for tensor in tensors:
+        tensor.requires_grad_()
+    try:
+        yield
+    finally:
+        for tensor in tensors:
+            tensor.requires_grad_(False)
 
 
 @contextlib.contextmanager
@@ -95,7 +112,7 @@ def masked_by(model: PreTrainedModel) -> Iterator[Masks]:
         for path, row, span in masked_inputs(bound, name):
             inputs = _on_inputs(masks, name, row, span, unit_axis(bound, path))
             handles.append(submodule(model, path).register_forward_pre_hook(inputs))
-    # The gates' own masks stay in place, all open, so that only the masks of the strategy act.
+    # The gates' own masks stay in place, all open: only the masks of the strategy and the gates' scales act.
     gates.rounded = {name: torch.full((dim.rows,), dim.units) for name, dim in gates.dims.items()}
     try:
         yield masks

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..archs.bind import BoundSpec
 from ..archs.plain_view import adapted_layers, base_model_of, is_packed
+from ..config import DMSConfig, check_meaning
 from ..errors import HfDmsError, did_you_mean
 from ..gates import Gates
 from ..gating.attach import gates_of
@@ -115,6 +116,15 @@ def _start_anew_(gates: Gates) -> None:
     undone |= {"prune_ratio": torch.zeros_like(gates.prune_ratio), "num_updates": torch.tensor(0)}
     gates.load_search_state_(kept | undone)
     gates.clamp_ratios_()
+
+
+def check_scales(criterion: Criterion, config: DMSConfig) -> None:
+    """Check that a strategy learns the scales that a recipe asks for.
+
+    Raises:
+        HfDmsError: it does not.
+    """
+    check_meaning(config.strategy, {"scales": bool(config.scales) and not criterion.learns_masks})
 
 
 def check_dims(criterion: Criterion, name: str, gates: Gates, bound: BoundSpec | None = None) -> None:

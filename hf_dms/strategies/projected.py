@@ -46,4 +46,4 @@ class Projected(PerUnit):
         return {name: torch.sigmoid(score / TAU) for name, score in self.learned.items()}
 
 
-PROJECTED = Criterion(learner(Projected), allocation="global", dims=("layer", "depth"))
+PROJECTED = Criterion(learner(Projected), allocation="global", dims=("layer", "depth"), learns_masks=True)

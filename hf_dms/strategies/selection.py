@@ -145,6 +145,6 @@ def number_selection_scores(model: PreTrainedModel, batches: Batches) -> Scores:
 
 # global: the penalty has weighed what a unit costs already, so scores are not divided by it again.
 DIMS = ("layer", "depth")
-ELEMENT_SELECTION = Criterion(learner(ElementSelection), allocation="global", dims=DIMS)
-PAS = Criterion(learner(PaS), allocation="global", dims=DIMS)
-NUMBER_SELECTION = Criterion(number_selection_scores, allocation="global", dims=DIMS)
+ELEMENT_SELECTION = Criterion(learner(ElementSelection), allocation="global", dims=DIMS, learns_masks=True)
+PAS = Criterion(learner(PaS), allocation="global", dims=DIMS, learns_masks=True)
+NUMBER_SELECTION = Criterion(number_selection_scores, allocation="global", dims=DIMS, learns_masks=True)

@@ -148,7 +148,7 @@ def variant(**options: str | bool) -> Criterion:
                 gates.raw_importance(name).copy_(values)
         return train_masks(model, TopK(gates, **options), batches)  # type: ignore[arg-type]
 
-    return Criterion(scores, allocation="global", dims=("layer", "depth"))
+    return Criterion(scores, allocation="global", dims=("layer", "depth"), learns_masks=True)
 
 
 VARIANTS = {

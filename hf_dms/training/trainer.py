@@ -32,6 +32,7 @@ from ..files import check_not_source
 from ..gates import Gates
 from ..gating.attach import attach_, freeze_, frozen_mode_, gates_of
 from ..gating.outcome import SearchOutcome, search_outcome, warn_of_outcome
+from ..gating.scales import scale_rate
 from ..refit.batch_norms import BATCHES, estimate_batch_norms_
 from ..tasks.evaluate import evenly_spaced
 from .dense_logits import check_divergence, kl_to_dense, outputs_with_open_masks
@@ -42,8 +43,6 @@ from .progress import show_progress_
 from .refitting import RefitCallback
 from .step_guard import FiniteStepsMixin
 from .taught import without_labels
-
-SCALE_RATE = 1.0  # learning rate of the scales at the start, relative to that of the prune ratios; it falls to 0
 
 
 class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
@@ -318,7 +317,7 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         *_, ratio_gradient = self.gates.step_terms()
         self._gate_grad_norm += ratio_gradient.norm()
         # Set anew before each step, so that a resumed search needs nothing but its step number.
-        for group, rate in zip(self.gate_optimizer.param_groups, (1.0, SCALE_RATE * (1 - self.progress))):
+        for group, rate in zip(self.gate_optimizer.param_groups, (1.0, scale_rate(self.progress))):
             group["lr"] = rate * self.gate_learning_rate
         self.gate_optimizer.step()
         self.gate_optimizer.zero_grad()

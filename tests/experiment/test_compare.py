@@ -227,6 +227,10 @@ def test_a_strategy_that_does_not_exist_is_found_by_validate(recipe, capsys):
             ["compare.strategies={random: {}, block_influence: {}}"],
             "block_influence, target 0.7: .*not defined for mlp",
         ),
+        (
+            ["compare.strategies={dms: {}, magnitude: {dms: {pipeline: p-, scales: true}}}"],
+            "compare.strategies.magnitude, target 0.7: dms.strategy = magnitude .* dms.scales has no meaning",
+        ),
         (["compare.targets=[0.7, 0.01]"], "dms.target = 0.01 cannot be reached"),
         (
             ["compare.strategies={dms: {}, dms-slow: {train: {learning_rte: 1e-4}}}"],

@@ -165,7 +165,6 @@ def test_in_an_own_loop_the_optimizer_that_gets_them_moves_them():
     [
         (dict(scales=True), "scales needs frozen weights, got pipeline p,"),
         (dict(SCALES, search_over="refitted"), "scales needs search_over = masks, got refitted"),
-        (dict(SCALES, strategy="flap"), r"strategy = flap .* dms\.scales has no meaning"),
         (dict(SCALES, scales="yes"), "scales must be true, false or norms, got 'yes'"),
     ],
 )

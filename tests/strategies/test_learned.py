@@ -230,6 +230,21 @@ def test_a_learned_choice_leaves_the_weights_alone_and_its_masks_bend_to_the_bud
     assert sum(plan.sizes["mlp"]) < 60
 
 
+@pytest.mark.parametrize("name", ["pas", "dms_plain"])
+def test_scales_are_learned_beside_masks_and_the_cut_has_them(name):
+    torch.manual_seed(0)
+    model, batch = gated(pipeline="p-", scales="norms"), labelled(1)[0]
+    choose_(model, name, [batch] * 16)
+    scales = gates_of(model).scales
+    assert all((scale != 0).any() and not scale.requires_grad for scale in scales.values())
+    pruned = prune(model, inputs=batch)  # proves that it computes what the masked model computes
+    for scale in scales.values():
+        scale.zero_()
+    # The same units without their scales do worse on the text that both were learned on.
+    with torch.no_grad():
+        assert pruned(**batch).loss < prune(model)(**batch).loss
+
+
 def test_the_loss_reaches_every_mask():
     """With the budget far away, gradients of the model's own loss move every unit's logit."""
     model = gated(target=1.0)
