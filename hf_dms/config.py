@@ -229,7 +229,7 @@ class DMSConfig:
 
         if not isinstance(self.strategy, str):
             raise HfDmsError(f"dms.strategy must be the name of a strategy, such as flap, got {self.strategy!r}.")
-        # A strategy chooses in one go. Those that learn masks can learn scales too (strategies/one_shot.check_scales).
+        # A strategy chooses in one go, and would ignore these. `scales` depend on the strategy (`check_scales`).
         of_a_search = {
             "pipeline = np": self.pipeline == "np",
             f"search_over = {self.search_over}": self.search_over != "masks",
