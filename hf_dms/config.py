@@ -51,23 +51,6 @@ def _number_or_amount(text: str) -> float | str:
         ) from None
 
 
-def check_meaning(strategy: str, ignored: dict[str, bool]) -> None:
-    """Check that no option is given which a strategy would ignore without a word.
-
-    Args:
-        strategy: its name.
-        ignored: by option, whether it is given and would be ignored.
-
-    Raises:
-        ValueError: there is one.
-    """
-    for option in [option for option, is_ignored in ignored.items() if is_ignored]:
-        raise HfDmsError(
-            f"dms.strategy = {strategy} chooses units of trained weights without a search, so that dms.{option} has no "
-            "meaning. Leave one of the two out."
-        )
-
-
 def _option(default: Any, help: str) -> Any:
     """A dataclass field that carries its documentation."""
     return field(default=default, metadata={"help": help})
@@ -229,13 +212,18 @@ class DMSConfig:
 
         if not isinstance(self.strategy, str):
             raise HfDmsError(f"dms.strategy must be the name of a strategy, such as flap, got {self.strategy!r}.")
-        # A strategy chooses in one go, and would ignore these. `scales` depend on the strategy (`check_scales`).
-        of_a_search = {
+        # A strategy would ignore these options of the search without a word. Some learn scales (one_shot.check_choice).
+        meaningless = {
             "pipeline = np": self.pipeline == "np",
             f"search_over = {self.search_over}": self.search_over != "masks",
             f"kl_weight = {self.kl_weight}": self.kl_weight != 0,
         }
-        check_meaning(self.strategy, of_a_search if self.strategy != SEARCH else {})
+        if self.strategy != SEARCH and any(meaningless.values()):
+            option = next(name for name, given in meaningless.items() if given)
+            raise HfDmsError(
+                f"dms.strategy = {self.strategy} chooses units of trained weights without a search, so that "
+                f"dms.{option} has no meaning. Leave one of the two out."
+            )
         if self.search_over == "refitted" and self.pipeline != "p-":
             raise HfDmsError(
                 f"dms.search_over = refitted needs frozen weights, got pipeline {self.pipeline}. Write pipeline: p-"

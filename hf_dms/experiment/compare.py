@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, set_seed
 from ..archs.bind import bind
 from ..archs.registry import spec_for
 from ..checkpoint.folders import only_writer
+from ..config import SEARCH
 from ..cut.plan import Plan
 from ..cut.prune import plan_of
 from ..errors import HfDmsError
@@ -32,7 +33,7 @@ from ..gating.supernet import fresh_weights_
 from ..measure.speed import peak_resident_bytes
 from ..refit.repair import repair_
 from ..report.comparison import write_comparison
-from ..strategies.one_shot import check_dims, check_scales, criterion_of
+from ..strategies.one_shot import check_choice
 from ..tasks.evaluate import example_scores, summary
 from ..tasks.task import Examples
 from ..training.finetune import train_
@@ -139,9 +140,8 @@ def _check(setup: Setup, cell: Cell) -> None:
             training_arguments(recipe, section, setup.folder)
         gates = build_gates(bound, model, recipe.dms, device=torch.device("cpu"))
         check_target(gates, bound, recipe.dms, config)
-        if (name := cell.settings.get("criterion")) is not None:
-            check_dims(criterion_of(name), name, gates, bound)
-            check_scales(criterion_of(name), recipe.dms)
+        if recipe.dms.strategy != SEARCH:
+            check_choice(recipe.dms, gates, bound)
         _examples_to_see(recipe, 1)
     except HfDmsError as error:
         raise HfDmsError(f"compare.strategies.{cell.strategy}, target {cell.target:g}: {error}") from error

@@ -31,7 +31,7 @@ from ..measure.precision import slow_bfloat16
 from ..refit.repairable import check_one_stack, check_repairable
 from ..report.card import base_metadata
 from ..report.report import Original
-from ..strategies.one_shot import check_dims, check_scales, criterion_of
+from ..strategies.one_shot import check_choice
 from ..tasks.data import is_data_file
 from ..tasks.evaluate import evenly_spaced
 from ..tasks.labels import SHOWN
@@ -260,9 +260,7 @@ def _check_model(recipe: Recipe, config: Any) -> None:
     if message := gap_in_words(shrunk_alike, recipe.dms):
         logger.warning(message)
     if recipe.dms.strategy != SEARCH:
-        criterion = criterion_of(recipe.dms.strategy)
-        check_dims(criterion, recipe.dms.strategy, gates, bound)
-        check_scales(criterion, recipe.dms)
+        check_choice(recipe.dms, gates, bound)
     key = "recover.repair" if recipe.recover.repair is not None else "dms.search_over"
     if key == "recover.repair" or recipe.dms.search_over == "refitted":
         try:

@@ -70,7 +70,7 @@ def run(recipe: Recipe) -> dict[str, Any] | None:
         report, pruned, plans = _experiment(with_own_texts(prepared))
         print_on_main(f"Saving to {output} ...")
         report.seconds = round(time.time() - started)
-        report.data = hashes_by_key(read_claim(unfinished))
+        report.data = run_on_main(lambda: hashes_by_key(read_claim(unfinished)))  # other machines may lack the folder
         written = run_on_main(lambda: _save(pruned, prepared, report, plans))
         run_on_main(lambda: remove_unfinished(unfinished, output))
         print_on_main("\n" + "\n\n".join([report_table(written), size_bars(written), *notes(written)]))

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..archs.bind import BoundSpec
 from ..archs.plain_view import adapted_layers, base_model_of, is_packed
-from ..config import DMSConfig, check_meaning
+from ..config import DMSConfig
 from ..errors import HfDmsError, did_you_mean
 from ..gates import Gates
 from ..gating.attach import gates_of
@@ -75,7 +75,8 @@ def criterion_of(name: str) -> Criterion:
 def choose_(model: PreTrainedModel, name: str | Criterion, batches: Batches = ()) -> None:
     """Set the importance and prune ratios of a model's gates by a one-shot strategy, in place.
 
-    It takes the place of a search or another choice that these gates have been through; only learned scales stay.
+    It takes the place of a search or another choice that these gates have been through; only learned scales stay, and
+    a strategy that learns masks goes on from them.
     Afterwards `prune(model)` cuts the model exactly as after a search.
 
     Args:
@@ -118,13 +119,20 @@ def _start_anew_(gates: Gates) -> None:
     gates.clamp_ratios_()
 
 
-def check_scales(criterion: Criterion, config: DMSConfig) -> None:
-    """Check that a strategy learns the scales that a recipe asks for.
+def check_choice(config: DMSConfig, gates: Gates, bound: BoundSpec) -> None:
+    """Check that the strategy of a request can do what it asks for.
 
     Raises:
-        HfDmsError: it does not.
+        HfDmsError: there is no such strategy, it is not defined for a pruned dim, or it learns no scales.
     """
-    check_meaning(config.strategy, {"scales": bool(config.scales) and not criterion.learns_masks})
+    criterion = criterion_of(config.strategy)
+    check_dims(criterion, config.strategy, gates, bound)
+    if config.scales and not criterion.learns_masks:
+        others = ", ".join(name for name, other in CRITERIA.items() if other.learns_masks)
+        raise HfDmsError(
+            f"dms.strategy = {config.strategy} learns no masks, and so no scales. Leave dms.scales out, or take a "
+            f"strategy that learns masks: {others}."
+        )
 
 
 def check_dims(criterion: Criterion, name: str, gates: Gates, bound: BoundSpec | None = None) -> None:

@@ -73,7 +73,7 @@ def test_strategies_without_data_and_with_scales_run_too(recipe, dense, strategy
         (["dms.strategy=3"], "dms.strategy must be a text"),
         (["dms.strategy=flap", "dms.pipeline=np"], "dms.pipeline = np has no meaning"),
         (["dms.strategy=flap", "dms.search_over=refitted"], "dms.search_over = refitted has no meaning"),
-        (["dms.strategy=taylor", "dms.pipeline=p-", "dms.scales=true"], "dms.scales has no meaning"),
+        (["dms.strategy=taylor", "dms.pipeline=p-", "dms.scales=true"], "taylor learns no masks, and so no scales"),
         (["dms.strategy=flap", "lora={r: 2}"], "lora is for a search, and dms.strategy is flap"),
     ],
 )

@@ -229,7 +229,7 @@ def test_a_strategy_that_does_not_exist_is_found_by_validate(recipe, capsys):
         ),
         (
             ["compare.strategies={dms: {}, magnitude: {dms: {pipeline: p-, scales: true}}}"],
-            "compare.strategies.magnitude, target 0.7: dms.strategy = magnitude .* dms.scales has no meaning",
+            "compare.strategies.magnitude, target 0.7: dms.strategy = magnitude learns no masks",
         ),
         (["compare.targets=[0.7, 0.01]"], "dms.target = 0.01 cannot be reached"),
         (
