@@ -1,12 +1,10 @@
-"""Checks of a recipe against its model and data, before any weight is loaded; and the objects that its stages share."""
+"""From a recipe to the objects that its stages share: all checks, before any weight is loaded."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,35 +13,32 @@ import torch
 from transformers.utils import logging
 
 from ..archs.bind import bind
-from ..archs.plain_view import with_adapters
-from ..archs.registry import chooses_queries, spec_for
+from ..archs.registry import spec_for
 from ..checkpoint.folders import check_place
-from ..checkpoint.hub import check_not_base, check_repo_id, check_token
-from ..checkpoint.stored import hub_weights, missing_weights
 from ..config import SEARCH
-from ..cut.plans import levels_above
 from ..errors import HfDmsError
-from ..gating.gates_for import build_gates
-from ..gating.outcome import gap_in_words
-from ..gating.rounding import round_sizes
 from ..gating.share import with_share
 from ..measure.precision import slow_bfloat16
-from ..refit.repairable import check_one_stack, check_repairable
-from ..report.card import base_metadata
 from ..report.report import Original
-from ..strategies.one_shot import check_choice
 from ..tasks.data import is_data_file
 from ..tasks.evaluate import evenly_spaced
-from ..tasks.labels import SHOWN
-from ..tasks.registry import TASKS, load_examples, load_more_examples
+from ..tasks.registry import load_examples, load_more_examples
 from ..tasks.task import Examples
 from ..training.trainer import check_training_arguments
+from .checks import (
+    check_attention,
+    check_classes,
+    check_hub,
+    check_lora,
+    check_model,
+    check_sizes,
+    check_task,
+)
 from .objects import (
     empty_model,
     load_model_config,
     load_processor,
     lora_config,
-    model_class,
     packing,
     steps_of,
     training_arguments,
@@ -105,7 +100,7 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
     """
     folder = unfinished_folder(recipe) if folder is None else folder
     if recipe.hub.repo_id is not None:
-        _check_hub(recipe, recipe.hub.repo_id)
+        check_hub(recipe, recipe.hub.repo_id)
     # In the order of cost: names and folders, the config, the data (which may take minutes to read), weight files last.
     check_place(recipe.output.path, sources_of(recipe))
     arguments = {"search": training_arguments(recipe, "train", folder / "search")}
@@ -116,13 +111,13 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
         # Only to learn whether bitsandbytes is installed; the dtype is known later.
         packing(recipe, torch.float32)
     config = load_model_config(recipe)
-    _check_task(recipe, config)
-    _check_attention(recipe, config)
+    check_task(recipe, config)
+    check_attention(recipe, config)
     processor, new_head = load_processor(recipe), recipe.dms.pipeline == "np"
     examples = load_examples(recipe.data.without_own_texts(), recipe.task, processor, config, new_head=new_head)
     if recipe.dms.strategy == SEARCH:
         recipe.dms.check_length(steps_of(arguments["search"], len(examples.train)))
-    _check_classes(recipe, config, examples)
+    check_classes(recipe, config, examples)
     recover_examples = examples
     if recipe.recover.data is not None:
         with saying_where("recover."):
@@ -136,11 +131,11 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
     bound = bind(spec_for(config), empty)
     # From here on the target is a fraction, whatever the recipe gave: lengths follow from the share that is cut.
     recipe = dataclasses.replace(recipe, dms=with_share(recipe.dms, bound, empty))
-    _check_sizes(recipe)
+    check_sizes(recipe)
     recipe = with_recover_defaults(recipe, empty, recover_examples, arguments["search"].world_size)
     if recipe.recover.train is not None:
         arguments["recover"] = training_arguments(recipe, "recover", folder / "recover")
-    _check_model(recipe, config)
+    check_model(recipe, config)
     if notice := slow_bfloat16(_asking_for_bfloat16(recipe, config, arguments)):
         logger.warning(notice)
         recipe = _without_bfloat16(recipe)
@@ -151,19 +146,8 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Prepared:
     if long := search_is_long(recipe, arguments, examples, recover_examples):
         logger.warning(long)
     lora = {section: lora_config(recipe, section) for section in ("lora", "recover.lora")}
-    _check_adapters(recipe, config, lora)
+    check_lora(recipe, config, lora)
     return Prepared(recipe, config, processor, examples, texts, recover_examples, arguments, lora, original)
-
-
-def _check_hub(recipe: Recipe, repo_id: str) -> None:
-    """Check that the result can be pushed, and that the push would not replace the dense model."""
-    check_repo_id(repo_id)
-    path, base = recipe.model.path, recipe.model.base
-    if Path(path).is_dir():
-        check_not_base(repo_id, recipe.hub.revision, base or base_metadata(path).get("base_model"))
-    else:
-        check_not_base(repo_id, recipe.hub.revision, base or path, recipe.model.revision)
-    check_token()
 
 
 def load_texts(
@@ -222,144 +206,3 @@ def _without_bfloat16(recipe: Recipe) -> Recipe:
     return dataclasses.replace(
         recipe, train=train, finetune=finetune, recover=dataclasses.replace(recipe.recover, train=recover)
     )
-
-
-def _check_task(recipe: Recipe, config: Any) -> None:
-    """Check that there is a model of this type for the task."""
-    can_cache = spec_for(config).cache is not None
-    if type(config) not in model_class(recipe)._model_mapping or (recipe.task.generates and not can_cache):
-        raise HfDmsError(
-            f"model.task: there is no {recipe.model.task} model of type '{config.model_type}'. "
-            f"Tasks are {', '.join(TASKS)}."
-        )
-
-
-def _check_classes(recipe: Recipe, config: Any, examples: Examples) -> None:
-    """Check that a detector whose base model scores classes, to choose its queries, keeps their number."""
-    count = len(examples.labels)
-    if chooses_queries(config) and recipe.dms.pipeline != "np" and count != config.num_labels:
-        raise HfDmsError(
-            f"model.path: a {config.model_type} scores classes in its base model too, whose weights are for "
-            f"{config.num_labels}, and the data has {count}: {', '.join(examples.labels[:SHOWN])}. Load it in "
-            "transformers with their id2label and ignore_mismatched_sizes=True, save it, and give that folder with a "
-            "finetune section."
-        )
-
-
-def _check_model(recipe: Recipe, config: Any) -> None:
-    """Check the request against the model without its weights, and the weight files against the model."""
-    model = empty_model(recipe, config)
-    bound = bind(spec_for(config), model)
-    gates = build_gates(bound, model, recipe.dms, device=torch.device("cpu"))
-    try:
-        sizes = round_sizes(gates, bound, recipe.dms, config)
-    except HfDmsError as error:
-        of_what = "model.supernet: shares are of the supernet. " if recipe.model.supernet is not None else ""
-        raise HfDmsError(f"{of_what}{error}") from error
-    shrunk_alike = float(gates.resource(gates.dense_sizes() | sizes))  # a search may end nearer to its target
-    if message := gap_in_words(shrunk_alike, recipe.dms):
-        logger.warning(message)
-    if recipe.dms.strategy != SEARCH:
-        check_choice(recipe.dms, gates, bound)
-    key = "recover.repair" if recipe.recover.repair is not None else "dms.search_over"
-    if key == "recover.repair" or recipe.dms.search_over == "refitted":
-        try:
-            if recipe.dms.search_over == "refitted":
-                check_one_stack(bound)
-            check_repairable(model, bound)
-        except HfDmsError as error:
-            raise HfDmsError(f"{key}: {str(error).removeprefix('repair: ')}") from error
-    check_weights(recipe, model)
-
-
-def check_weights(recipe: Recipe, model: Any, download: bool = False) -> None:
-    """Check that the weight files are complete, belong to the model, and hold all weights that are not trained first.
-
-    Args:
-        recipe: the recipe.
-        model: the model to load, on the meta device.
-        download: whether weights of a Hub id are downloaded. If not, they are checked only if the cache has all of
-            them, and otherwise it is checked that the Hub has them.
-
-    Raises:
-        ValueError: they are not.
-    """
-    if recipe.dms.pipeline == "np":
-        return
-    path, local = recipe.model.path, Path(recipe.model.path).is_dir()
-    try:
-        folder = Path(path) if local else hub_weights(path, recipe.model.revision, download)
-    except HfDmsError as error:
-        raise HfDmsError(f"model.path: {error}") from error
-    if folder is None:
-        return
-    try:
-        missing = missing_weights(folder, model)
-    except HfDmsError as error:
-        if local:
-            raise
-        # The folder of the whole repository: weights lie in its snapshots/COMMIT.
-        cache = folder.parents[1]
-        raise HfDmsError(
-            f"model.path: {error} If '{path}' is complete on the Hub, delete {cache}, and it is downloaded again."
-        ) from error
-    check_trained(recipe, missing)
-
-
-def check_trained(recipe: Recipe, missing: Iterable[str]) -> None:
-    """Check that weights which are missing in the files are trained before the search.
-
-    Args:
-        recipe: the recipe.
-        missing: names of parameters that are not in the files.
-
-    Raises:
-        ValueError: they would have random values in the search.
-    """
-    if (names := sorted(missing)) and not recipe.finetune:
-        raise HfDmsError(
-            f"model.path: '{recipe.model.path}' has no weights for {', '.join(names)}, which would be random. Add a "
-            "finetune section (finetune.max_steps or finetune.num_train_epochs) to train them before the search."
-        )
-
-
-def _check_sizes(recipe: Recipe) -> None:
-    """Check that the search passes the sizes in `output.sizes`."""
-    if not recipe.output.sizes:
-        return
-    dms = recipe.dms
-    if dms.strategy != SEARCH or dms.pipeline != "p-" or dms.target_schedule == "constant":
-        raise HfDmsError(
-            "output.sizes needs a search with frozen weights (pipeline p-) and a falling target: the plans of "
-            "larger sizes are for the dense model's weights. Leave it out, or run one recipe per size."
-        )
-    there = levels_above(dms.target)
-    for size in recipe.output.sizes:
-        if not any(math.isclose(size, level) for level in there):
-            raise HfDmsError(
-                f"output.sizes has {size:g}, which the search does not pass. On its way to {dms.target:.4g} it passes "
-                f"{', '.join(f'{level:g}' for level in there) or 'none'}."
-            )
-
-
-def _check_adapters(recipe: Recipe, config: Any, lora: Mapping[str, Any]) -> None:
-    for section, adapters in lora.items():
-        if adapters is not None:
-            model = empty_model(recipe, config)
-            try:
-                with torch.device("meta"):
-                    with_adapters(model, adapters, seed=0)
-            except ValueError as error:  # ours or PEFT's
-                raise HfDmsError(f"{section}: {error}") from error
-
-
-def _check_attention(recipe: Recipe, config: Any) -> None:
-    """Check that transformers has the attention that the recipe names, for this model and on this machine."""
-    if recipe.model.attn_implementation is None:
-        return
-    try:
-        with torch.device("meta"):
-            cls = model_class(recipe)
-            cls.from_config(copy.deepcopy(config), attn_implementation=recipe.model.attn_implementation)
-    except (ValueError, ImportError) as error:
-        raise HfDmsError(f"model.attn_implementation: {str(error).strip().splitlines()[0]}") from error

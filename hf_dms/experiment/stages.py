@@ -35,9 +35,10 @@ from ..training.exact_resume import train_or_resume_
 from ..training.finetune import train_
 from ..training.progress import Countdown
 from ..training.trainer import DMSTrainer
+from .checks import check_trained, check_weights
 from .choose import cut_by_criterion, examples_of, shuffled
 from .objects import empty_model, model_class, packing
-from .prepare import Prepared, check_trained, check_weights
+from .prepare import Prepared
 from .recipe import Recipe
 from .sections import REPAIR_BATCH
 

@@ -185,7 +185,7 @@ def pack(tokens: Tensor, sequence_length: int, source: str = "data", start: int 
     if not places:
         raise TooFewTokens(
             f"{source} has {len(tokens)} tokens, less than one sequence of {sequence_length}. "
-            "Give more text, or lower data.sequence_length."
+            "Give more text, or a larger share of it, or lower data.sequence_length."
         )
     if start is None:
         return tokens[:place].view(-1, sequence_length)

@@ -7,45 +7,39 @@ over Trainer itself. Nothing here knows about shapes.
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from torch import Tensor
-from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.modelcard import TrainingSummary
+from transformers.utils import logging
 
 from ..archs.plain_view import base_model_of, is_packed, packed_weights_may_stay
-from ..archs.restoring import restoring
-from ..checkpoint.hub import check_not_base, push
-from ..checkpoint.save import save_pruned
+from ..checkpoint.hub import check_not_base
 from ..checkpoint.search_state import load_search_state_, save_search_state
 from ..config import SEARCH, DMSConfig
-from ..cut.prune import prune
 from ..errors import HfDmsError
 from ..files import check_not_source
 from ..gates import Gates
 from ..gating.attach import attach_, freeze_, frozen_mode_, gates_of
-from ..gating.outcome import SearchOutcome, search_outcome, warn_of_outcome
+from ..gating.outcome import warn_of_outcome
 from ..gating.scales import scale_rate
-from ..refit.batch_norms import BATCHES, estimate_batch_norms_
-from ..tasks.evaluate import evenly_spaced
 from .dense_logits import check_divergence, kl_to_dense, outputs_with_open_masks
-from .distributed import check_launch, check_plugin, leave_gates_out_, unsharded, without_ddp_for_frozen
+from .distributed import check_launch, check_plugin, leave_gates_out_, without_ddp_for_frozen
 from .exact_resume import ExactCheckpointsMixin, loss_is_summed_over_micro_batches
 from .kept_plans import KeptPlans
 from .progress import show_progress_
 from .refitting import RefitCallback
+from .result import SearchResultMixin
 from .step_guard import FiniteStepsMixin
 from .taught import without_labels
 
+logger = logging.get_logger(__name__)
 
-class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
+
+class DMSMixin(SearchResultMixin, FiniteStepsMixin, ExactCheckpointsMixin):
     """What a DMS search adds to a Trainer.
 
     Args:
@@ -84,6 +78,12 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
             check_untrained(self.model)
         if dms_config.kl_weight:
             check_divergence(self.model)
+        trainable = any(parameter.requires_grad for parameter in self.model.parameters())
+        if dms_config.pipeline == "p-" and trainable and self.model is not base_model_of(self.model):
+            logger.warning(
+                "dms.pipeline p- trains nothing but the gates, so the adapters stay as they are. Use pipeline p to "
+                "train them beside the search."
+            )
         # After all checks, Trainer's own too, so that an error leaves the model without gates. Before Trainer wraps the
         # model, which it does in `train`.
         attach_(self.model, dms_config)
@@ -129,123 +129,6 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         steps = self.state.max_steps or self.args.max_steps
         return float(self.dms_config.with_defaults_for(steps).gate_learning_rate or 0)
 
-    def search_outcome(self) -> SearchOutcome:
-        """How the search ended: the shares that were learned and that the cut keeps (gating/outcome.py)."""
-        return search_outcome(self._unwrapped())
-
-    def soft_and_cut_loss(self) -> tuple[float, float]:
-        """Losses on the evaluation data: with the current soft masks, and of the cut before any repair.
-
-        At the end of a search they are close. The difference is the cost of rounding. Every process must call it.
-        """
-        # In evaluation mode, dropout and batch norms as in the second measurement: only the masks differ.
-        with self.gates.soft_masks():
-            soft = self._evaluation_loss()
-        return soft, self._evaluation_loss()
-
-    def _evaluation_loss(self) -> float:
-        """Mean loss on the evaluation data (the first set, if there are several). It is not logged."""
-        data = self.eval_dataset
-        loader = self.get_eval_dataloader(next(iter(data.values())) if isinstance(data, dict) else data)
-        metrics = self.evaluation_loop(loader, "Evaluation", prediction_loss_only=True).metrics
-        self.callback_handler.on_predict(self.args, self.state, self.control, metrics)  # closes its progress bar
-        return float(metrics["eval_loss"])
-
-    def prune(self) -> PreTrainedModel:
-        """Cut the model to the exact budget, and check the result on an example of the trainer's data.
-
-        Batch norms then get new running statistics, measured with the smaller model on some of the training data.
-
-        Returns:
-            A plain, smaller `PreTrainedModel`, in evaluation mode. The trainer's model is not modified.
-
-        Raises:
-            ValueError: the target cannot be reached.
-            VerificationError: the outputs of the cut model differ from those of the masked model.
-        """
-        with _without_autocast(self._unwrapped(), self.accelerator) as model:
-            pruned = prune(unsharded(model), inputs=self.example_inputs())
-        # After the proof, which compares both models with the statistics of the search.
-        estimate_batch_norms_(pruned, self._some_batches(BATCHES))
-        if self._use_cache is not None:
-            pruned.config.use_cache = self._use_cache
-        return pruned
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = None,
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **card: Any,
-    ) -> str | Future[str] | None:
-        """Prune, save the result as `pruned` in `args.output_dir`, and push it to `args.hub_model_id`.
-
-        Args:
-            commit_message: message of the commit.
-            blocking: whether to wait until everything is sent.
-            token: token of the Hub. Default: `args.hub_token`.
-            revision: branch to push to. Default: `args.hub_revision`.
-            private: whether a new repository is private. Default: `args.hub_private_repo`.
-            card: arguments of `Trainer.create_model_card`: model_name, finetuned_from, tasks, tags, language, ...
-
-        Returns:
-            The URL of the model, or its future if not blocking; None in processes that do not push.
-
-        Raises:
-            ValueError: see `prune` and `hf_dms.push`; or the repository is that of the dense model.
-        """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        repo_id = self.args.hub_model_id or Path(self.args.output_dir).name
-        check_not_base(repo_id, revision or self.args.hub_revision, base_model_of(self.model).name_or_path)
-        # In every process, since a sharded model is gathered by all of them.
-        pruned, inputs = self.prune(), self.example_inputs()
-        if not self.is_world_process_zero():
-            return None
-        folder, name = Path(self.args.output_dir, "pruned"), repo_id.rpartition("/")[2]
-        files = {"README.md": _model_card(self, **{"model_name": name} | card)}
-        save_pruned(pruned, folder, processor=self.processing_class, inputs=inputs, files=files, overwrite=True)
-        options: dict[str, Any] = {
-            "private": self.args.hub_private_repo if private is None else private,
-            "revision": revision or self.args.hub_revision,
-            "token": token or self.args.hub_token,
-        }
-        if blocking:
-            return push(folder, repo_id, commit_message=commit_message, **options)
-        return HfApi().run_as_future(push, folder, repo_id, commit_message=commit_message, **options)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push nothing: only the pruned model is pushed, never a training checkpoint."""
-
-    def _some_batches(self, count: int) -> Iterator[dict[str, Tensor]]:
-        """At most `count` batches of the training data: evenly spaced, or the first ones of a stream."""
-        # Not `get_train_dataloader`, which shuffles and gives each process different rows. All must measure the same.
-        size, rows = self.args.train_batch_size, self.train_dataset
-        if not isinstance(rows, IterableDataset):
-            some = evenly_spaced(rows, count * size)
-            rows = (some[place] for place in range(len(some)))
-        collate, rows = self._get_collator_with_removed_columns(self.data_collator), iter(rows)
-        for _ in range(count):
-            if examples := list(itertools.islice(rows, size)):
-                batch = collate(examples)
-                yield {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-
-    def example_inputs(self) -> dict[str, Tensor] | None:
-        """One example of the evaluation data, else the training data, as tensors for a forward pass."""
-        dataset = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
-        if isinstance(dataset, dict):
-            dataset = next(iter(dataset.values()), None)
-        if dataset is None:
-            return None
-        example = next(iter(dataset), None) if isinstance(dataset, IterableDataset) else dataset[0]
-        if example is None:
-            return None
-        # As in Trainer's own loaders: rows may have columns that the model does not take.
-        batch = self._get_collator_with_removed_columns(self.data_collator)([example])
-        return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-
-    # ---- Trainer's hooks ---------------------------------------------------------------------------------------------
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         # Evaluation measures the task: no resource loss, no divergence.
         if not model.training:
@@ -404,27 +287,12 @@ class DMSMixin(FiniteStepsMixin, ExactCheckpointsMixin):
         return self.dms_config.pipeline == "p-" and any(map(is_packed, self._unwrapped().modules()))
 
 
-def _model_card(trainer: Any, tags: str | list[str] | None = None, **options: Any) -> str:
-    """The draft of a model card that Trainer writes."""
-    given = [tags] if isinstance(tags, str) else tags or []
-    known = ["dms", "pruned", *(getattr(trainer.model, "model_tags", None) or [])]
-    summary = TrainingSummary.from_trainer(trainer, tags=list(dict.fromkeys([*given, *known])), **options)
-    return summary.to_model_card()
-
-
 def _check_places(model: Any, arguments: TrainingArguments | None, source: Path | None) -> None:
     """Check that neither `save_model` at the end of the search nor a push would replace the dense model."""
     if arguments is not None:
         check_not_source(str(arguments.output_dir), source)
         if arguments.push_to_hub and arguments.hub_model_id and source is not None:
             check_not_base(arguments.hub_model_id, arguments.hub_revision, model.name_or_path)
-
-
-@contextlib.contextmanager
-def _without_autocast(model: PreTrainedModel, accelerator: Any) -> Iterator[PreTrainedModel]:
-    """Context: the model without autocast. For mixed precision, accelerate wraps its `forward` in autocast."""
-    with restoring([model], "forward", "_original_forward"):
-        yield accelerator.unwrap_model(model, keep_fp32_wrapper=False)
 
 
 def check_training_arguments(arguments: TrainingArguments) -> None:

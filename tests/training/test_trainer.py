@@ -727,6 +727,16 @@ def test_the_end_of_a_search_says_that_it_missed_its_target(tmp_path, caplog):
     assert trainer.search_outcome()["message"] in caplog.text
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 asks for it
+@pytest.mark.parametrize(("pipeline", "warned"), [("p-", True), ("p", False)])
+def test_adapters_that_a_frozen_search_would_not_train_are_warned_of(pipeline, warned, tmp_path, caplog):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules="all-linear"))
+    config = dms(pipeline=pipeline)
+    DMSTrainer(model=model, dms_config=config, args=arguments(tmp_path), train_dataset=Tokens())
+    assert ("so the adapters stay as they are. Use pipeline p" in caplog.text) == warned
+
+
 # ---- what cannot be served ----
 @pytest.mark.parametrize("length", [{"max_steps": 6}, {"max_steps": -1, "num_train_epochs": 1.5}])
 def test_a_search_that_is_all_warm_up_is_refused(length, tmp_path):
