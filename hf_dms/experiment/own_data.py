@@ -18,6 +18,7 @@ from huggingface_hub.constants import HF_HOME
 from ..tasks.own_texts import own_texts
 from ..tasks.registry import load_examples
 from ..training.distributed import print_on_main, run_on_main
+from ..training.progress import Countdown
 from .prepare import Prepared
 from .stages import load_model
 
@@ -67,7 +68,7 @@ def _write(prepared: Prepared, path: Path) -> None:
     count, length = recipe.data.own_sequences, recipe.data.sequence_length
     print_on_main(f"The dense model writes {count} texts of {length} tokens to calibrate on ...")
     model: Any = load_model(prepared).to(prepared.arguments["search"].device)
-    texts, sampled = own_texts(model, prepared.processor, count, length, SEED)
+    texts, sampled = own_texts(model, prepared.processor, count, length, SEED, Countdown("own texts", "texts"))
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}")
     unfinished.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")

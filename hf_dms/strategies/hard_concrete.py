@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ..gates import Gates
 from ..resource import scheduled_target
-from .allocate import Criterion, Scores
-from .learned import Masks, PerUnit, kept_resource, learner
+from .allocate import Scores
+from .learned import Masks, PerUnit, kept_resource, learned_criterion, learner
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 START = 3.0  # a gate is then open with probability 0.99, so training begins near the dense model
@@ -78,4 +78,4 @@ class HardConcrete(PerUnit):
         return {name: torch.sigmoid(log_alpha) for name, log_alpha in self.learned.items()}
 
 
-HARD_CONCRETE = Criterion(learner(HardConcrete), allocation="global", dims=("layer", "depth"), learns_masks=True)
+HARD_CONCRETE = learned_criterion(learner(HardConcrete))

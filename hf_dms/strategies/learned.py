@@ -26,7 +26,7 @@ from ..masked_ops import Span, spread
 from ..refit.curvature import frozen
 from ..resource import Sizes, resource_loss, scheduled_target
 from ..topk import topk_mask
-from .allocate import Batches, Scores, loss_of
+from .allocate import Batches, Criterion, Scores, loss_of
 
 Masks = dict[str, Tensor]  # per dim `[rows, units]`
 
@@ -56,6 +56,16 @@ def learner(make: Callable[[Gates], Relaxation]) -> Callable[[PreTrainedModel, B
         return train_masks(model, make(gates_of(model)), batches)
 
     return scores
+
+
+def learned_criterion(scores: Callable[[PreTrainedModel, Batches], Scores]) -> Criterion:
+    """A criterion that trains masks.
+
+    Args:
+        scores: what `learner` returns, or a function of the same kind that calls `train_masks` itself.
+    """
+    # global: the penalty has weighed what a unit costs already, so scores are not divided by it again.
+    return Criterion(scores, allocation="global", dims=("layer", "depth"), learns_masks=True)
 
 
 def train_masks(model: PreTrainedModel, relaxation: Relaxation, batches: Batches) -> Scores:

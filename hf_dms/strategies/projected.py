@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..gates import Gates
-from .allocate import Criterion, Scores, sizes_of_scores
-from .learned import Masks, PerUnit, hard_masks, learner, straight_through
+from .allocate import Scores, sizes_of_scores
+from .learned import Masks, PerUnit, hard_masks, learned_criterion, learner, straight_through
 
 TAU = 1.5
 TIES = 1e-3
@@ -46,4 +46,4 @@ class Projected(PerUnit):
         return {name: torch.sigmoid(score / TAU) for name, score in self.learned.items()}
 
 
-PROJECTED = Criterion(learner(Projected), allocation="global", dims=("layer", "depth"), learns_masks=True)
+PROJECTED = learned_criterion(learner(Projected))

@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 from ..gates import Gates
 from ..gating.attach import gates_of
 from ..topk import ranks
-from .allocate import Batches, Criterion, Scores
-from .learned import Masks, PerUnit, learner, pull, straight_through, train_masks
+from .allocate import Batches, Scores
+from .learned import Masks, PerUnit, learned_criterion, learner, pull, straight_through, train_masks
 from .taylor import vector_scores
 
 TAU = 0.1
@@ -143,8 +143,6 @@ def number_selection_scores(model: PreTrainedModel, batches: Batches) -> Scores:
     return {name: values + order[name] for name, values in scores.items()}
 
 
-# global: the penalty has weighed what a unit costs already, so scores are not divided by it again.
-DIMS = ("layer", "depth")
-ELEMENT_SELECTION = Criterion(learner(ElementSelection), allocation="global", dims=DIMS, learns_masks=True)
-PAS = Criterion(learner(PaS), allocation="global", dims=DIMS, learns_masks=True)
-NUMBER_SELECTION = Criterion(number_selection_scores, allocation="global", dims=DIMS, learns_masks=True)
+ELEMENT_SELECTION = learned_criterion(learner(ElementSelection))
+PAS = learned_criterion(learner(PaS))
+NUMBER_SELECTION = learned_criterion(number_selection_scores)

@@ -30,7 +30,7 @@ from ..gates import Gates
 from ..gating.attach import gates_of
 from ..topk import linear_topk_count, normalize_importance, num_kept, soft_topk_mask, topk_mask
 from .allocate import Batches, Criterion, Scores
-from .learned import Masks, pull, straight_through, train_masks
+from .learned import Masks, learned_criterion, pull, straight_through, train_masks
 
 KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # importance from a mask m and its gradient g
     "taylor": lambda m, g: (m * g).square(),
@@ -148,7 +148,7 @@ def variant(**options: str | bool) -> Criterion:
                 gates.raw_importance(name).copy_(values)
         return train_masks(model, TopK(gates, **options), batches)  # type: ignore[arg-type]
 
-    return Criterion(scores, allocation="global", dims=("layer", "depth"), learns_masks=True)
+    return learned_criterion(scores)
 
 
 VARIANTS = {

@@ -6,6 +6,7 @@ temperature 1 have the distribution of its training data, as far as the model ha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,12 @@ BATCH = 32  # texts written at once
 
 @torch.no_grad()
 def own_texts(
-    model: PreTrainedModel, tokenizer: Any, num_texts: int, num_tokens: int, seed: int = 0
+    model: PreTrainedModel,
+    tokenizer: Any,
+    num_texts: int,
+    num_tokens: int,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[str], int]:
     """Sample texts from a causal language model at temperature 1, from the token that begins a text.
 
@@ -31,6 +37,7 @@ def own_texts(
         num_texts: number of texts.
         num_tokens: largest number of tokens; the model can end a text earlier.
         seed: seed of the sampling.
+        progress: called after each batch with the number of texts that are written and the number of all texts.
 
     Returns:
         The texts that are not empty, and the number of sampled tokens.
@@ -66,6 +73,8 @@ def own_texts(
             )[:, 1:]
             texts += tokenizer.batch_decode(tokens, skip_special_tokens=True)
             sampled += _num_sampled(tokens, _end(tokenizer))
+            if progress is not None:
+                progress(first + len(begin), num_texts)
     return [text for text in texts if text], sampled
 
 

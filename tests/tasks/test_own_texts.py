@@ -46,3 +46,9 @@ def test_a_text_ends_where_the_model_ends_it():
 def test_a_tokenizer_without_a_token_to_begin_with_is_an_error():
     with pytest.raises(ValueError, match="no token that begins or ends a text"):
         own_texts(tiny_llama(), letters(bos_token=None, eos_token=None), 1, 1)
+
+
+def test_progress_is_told_after_each_batch():
+    told = []
+    own_texts(tiny_llama(), letters(), 40, 1, progress=lambda *done: told.append(done))
+    assert told == [(32, 40), (40, 40)]
