@@ -46,6 +46,9 @@ def training_arguments(recipe: Recipe, section: str, output_dir: Path) -> Any:
             raise HfDmsError(f"{section}.{key}: give hub.repo_id, and the token by `hf auth login` or HF_TOKEN.")
     # One checkpoint is enough to resume from, and it is as large as the model with its optimizer's state.
     defaults: dict[str, Any] = {"logging_steps": 10, "report_to": "none", "save_total_limit": 1}
+    if not {"save_steps", "save_strategy", "load_best_model_at_end"} & given.keys():
+        # A share of the steps: Trainer's own 500 steps are more than most searches have, so a killed one would be lost.
+        defaults["save_steps"] = 0.25
     # torch warns of pinned memory where there is no accelerator.
     accelerated = torch.accelerator.is_available()
     defaults |= {"dataloader_pin_memory": accelerated, "use_cpu": not accelerated}  # bf16 on a CPU needs use_cpu

@@ -199,6 +199,8 @@ def test_data_named_at_the_shell_is_found_from_the_working_folder(tmp_path, monk
         ("data.held_out=1e-2", lambda recipe: recipe.data.held_out == 0.01),
         ("train={max_steps: null, num_train_epochs: 1}", lambda recipe: arguments(recipe).num_train_epochs == 1),
         ("train={max_steps: 3, save_strategy: no}", lambda recipe: arguments(recipe).save_strategy == "no"),
+        ("train={max_steps: 8}", lambda recipe: arguments(recipe).save_steps == 0.25),
+        ("train={max_steps: 8, save_steps: 3}", lambda recipe: arguments(recipe).save_steps == 3),
         ("train={max_steps: 3, learning_rate: null}", lambda recipe: arguments(recipe).learning_rate == 5e-5),
         ("dms.warmup_steps=null", lambda recipe: recipe.dms.warmup_steps == DMSConfig(target=0.5).warmup_steps),
         ("dms.prune=null", lambda recipe: recipe.dms.prune is None),
