@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..gating.attach import attach_
 from ..refit.batch_norms import BATCHES, estimate_batch_norms_
 from ..strategies.one_shot import choose_, criterion_of
 from ..tasks.task import Examples
+from ..training.progress import Countdown
 from .recipe import Recipe
 
 
@@ -80,9 +82,28 @@ def cut_by_criterion(
     # A criterion that reads its data three times gets a third of the examples.
     used = min(max(count // criterion.passes, 1), len(examples.train)) if criterion.needs_data else 0
     attach_(model, recipe.dms)
-    choose_(model, name, Batches(examples, used, size, model.device))
+    batches = Batches(examples, used, size, model.device)
+    with _showing_progress(model, len(batches) * criterion.passes):
+        choose_(model, name, batches)
     # One example is enough for the proof, which runs the model in up to float64.
     inputs = Batches(examples, 1, 1, model.device)[0]
     pruned = prune(model, inputs={key: value for key, value in inputs.items() if key != "labels"})
     estimate_batch_norms_(pruned, Batches(examples, BATCHES * size, size, model.device))
     return pruned, used * criterion.passes
+
+
+@contextlib.contextmanager
+def _showing_progress(model: PreTrainedModel, total: int) -> Iterator[None]:
+    """Context: count the forward passes of a model, so that no criterion has to tell how far it is."""
+    progress, done = Countdown("choosing", "batches"), 0
+
+    def count(*_: Any) -> None:
+        nonlocal done
+        done = min(done + 1, total)
+        progress(done, total)
+
+    handle = model.register_forward_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()

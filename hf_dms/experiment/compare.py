@@ -37,6 +37,7 @@ from ..strategies.one_shot import check_choice
 from ..tasks.evaluate import example_scores, summary
 from ..tasks.task import Examples
 from ..training.finetune import train_
+from ..training.progress import Countdown
 from ..training.refitting import examples_beside_the_steps
 from ..training.trainer import DMSTrainer
 from .allocator import give_back_freed_memory_
@@ -181,7 +182,16 @@ def run_cell(setup: Setup, cell: Cell) -> dict[str, Any]:
         started = time.time()
         batches = Batches(examples, repair.examples, recipe.eval.batch_size)
         keep = functools.partial(row.__setitem__, "kept_of_repair") if repair.interpolate else False
-        repair_(pruned, dense, plan, batches, ridge=repair.ridge, epochs=repair.epochs, interpolate=keep)
+        repair_(
+            pruned,
+            dense,
+            plan,
+            batches,
+            ridge=repair.ridge,
+            progress=Countdown("repair", "layers"),
+            epochs=repair.epochs,
+            interpolate=keep,
+        )
         finish_("repaired", pruned, started, min(repair.examples, len(examples.train)))
     if recipe.recover.train is not None:
         started = time.time()
