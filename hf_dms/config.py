@@ -160,6 +160,10 @@ class DMSConfig:
         "folds them into the weights that read the unit. norms: also one scale for each unit of each norm over the "
         "hidden size. Only for searches over masks with frozen weights (pipeline p-), and strategies that learn masks.",
     )
+    scale_power: float = _option(
+        0.0,
+        "Units are ranked by their importance times their scale to this power; 0: by importance alone. Needs scales.",
+    )
     resource_weight: float = _option(10.0, "λ_resource, the weight of the resource loss beside the task loss.")
     gate_learning_rate: float | None = _option(
         None, "Constant learning rate of the prune ratios. Default: 2 / steps of the search, within [0.002, 0.05]."
@@ -217,6 +221,7 @@ class DMSConfig:
             "pipeline = np": self.pipeline == "np",
             f"search_over = {self.search_over}": self.search_over != "masks",
             f"kl_weight = {self.kl_weight}": self.kl_weight != 0,
+            f"scale_power = {self.scale_power}": self.scale_power != 0,
         }
         if self.strategy != SEARCH and any(meaningless.values()):
             option = next(name for name, given in meaningless.items() if given)
@@ -236,6 +241,7 @@ class DMSConfig:
             "decide_at": (0, 1, False, True),
             "kl_weight": (0, 1, True, True),
             "warmup_steps": (0, math.inf, True, False),
+            "scale_power": (0, 32, True, True),
             "resource_weight": (0, math.inf, True, False),
             "gate_learning_rate": (0, math.inf, True, False),
             "sharpness": (0, math.inf, False, False),
@@ -268,6 +274,12 @@ class DMSConfig:
             raise HfDmsError(
                 f"dms.scales needs search_over = masks, got {self.search_over}, whose refits scale units already. "
                 "Leave one of the two out."
+            )
+
+        if self.scale_power and not self.scales:
+            raise HfDmsError(
+                f"dms.scale_power = {self.scale_power} needs scales, which dms.scales turns on. Write scales: true, or "
+                "leave scale_power out."
             )
 
     def _check_kl(self) -> None:

@@ -79,6 +79,7 @@ class SearchSchedule:
     target: float
     warmup_steps: int
     importance_decay: float
+    scale_power: float
     target_ramp: float
     target_schedule: str
     resource_weight: float
@@ -132,6 +133,7 @@ class Gates(nn.Module):
         self.refit_ratio: Tensor | None = None  # the prune ratios at the last refit
         self.log_masks: dict[str, tuple[Any, ...]] = {}  # per dim a tensor per row; None: that row has no mask
         self.scales: Sizes = {}  # θ of scales exp θ, `[rows, units]` per dim or kind of norm (gating/scales.py)
+        self.scale_power = schedule.scale_power  # 0 after a choice without a search, whose scores rank units alone
         self._taylor: dict[str, Tensor] = {}
         self._gathered: set[str] = set()  # dims that a backward pass has reached since the last update
         lower, upper = self._bounds()
@@ -169,8 +171,13 @@ class Gates(nn.Module):
         return getattr(self, f"importance_{name}")
 
     def importance(self, name: str) -> Tensor:
-        """Importance of each unit, `[rows, units]`; infinite for protected units."""
+        """Importance of each unit, times its scale to the power `scale_power`: `[rows, units]`.
+
+        It is infinite for protected units.
+        """
         importance = self.raw_importance(name)
+        if self.scale_power and name in self.scales:
+            importance = importance * (self.scale_power * self.scales[name].detach()).exp()
         if not self.dims[name].protected:
             return importance
         protected = torch.tensor(self.dims[name].protected, device=importance.device)

@@ -372,7 +372,7 @@ def test_a_dim_that_follows_another_keeps_its_share_in_every_row():
         GatedDim("stream", 1, 4, 4.0, True, (1,), (4,)),
         GatedDim("inner", 3, 8, 4.0, True, (1,) * 3, (8,) * 3, follows="stream"),
     ]
-    schedule = SearchSchedule(0.5, 0, 0.99, 0.7, "geometric", 1.0, 0.85)
+    schedule = SearchSchedule(0.5, 0, 0.99, 0.0, 0.7, "geometric", 1.0, 0.85)
     gates = Gates(dims, {}, Cost({("stream",): 1.0}, {}), schedule)
     with torch.no_grad():
         gates.prune_ratio.fill_(0.25)

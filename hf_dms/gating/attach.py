@@ -188,6 +188,7 @@ def copy_search_(searched: nn.Module, model: Any) -> None:
     """
     attach_(model, gates_of(searched).attachment.config)
     gates_of(model).load_search_state_(gates_of(searched).search_state())
+    gates_of(model).scale_power = gates_of(searched).scale_power
 
 
 def has_gates(model: nn.Module) -> bool:

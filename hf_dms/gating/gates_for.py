@@ -70,6 +70,7 @@ def build_gates(
         target=config.target,
         warmup_steps=config.warmup_steps,
         importance_decay=config.importance_decay,
+        scale_power=config.scale_power,
         target_ramp=config.target_ramp,
         target_schedule=config.target_schedule,
         resource_weight=config.resource_weight,

@@ -71,7 +71,8 @@ def rounded_of(gates: Gates) -> Rounded:
     at = gates.attachment
     # `_version` counts in-place changes of a tensor: comparing it costs nothing, where comparing the importance itself
     # would read every unit on each evaluation batch. The id tells a new buffer from an old one.
-    versions = tuple((id(gates.raw_importance(name)), gates.raw_importance(name)._version) for name in gates.dims)
+    ranking = [*map(gates.raw_importance, gates.dims), *(gates.scales.values() if gates.scale_power else ())]
+    versions = tuple((id(tensor), tensor._version) for tensor in ranking)
     # The dense resource too: `recount_` changes it when a vocabulary was resized.
     key = (gates.prune_ratio.tolist(), versions, [*gates.decided], at.config.target, gates.dense_resource)
     if gates.rounding is None or gates.rounding[0] != key:

@@ -116,6 +116,7 @@ def _start_anew_(gates: Gates) -> None:
     undone = {f"importance_{name}": torch.zeros_like(gates.raw_importance(name)) for name in gates.dims}
     undone |= {"prune_ratio": torch.zeros_like(gates.prune_ratio), "num_updates": torch.tensor(0)}
     gates.load_search_state_(kept | undone)
+    gates.scale_power = 0.0  # the scores of a strategy rank units by themselves
     gates.clamp_ratios_()
 
 

@@ -18,7 +18,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_dms import DMSConfig, attach_, detach_, plan_of, prune
+from hf_dms import DMSConfig, attach_, choose_, detach_, plan_of, prune
 from hf_dms.archs.registry import spec_for
 from hf_dms.cut.verify import hard_masked, open_gates, outputs_of
 from hf_dms.errors import VerificationError
@@ -37,6 +37,7 @@ def searched(model, **options):
     return model
 
 
+# ---- the cut ----
 @pytest.mark.parametrize("layout", ["uniform", "per_layer", "padded"])
 @pytest.mark.parametrize("cls", [LlamaForCausalLM, BertForSequenceClassification, ViTForImageClassification])
 def test_masked_equals_cut(cls, layout):
@@ -130,7 +131,42 @@ def test_the_proof_in_half_precision_is_on_the_weights_as_they_are_rounded(dtype
     assert all(scale.any() for scale in gates_of(model).scales.values())
 
 
+# ---- in the ranking of units ----
+def test_units_are_ranked_by_importance_times_scale_to_a_power():
+    model = searched(tiny_llama(), layout="per_layer", scale_power=2.0)
+    gates = gates_of(model)
+    expected = gates.raw_importance("mlp") * gates.scales["mlp"].exp().square()
+    assert torch.allclose(gates.importance("mlp"), expected)
+    assert torch.equal(gates.importance("hidden"), gates.raw_importance("hidden"))  # its norms have scales, it has none
+    by_scales = plan_of(model).kept["mlp"]
+    for units, row in zip(by_scales, expected):
+        assert set(units.tolist()) == set(row.topk(len(units)).indices.tolist())
+    pruned = prune(model, inputs=token_batch())  # compares the outputs
+    assert pruned.num_parameters() < tiny_llama().num_parameters()
+    gates.scales["mlp"].neg_()  # the cached whole sizes and units are not those of other scales
+    assert not all(map(torch.equal, plan_of(model).kept["mlp"], by_scales))
+
+
+def test_a_choice_ranks_by_its_scores_alone():
+    model = searched(tiny_llama(), layout="per_layer", prune=("mlp",), target=0.8, scale_power=8.0)
+    choose_(model, "pas", [token_batch() | {"labels": token_batch()["input_ids"]}] * 2)
+    gates = gates_of(model)
+    assert torch.equal(gates.importance("mlp"), gates.raw_importance("mlp"))
+    other = tiny_llama()
+    copy_search_(model, other)
+    assert torch.equal(gates_of(other).importance("mlp"), gates.importance("mlp"))
+
+
 # ---- the search ----
+def test_a_search_ranks_by_its_scales_and_resumes_exactly(tmp_path):
+    steps, options = dict(save_strategy="steps", save_steps=3), SCALES | {"scale_power": 8.0}
+    whole = trained(tmp_path, options, **steps)
+    again = trained(tmp_path, options, resume=str(tmp_path / "checkpoint-3"), **steps)
+    assert bit_equal(again.gates.search_state(), whole.gates.search_state())
+    plain = trained(tmp_path / "plain", SCALES)
+    assert not bit_equal(whole.gates.search_state(), plain.gates.search_state())
+
+
 def test_a_search_moves_them_after_its_warm_up_and_resumes_exactly(tmp_path):
     steps = dict(save_strategy="steps", save_steps=3)
     begun = trained(tmp_path / "warm", SCALES, max_steps=3)
@@ -166,6 +202,9 @@ def test_in_an_own_loop_the_optimizer_that_gets_them_moves_them():
         (dict(scales=True), "scales needs frozen weights, got pipeline p,"),
         (dict(SCALES, search_over="refitted"), "scales needs search_over = masks, got refitted"),
         (dict(SCALES, scales="yes"), "scales must be true, false or norms, got 'yes'"),
+        (dict(pipeline="p-", scale_power=4.0), "scale_power = 4.0 needs scales, which dms.scales turns on"),
+        (dict(SCALES, scale_power=64), r"scale_power must be in \[0, 32\], got 64"),
+        (dict(SCALES, scale_power=4.0, strategy="pas"), "dms.scale_power = 4.0 has no meaning"),
     ],
 )
 def test_what_has_no_use_for_scales_is_refused(options, message):
